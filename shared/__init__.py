@@ -1,0 +1,1 @@
+"""The contract between the training host and the edge: nothing but the standard library and msgspec."""

@@ -1,0 +1,76 @@
+"""The errors a user can meet.
+
+    DiffusionLLMError           one sentence naming the field, file or value; printed as it is, exit status `exit_code`
+    ├── ConfigError             configuration file, environment or command line
+    ├── DataError               training or evaluation text
+    ├── BundleError             manifest, hashes, versions, shapes
+    └── RequestError            a refused or failed request; carries the typed `code` of the reply
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Final
+
+
+class DiffusionLLMError(Exception):
+    """Root of every error meant for a user's eyes."""
+
+    exit_code = 1
+
+
+class ConfigError(DiffusionLLMError):
+    """A setting that cannot be used; systemd must not restart on it (RestartPreventExitStatus=78)."""
+
+    exit_code = 78
+
+
+class DataError(DiffusionLLMError):
+    """Text that cannot be read, or a data folder that does not fit."""
+
+    exit_code = 65
+
+
+class BundleError(DiffusionLLMError):
+    """A bundle that is missing, damaged, or made for another version."""
+
+    exit_code = 66
+
+
+ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {
+    "bad_request": (400, False),
+    "bad_reply_topic": (403, False),
+    "too_large": (413, False),
+    "queue_full": (429, True),
+    "cancelled": (499, False),
+    "internal": (500, True),
+    "draining": (503, True),
+    "timeout": (504, True),
+}
+"""Reply code → (the HTTP status a reader may know, whether the same request may succeed later)."""
+
+
+class RequestError(DiffusionLLMError):
+    """A request that ends in an error reply.
+
+    code: a key of ERROR_CODES. retry_after_ms: when trying again may help.
+    """
+
+    def __init__(self, code: str, message: str, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = ERROR_CODES[code][1]
+        self.retry_after_ms = retry_after_ms
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command line's `main`: our errors become one line on stderr and an exit code, Ctrl-C becomes 130."""
+    try:
+        sys.exit(main())
+    except DiffusionLLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,204 @@
+"""The bundle's manifest: everything the edge must know, and nothing in file names.
+
+A bundle is a folder: manifest.json, tokenizer.json and the step graphs the manifest lists, each with its sha256.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shared import tokens
+from shared.errors import BundleError
+from shared.schedule import ScheduleName
+
+FORMAT_VERSION: Final = 1
+MANIFEST: Final = "manifest.json"
+TOKENIZER: Final = "tokenizer.json"
+MAX_MANIFEST_BYTES: Final = 1 << 20
+
+Positive = Annotated[int, Meta(ge=1)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Precision = Literal["fp32", "fp16", "int8"]
+Target = Literal["cpu", "cuda"]
+Selection = Literal["confidence", "random", "margin", "entropy"]
+
+
+class Frozen(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every manifest part: immutable, unknown fields refused by name."""
+
+
+class ModelSpec(Frozen):
+    """The network's shape."""
+
+    config: str
+    d_model: Positive
+    layers: Positive
+    heads: Positive
+    vocab_size: Positive
+    canvas_len: Positive
+    time_input: bool
+    parameters: Positive
+
+
+class SpecialIds(Frozen):
+    """Ids of the control tokens, as `shared.tokens` fixes them."""
+
+    pad: int = tokens.PAD
+    bos: int = tokens.BOS
+    eos: int = tokens.EOS
+    mask: int = tokens.MASK
+
+
+class Tensor(Frozen):
+    """One graph input or output; a shape entry is a number or a dimension's name ("batch", "length")."""
+
+    name: str
+    dtype: Literal["int32", "float32", "float16"]
+    shape: tuple[int | str, ...]
+
+
+class Graph(Frozen):
+    """One step graph: a file for one precision and one target."""
+
+    file: FileName
+    sha256: Sha256
+    precision: Precision
+    target: Target
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Figure(Frozen):
+    """A measured value and its standard error."""
+
+    value: float
+    stderr: float
+
+
+class Evaluation(Frozen):
+    """What `host.evaluate` measured on held-out text."""
+
+    graph: str  # "torch fp32", or the file of the graph that was measured
+    source: str
+    stories: Positive
+    text_tokens: Positive
+    text_bytes: Positive
+    nelbo_nats_per_token: Figure
+    bits_per_byte: Figure
+    masked_cross_entropy: Figure
+
+
+class Parity(Frozen):
+    """How closely a quantized graph follows float32: the gate that a bundle must pass."""
+
+    graph: str
+    scheme: str
+    nelbo_ratio: float
+    top1_agreement: float
+
+
+class TrainingData(Frozen):
+    """What the model learned from."""
+
+    name: str
+    licence: str
+    stories: int
+    tokens_seen: int
+
+
+class SamplingDefaults(Frozen):
+    """What a request gets when it does not say."""
+
+    steps: Positive = 64
+    selection: Selection = "random"
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+class Manifest(Frozen):
+    """The whole of manifest.json."""
+
+    format_version: int
+    name: FileName
+    model: ModelSpec
+    special_ids: SpecialIds
+    schedule: ScheduleName
+    reveal_grid: Literal["cosine"]
+    top_k: Positive
+    graphs: tuple[Graph, ...]
+    tokenizer_sha256: Sha256
+    defaults: SamplingDefaults
+    evaluations: tuple[Evaluation, ...]
+    parity: tuple[Parity, ...]
+    calibration: str
+    data: TrainingData
+    made_with: dict[str, str]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json.
+
+    Raises BundleError, in one sentence, when it is missing, damaged, of another version, or contradicts itself.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{folder} is not a bundle: cannot read {MANIFEST} ({error.strerror})") from None
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} has {len(raw)} bytes; at most {MAX_MANIFEST_BYTES} are read")
+    try:
+        version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version")
+        if version is None or msgspec.json.decode(version) != FORMAT_VERSION:
+            found = "none" if version is None else bytes(version).decode()
+            raise BundleError(f"{path} has format_version {found}; this release reads {FORMAT_VERSION}")
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} is damaged: {error}") from None
+    if manifest.special_ids != SpecialIds():
+        raise BundleError(f"{path} has special_ids other than PAD 0, BOS 1, EOS 2, MASK 3")
+    if manifest.top_k > manifest.model.vocab_size:
+        raise BundleError(f"{path} has top_k {manifest.top_k} above vocab_size {manifest.model.vocab_size}")
+    return manifest
+
+
+def find_graph(folder: Path, manifest: Manifest, target: Target) -> Graph:
+    """The first graph listed for a target; raises BundleError when there is none."""
+    for graph in manifest.graphs:
+        if graph.target == target:
+            return graph
+    listed = ", ".join(f"{g.file} ({g.target})" for g in manifest.graphs) or "none"
+    raise BundleError(f"bundle {folder} has no graph for target {target!r}; it lists {listed}")
+
+
+def verified_bytes(folder: Path, file: str, sha256: str) -> bytes:
+    """The content of a bundle's file, hash checked on the very bytes returned (no gap between check and use)."""
+    path = folder / file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"bundle file {path} cannot be read ({error.strerror})") from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise BundleError(
+            f"bundle file {path} does not match its manifest: sha256 {found[:12]}… instead of {sha256[:12]}…"
+        )
+    return content
+
+
+def bundle_digest(folder: Path) -> str:
+    """The bundle's identity: sha256 of its manifest, which holds the hash of every other file."""
+    return sha256_of(folder / MANIFEST)

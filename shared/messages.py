@@ -1,0 +1,187 @@
+"""The messages of the daemon: the same JSON objects over MQTT and over the Unix socket.
+
+Every field is bounded here, so that a decoded message is a valid one; an unknown field is refused by name.
+"""
+
+from typing import Annotated, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from shared.errors import ERROR_CODES, RequestError
+from shared.manifest import Selection
+
+PROTOCOL_VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 64 * 1024
+MAX_STEPS: Final = 1024
+MAX_GAP: Final = 1024
+MAX_SEGMENTS: Final = 64
+MAX_DEADLINE_MS: Final = 600_000
+
+Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^/+#\x00-\x1f]+$")]
+Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
+
+
+class Gap(Struct, frozen=True, forbid_unknown_fields=True):
+    """Positions for the model to fill between two texts. gap: their number, in tokens."""
+
+    gap: Annotated[int, Meta(ge=1, le=MAX_GAP)]
+
+
+class GenerateRequest(
+    Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, tag="generate"
+):
+    """Ask for text: a `prompt` with an open end, or `segments` of text and gaps.
+
+    Fields left out take the bundle's defaults. `threshold` and `entropy_bound` commit adaptively; then `steps` is
+    the most passes to make.
+    """
+
+    id: Id | None = None
+    prompt: Text | None = None
+    segments: Annotated[list[Text | Gap], Meta(min_length=1, max_length=MAX_SEGMENTS)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
+    selection: Selection | None = None
+    temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
+    top_k: Annotated[int, Meta(ge=1)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    threshold: Annotated[float, Meta(gt=0, le=1)] | None = None
+    entropy_bound: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stream: bool = False
+    deadline_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
+    response_topic: Annotated[str, Meta(max_length=1024)] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.segments is None):
+            raise ValueError("give exactly one of `prompt` and `segments`")
+        if self.threshold is not None and self.entropy_bound is not None:
+            raise ValueError("give at most one of `threshold` and `entropy_bound`")
+
+
+class HealthRequest(Struct, frozen=True, forbid_unknown_fields=True, tag="health"):
+    """Ask how the daemon is."""
+
+
+class Usage(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request cost. steps: passes of the network."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+
+
+class Timing(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the time went, in milliseconds since the request was accepted."""
+
+    queue_ms: float
+    first_token_ms: float
+    total_ms: float
+
+
+class ErrorInfo(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Why there is no text. code: a key of ERROR_CODES."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    retry_after_ms: int | None = None
+
+
+class Response(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="response"):
+    """The one terminal answer to a request."""
+
+    v: int = PROTOCOL_VERSION
+    id: str | None = None
+    status: Literal["ok", "error", "cancelled"]
+    text: str | None = None
+    seed: int | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None
+    model: str | None = None
+    error: ErrorInfo | None = None
+
+
+class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="partial"):
+    """A snapshot of the whole canvas: replaces the one before. text marks each open position with "░"."""
+
+    id: str | None
+    seq: int
+    step: int
+    steps: int
+    text: str
+    masked: int
+
+
+class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="health"):
+    """The daemon's answer to a HealthRequest."""
+
+    v: int = PROTOCOL_VERSION
+    state: Literal["idle", "busy", "draining"]
+    queued: int
+    model: str
+    version: str
+
+
+Reply = Response | Partial | Health
+T = TypeVar("T")
+
+
+class _Kind(Struct, frozen=True):
+    type: str = "generate"
+
+
+class _Identified(Struct, frozen=True):
+    id: Id | None = None
+
+OPEN_POSITION: Final = "░"
+
+
+def _decode(payload: bytes, kind: type[T]) -> T:
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise RequestError("too_large", f"a message may have {MAX_MESSAGE_BYTES} bytes; this one has {len(payload)}")
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError("bad_request", str(error).replace("Object contains", "the request has an")) from None
+
+
+def decode_request(payload: bytes) -> GenerateRequest:
+    """Decode a generate request.
+
+    Raises RequestError, `too_large` or `bad_request`, naming the field that is wrong.
+    """
+    return _decode(payload, GenerateRequest)
+
+
+def decode_line(payload: bytes) -> GenerateRequest | HealthRequest:
+    """Decode one line of the Unix socket; its `type` is "generate" when left out. Raises as decode_request does."""
+    kind = _decode(payload, _Kind).type
+    if kind not in ("generate", "health"):
+        raise RequestError("bad_request", f"unknown type {kind!r}: send \"generate\" or \"health\"")
+    return _decode(payload, GenerateRequest) if kind == "generate" else _decode(payload, HealthRequest)
+
+
+def id_of(payload: bytes) -> str | None:
+    """The id of a request that could not be decoded, if it can still be read, so that its error finds its sender."""
+    try:
+        return msgspec.json.decode(payload, type=_Identified).id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def error_response(error: RequestError, id: str | None) -> Response:
+    """The reply that a refused or failed request gets."""
+    status: Literal["error", "cancelled"] = "cancelled" if error.code == "cancelled" else "error"
+    assert error.code in ERROR_CODES
+    return Response(
+        id=id,
+        status=status,
+        error=ErrorInfo(error.code, str(error), error.retryable, error.retry_after_ms),
+    )
+
+
+def encode(message: Struct) -> bytes:
+    """One line of JSON, without the newline."""
+    return msgspec.json.encode(message)
