@@ -31,7 +31,7 @@ class Frozen(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every manifest part: immutable, unknown fields refused by name."""
 
 
-class ModelSpec(Frozen):
+class ModelSpec(Frozen, frozen=True):
     """The network's shape."""
 
     config: str
@@ -44,7 +44,7 @@ class ModelSpec(Frozen):
     parameters: Positive
 
 
-class SpecialIds(Frozen):
+class SpecialIds(Frozen, frozen=True):
     """Ids of the control tokens, as `shared.tokens` fixes them."""
 
     pad: int = tokens.PAD
@@ -53,7 +53,7 @@ class SpecialIds(Frozen):
     mask: int = tokens.MASK
 
 
-class Tensor(Frozen):
+class Tensor(Frozen, frozen=True):
     """One graph input or output; a shape entry is a number or a dimension's name ("batch", "length")."""
 
     name: str
@@ -61,7 +61,7 @@ class Tensor(Frozen):
     shape: tuple[int | str, ...]
 
 
-class Graph(Frozen):
+class Graph(Frozen, frozen=True):
     """One step graph: a file for one precision and one target."""
 
     file: FileName
@@ -72,14 +72,14 @@ class Graph(Frozen):
     outputs: tuple[Tensor, ...]
 
 
-class Figure(Frozen):
+class Figure(Frozen, frozen=True):
     """A measured value and its standard error."""
 
     value: float
     stderr: float
 
 
-class Evaluation(Frozen):
+class Evaluation(Frozen, frozen=True):
     """What `host.evaluate` measured on held-out text."""
 
     graph: str  # "torch fp32", or the file of the graph that was measured
@@ -92,7 +92,7 @@ class Evaluation(Frozen):
     masked_cross_entropy: Figure
 
 
-class Parity(Frozen):
+class Parity(Frozen, frozen=True):
     """How closely a quantized graph follows float32: the gate that a bundle must pass."""
 
     graph: str
@@ -101,7 +101,7 @@ class Parity(Frozen):
     top1_agreement: float
 
 
-class TrainingData(Frozen):
+class TrainingData(Frozen, frozen=True):
     """What the model learned from."""
 
     name: str
@@ -110,7 +110,7 @@ class TrainingData(Frozen):
     tokens_seen: int
 
 
-class SamplingDefaults(Frozen):
+class SamplingDefaults(Frozen, frozen=True):
     """What a request gets when it does not say."""
 
     steps: Positive = 64
@@ -119,7 +119,7 @@ class SamplingDefaults(Frozen):
     top_p: float = 1.0
 
 
-class Manifest(Frozen):
+class Manifest(Frozen, frozen=True):
     """The whole of manifest.json."""
 
     format_version: int

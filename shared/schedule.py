@@ -33,18 +33,13 @@ def time_of_masked_fraction(schedule: ScheduleName, fraction: float) -> float:
     return fraction if schedule == "linear" else 2 / math.pi * math.acos(1.0 - fraction)
 
 
-def reveal_counts(num_masked: int, num_steps: int) -> tuple[int, ...]:
-    """How many positions each step commits: few early, many late, at least one each.
+def reveal_count(masked: int, step: int, num_steps: int) -> int:
+    """How many of the `masked` positions pass `step` (counted from 0) commits: few early, many late, at least one.
 
-    After step k of n, cos(πk/2n) of the positions are still masked (MaskGIT, arXiv 2202.04200). More steps than
-    positions means one position a step. Sums to num_masked; its length is min(num_steps, num_masked).
+    The masked fraction follows cos(πk/2n) after k of n passes (MaskGIT, arXiv 2202.04200). Only the ratio of two
+    neighbours enters, so that the grid goes on from wherever an early EOS or a deferred position has left the canvas.
     """
-    n = min(num_steps, num_masked)
-    counts = []
-    left = num_masked
-    for k in range(1, n + 1):
-        target = math.floor(num_masked * math.cos(math.pi / 2 * k / n) + 1e-9)
-        keep = max(n - k, min(left - 1, target))  # leave one for every later step, commit at least one now
-        counts.append(left - keep)
-        left = keep
-    return tuple(counts)
+    if step >= num_steps - 1:
+        return masked
+    ratio = math.cos(math.pi / 2 * (step + 1) / num_steps) / math.cos(math.pi / 2 * step / num_steps)
+    return max(1, masked - math.floor(masked * ratio + 0.5))

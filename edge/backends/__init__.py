@@ -1,0 +1,58 @@
+"""What runs the step graph: a protocol of few methods, and an explicit table of its implementations."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ConfigError
+from shared.manifest import Manifest
+
+
+class StepResult(NamedTuple):
+    """What one pass knows of every position: the K best tokens, best first; ties: the lower id first."""
+
+    ids: NDArray[np.int32]  # (B, L, K)
+    logp: NDArray[np.float32]  # (B, L, K) log-probabilities over the full vocabulary
+    entropy: NDArray[np.float32]  # (B, L) nats
+
+
+class Backend(Protocol):
+    """Scores canvases. Not thread-safe: one worker owns it."""
+
+    lengths: tuple[int, ...]
+    """Canvas lengths it serves, ascending; the last is the bundle's canvas length."""
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+        """Score canvases (B, L) at times t (B,); L must be one of `lengths`."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
+    from edge.backends.ort import OrtBackend
+
+    return OrtBackend(folder, manifest, threads)
+
+
+def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
+    from edge.backends.fake import FakeBackend
+
+    return FakeBackend(manifest, step_ms=float(argument or 0))
+
+
+_LOADERS: dict[str, Callable[[Path, Manifest, int, str], Backend]] = {"ort": _load_ort, "fake": _load_fake}
+
+
+def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> Backend:
+    """The backend of that name, warmed up: "ort", or "fake" ("fake:20" takes 20 ms a step).
+
+    threads: how many to compute with; 0 takes every processor this process may use.
+    """
+    kind, _, argument = name.partition(":")
+    if kind not in _LOADERS:
+        raise ConfigError(f"unknown backend {name!r}: choose one of {', '.join(_LOADERS)}")
+    return _LOADERS[kind](folder, manifest, threads, argument)

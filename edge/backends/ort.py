@@ -1,0 +1,52 @@
+"""ONNX Runtime on the CPU."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import StepResult
+from shared.errors import BundleError
+from shared.manifest import Manifest, find_graph, verified_bytes
+
+OUTPUTS = ["ids", "logp", "entropy"]
+
+
+class OrtBackend:
+    """The bundle's CPU graph, one session for every length bucket."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # wheels from 1.29 on report home unless told before the import
+        import onnxruntime as ort
+
+        graph = find_graph(folder, manifest, "cpu")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.log_severity_level = 3
+        options.add_free_dimension_override_by_name("batch", 1)
+        content = verified_bytes(folder, graph.file, graph.sha256)
+        try:
+            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises types of its own that share no public base
+            raise BundleError(f"{folder / graph.file} cannot be loaded by ONNX Runtime: {error}") from None
+        found = tuple(i.name for i in self._session.get_inputs()), [o.name for o in self._session.get_outputs()]
+        wanted = ("canvas", "t") if manifest.model.time_input else ("canvas",)
+        if found != (wanted, OUTPUTS):
+            raise BundleError(f"{folder / graph.file} has inputs and outputs {found}, not {(wanted, OUTPUTS)}")
+        self._timed = manifest.model.time_input
+        longest = manifest.model.canvas_len
+        self.lengths: tuple[int, ...] = tuple(n for n in (longest // 4, longest // 2, longest) if n >= 16)
+        for length in self.lengths:
+            result = self.step(np.zeros((1, length), np.int32), np.ones(1, np.float32))
+            if result.ids.shape != (1, length, manifest.top_k):
+                raise BundleError(f"{folder / graph.file} gives {result.ids.shape[-1]} ids, not {manifest.top_k}")
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+        """One pass of the graph."""
+        inputs = {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas}
+        return StepResult(*self._session.run(OUTPUTS, inputs))
+
+    def close(self) -> None:
+        """Drop the session and its memory."""
+        del self._session

@@ -1,0 +1,104 @@
+"""Between a request's text and the canvas: tokens in, text out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from shared.errors import RequestError
+from shared.messages import OPEN_POSITION, Gap, GenerateRequest
+from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a request's segments lie on the canvas.
+
+    parts: text to repeat verbatim, or the (first, end) positions of a gap. prompt_tokens: how many are given.
+    """
+
+    canvas: NDArray[np.int32]  # (L,)
+    fill: NDArray[np.bool_]  # (L,) positions the request asks for
+    parts: tuple[str | tuple[int, int], ...]
+    prompt_tokens: int
+
+
+class Texts:
+    """Lays requests out on canvases of one bundle, and reads canvases back."""
+
+    def __init__(self, tokenizer: Tokenizer, canvas_len: int) -> None:
+        tokenizer.encode_special_tokens = True  # "<MASK>" in a prompt is seven characters, not a control token
+        self._tokenizer = tokenizer
+        self._canvas_len = canvas_len
+
+    def lay_out(self, request: GenerateRequest) -> Layout:
+        """Tokens of the given text, MASK in the gaps and in the open rest.
+
+        The open end of a prompt reaches to the canvas end, or `max_tokens` on, where a PAD then says that the text
+        has ended by there. Behind the last segment of an infill the canvas stays masked but is not filled.
+        Raises RequestError: `too_large` when it does not fit, `bad_request` when there is nothing to fill.
+        """
+        segments: list[str | Gap] = list(request.segments or []) if request.prompt is None else [request.prompt]
+        open_end = request.prompt is not None
+        if not open_end and request.max_tokens is not None:
+            raise RequestError("bad_request", "`max_tokens` goes with `prompt`: the gaps of `segments` have a length")
+        if not open_end and not any(isinstance(s, Gap) for s in segments):
+            raise RequestError("bad_request", "`segments` has no gap to fill: add one as {\"gap\": 4}, or use `prompt`")
+        ids, parts = [BOS], list[str | tuple[int, int]]()
+        given = 0
+        for i, segment in enumerate(segments):
+            if isinstance(segment, Gap):
+                parts.append((len(ids), len(ids) + segment.gap))
+                ids += [MASK] * segment.gap
+                continue
+            before_gap = open_end or (i + 1 < len(segments) and isinstance(segments[i + 1], Gap))
+            tokens = self._encode(segment, before_gap)
+            given += len(tokens)
+            ids += tokens
+            parts.append(segment)
+        room = self._canvas_len - len(ids)
+        if room < int(open_end):
+            what = "the prompt" if open_end else "the segments with their gaps"
+            fits = self._canvas_len - 1 - int(open_end)
+            raise RequestError("too_large", f"{what} take {len(ids) - 1} tokens; at most {fits} fit on the canvas")
+        canvas = np.full(self._canvas_len, MASK, np.int32)
+        canvas[: len(ids)] = ids
+        fill = canvas == MASK
+        if open_end:
+            length = min(room, request.max_tokens or room)
+            parts.append((len(ids), len(ids) + length))
+            canvas[len(ids) + length :] = PAD
+            fill = canvas == MASK
+        else:
+            fill[len(ids) :] = False
+        return Layout(canvas, fill, tuple(parts), given)
+
+    def _encode(self, text: str, before_gap: bool) -> list[int]:
+        # A word's token brings its leading space, so a space before a gap belongs to the gap; `read` puts it back.
+        if before_gap and text.endswith(" ") and text.strip(" "):
+            text = text[:-1]
+        encoded: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return encoded
+
+    def read(self, layout: Layout, canvas: NDArray[np.int32]) -> str:
+        """The text of a canvas: given text verbatim, filled gaps decoded, open positions as OPEN_POSITION."""
+        out = ""
+        for part in layout.parts:
+            if isinstance(part, str):
+                out += part
+                continue
+            filled = self._decode(canvas[part[0] : part[1]])
+            out += filled[1:] if out.endswith(" ") and filled.startswith(" ") else filled
+        return out
+
+    def _decode(self, ids: NDArray[np.int32]) -> str:
+        out, run = "", list[int]()
+        for token in [*ids.tolist(), MASK]:
+            if token >= FIRST_TEXT_ID:
+                run.append(token)
+                continue
+            out += self._tokenizer.decode(run) if run else ""
+            run = []
+            out += OPEN_POSITION if token == MASK else ""
+        return out[: -len(OPEN_POSITION)]

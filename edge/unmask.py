@@ -1,0 +1,139 @@
+"""The unmasking loop: score the canvas, draw a candidate for every open position, commit some, repeat.
+
+Backend-blind. `host.sampler` says the same in torch; a golden test holds the two together.
+L: canvas length, M: open positions, K: candidates of each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend
+from edge.philox import ORDER_DOMAIN, gumbel, uniform
+from shared.manifest import Selection
+from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
+from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
+
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw and commit. threshold and entropy_bound replace the fixed grid; then steps is the most passes."""
+
+    seed: int
+    steps: int
+    selection: Selection
+    temperature: float
+    top_k: int
+    top_p: float
+    threshold: float | None = None
+    entropy_bound: float | None = None
+
+
+def unmask(
+    backend: Backend,
+    schedule: ScheduleName,
+    canvas: Ids,
+    fill: Bools,
+    sampling: Sampling,
+    on_step: Callable[[int, Ids], None],
+) -> int:
+    """Fill a canvas (L,) in place where `fill` is true; calls on_step(passes so far, canvas).  → passes made"""
+    step, before = 0, canvas.size
+    while (left := int(np.count_nonzero(open_now := fill & (canvas == MASK)))) > 0:
+        if left >= before:
+            raise RuntimeError("the step graph proposes MASK, or an end left of visible text: nothing can be committed")
+        before = left
+        length = active_bucket(canvas, backend.lengths)
+        t = time_of_masked_fraction(schedule, np.count_nonzero(canvas == MASK) / (canvas.size - 1))
+        scored = backend.step(canvas[None, :length], np.array([t], np.float32))
+        position = np.flatnonzero(open_now)
+        ids, logp, entropy = scored.ids[0, position], scored.logp[0, position], scored.entropy[0, position]
+        token, confidence = draw(ids, logp, sampling, step, position)
+        order = rank(logp, entropy, confidence, sampling, step, position)
+        count = how_many(order, entropy, confidence, sampling, step, left)
+        commit(canvas, position[order[:count]], token[order[:count]])
+        step += 1
+        on_step(step, canvas)
+    return step
+
+
+def active_bucket(canvas: Ids, lengths: tuple[int, ...]) -> int:
+    """The shortest length that holds everything up to the first visible EOS or PAD; what follows is certain."""
+    ends = np.flatnonzero((canvas == EOS) | (canvas == PAD))
+    active = int(ends[0]) + 1 if ends.size else canvas.size
+    return next(length for length in lengths if length >= active)
+
+
+def draw(ids: Ids, logp: Floats, sampling: Sampling, step: int, position: NDArray[np.intp]) -> tuple[Ids, Floats]:
+    """One candidate a position, after temperature, top-k and top-p, by the Gumbel-max trick.  → ids, confidence (M,)
+
+    confidence is the candidate's log-probability before temperature. Ties go to the lower id.
+    """
+    if sampling.temperature == 0:
+        return ids[:, 0], logp[:, 0]
+    ids, logp = ids[:, : sampling.top_k], logp[:, : sampling.top_k]
+    score = logp / np.float32(sampling.temperature)
+    noisy = score + gumbel(sampling.seed, step, position[:, None].astype(np.uint32), ids.astype(np.uint32))
+    if sampling.top_p < 1:
+        p = np.exp(score - score[:, :1])
+        p /= p.sum(1, keepdims=True)
+        noisy[np.cumsum(p, 1) - p >= sampling.top_p] = -np.inf  # keeps the first candidate to reach top_p
+    best = noisy.max(1, keepdims=True)
+    column = np.where(noisy == best, ids, np.iinfo(np.int32).max).argmin(1)[:, None]
+    return np.take_along_axis(ids, column, 1)[:, 0], np.take_along_axis(logp, column, 1)[:, 0]
+
+
+def rank(
+    logp: Floats, entropy: Floats, confidence: Floats, sampling: Sampling, step: int, position: NDArray[np.intp]
+) -> NDArray[np.intp]:
+    """Order in which open positions are committed, the first first; ties go to the lower position.  → (M,)"""
+    if sampling.threshold is not None:
+        score = confidence
+    elif sampling.entropy_bound is not None or sampling.selection == "entropy":
+        score = -entropy
+    elif sampling.selection == "confidence":
+        score = confidence
+    elif sampling.selection == "margin":
+        score = np.exp(logp[:, 0]) - np.exp(logp[:, 1])
+    else:
+        score = uniform(sampling.seed, step, position.astype(np.uint32), np.zeros(1, np.uint32), ORDER_DOMAIN)
+    return np.argsort(-score, kind="stable")
+
+
+def how_many(
+    order: NDArray[np.intp], entropy: Floats, confidence: Floats, sampling: Sampling, step: int, left: int
+) -> int:
+    """How many positions this pass commits: at least one, and all that are left in the last pass."""
+    if step >= sampling.steps - 1:
+        return left
+    if sampling.threshold is not None:
+        return max(1, int(np.count_nonzero(confidence >= np.log(np.float32(sampling.threshold)))))
+    if sampling.entropy_bound is not None:
+        return max(1, int(np.count_nonzero(np.cumsum(entropy[order]) <= sampling.entropy_bound)))
+    return reveal_count(left, step, sampling.steps)
+
+
+def commit(canvas: Ids, position: NDArray[np.intp], token: Ids) -> None:
+    """Write tokens for good, and what follows from them with certainty.
+
+    Tokens drawn in one pass do not know of each other: an EOS or PAD left of a text token cannot stand, so text is
+    committed and the end stays open for a later pass. Behind the first end everything is PAD, and an end directly
+    behind text is EOS.
+    """
+    is_text = token >= FIRST_TEXT_ID
+    canvas[position[is_text]] = token[is_text]
+    last_text = np.flatnonzero(canvas >= FIRST_TEXT_ID)[-1:].max(initial=0)
+    ends = ~is_text & (position > last_text)
+    canvas[position[ends]] = token[ends]
+    visible_ends = np.flatnonzero((canvas == EOS) | (canvas == PAD))
+    if visible_ends.size:
+        first = visible_ends[0]
+        if canvas[first - 1] != MASK:
+            canvas[first] = EOS
+        canvas[first + 1 :] = PAD

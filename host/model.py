@@ -1,0 +1,167 @@
+"""The network: a bidirectional pre-norm transformer that scores every position of a canvas.
+
+`python -m host.model` prints the configurations. B: batch, L: canvas length, D: width, H: heads, V: vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.errors import ConfigError, run_main
+from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
+
+CANVAS_LEN: Final = 256
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a network. vocab_size comes from the data folder's tokenizer."""
+
+    name: str
+    d_model: int
+    layers: int
+    heads: int
+    vocab_size: int = 8192
+    canvas_len: int = CANVAS_LEN
+    time_input: bool = True
+
+
+CONFIGS: Final = {
+    config.name: config
+    for config in (
+        ModelConfig("debug", d_model=64, layers=2, heads=2, vocab_size=512),
+        ModelConfig("tiny", d_model=256, layers=4, heads=4),
+        ModelConfig("small", d_model=384, layers=6, heads=6),
+        ModelConfig("medium", d_model=512, layers=8, heads=8),
+        ModelConfig("large", d_model=640, layers=10, heads=10),
+    )
+}
+
+
+def config_named(name: str) -> ModelConfig:
+    """The configuration of that name; ConfigError lists the names there are."""
+    if name not in CONFIGS:
+        raise ConfigError(f"unknown configuration {name!r}: choose one of {', '.join(CONFIGS)}")
+    return CONFIGS[name]
+
+
+def first_end(canvas: Tensor) -> Tensor:
+    """Position of the first visible EOS or PAD in each row, L where there is none.  (B, L) → (B,)"""
+    length = canvas.shape[1]
+    position = torch.arange(length, device=canvas.device)
+    return torch.where((canvas == EOS) | (canvas == PAD), position, length).amin(1)
+
+
+def ends_impossible(canvas: Tensor) -> Tensor:
+    """True left of a visible text token, where neither EOS nor PAD can stand.  (B, L) → (B, L)"""
+    position = torch.arange(canvas.shape[1], device=canvas.device)
+    last_text = torch.where(canvas >= FIRST_TEXT_ID, position, -1).amax(1)
+    return position < last_text[:, None]
+
+
+def timestep_embedding(t: Tensor, d_model: int) -> Tensor:
+    """Sinusoids of 1000·t, always float32: in low precision the phase is lost.  (B,) → (B, D)"""
+    half = d_model // 2
+    frequency = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    phase = 1000.0 * t.float()[:, None] * frequency
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a LayerNorm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.attention_out = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d)
+        self.up = nn.Linear(d, 4 * d)
+        self.down = nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor, attended: Tensor | None, causal: bool) -> Tensor:
+        b, length, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, length, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attended, is_causal=causal)  # (B, H, L, D/H)
+        x = x + self.attention_out(mixed.transpose(1, 2).reshape(b, length, d))
+        hidden: Tensor = self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x + hidden
+
+
+class Denoiser(nn.Module):
+    """Scores the tokens that masked positions may hold; the same body serves the autoregressive baseline."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.d_model
+        self.token_embedding = nn.Embedding(config.vocab_size, d)
+        self.position_embedding = nn.Embedding(config.canvas_len, d)
+        self.time_mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) if config.time_input else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, config.vocab_size)
+        never = torch.zeros(2, config.vocab_size, dtype=torch.bool)  # row 1: also left of visible text
+        never[:, [MASK, BOS]] = True
+        never[1, [EOS, PAD]] = True
+        self.register_buffer("never", never, persistent=False)
+        self.apply(self._init)
+        for block in self.blocks:
+            for out in (block.attention_out, block.down):
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.layers))
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, canvas: Tensor, t: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Hidden states.  canvas (B, L) integer ids, t (B,) if timed → (B, L, D)
+
+        Positions behind the first visible EOS or PAD are certain, so nothing attends to them.
+        """
+        x = self.token_embedding(canvas) + self.position_embedding.weight[: canvas.shape[1]]
+        if self.time_mlp is not None and t is not None:
+            x = x + self.time_mlp(timestep_embedding(t, self.config.d_model))[:, None]
+        attended = None
+        if not causal:
+            position = torch.arange(canvas.shape[1], device=canvas.device)
+            attended = (position <= first_end(canvas)[:, None])[:, None, None]  # (B, 1, 1, L)
+        for block in self.blocks:
+            x = block(x, attended, causal)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def logits(self, hidden: Tensor, ends_are_impossible: Tensor) -> Tensor:
+        """Float32 scores, −inf where a token cannot stand: MASK, BOS; EOS and PAD left of visible text.
+
+        hidden (N, D), ends_are_impossible (N,) bool → (N, V)
+        """
+        never: Tensor = self.never  # type: ignore[assignment]
+        return self.head(hidden).float().masked_fill(never[ends_are_impossible.long()], -torch.inf)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of trained values, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Denoiser(config).parameters())
+
+
+def main() -> None:
+    """Print the table of configurations."""
+    print(f"{'name':8} {'d_model':>7} {'layers':>6} {'heads':>5} {'vocabulary':>10} {'canvas':>6} {'parameters':>12}")
+    for c in CONFIGS.values():
+        shape = f"{c.name:8} {c.d_model:7} {c.layers:6} {c.heads:5} {c.vocab_size:10} {c.canvas_len:6}"
+        print(f"{shape} {count_parameters(c):12,}")
+
+
+if __name__ == "__main__":
+    run_main(main)

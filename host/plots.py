@@ -1,0 +1,38 @@
+"""Curves of a run as PNG."""
+
+import csv
+from pathlib import Path
+
+from host.progress import LOG_FILE
+
+
+def plot_curves(run: Path) -> None:
+    """Draw log.csv into curves.png: training loss with its running mean, validation loss, learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with (run / LOG_FILE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tokens = [int(row["tokens"]) / 1e6 for row in rows]
+    loss = [float(row["loss"]) for row in rows]
+    smooth, mean = [], loss[0] if loss else 0.0
+    for value in loss:
+        mean += 0.05 * (value - mean)
+        smooth.append(mean)
+    valid = [(x, float(row["valid"])) for x, row in zip(tokens, rows, strict=True) if row["valid"]]
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1])
+    above.plot(tokens, loss, color="tab:blue", alpha=0.2)
+    above.plot(tokens, smooth, color="tab:blue", label="training, running mean")
+    if valid:
+        above.plot(*zip(*valid, strict=True), "o-", color="tab:orange", label="validation, averaged weights")
+        above.set_ylim(0.9 * min(value for _, value in valid), max(smooth[len(smooth) // 20 :]) * 1.05)
+    above.set_ylabel("nats a token")
+    above.legend()
+    below.plot(tokens, [float(row["lr"]) for row in rows], color="tab:green")
+    below.set_ylabel("learning rate")
+    below.set_xlabel("million tokens")
+    figure.tight_layout()
+    figure.savefig(run / "curves.png", dpi=100)
+    plt.close(figure)

@@ -1,0 +1,68 @@
+"""What a person sees of a run while it trains: the CSV log, the progress bar, Weights & Biases."""
+
+import contextlib
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from shared.errors import ConfigError
+
+LOG_FILE = "log.csv"
+LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s")
+
+
+@contextlib.contextmanager
+def open_log(path: Path, step: int) -> Iterator[Callable[[tuple[object, ...]], None]]:
+    """Append rows to the CSV log; each row is on disk at once.
+
+    Rows behind `step`, which a crash left after the checkpoint that is resumed, are dropped first.
+    """
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= step]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([LOG_COLUMNS, *kept])
+
+        def log(row: tuple[object, ...]) -> None:
+            writer.writerow(row)
+            file.flush()
+
+        yield log
+
+
+@contextlib.contextmanager
+def progress_bar(
+    steps: int, seconds: float | None
+) -> Iterator[Callable[[int, float, float, float | None, float], None]]:
+    """A bar over steps, or over the seconds given, with loss, tokens a second and time left.
+
+    Yields show(step, seconds, loss, validation loss or None, tokens a second).
+    """
+    total = steps if seconds is None else round(seconds)
+    last_valid = "-"
+    with tqdm(total=total, unit="step" if seconds is None else "s", dynamic_ncols=True) as bar:
+
+        def show(step: int, spent: float, loss: float, valid: float | None, tokens_per_s: float) -> None:
+            nonlocal last_valid
+            last_valid = last_valid if valid is None else f"{valid:.3f}"
+            now = min(total, step if seconds is None else round(spent))
+            if bar.n == 0 and now > 1:
+                bar.initial = bar.n = now  # a resumed run: count its speed from here
+            bar.set_postfix_str(f"loss {loss:.3f}, valid {last_valid}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            bar.update(now - bar.n)
+
+        yield show
+
+
+def start_wandb(name: str, settings: dict[str, float]) -> Callable[[dict[str, float]], None]:
+    """Begin a Weights & Biases run; ConfigError when the package is missing."""
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError('--wandb needs its package: pip install "diffusion-llm[wandb]"') from None
+    run = wandb.init(project="diffusion-llm", name=name, config=settings)
+    return lambda row: run.log(row, step=int(row["step"]))
