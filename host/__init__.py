@@ -1,0 +1,1 @@
+"""The training host: data, model, diffusion, training, evaluation, export."""

@@ -1,0 +1,91 @@
+"""Byte-level BPE, and stories as canvases: BOS, text, EOS, PAD to the end; a story cut at the end has no EOS."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from shared.errors import DataError
+from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD, SPECIAL_TOKENS
+
+CANVAS_LEN: Final = 256  # positions
+MIN_VOCAB_SIZE: Final = FIRST_TEXT_ID + 256  # control tokens and every byte
+MAX_VOCAB_SIZE: Final = 1 << 16  # ids are stored as uint16
+MAX_TOKEN_BYTES: Final = 32
+
+
+def head(text: str, canvas_len: int = CANVAS_LEN) -> str:
+    """As much of a story as can reach its canvas.
+
+    No token spells more than MAX_TOKEN_BYTES bytes, so a longer story overflows its canvas with or without the rest.
+    """
+    return text[: canvas_len * MAX_TOKEN_BYTES]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn byte-level BPE with the control tokens at ids 0 to 3.
+
+    vocab_size counts control tokens and bytes too; little text may yield a smaller vocabulary. Merges stay inside a
+    pre-token, and no pre-token mixes letters with brackets: however often a text says "<MASK>", it never becomes one
+    token.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_TOKEN_BYTES,
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read tokenizer.json; the text "<MASK>" is encoded as text, since the file does not keep that setting.
+
+    Raises DataError when the file is missing, is no tokenizer, or has other control tokens.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{path} cannot be read as a tokenizer: {error}") from None
+    if [tokenizer.id_to_token(i) for i in range(FIRST_TEXT_ID)] != list(SPECIAL_TOKENS):
+        raise DataError(f"{path} does not have the control tokens {' '.join(SPECIAL_TOKENS)} at its first ids")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode_stories(tokenizer: Tokenizer, texts: Sequence[str], canvas_len: int = CANVAS_LEN) -> np.ndarray:
+    """One canvas a story.  → (len(texts), canvas_len) uint16"""
+    canvases = np.full((len(texts), canvas_len), PAD, dtype=np.uint16)
+    canvases[:, 0] = BOS
+    encodings = tokenizer.encode_batch_fast([head(text, canvas_len) for text in texts], add_special_tokens=False)
+    for canvas, encoding in zip(canvases, encodings, strict=True):
+        ids = encoding.ids
+        kept = min(len(ids), canvas_len - 1)
+        canvas[1 : 1 + kept] = ids[:kept]
+        if 1 + kept < canvas_len:
+            canvas[1 + kept] = EOS
+    return canvases
+
+
+def encode_story(tokenizer: Tokenizer, text: str, canvas_len: int = CANVAS_LEN) -> np.ndarray:
+    """One story's canvas.  → (canvas_len,) uint16"""
+    canvas: np.ndarray = encode_stories(tokenizer, [text], canvas_len)[0]
+    return canvas
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text each id spells, 0 for control tokens.  → (vocabulary,) int64"""
+    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id >= FIRST_TEXT_ID:
+            lengths[token_id] = len(token)  # the byte-level alphabet spells each byte as one character
+    return lengths
