@@ -1,0 +1,11 @@
+"""`python -m edge`: the daemon."""
+
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's wheels report home unless told before their import
+
+from edge.daemon import main
+from shared.errors import run_main
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,47 @@
+"""The other end of the Unix socket. Imports no runtime, so that a client starts at once."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from shared.errors import ConfigError, RequestError
+from shared.messages import GenerateRequest, Partial, Response, encode
+
+
+def connect(path: Path) -> socket.socket | None:
+    """A connection to the daemon at `path`; None when none listens there.
+
+    Raises ConfigError when the path cannot be used at all, or its socket may not be opened.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    except OSError as error:
+        connection.close()
+        raise ConfigError(f"socket {path} cannot be used: {error.strerror or error}") from None
+    return connection
+
+
+def ask(connection: socket.socket, request: GenerateRequest) -> Iterator[Partial | Response]:
+    """Send one request; its snapshots, if it streams, and last its response.
+
+    Raises RequestError when the daemon leaves before its answer.
+    """
+    try:
+        connection.sendall(encode(request) + b"\n")
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                reply = msgspec.json.decode(line, type=Partial | Response)
+                yield reply
+                if isinstance(reply, Response):
+                    return
+    except OSError as error:
+        raise RequestError("internal", f"the connection to the daemon broke: {error.strerror or error}") from None
+    except msgspec.DecodeError as error:
+        raise RequestError("internal", f"the daemon's reply cannot be read: {error}") from None
+    raise RequestError("internal", "the daemon hung up before it answered")

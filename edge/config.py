@@ -1,0 +1,182 @@
+"""The daemon's settings: one TOML file, overridden by EDGELM_* variables, overridden by command-line flags.
+
+Parsed once at the start and frozen; everything behind this file sees a `Config`.
+"""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from shared.errors import ConfigError
+
+PREFIX: Final = "EDGELM_"
+FILE_VARIABLE: Final = "EDGELM_CONFIG"
+VARIABLES: Final[dict[str, str]] = {
+    "EDGELM_BUNDLE": "bundle",
+    "EDGELM_SOCKET": "socket",
+    "EDGELM_BACKEND": "backend",
+    "EDGELM_THREADS": "threads",
+    "EDGELM_QUEUE_SIZE": "queue_size",
+    "EDGELM_DRAIN_S": "drain_s",
+    "EDGELM_DEVICE": "device",
+    "EDGELM_MQTT_HOST": "mqtt.host",
+    "EDGELM_MQTT_PORT": "mqtt.port",
+    "EDGELM_MQTT_USERNAME": "mqtt.username",
+    "EDGELM_MQTT_PASSWORD_FILE": "mqtt.password_file",
+    "EDGELM_MQTT_CA_FILE": "mqtt.ca_file",
+}
+"""Environment variable → the key it overrides. An empty variable counts as unset."""
+
+SYSTEM_SOCKET: Final = Path("/run/edgelm.sock")
+
+Device = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Text = Annotated[str, Meta(min_length=1, max_length=256)]
+ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/$", max_length=256)]
+
+
+def default_bundle() -> Path:
+    """The bundle that ships beside the packages."""
+    return Path(__file__).resolve().parent.parent / "bundle" / "tinystories"
+
+
+def socket_candidates() -> tuple[Path, ...]:
+    """Where a daemon may listen when nobody says: the user's runtime folder, the system's, the temporary one."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    own = (Path(runtime) / "edgelm.sock",) if runtime else ()
+    return (*own, SYSTEM_SOCKET, Path(f"/tmp/edgelm-{os.getuid()}.sock"))
+
+
+def default_socket() -> Path:
+    """The first candidate whose folder this user may write to."""
+    candidates = socket_candidates()
+    return next((path for path in candidates if os.access(path.parent, os.W_OK | os.X_OK)), candidates[-1])
+
+
+def default_device() -> str:
+    """The host's short name, with what MQTT topics cannot carry replaced."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0]).strip("-_")[:64] or "edge"
+
+
+class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How to reach the broker; without a host MQTT is off.
+
+    ca_file: PEM certificates to trust, which turns TLS on. reply_prefixes: where a request may have its answer sent.
+    """
+
+    host: Text | None = None
+    port: Annotated[int, Meta(ge=1, le=65535)] = 1883
+    username: Text | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    reply_prefixes: Annotated[tuple[ReplyPrefix, ...], Meta(min_length=1)] = ("edgelm/",)
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything the daemon can be told.
+
+    threads: of the runtime, 0 lets it choose. queue_size: requests that may wait. drain_s: seconds that accepted
+    requests get to finish in when the daemon is asked to stop.
+    """
+
+    bundle: Path = field(default_factory=default_bundle)
+    socket: Path = field(default_factory=default_socket)
+    backend: Text = "ort"
+    threads: Annotated[int, Meta(ge=0, le=256)] = 0
+    queue_size: Annotated[int, Meta(ge=1, le=1024)] = 32
+    drain_s: Annotated[float, Meta(ge=0, le=600)] = 20.0
+    device: Device = field(default_factory=default_device)
+    mqtt: MqttConfig = field(default_factory=MqttConfig)
+
+
+def load_config(
+    file: Path | None = None, flags: Mapping[str, str] | None = None, environ: Mapping[str, str] | None = None
+) -> Config:
+    """Settings from `file` (or $EDGELM_CONFIG, or none), then the environment, then flags (key → text).
+
+    Relative paths in the file start at the file's folder, all others at the working directory. Raises ConfigError
+    naming the file, variable or flag, and the key.
+    """
+    environ = os.environ if environ is None else environ
+    if file is None and environ.get(FILE_VARIABLE):
+        file = Path(environ[FILE_VARIABLE])
+    config = Config() if file is None else _convert(_read_toml(file), str(file), file.absolute().parent, strict=True)
+    for variable in sorted(name for name in environ if name.startswith(PREFIX) and name != FILE_VARIABLE):
+        if variable not in VARIABLES:
+            raise ConfigError(f"unknown environment variable {variable}: known are {', '.join(VARIABLES)}")
+        if environ[variable]:
+            config = _override(config, variable, VARIABLES[variable], environ[variable])
+    for key, text in (flags or {}).items():
+        config = _override(config, f"--{key.partition('.')[0]}", key, text)
+    if config.mqtt.password_file and not config.mqtt.username:
+        raise ConfigError("mqtt.password_file needs mqtt.username: brokers take a password only with a name")
+    return config
+
+
+def parse_broker(text: str) -> dict[str, str]:
+    """`HOST[:PORT]`, an IPv6 address in brackets, as flags for load_config. Raises ConfigError."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^:\s]+)(?::(\d+))?", text)
+    if match is None:
+        raise ConfigError(f"--mqtt {text}: expected HOST or HOST:PORT, such as broker.local:1883")
+    host, port = match.groups()
+    return {"mqtt.host": host.strip("[]")} | ({"mqtt.port": port} if port else {})
+
+
+def read_password(mqtt: MqttConfig) -> str | None:
+    """The password in the password file, without its final line break. Raises ConfigError."""
+    if mqtt.password_file is None:
+        return None
+    try:
+        return mqtt.password_file.read_text("utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"mqtt.password_file {mqtt.password_file} cannot be read: {error}") from None
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:  # JetPack 6
+        import tomli as tomllib
+    try:
+        with file.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"configuration file {file} cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from None
+
+
+def _override(config: Config, source: str, key: str, text: str) -> Config:
+    """`config` with the value of one variable or flag in place, checked by itself so that errors name its source."""
+    section, _, name = key.rpartition(".")
+    given = _convert({section: {name: text}} if section else {name: text}, source, Path.cwd(), strict=False)
+    if section:
+        mqtt = msgspec.structs.replace(config.mqtt, **{name: getattr(given.mqtt, name)})
+        return msgspec.structs.replace(config, mqtt=mqtt)
+    return msgspec.structs.replace(config, **{name: getattr(given, name)})
+
+
+def _convert(settings: dict[str, Any], source: str, base: Path, strict: bool) -> Config:
+    try:
+        return msgspec.convert(settings, Config, strict=strict, dec_hook=_path_below(base))
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$")
+        key = where.strip("`.")
+        what = what.replace("Object contains unknown field", "unknown key").replace("Expected", "expected")
+        raise ConfigError(f"{source}: {what} in `{key}`" if key else f"{source}: {what}") from None
+
+
+def _path_below(base: Path) -> Callable[[type, object], object]:
+    def decode(kind: type, value: object) -> object:
+        assert kind is Path
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise ValueError("Expected a path")
+        return base / Path(value).expanduser()
+
+    return decode

@@ -1,0 +1,97 @@
+"""`python -m edge.demo`: start a daemon, watch it write a story, stop it."""
+
+import argparse
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Final
+
+from edge.client import connect
+from edge.config import PREFIX, default_bundle
+from edge.generate import ask_daemon, unwrap
+from edge.view import View, printable
+from shared.errors import ConfigError, DiffusionLLMError, run_main
+from shared.messages import GenerateRequest
+
+PROMPT: Final = "Once upon a time"
+START_S: Final = 60.0
+STOP_S: Final = 10.0
+
+EPILOG = """example:
+  python -m edge.demo --bundle bundles/mine"""
+
+
+@contextmanager
+def running_daemon(bundle: Path, socket: Path, log: IO[bytes]) -> Iterator[str]:
+    """A daemon for as long as the block runs; yields its ready line.
+
+    Raises DiffusionLLMError with the daemon's own words when it does not start.
+    """
+    # What the user's own daemon is told must not reach this one, its broker least of all.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    command = [sys.executable, "-m", "edge", "--bundle", str(bundle), "--socket", str(socket)]
+    # A session of its own: Ctrl-C stops this program, which then stops the daemon.
+    daemon = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True)
+    assert daemon.stdout is not None
+    try:
+        came = select.select([daemon.stdout], [], [], START_S)[0]
+        ready = daemon.stdout.readline().decode() if came else ""
+        if not ready:
+            log.seek(0)
+            words = log.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("error: ")
+            raise DiffusionLLMError(words or f"the daemon was not ready within {START_S:g} s")
+        yield ready.strip()
+    finally:
+        daemon.terminate()
+        try:
+            daemon.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+        daemon.stdout.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demonstration; its daemon and its files are gone afterwards, also after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edge.demo",
+        description="Start a daemon in a temporary folder, watch it write a story, stop it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--bundle", type=Path, default=default_bundle(), metavar="DIR", help="default: the shipped one")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="edgelm-") as name:
+        folder = Path(name)
+        with (folder / "daemon.log").open("w+b") as log, running_daemon(args.bundle, folder / "socket", log) as ready:
+            print(ready)
+            _tell_story(folder / "socket")
+    return 0
+
+
+def _tell_story(socket: Path) -> None:
+    started_s = time.monotonic()
+    connection = connect(socket)
+    if connection is None:
+        raise ConfigError(f"the daemon said it was ready, but nothing listens at {socket}")
+    with connection, View(sys.stdout) as view:
+        response = ask_daemon(connection, GenerateRequest(prompt=PROMPT, stream=True), view.show)
+    seconds = time.monotonic() - started_s
+    text = unwrap(response)
+    assert response.usage is not None
+    tokens, steps = response.usage.generated_tokens, response.usage.steps
+    print(f"\n{printable(text)}\n")
+    print(f"{tokens} tokens in {steps} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens a second")
+    print(f'again: python -m edge.generate "{PROMPT}" --stream --seed {response.seed}')
+
+
+if __name__ == "__main__":
+    run_main(main)

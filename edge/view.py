@@ -1,0 +1,86 @@
+"""A canvas unmasking in the terminal: redrawn in place, or a few plain lines where there is no terminal."""
+
+import os
+import re
+import textwrap
+import time
+from typing import Final, TextIO
+
+from shared.messages import OPEN_POSITION, Partial
+
+PLAIN_LINES: Final = 8
+CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+CLIP_LINES, WRAP_LINES = "\x1b[?7l", "\x1b[?7h"
+
+
+def printable(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but line break and tab are replaced."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+class View:
+    """Shows one request's snapshots on `out`; a context manager that leaves the terminal clean."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._drawn_lines = 0
+        self._next_plain_step = 0
+        self._first: tuple[float, int] | None = None  # seconds and open positions at the first snapshot
+
+    def __enter__(self) -> "View":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
+
+    def show(self, partial: Partial) -> None:
+        """Replace what is shown by a newer snapshot."""
+        if self._live:
+            self._draw(partial)
+        elif partial.step >= self._next_plain_step:
+            self._next_plain_step = partial.step + max(1, partial.steps // PLAIN_LINES)
+            text = printable(partial.text).replace("\n", " ")
+            self._out.write(f"step {partial.step}/{partial.steps}, {partial.masked} open: {text}\n")
+            self._out.flush()
+
+    def clear(self) -> None:
+        """Take the canvas off the terminal, to make room for the text."""
+        if self._drawn_lines:
+            self._out.write(f"{self._rewind()}{SHOW_CURSOR}")
+            self._out.flush()
+            self._drawn_lines = 0
+
+    def _draw(self, partial: Partial) -> None:
+        size = os.get_terminal_size(self._out.fileno())
+        # Rows scrolled off the top cannot be redrawn: show what fits above the status line.
+        columns, rows = size.columns or 80, size.lines or 24  # some pseudo-terminals say 0
+        lines = wrap(printable(partial.text), columns)[: max(rows - 2, 1)]
+        lines = [re.sub(f"({OPEN_POSITION}+)", rf"{DIM}\1{RESET}", line) for line in lines]
+        lines.append(f"{DIM}{self._status(partial)}{RESET}")
+        frame = "".join(f"{line}\n" for line in lines)
+        # Clipping keeps one line one row even where characters are two columns wide.
+        self._out.write(f"{self._rewind()}{HIDE_CURSOR}{CLIP_LINES}{frame}{WRAP_LINES}")
+        self._out.flush()
+        self._drawn_lines = len(lines)
+
+    def _rewind(self) -> str:
+        return f"\x1b[{self._drawn_lines}F\x1b[J" if self._drawn_lines else ""
+
+    def _status(self, partial: Partial) -> str:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, partial.masked)
+        seconds, tokens = now - self._first[0], self._first[1] - partial.masked
+        speed = f", {tokens / seconds:.0f} tokens/s" if seconds and tokens else ""
+        return f"step {partial.step}/{partial.steps}, {partial.masked} open{speed}"
+
+
+def wrap(text: str, columns: int) -> list[str]:
+    """Lines of at most `columns` characters, broken between words; line breaks of the text stay."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        lines += textwrap.wrap(paragraph, columns, break_on_hyphens=False) or [""]
+    return lines
