@@ -287,7 +287,7 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder
     )
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data.tokenizer_path, out / TOKENIZER)
-    (out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    (out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
     return config, progress, data
 
 
@@ -296,7 +296,7 @@ def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFo
     last = find_checkpoint(args.resume, LAST)
     progress = read_progress(last)
     try:
-        config = msgspec.json.decode((args.resume / CONFIG_FILE).read_bytes(), type=TrainConfig)
+        config = msgspec.json.decode((args.resume / CONFIG_FILE).read_bytes(), type=TrainConfig, dec_hook=lambda kind, value: kind(value))
     except (OSError, msgspec.DecodeError) as error:
         raise DataError(f"{args.resume / CONFIG_FILE} cannot be read: {error}") from None
     config = replace(config, out=args.resume)
