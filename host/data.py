@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from host.shards import DATA_FILE, FORMAT_VERSION, DataMeta, SplitName, SplitWriter, file_sha256, load_data
+from host.text_sample import DISTINCT_WORD_BYTES, SAMPLE_BYTES, SpreadSample, with_bearable_words
 from host.text_sources import FILE_ENDINGS, Corpus, open_corpus, source_identity
 from host.tokenizer import (
     CANVAS_LEN,
@@ -36,34 +37,8 @@ from shared.manifest import TOKENIZER
 DEFAULT_SOURCE: Final = "roneneldan/TinyStories"
 DEFAULT_OUT: Final = Path("data/tinystories")
 DEFAULT_VOCAB_SIZE: Final = 8192
-SAMPLE_BYTES: Final = 100_000_000
 HOLD_OUT_EVERY: Final = 100
-STORIES_AT_ONCE: Final = 512
-
-
-class SpreadSample:
-    """At most `limit_bytes` of a stream of unknown length, spread evenly over it: every `stride`-th text."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.texts: list[str] = []
-        self.stride = 1
-        self._seen = 0
-        self._limit_bytes = limit_bytes
-        self._size_bytes = 0
-
-    def offer(self, text: str) -> bool:
-        """Show the next text.  → whether the sample was thinned out to stay within its limit"""
-        self._seen += 1
-        if (self._seen - 1) % self.stride:
-            return False
-        self.texts.append(text)
-        self._size_bytes += len(text.encode())
-        if self._size_bytes <= self._limit_bytes:
-            return False
-        self.texts = self.texts[::2]
-        self.stride *= 2
-        self._size_bytes = sum(len(kept.encode()) for kept in self.texts)
-        return True
+STORIES_AT_ONCE: Final = 256  # bounds memory: long stories make 4,000 tokens each before they are cut
 
 
 def labelled_texts(corpus: Corpus) -> Iterator[tuple[SplitName, str]]:
@@ -76,15 +51,17 @@ def labelled_texts(corpus: Corpus) -> Iterator[tuple[SplitName, str]]:
             yield "valid", text
 
 
-def learn_tokenizer(corpus: Corpus, vocab_size: int, sample_bytes: int = SAMPLE_BYTES) -> Tokenizer:
+def learn_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
     """Train on a sample of the training text: of all of it where it is local, of its beginning where it is not."""
-    sample = SpreadSample(sample_bytes)
-    for split, text in tqdm(labelled_texts(corpus), desc="reading", unit=" stories", unit_scale=True):
-        if split == "train" and sample.offer(head(text)) and not corpus.cheap_to_reread:
+    sample = SpreadSample()
+    for split, text in tqdm(labelled_texts(corpus), desc="reading", unit=" stories", unit_scale=True, mininterval=1):
+        if split == "train":
+            sample.offer(head(text))
+        if sample.stride > 1 and not corpus.cheap_to_reread:
             break
     if not sample.texts:
         raise DataError(f"{corpus.name} has too few stories: at least two are needed, one of them to validate on")
-    return train_tokenizer(sample.texts, vocab_size)
+    return train_tokenizer(with_bearable_words(sample.texts), vocab_size)
 
 
 def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[SplitName, SplitWriter]:
@@ -95,7 +72,7 @@ def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[Spl
         "valid": SplitWriter(folder, "valid", token_bytes),
     }
     waiting: dict[SplitName, list[str]] = {"train": [], "valid": []}
-    for split, text in tqdm(labelled_texts(corpus), desc="encoding", unit=" stories", unit_scale=True):
+    for split, text in tqdm(labelled_texts(corpus), desc="encoding", unit=" stories", unit_scale=True, mininterval=1):
         waiting[split].append(head(text))
         if len(waiting[split]) == STORIES_AT_ONCE:
             writers[split].add(encode_stories(tokenizer, waiting[split]))
@@ -107,7 +84,15 @@ def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[Spl
 
 def input_fingerprint(source: str, vocab_size: int) -> str:
     """Hash of everything that decides what the folder holds: files, options, format."""
-    parts = [FORMAT_VERSION, CANVAS_LEN, vocab_size, SAMPLE_BYTES, HOLD_OUT_EVERY, *source_identity(source)]
+    parts = [
+        FORMAT_VERSION,
+        CANVAS_LEN,
+        vocab_size,
+        SAMPLE_BYTES,
+        DISTINCT_WORD_BYTES,
+        HOLD_OUT_EVERY,
+        *source_identity(source),
+    ]
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
@@ -131,27 +116,41 @@ def check_replaceable(out: Path) -> None:
 def replacing(out: Path) -> Iterator[Path]:
     """A scratch folder beside `out` that takes its place at the end, and vanishes when the block fails.
 
-    What a killed run left there is cleared first. Raises DataError when another run is at work on `out`.
+    What a killed run left there is cleared first. Raises DataError when another run is at work on `out`, or the disk
+    refuses.
     """
+    out = out.resolve()  # a link stays a link, and renaming stays on one disk
     scratch = out.with_name(f".{out.name}.partial")
-    scratch.mkdir(parents=True, exist_ok=True)
-    lock = os.open(scratch, os.O_RDONLY)
+    replaced = out.with_name(f".{out.name}.replaced")
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another run is preparing {out}: wait for it, or choose another --out") from None
-        for left_over in scratch.iterdir():
-            left_over.unlink()
-        try:
-            yield scratch
-            shutil.rmtree(out, ignore_errors=True)
-            scratch.rename(out)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+        scratch.mkdir(parents=True, exist_ok=True)
+        with _locked(scratch, f"another run is preparing {out}: wait for it, or choose another --out"):
+            for left_over in scratch.iterdir():
+                left_over.unlink()
+            try:
+                yield scratch
+                shutil.rmtree(replaced, ignore_errors=True)
+                if out.exists():
+                    out.rename(replaced)
+                scratch.rename(out)
+                shutil.rmtree(replaced, ignore_errors=True)
+            except BaseException:
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _locked(folder: Path, refusal: str) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError(refusal) from None
     finally:
-        os.close(lock)
+        os.close(handle)
 
 
 def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> DataMeta:

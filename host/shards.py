@@ -1,8 +1,8 @@
 """Prepared data on disk: canvases as raw little-endian uint16 shards, described by data.json.
 
-    DIR/data.json          counts, lengths, hashes, where the text came from
-    DIR/tokenizer.json     the tokenizer that made the canvases
-    DIR/train-00000.bin    (stories, 256) uint16, up to 65,536 stories a shard; likewise valid-00000.bin
+DIR/data.json          counts, lengths, hashes, where the text came from
+DIR/tokenizer.json     the tokenizer that made the canvases
+DIR/train-00000.bin    (stories, 256) uint16, up to 65,536 stories a shard; likewise valid-00000.bin
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from msgspec import Struct
 from host.tokenizer import CANVAS_LEN
 from shared.errors import DataError
 from shared.manifest import TOKENIZER
-from shared.tokens import BOS, EOS, PAD
+from shared.tokens import EOS, PAD
 
 FORMAT_VERSION: Final = 1
 DATA_FILE: Final = "data.json"

@@ -13,15 +13,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import datasets
 import msgspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-from huggingface_hub import HfApi
 
 from shared.errors import DataError
+
+if TYPE_CHECKING:  # takes seconds to import, and an unchanged rerun does without
+    import datasets
 
 TEXT_FIELD: Final = "text"
 STORY_SEPARATOR: Final = "<|endoftext|>"
@@ -97,7 +96,10 @@ def text_files(source: Path) -> tuple[Path, ...]:
         if not source.name.lower().endswith(FILE_ENDINGS):
             raise DataError(f"{source} has an unknown ending: stories are read from {', '.join(FILE_ENDINGS)}")
         return (source,)
-    files = tuple(sorted(p for p in source.iterdir() if p.name.lower().endswith(FILE_ENDINGS) and p.is_file()))
+    try:
+        files = tuple(sorted(p for p in source.iterdir() if p.name.lower().endswith(FILE_ENDINGS) and p.is_file()))
+    except OSError as error:
+        raise DataError(f"the folder {source} cannot be read: {error.strerror}") from None
     if not files:
         raise DataError(f"the folder {source} has no files ending in {', '.join(FILE_ENDINGS)}")
     return files
@@ -207,6 +209,9 @@ def _json_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
@@ -222,6 +227,15 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         yield text
 
 
+def _load_dataset(*args: Any, **options: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # every error ends in one sentence of ours
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading a local file is no news for the hub
+    return datasets.load_dataset(*args, streaming=True, **options)
+
+
 def _rows(builder: str, path: Path, options: dict[str, Any]) -> Iterator[Any]:
     """The column `text` of a local file through one of the readers of `datasets`.
 
@@ -229,14 +243,8 @@ def _rows(builder: str, path: Path, options: dict[str, Any]) -> Iterator[Any]:
     """
     with tempfile.TemporaryDirectory(prefix="diffusion-llm-") as cache:
         try:
-            rows = datasets.load_dataset(
-                builder,
-                data_files=glob.escape(str(path.resolve())),
-                split="train",
-                streaming=True,
-                cache_dir=cache,
-                **options,
-            )
+            data_files = glob.escape(str(path.resolve()))
+            rows = _load_dataset(builder, data_files=data_files, split="train", cache_dir=cache, **options)
             for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
                 yield from table.column(TEXT_FIELD).to_pylist()
         except Exception as error:
@@ -244,9 +252,11 @@ def _rows(builder: str, path: Path, options: dict[str, Any]) -> Iterator[Any]:
 
 
 def _hub_corpus(name: str) -> Corpus:
+    from huggingface_hub import HfApi
+
     try:
         info = HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-        splits = datasets.load_dataset(name, revision=info.sha, streaming=True)
+        splits = _load_dataset(name, revision=info.sha)
     except Exception as error:
         raise DataError(
             f"{name} cannot be had from the Hugging Face hub ({_first_line(error)}): "
@@ -264,7 +274,7 @@ def _hub_corpus(name: str) -> Corpus:
     )
 
 
-def _hub_texts(name: str, rows: datasets.IterableDataset) -> Iterator[str]:
+def _hub_texts(name: str, rows: "datasets.IterableDataset") -> Iterator[str]:
     try:
         for number, row in enumerate(rows, start=1):
             text = row[TEXT_FIELD]
@@ -272,7 +282,9 @@ def _hub_texts(name: str, rows: datasets.IterableDataset) -> Iterator[str]:
                 raise DataError(f"{name}, record {number}: text is not a string")
             if text := text.strip():
                 yield text[:MAX_STORY_CHARS]
-    except (OSError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:
         raise DataError(f"{name}: the download broke off ({_first_line(error)}); try again") from None
 
 
