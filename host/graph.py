@@ -19,6 +19,8 @@ NEVER = -1e4
 """Finite, so that FP16 holds it and no row of a softmax turns into NaN."""
 
 Float = Literal["float32", "float16"]
+AttentionKind = Literal["plain", "mixed", "whole"]
+"""plain: standard operators. mixed: ONNX Runtime's MultiHeadAttention behind a QKV product. whole: its Attention."""
 _ONNX_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int32": TensorProto.INT32}
 
 
@@ -49,12 +51,17 @@ class GraphBuilder:
         return model
 
 
-def step_graph(model: Denoiser, target: Literal["cpu", "cuda"], top_k: int) -> onnx.ModelProto:
+def step_graph(
+    model: Denoiser, target: Literal["cpu", "cuda"], top_k: int, whole_attention: bool = True
+) -> onnx.ModelProto:
     """The per-step graph of a trained network.
 
     canvas int32 (B, L), t float32 (B,) if timed →
     cpu (float32): ids int32 (B, L, K), logp float32 (B, L, K) over the full vocabulary, entropy float32 (B, L)
     cuda (float16, opset 20 for TensorRT 10.3): logits float16 (B, L, V)
+
+    whole_attention: on the CPU, ONNX Runtime's own Attention operator takes in the QKV product; False leaves that
+    product a MatMul, which static quantization needs.
     """
     g = GraphBuilder()
     dtype: Float = "float32" if target == "cpu" else "float16"
@@ -62,13 +69,13 @@ def step_graph(model: Denoiser, target: Literal["cpu", "cuda"], top_k: int) -> o
     if model.config.time_input:
         inputs.append(helper.make_tensor_value_info("t", TensorProto.FLOAT, ["batch"]))
     weights = {n: p.detach().cpu() for n, p in model.named_parameters()}
-    x = _body(g, model, weights, dtype, fused_attention=target == "cpu")
+    x = _body(g, model, weights, dtype, "plain" if target == "cuda" else "whole" if whole_attention else "mixed")
     outputs = _reduction(g, weights, x, top_k) if target == "cpu" else _logits(g, weights, x, dtype)
     infos = [helper.make_tensor_value_info(n, _ONNX_TYPE[kind], ["batch", "length", *last]) for n, kind, last in outputs]
     return g.model("step", inputs, infos, opset=20, contrib=target == "cpu")
 
 
-def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: Float, fused_attention: bool) -> str:
+def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: Float, attention: AttentionKind) -> str:
     """Embeddings and blocks, through the last LayerNorm.  → (B, L, D)"""
     config = model.config
     heads, width = config.heads, config.d_model // config.heads
@@ -95,7 +102,7 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
     x = g.op("Add", "embedded", embedded, where)
     if config.time_input:
         x = g.op("Add", "timed", x, _time(g, linear, config.d_model, dtype))
-    if not fused_attention:  # scores take a bias of 0 or NEVER, (B, 1, 1, L)
+    if attention == "plain":  # scores take a bias of 0 or NEVER, (B, 1, 1, L)
         bias = g.op("Where", "bias", attended, g.constant("allow", np.zeros(1, dtype)), g.constant("never", np.full(1, NEVER, dtype)))
         bias = g.op("Unsqueeze", "key_bias", bias, g.constant("axes_1_2", np.array([1, 2])))
     else:
@@ -103,9 +110,15 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
     for i in range(config.layers):
         b = f"blocks.{i}"
         h = norm(x, f"{b}.norm1")
-        if fused_attention:
+        if attention == "whole":
             mixed = g.op(
                 "Attention", f"{b}.mixed", h, weight(f"{b}.qkv.weight", transpose=True), weight(f"{b}.qkv.bias"), key_mask,
+                domain="com.microsoft", num_heads=heads, mask_filter_value=NEVER,
+            )  # fmt: skip
+        elif attention == "mixed":
+            g.op("Split", f"{b}.qkv3", linear(h, f"{b}.qkv", f"{b}.qkv.out"), outputs=3, axis=-1, num_outputs=3)
+            mixed = g.op(
+                "MultiHeadAttention", f"{b}.mixed", f"{b}.qkv3.0", f"{b}.qkv3.1", f"{b}.qkv3.2", "", key_mask,
                 domain="com.microsoft", num_heads=heads, mask_filter_value=NEVER,
             )  # fmt: skip
         else:
@@ -119,17 +132,17 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
 
 def _attended(g: GraphBuilder, position: str, canvas_len: int) -> str:
     """True up to and with the first visible EOS or PAD; what follows is certain and nothing looks at it.  → (B, L)"""
-    ends = g.op("Or", "ends", g.op("Equal", "is_eos", "canvas", g.constant("eos", np.int32(EOS))),
-                g.op("Equal", "is_pad", "canvas", g.constant("pad", np.int32(PAD))))  # fmt: skip
-    where = g.op("Where", "end_positions", ends, position, g.constant("canvas_len", np.int32(canvas_len)))
+    ends = g.op("Or", "ends", g.op("Equal", "is_eos", "canvas", g.constant("eos", np.array(EOS, np.int32))),
+                g.op("Equal", "is_pad", "canvas", g.constant("pad", np.array(PAD, np.int32))))  # fmt: skip
+    where = g.op("Where", "end_positions", ends, position, g.constant("canvas_len", np.array(canvas_len, np.int32)))
     first = g.op("ReduceMin", "first_end", where, g.constant("axis_1", np.array([1])), keepdims=1)
     return g.op("LessOrEqual", "attended", position, first)
 
 
 def _ends_impossible(g: GraphBuilder) -> str:
     """True left of a visible text token, where neither EOS nor PAD can stand.  → (B, L)"""
-    is_text = g.op("GreaterOrEqual", "is_text", "canvas", g.constant("first_text_id", np.int32(FIRST_TEXT_ID)))
-    where = g.op("Where", "text_positions", is_text, "position", g.constant("nowhere", np.int32(-1)))
+    is_text = g.op("GreaterOrEqual", "is_text", "canvas", g.constant("first_text_id", np.array(FIRST_TEXT_ID, np.int32)))
+    where = g.op("Where", "text_positions", is_text, "position", g.constant("nowhere", np.array(-1, np.int32)))
     last = g.op("ReduceMax", "last_text", where, "axis_1", keepdims=1)
     return g.op("Less", "ends_impossible", "position", last)
 

@@ -3,6 +3,7 @@
 It scores the whole vocabulary itself, keeps the K best, and shares no code with the edge, Philox included.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,11 +68,19 @@ def uniforms(seed: int, step: int, position: Tensor, token: Tensor, domain: int)
 
 
 @torch.no_grad()
-def sample(model: Denoiser, schedule: ScheduleName, canvas: Tensor, fill: Tensor, settings: Settings) -> Sampled:
-    """Fill the positions `fill` of a canvas (L,) int64."""
+def sample(
+    model: Denoiser,
+    schedule: ScheduleName,
+    canvas: Tensor,
+    fill: Tensor,
+    settings: Settings,
+    on_pass: Callable[[Tensor], None] = lambda canvas: None,
+) -> Sampled:
+    """Fill the positions `fill` of a canvas (L,) int64; on_pass sees the canvas before each pass."""
     canvas = canvas.clone()
     step, margin = 0, float("inf")
     while (open_positions := (fill & (canvas == MASK)).nonzero()[:, 0]).numel():
+        on_pass(canvas)
         t = time_of_masked_fraction(schedule, float((canvas == MASK).sum()) / (canvas.numel() - 1))
         hidden = model(canvas[None], torch.tensor([t]) if model.config.time_input else None)[0, open_positions]
         impossible = ends_impossible(canvas[None])[0, open_positions]

@@ -1,6 +1,6 @@
 """Stories, streamed from local files or the Hugging Face hub through `datasets`.
 
-Text and JSON lines both go through the line reader of `datasets`: its JSON reader guesses types (a story that is a
+Text and JSON lines go through the line reader of `datasets`: its JSON reader guesses types (a story that is a
 date comes back as another text) and knows no line numbers. Each of these files is scanned once before, because the
 line reader neither bounds the length of a line nor says where bytes are no text.
 """
@@ -28,6 +28,7 @@ FILE_ENDINGS: Final = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES: Final = 16 << 20
 MAX_STORY_CHARS: Final = 1 << 16  # far behind the end of any canvas; bounds the memory of a file without separators
 ROWS_AT_ONCE: Final = 256
+PARQUET_BUFFER_BYTES: Final = 1 << 20
 HUB_TIMEOUT_S: Final = 10
 UNKNOWN_LICENCE: Final = "unknown"
 LICENCES: Final = {"tinystories": "CDLA-Sharing-1.0"}
@@ -176,9 +177,21 @@ def _scan(path: Path) -> bool:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a scanned file, through `datasets`, without their ends."""
-    for number, line in enumerate(_rows("text", path, {})):
-        yield line.removeprefix("\ufeff") if number == 0 else line
+    """The lines of a scanned file, through `datasets`, without their ends.
+
+    The cache folder is a passing one: streaming caches nothing, but leaves a lock file in the user's home.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffusion-llm-") as cache:
+        try:
+            data_files = glob.escape(str(path.resolve()))
+            rows = _load_dataset("text", data_files=data_files, split="train", cache_dir=cache)
+            first = True
+            for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+                for line in table.column(TEXT_FIELD).to_pylist():
+                    yield line.removeprefix("\ufeff") if first else line
+                    first = False
+        except Exception as error:
+            raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
 
 
 def _paragraphs(lines: Iterator[str], has_separators: bool) -> Iterator[str]:
@@ -209,22 +222,26 @@ def _json_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
+    """Not through `datasets`, whose reader decodes whole row groups: 1.1 GB of memory for a file of 200 MB."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a parquet file: {_first_line(error)}") from None
-    if TEXT_FIELD not in schema.names:
-        raise DataError(f"{path} has no column named text, only {', '.join(schema.names)}")
-    kind = schema.field(TEXT_FIELD).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise DataError(f"{path}: the column text holds {kind}, not strings")
-    for number, text in enumerate(_rows("parquet", path, {"columns": [TEXT_FIELD], "batch_size": ROWS_AT_ONCE}), 1):
-        if text is None:
-            raise DataError(f"{path}, record {number}: text is null")
-        yield text
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
+            if TEXT_FIELD not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column named text, only {', '.join(file.schema_arrow.names)}")
+            kind = file.schema_arrow.field(TEXT_FIELD).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                raise DataError(f"{path}: the column text holds {kind}, not strings")
+            number = 0
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[TEXT_FIELD]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    if text is None:
+                        raise DataError(f"{path}, record {number}: text is null")
+                    yield text
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from None
 
 
 def _load_dataset(*args: Any, **options: Any) -> Any:
@@ -236,21 +253,6 @@ def _load_dataset(*args: Any, **options: Any) -> Any:
     return datasets.load_dataset(*args, streaming=True, **options)
 
 
-def _rows(builder: str, path: Path, options: dict[str, Any]) -> Iterator[Any]:
-    """The column `text` of a local file through one of the readers of `datasets`.
-
-    Its cache folder is a passing one: streaming caches nothing, but leaves a lock file in the user's home.
-    """
-    with tempfile.TemporaryDirectory(prefix="diffusion-llm-") as cache:
-        try:
-            data_files = glob.escape(str(path.resolve()))
-            rows = _load_dataset(builder, data_files=data_files, split="train", cache_dir=cache, **options)
-            for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-                yield from table.column(TEXT_FIELD).to_pylist()
-        except Exception as error:
-            raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
-
-
 def _hub_corpus(name: str) -> Corpus:
     from huggingface_hub import HfApi
 
@@ -260,7 +262,7 @@ def _hub_corpus(name: str) -> Corpus:
     except Exception as error:
         raise DataError(
             f"{name} cannot be had from the Hugging Face hub ({_first_line(error)}): "
-            "without a network, give local stories with --source FILE_OR_FOLDER"
+            "local stories need no network, give them with --source FILE_OR_FOLDER"
         ) from None
     if "train" not in splits or TEXT_FIELD not in (splits["train"].column_names or [TEXT_FIELD]):
         raise DataError(f"{name} has no split train with a column text; it has the splits {', '.join(splits)}")

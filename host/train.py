@@ -291,15 +291,21 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder
     return config, progress, data
 
 
+def read_config(run: Path) -> TrainConfig:
+    """The settings a run was started with."""
+    try:
+        return msgspec.json.decode(
+            (run / CONFIG_FILE).read_bytes(), type=TrainConfig, dec_hook=lambda kind, value: kind(value)
+        )
+    except (OSError, msgspec.DecodeError) as error:
+        raise DataError(f"{run / CONFIG_FILE} cannot be read: {error}") from None
+
+
 def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder]:
     """The settings and progress of an earlier run; only its length may change."""
     last = find_checkpoint(args.resume, LAST)
     progress = read_progress(last)
-    try:
-        config = msgspec.json.decode((args.resume / CONFIG_FILE).read_bytes(), type=TrainConfig, dec_hook=lambda kind, value: kind(value))
-    except (OSError, msgspec.DecodeError) as error:
-        raise DataError(f"{args.resume / CONFIG_FILE} cannot be read: {error}") from None
-    config = replace(config, out=args.resume)
+    config = replace(read_config(args.resume), out=args.resume)
     if args.steps is not None or args.minutes is not None:
         config = replace(config, steps=args.steps or config.steps, minutes=args.minutes)
     data = load_data(config.data)

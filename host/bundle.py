@@ -1,0 +1,147 @@
+"""Write a bundle: graphs, tokenizer and manifest, in a temporary folder that is renamed when it is whole."""
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from host.checkpoint import Progress
+from host.model import Denoiser, ModelConfig, count_parameters
+from shared.errors import ConfigError
+from shared.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER,
+    Evaluation,
+    Graph,
+    Manifest,
+    ModelSpec,
+    Parity,
+    Precision,
+    SamplingDefaults,
+    SpecialIds,
+    Target,
+    Tensor,
+    TrainingData,
+    read_manifest,
+    sha256_of,
+)
+
+_DTYPES = {
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+}
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """One graph to ship."""
+
+    model: onnx.ModelProto
+    precision: Precision
+    target: Target
+
+    @property
+    def file(self) -> str:
+        """Its name in the bundle."""
+        return f"step.{self.target}.{self.precision}.onnx"
+
+
+def model_spec(config: ModelConfig) -> ModelSpec:
+    """A configuration as the manifest states it."""
+    return ModelSpec(
+        config=config.name,
+        d_model=config.d_model,
+        layers=config.layers,
+        heads=config.heads,
+        vocab_size=config.vocab_size,
+        canvas_len=config.canvas_len,
+        time_input=config.time_input,
+        parameters=count_parameters(config),
+    )
+
+
+def write_bundle(
+    out: Path,
+    model: Denoiser,
+    progress: Progress,
+    tokenizer: Path,
+    graphs: Sequence[StepGraph],
+    top_k: int,
+    evaluations: Sequence[Evaluation] = (),
+    parity: Sequence[Parity] = (),
+    calibration: str = "none",
+    defaults: SamplingDefaults | None = None,
+) -> Manifest:
+    """Write everything beside `out`, then swap it in; an older bundle there is replaced only when the new one is whole.
+
+    Raises ConfigError when `out` exists and is no bundle.
+    """
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out} exists and is not a bundle: choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        for graph in graphs:
+            onnx.save(graph.model, folder / graph.file)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            name=out.name,
+            model=model_spec(model.config),
+            special_ids=SpecialIds(),
+            schedule=progress.schedule,
+            reveal_grid="cosine",
+            top_k=top_k,
+            graphs=tuple(_listed(folder, graph) for graph in graphs),
+            tokenizer_sha256=sha256_of(folder / TOKENIZER),
+            defaults=defaults or SamplingDefaults(),
+            evaluations=tuple(evaluations),
+            parity=tuple(parity),
+            calibration=calibration,
+            data=TrainingData(
+                name=progress.data_source,
+                licence=progress.data_licence,
+                stories=progress.data_stories,
+                tokens_seen=progress.tokens_seen,
+            ),
+            made_with={
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("diffusion-llm", "torch", "onnx", "onnxruntime", "tokenizers")},
+            },
+        )
+        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        read_manifest(folder)
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if out.exists():
+            out.rename(Path(temporary) / "replaced")
+        folder.rename(out)
+    return manifest
+
+
+def _listed(folder: Path, graph: StepGraph) -> Graph:
+    return Graph(
+        file=graph.file,
+        sha256=sha256_of(folder / graph.file),
+        precision=graph.precision,
+        target=graph.target,
+        inputs=tuple(_tensor(value) for value in graph.model.graph.input),
+        outputs=tuple(_tensor(value) for value in graph.model.graph.output),
+    )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    shape = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+    return msgspec.convert({"name": value.name, "dtype": _DTYPES[kind.elem_type], "shape": shape}, Tensor)

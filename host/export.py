@@ -1,0 +1,188 @@
+"""Export a trained model as a bundle: `python -m host.export --int8` takes the newest run.
+
+    no flag   FP32 graph for the CPU
+    --int8    INT8 graph for the CPU: every scheme is tried, the fastest that passes the parity gate is kept
+    --fp16    FP16 graph for CUDA; goes with --int8 or alone
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from host.bundle import StepGraph, write_bundle
+from host.checkpoint import Progress, find_checkpoint, load_model, newest_run
+from host.evaluate import HeldOut, data_of, evaluate, held_out_files, held_out_split, print_table
+from host.graph import step_graph
+from host.model import CONFIGS, Denoiser, config_named
+from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, trajectories
+from host.quantize import SCHEMES, Scheme, quantize
+from host.scoring import GraphScorer, TorchScorer
+from host.untrained import untrained
+from shared.errors import BundleError, ConfigError, run_main
+from shared.manifest import TOKENIZER, Parity, SamplingDefaults
+
+TOP_K = 64
+CALIBRATION_STORIES = 8
+PARITY_STORIES = 8
+CALIBRATION_SEED, PARITY_SEED = 1_000, 2_000
+
+
+def step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
+    """Median time of one pass over one canvas (L,) on this machine."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {"canvas": canvas[None]} | ({"t": np.ones(1, np.float32)} if len(graph.graph.input) == 2 else {})
+    times = []
+    for _ in range(25):
+        started = time.perf_counter()
+        session.run(None, feed)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[5:]) * 1e3
+
+
+def best_int8(
+    model: Denoiser, progress: Progress, floats: dict[Scheme, onnx.ModelProto], held_out: HeldOut
+) -> tuple[StepGraph, Parity, str]:
+    """Quantize by every scheme and keep the fastest that passes the gate.  → graph, its parity, what calibrated it
+
+    Raises BundleError, naming figures, when none passes.
+    """
+    stories = held_out.canvases[:CALIBRATION_STORIES]
+    calibration = trajectories(model, progress.schedule, stories, CALIBRATION_SEED)
+    canvases = trajectories(model, progress.schedule, held_out.canvases[-PARITY_STORIES:], PARITY_SEED)
+    found: list[tuple[float, StepGraph, Parity]] = []
+    for scheme in SCHEMES:
+        graph = StepGraph(quantize(floats[scheme], scheme, calibration), "int8", "cpu")
+        parity = measure(
+            model, progress.schedule, GraphScorer(graph.file, graph.model), scheme, first(held_out, 128), canvases
+        )
+        ms = step_ms(graph.model, canvases[len(canvases) // 2][0])
+        verdict = "passes" if passes(parity) else "fails"
+        figures = f"NELBO × {parity.nelbo_ratio:.4f}, top-1 agreement {parity.top1_agreement:.1%}, {ms:.1f} ms a step"
+        print(f"int8 {scheme}: {figures}: {verdict} the gate")
+        found.append((ms, graph, parity))
+    passing = [entry for entry in found if passes(entry[2])]
+    if not passing:
+        bounds = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
+        raise BundleError(f"no INT8 scheme reaches {bounds}; nothing was written: train longer, or export without --int8")
+    _, graph, parity = min(passing, key=lambda entry: entry[0])
+    used = f"{len(calibration)} canvases of sampling trajectories" if parity.scheme == "static" else "at run time, per pass"
+    return graph, parity, used
+
+
+def first(held_out: HeldOut, stories: int) -> HeldOut:
+    """A smaller set of the same."""
+    return replace(held_out, canvases=held_out.canvases[:stories])
+
+
+def build_graphs(
+    model: Denoiser, progress: Progress, int8: bool, fp16: bool, held_out: HeldOut | None
+) -> tuple[list[StepGraph], list[Parity], str]:
+    """The graphs that the flags ask for.  → graphs, parity records, calibration record"""
+    top_k = min(TOP_K, model.config.vocab_size)
+    graphs: list[StepGraph] = []
+    parities: list[Parity] = []
+    calibration = "none"
+    if int8:
+        floats = {s: step_graph(model, "cpu", top_k, whole_attention=s == "dynamic") for s in SCHEMES}
+        if held_out is None:  # an untrained network has no quality to keep
+            graphs.append(StepGraph(quantize(floats["dynamic"], "dynamic", []), "int8", "cpu"))
+        else:
+            graph, parity, calibration = best_int8(model, progress, floats, held_out)
+            graphs.append(graph)
+            parities.append(parity)
+    elif not fp16:
+        graphs.append(StepGraph(step_graph(model, "cpu", top_k), "fp32", "cpu"))
+    if fp16:
+        graphs.append(StepGraph(step_graph(model, "cuda", top_k), "fp16", "cuda"))
+    return graphs, parities, calibration
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m host.export --int8 --fp16 --out bundles/mine",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
+    what.add_argument(
+        "--untrained", choices=list(CONFIGS), help="random weights of this shape instead, for measuring and testing"
+    )
+    parser.add_argument("--out", type=Path, help="bundle folder (default: bundles/NAME-OF-RUN)")
+    parser.add_argument("--int8", action="store_true", help="INT8 graph for the CPU")
+    parser.add_argument("--fp16", action="store_true", help="FP16 graph for CUDA")
+    parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
+    parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
+    parser.add_argument("--stories", type=int, help="measure on the first so many only")
+    parser.add_argument("--steps", type=int, default=SamplingDefaults().steps, help="passes a request gets by default")
+    return parser.parse_args()
+
+
+def selected_flags(args: argparse.Namespace) -> tuple[bool, bool]:
+    """Which precisions to build: --target takes away what is not for it.  → int8, fp16"""
+    if args.target == "cuda" and not args.fp16:
+        raise ConfigError("--target cuda needs --fp16, the precision that graph comes in")
+    return args.int8 and args.target != "cuda", args.fp16 and args.target != "cpu"
+
+
+def main() -> None:
+    """Export a run, or an untrained network."""
+    args = parse_arguments()
+    int8, fp16 = selected_flags(args)
+    torch.manual_seed(0)
+    if args.untrained:
+        export_untrained(args.untrained, args.out or Path("bundles") / f"untrained-{args.untrained}", int8, fp16)
+        return
+    run = args.run or newest_run()
+    model, progress = load_model(find_checkpoint(run))
+    if progress.objective == "ar":
+        raise ConfigError(f"{run} is an autoregressive run: start a diffusion run from it with host.train --init {run}")
+    tokenizer = run / TOKENIZER
+    if args.source:
+        held_out = held_out_files(args.source, tokenizer, args.stories)
+    else:
+        held_out = held_out_split(data_of(run), args.stories)
+    graphs, parities, calibration = build_graphs(model, progress, int8, fp16, held_out)
+    evaluations = [evaluate(TorchScorer(model), held_out, progress.schedule)]
+    for graph in graphs:
+        if graph.target == "cpu":
+            evaluations.append(evaluate(GraphScorer(graph.file, graph.model), held_out, progress.schedule))
+    print_table(evaluations)
+    out = args.out or Path("bundles") / run.name
+    write_bundle(
+        out, model, progress, tokenizer, graphs, min(TOP_K, model.config.vocab_size), evaluations, parities,
+        calibration, SamplingDefaults(steps=args.steps),
+    )  # fmt: skip
+    report(out, graphs)
+
+
+def export_untrained(config: str, out: Path, int8: bool, fp16: bool) -> None:
+    """A bundle of random weights with a tokenizer of random words."""
+    model, progress, tokenizer = untrained(config_named(config))
+    graphs, _, _ = build_graphs(model, progress, int8, fp16, None)
+    with tokenizer as path:
+        write_bundle(out, model, progress, path, graphs, min(TOP_K, model.config.vocab_size))
+    report(out, graphs)
+
+
+def report(out: Path, graphs: Sequence[StepGraph]) -> None:
+    """Say what was written, and what to do with it."""
+    sizes = ", ".join(f"{g.file} {(out / g.file).stat().st_size / 1e6:.1f} MB" for g in graphs)
+    print(f'{out}: {sizes}; try it with: python -m edge.generate --bundle {out} "Once upon a time"')
+
+
+if __name__ == "__main__":
+    run_main(main)
