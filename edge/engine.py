@@ -1,7 +1,6 @@
 """A loaded bundle that turns requests into text: tokenizer, backend and unmasking loop behind one door."""
 
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +48,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a plan. canvas (L,): the final ids; first_token_ms: from the start of the run to the first commit."""
+    """What came of a plan. canvas (L,): the final ids."""
 
     text: str
     canvas: NDArray[np.int32]
     generated_tokens: int
     steps: int
-    first_token_ms: float
 
 
 class Engine:
@@ -64,7 +62,7 @@ class Engine:
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend, texts: Texts) -> None:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
-        self._backend = backend
+        self.backend = backend
         self._texts = texts
 
     @classmethod
@@ -106,21 +104,16 @@ class Engine:
         layout = plan.layout
         canvas = layout.canvas.copy()
         most = min(plan.sampling.steps, int(layout.fill.sum()))
-        started = time.perf_counter()
-        first_token_ms = 0.0
 
         def after(step: int, now: NDArray[np.int32]) -> None:
-            nonlocal first_token_ms
-            if step == 1:
-                first_token_ms = (time.perf_counter() - started) * 1e3
             if on_step is not None:
                 masked = int(np.count_nonzero(layout.fill & (now == MASK)))
                 on_step(Snapshot(step, max(most, step), masked, lambda: self._texts.read(layout, now)))
 
-        steps = unmask(self._backend, self.manifest.schedule, canvas, layout.fill, plan.sampling, after)
+        steps = unmask(self.backend, self.manifest.schedule, canvas, layout.fill, plan.sampling, after)
         generated = int(np.count_nonzero(layout.fill & (canvas != PAD)))
-        return Completion(self._texts.read(layout, canvas), canvas, generated, steps, first_token_ms)
+        return Completion(self._texts.read(layout, canvas), canvas, generated, steps)
 
     def close(self) -> None:
         """Free the backend."""
-        self._backend.close()
+        self.backend.close()

@@ -3,6 +3,7 @@
 It scores the whole vocabulary itself, keeps the K best, and shares no code with the edge, Philox included.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,8 +32,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A finished canvas. margin: the smallest gap that decided any draw or order; below the numeric tolerance of a
-    backend, that backend may decide otherwise."""
+    """A finished canvas.
+
+    margin: the smallest gap that decided a draw, an order or a count; where it is below a backend's numeric tolerance,
+    that backend may decide otherwise. The order of `random` selection is exact everywhere and does not count.
+    """
 
     canvas: Tensor  # (L,)
     steps: int
@@ -91,8 +95,10 @@ def sample(
         margin = min(margin, gap)
         score = _order_score(best, entropy, confidence, open_positions, step, settings)
         ranked, order = score.sort(descending=True, stable=True)
-        count = _how_many(ranked, confidence, entropy[order], step, settings)
-        if count < len(order):
+        count, gap = _how_many(ranked, confidence, entropy[order], step, settings)
+        margin = min(margin, gap)
+        exact = settings.selection == "random" and settings.threshold is None and settings.entropy_bound is None
+        if count < len(order) and not exact:
             margin = min(margin, float(ranked[count - 1] - ranked[count]))
         _commit(canvas, open_positions[order[:count]], token[order[:count]])
         step += 1
@@ -126,14 +132,19 @@ def _order_score(
     return by_rule[s.selection]
 
 
-def _how_many(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings) -> int:
+def _how_many(
+    ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings
+) -> tuple[int, float]:
+    """How many positions to commit, and by how much that number was decided."""
     if step >= s.steps - 1:
-        return len(ranked)
+        return len(ranked), float("inf")
     if s.threshold is not None:
-        return max(1, int((confidence.exp() >= s.threshold).sum()))
+        above = confidence - math.log(s.threshold)
+        return max(1, int((above >= 0).sum())), float(above.abs().min())
     if s.entropy_bound is not None:
-        return max(1, int((entropy.cumsum(0) <= s.entropy_bound).sum()))
-    return reveal_count(len(ranked), step, s.steps)
+        room = s.entropy_bound - entropy.cumsum(0)
+        return max(1, int((room >= 0).sum())), float(room.abs().min())
+    return reveal_count(len(ranked), step, s.steps), float("inf")
 
 
 def _commit(canvas: Tensor, position: Tensor, token: Tensor) -> None:

@@ -177,21 +177,19 @@ def _scan(path: Path) -> bool:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a scanned file, through `datasets`, without their ends.
-
-    The cache folder is a passing one: streaming caches nothing, but leaves a lock file in the user's home.
-    """
-    with tempfile.TemporaryDirectory(prefix="diffusion-llm-") as cache:
-        try:
+    """The lines of a scanned file, through `datasets`, without their ends."""
+    try:
+        # Streaming caches nothing, but opening leaves a lock file, which is kept out of the user's home.
+        with tempfile.TemporaryDirectory(prefix="diffusion-llm-") as cache:
             data_files = glob.escape(str(path.resolve()))
             rows = _load_dataset("text", data_files=data_files, split="train", cache_dir=cache)
-            first = True
-            for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-                for line in table.column(TEXT_FIELD).to_pylist():
-                    yield line.removeprefix("\ufeff") if first else line
-                    first = False
-        except Exception as error:
-            raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
+        first = True
+        for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            for line in table.column(TEXT_FIELD).to_pylist():
+                yield line.removeprefix("\ufeff") if first else line
+                first = False
+    except Exception as error:
+        raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
 
 
 def _paragraphs(lines: Iterator[str], has_separators: bool) -> Iterator[str]:

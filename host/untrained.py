@@ -20,7 +20,7 @@ def untrained(config: ModelConfig, seed: int = 0) -> tuple[Denoiser, Progress, A
     model = Denoiser(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     progress = Progress(model=config, objective="diffusion", schedule="linear", data_source="none: random weights")
     return model, progress, _random_tokenizer(config.vocab_size, seed)
 

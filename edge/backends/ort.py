@@ -16,7 +16,8 @@ OUTPUTS = ["ids", "logp", "entropy"]
 class OrtBackend:
     """The bundle's CPU graph, one session for every length bucket."""
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, threads: int, profile: Path | None = None) -> None:
+        """profile: where to write ONNX Runtime's record of each node's time, for `edge.bench`."""
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # wheels from 1.29 on report home unless told before the import
         import onnxruntime as ort
 
@@ -25,6 +26,9 @@ class OrtBackend:
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3
         options.add_free_dimension_override_by_name("batch", 1)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         content = verified_bytes(folder, graph.file, graph.sha256)
         try:
             self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -46,6 +50,10 @@ class OrtBackend:
         """One pass of the graph."""
         inputs = {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas}
         return StepResult(*self._session.run(OUTPUTS, inputs))
+
+    def end_profile(self) -> Path:
+        """Finish the record begun with `profile`.  → its file"""
+        return Path(self._session.end_profiling())
 
     def close(self) -> None:
         """Drop the session and its memory."""

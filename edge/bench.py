@@ -1,0 +1,241 @@
+"""How fast a bundle runs here: `python -m edge.bench`. Quote ratios from one run; absolute times vary by machine.
+
+Where the training host is installed too, its torch network and the machine's matmul peaks are measured in the same run.
+"""
+
+import argparse
+import importlib.util
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from edge.backends import Backend, StepResult
+from edge.config import default_bundle
+from edge.engine import Engine
+from shared.errors import ConfigError, run_main
+from shared.messages import GenerateRequest, Response, encode
+from shared.tokens import BOS, FIRST_TEXT_ID, MASK
+
+STEP_COUNTS: Final = (8, 16, 32, 64, 128)
+DAEMON_STEPS: Final = 16
+REPEATS: Final = 3
+
+
+class Generation(Struct):
+    """Whole texts at one number of steps; medians over seeds. loop_ms: a step's time outside the backend."""
+
+    steps: int
+    tokens_per_s: float
+    first_token_ms: float
+    last_token_ms: float
+    loop_ms: float
+
+
+class Report(Struct):
+    """Everything measured. Steps are one canvas of the full length, half of it masked."""
+
+    bundle: str
+    threads: int
+    step_ms: float
+    bare_step_ms: float | None  # without the reduction to top-K; None for backends without a profile
+    reduction_ms: float | None
+    generations: list[Generation]
+    daemon_behind_ms: float
+    reference: dict[str, float] | None  # from `host.bench step`; None where the host is not installed
+
+
+class TimedBackend:
+    """Adds up the time spent in another backend."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.lengths = inner.lengths
+        self.seconds = 0.0
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+        """The inner backend's step, timed."""
+        started = time.perf_counter()
+        result = self.inner.step(canvas, t)
+        self.seconds += time.perf_counter() - started
+        return result
+
+    def close(self) -> None:
+        """Close the inner backend."""
+        self.inner.close()
+
+
+def median_step_ms(engine: Engine, repeats: int = 40) -> float:
+    """Median of single steps over a canvas whose every second position is masked."""
+    model = engine.manifest.model
+    canvas = np.arange(model.canvas_len, dtype=np.int32) % (model.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
+    canvas[::2], canvas[0] = MASK, BOS
+    times = []
+    for _ in range(repeats + 5):
+        started = time.perf_counter()
+        engine.backend.step(canvas[None], np.full(1, 0.5, np.float32))
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[5:])
+
+
+def reduction_share(bundle: Path, threads: int) -> float | None:
+    """Part of a step spent in the reduction to top-K, from ONNX Runtime's own profile."""
+    from edge.backends.ort import OrtBackend
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine.load(bundle, "ort", threads)
+        assert isinstance(engine.backend, OrtBackend)
+        engine.backend = OrtBackend(bundle, engine.manifest, threads, profile=Path(folder) / "step")
+        median_step_ms(engine, repeats=10)
+        events = msgspec.json.decode(engine.backend.end_profile().read_bytes())
+    spent = {True: 0.0, False: 0.0}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent["reduce." in event["name"]] += event["dur"]
+    return spent[True] / (spent[True] + spent[False])
+
+
+def generation(engine: Engine, steps: int) -> Generation:
+    """Three whole texts from a short prompt, at full length."""
+    rows = []
+    for seed in range(REPEATS):
+        plan = engine.prepare(GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps))
+        timed = TimedBackend(engine.backend)
+        engine.backend = timed
+        first_s = 0.0
+        started = time.perf_counter()
+
+        def on_step(snapshot: object, started: float = started) -> None:
+            nonlocal first_s
+            first_s = first_s or time.perf_counter() - started
+
+        completion = engine.run(plan, on_step)
+        total_s = time.perf_counter() - started
+        engine.backend = timed.inner
+        loop_ms = (total_s - timed.seconds) / completion.steps * 1e3
+        rows.append((completion.generated_tokens / total_s, first_s * 1e3, total_s * 1e3, loop_ms))
+    return Generation(steps, *(statistics.median(column) for column in zip(*rows, strict=True)))
+
+
+def daemon_behind_ms(engine: Engine, bundle: Path, backend: str, threads: int) -> float:
+    """How much later a daemon process answers over its socket than the bare loop finishes; median of pairs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.sock"
+        flags = ["--bundle", str(bundle), "--backend", backend, "--socket", str(path)]
+        variables = {"EDGELM_THREADS": str(threads), "EDGELM_MQTT_HOST": ""}
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "edge", *flags], env=os.environ | variables, stderr=subprocess.PIPE
+        )
+        try:
+            with _connected(path, daemon) as connection, connection.makefile("rb") as answers:
+                behind = []
+                for seed in range(9):
+                    request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
+                    plan = engine.prepare(request)
+                    started = time.perf_counter()
+                    engine.run(plan)
+                    alone = time.perf_counter() - started
+                    started = time.perf_counter()
+                    connection.sendall(encode(request) + b"\n")
+                    answer = msgspec.json.decode(answers.readline(), type=Response)
+                    behind.append(time.perf_counter() - started - alone)
+                    assert answer.status == "ok", answer
+        finally:
+            daemon.terminate()
+            daemon.communicate()
+    return statistics.median(behind[1:]) * 1e3
+
+
+def _connected(path: Path, daemon: "subprocess.Popen[bytes]") -> socket.socket:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and daemon.poll() is None:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(path))
+            return connection
+        except OSError:
+            connection.close()
+            time.sleep(0.02)
+    daemon.kill()
+    raise ConfigError(f"the daemon did not start: {(daemon.communicate()[1] or b'').decode().strip()}")
+
+
+def host_reference(engine: Engine, threads: int) -> dict[str, float] | None:
+    """`host.bench step` in a process of its own: the edge imports no torch."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("host") is None:
+        return None
+    model = engine.manifest.model
+    shape = [model.d_model, model.layers, model.heads, model.vocab_size, model.canvas_len]
+    command = [sys.executable, "-m", "host.bench", "step", *map(str, shape), "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise ConfigError(f"`host.bench step` failed: {done.stderr.decode().strip().splitlines()[-1]}")
+    return msgspec.json.decode(done.stdout, type=dict[str, float])
+
+
+def print_report(r: Report) -> None:
+    """The table."""
+    print(f"{r.bundle}, {r.threads} threads")
+    print(f"{'step, 1 canvas':34} {r.step_ms:8.2f} ms")
+    if r.bare_step_ms is not None:
+        print(f"{'  the network':34} {r.bare_step_ms:8.2f} ms\n{'  reduction to top-K':34} {r.reduction_ms:8.2f} ms")
+    if r.reference is not None:
+        ref = r.reference
+        print(f"{'torch float32, eager, same shape':34} {ref['torch_ms']:8.2f} ms")
+        print(f"{'  times our step':34} {ref['torch_ms'] / r.step_ms:8.2f}")
+        if r.bare_step_ms is not None:
+            reached = ref["gflop"] / r.bare_step_ms
+            print(f"{'  times our network':34} {ref['torch_ms'] / r.bare_step_ms:8.2f}")
+            print(f"{'matmul peak, float32':34} {ref['fp32_gflops']:8.0f} GFLOP/s")
+            print(f"{'matmul peak, INT8':34} {ref['int8_gflops']:8.0f} GOP/s; the network reaches {reached * 1e3:.0f}")
+    print(f"{'daemon behind the bare loop':34} {r.daemon_behind_ms:8.2f} ms")
+    print(f"\n{'steps':>6} {'tokens/s':>9} {'first token, ms':>16} {'last token, ms':>15} {'loop, ms a step':>16}")
+    for g in r.generations:
+        print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edge.bench",
+        description=__doc__,
+        epilog="example: python -m edge.bench --bundle bundles/mine --json",
+    )
+    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="bundle folder (default: the shipped one)")
+    parser.add_argument("--backend", default="ort")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    args = parser.parse_args()
+    if args.threads < 1:
+        raise ConfigError("--threads must be at least 1")
+    engine = Engine.load(args.bundle, args.backend, args.threads)
+    step_ms = median_step_ms(engine)
+    share = reduction_share(args.bundle, args.threads) if args.backend == "ort" else None
+    report = Report(
+        bundle=str(args.bundle),
+        threads=args.threads,
+        step_ms=step_ms,
+        bare_step_ms=None if share is None else step_ms * (1 - share),
+        reduction_ms=None if share is None else step_ms * share,
+        generations=[generation(engine, steps) for steps in STEP_COUNTS],
+        daemon_behind_ms=daemon_behind_ms(engine, args.bundle, args.backend, args.threads),
+        reference=host_reference(engine, args.threads),
+    )
+    if args.json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        print_report(report)
+
+
+if __name__ == "__main__":
+    run_main(main)

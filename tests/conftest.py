@@ -1,0 +1,54 @@
+"""Fixtures shared by all tests: a real bundle of the debug configuration, untrained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from host.bundle import StepGraph, write_bundle
+from host.export import TOP_K
+from host.graph import step_graph
+from host.model import Denoiser, config_named
+from host.quantize import quantize
+from host.untrained import untrained
+
+torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An untrained network and the bundle made from it."""
+
+    model: Denoiser
+    folder: Path
+
+
+def _export(folder: Path, int8: bool) -> Exported:
+    model, progress, tokenizer = untrained(config_named("debug"))
+    graph = step_graph(model, "cpu", TOP_K)
+    shipped = (
+        StepGraph(quantize(graph, "dynamic", []), "int8", "cpu") if int8 else StepGraph(graph, "fp32", "cpu"),
+        StepGraph(step_graph(model, "cuda", TOP_K), "fp16", "cuda"),
+    )
+    with tokenizer as path:
+        write_bundle(folder, model, progress, path, shipped, TOP_K)
+    return Exported(model, folder)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """FP32 CPU graph and FP16 CUDA graph."""
+    return _export(tmp_path_factory.mktemp("bundles") / "debug", int8=False)
+
+
+@pytest.fixture(scope="session")
+def exported_int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """INT8 CPU graph and FP16 CUDA graph, of the same network."""
+    return _export(tmp_path_factory.mktemp("bundles") / "debug-int8", int8=True)
+
+
+@pytest.fixture(scope="session")
+def debug_bundle(exported: Exported) -> Path:
+    """A folder that any edge can load."""
+    return exported.folder
