@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # takes seconds to import, and an unchanged rerun does withou
 TEXT_FIELD: Final = "text"
 STORY_SEPARATOR: Final = "<|endoftext|>"
 FILE_ENDINGS: Final = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-MAX_LINE_BYTES: Final = 16 << 20
+MAX_LINE_BYTES: Final = 4 << 20  # ROWS_AT_ONCE of them must fit into memory, several times
 MAX_STORY_CHARS: Final = 1 << 16  # far behind the end of any canvas; bounds the memory of a file without separators
-ROWS_AT_ONCE: Final = 256
+ROWS_AT_ONCE: Final = 64
 PARQUET_BUFFER_BYTES: Final = 1 << 20
 HUB_TIMEOUT_S: Final = 10
 UNKNOWN_LICENCE: Final = "unknown"

@@ -125,6 +125,11 @@ def test_what_host_data_did_not_make_is_never_replaced(make: object, source: Pat
     assert out.exists()
 
 
+def test_a_place_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="out cannot be written: Not a directory"):
+        prepare(str(source), source / "out", vocab_size=280)
+
+
 def test_a_linked_folder_is_replaced_where_it_really_is(source: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "real").mkdir(parents=True)

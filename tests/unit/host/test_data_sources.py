@@ -61,7 +61,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "b.txt": (lambda p: p.write_bytes(b"\n \n\n"), "b.txt: no stories, only blanks"),
     "c.txt": (lambda p: p.write_bytes(b"one\n\x7fELF\0\0\n"), "c.txt, line 2 holds a zero byte: this is binary"),
     "d.txt": (lambda p: p.write_bytes("one\ntwo\ncafé".encode("latin-1")), "d.txt, line 3, byte 4 is not UTF-8 text"),
-    "e.txt": (lambda p: p.write_bytes(b"a\n" + b"x" * (MAX_LINE_BYTES + 1)), "e.txt, line 2 is longer than 16 MiB"),
+    "e.txt": (lambda p: p.write_bytes(b"a\n" + b"x" * (MAX_LINE_BYTES + 1)), "e.txt, line 2 is longer than 4 MiB"),
     "f.jsonl": (lambda p: p.write_text('{"text": "a"}\n{"story": "b"}\n'), "f.jsonl, line 2 .* missing .* `text`"),
     "g.jsonl": (lambda p: p.write_text('\n{"text": 5}\n'), "g.jsonl, line 2 .* Expected `str`, got `int`"),
     "h.jsonl": (lambda p: p.write_text('["a"]\n'), "h.jsonl, line 1 .* Expected `object`, got `array`"),

@@ -1,0 +1,78 @@
+"""Benchmarks of the training host: `python -m host.bench data` proves that data preparation streams."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from host.shards import load_data
+from shared.errors import ConfigError, DataError, run_main
+
+GIGABYTE: Final = 1_000_000_000
+WORDS: Final = 30_000  # distinct ones, about as many as TinyStories has
+STORY_WORDS: Final = (120, 260)
+STORIES_AT_ONCE: Final = 1000
+
+
+def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
+    """Write about `size_bytes` of story-like text: sentences of words as frequent as in a language (Zipf's law)."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+    words = np.array(["".join(rng.choice(letters, size=1 + rng.poisson(3.5))) for _ in range(WORDS)])
+    frequencies = 1 / np.arange(1, WORDS + 1)
+    frequencies /= frequencies.sum()
+    with path.open("w") as file:
+        while file.tell() < size_bytes:
+            stories = []
+            for length in rng.integers(*STORY_WORDS, size=STORIES_AT_ONCE):
+                chosen = rng.choice(words, size=length, p=frequencies)
+                sentences = [" ".join(chosen[i : i + 9]).capitalize() + "." for i in range(0, length, 9)]
+                stories.append(" ".join(sentences))
+            file.write("\n\n".join(stories) + "\n\n")
+
+
+def bench_data(gigabytes: float) -> None:
+    """Prepare a generated file in a process of its own; print its peak memory and speed."""
+    with tempfile.TemporaryDirectory(prefix="host-bench-") as folder:
+        source, out = Path(folder, "stories.txt"), Path(folder, "out")
+        write_stories(source, int(gigabytes * GIGABYTE))
+        started = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "host.data", "--source", str(source), "--out", str(out)])
+        _, status, usage = os.wait4(process.pid, 0)  # this child's own peak, which Popen does not tell
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise DataError(f"host.data failed on the generated file, with exit status {process.returncode}")
+        megabytes = source.stat().st_size / 1e6
+        stories = load_data(out, verify=True).meta.train.stories
+    print(f"{'text':>12} {'stories':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>7} {'peak memory':>12}")
+    print(
+        f"{megabytes:>9.0f} MB {stories:>10} {seconds:>8.1f} {megabytes / seconds:>6.2f} "
+        f"{usage.ru_utime + usage.ru_stime:>7.1f} {usage.ru_maxrss * 1024 / 1e6:>9.0f} MB"
+    )
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.bench",
+        description="Benchmarks of the training host.",
+        epilog="example: python -m host.bench data --gigabytes 1",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="peak memory and speed of host.data on a generated file")
+    data.add_argument("--gigabytes", type=float, default=1.0, help="size of the file (default: %(default)s)")
+    args = parser.parse_args()
+    if args.gigabytes <= 0:
+        raise ConfigError(f"--gigabytes must be above 0, not {args.gigabytes}")
+    bench_data(args.gigabytes)
+
+
+if __name__ == "__main__":
+    run_main(main)
