@@ -1,12 +1,13 @@
 """The errors a user can meet.
 
-    DiffusionLLMError           one sentence naming the field, file or value; printed as it is, exit status `exit_code`
-    ├── ConfigError             configuration file, environment or command line
-    ├── DataError               training or evaluation text
-    ├── BundleError             manifest, hashes, versions, shapes
-    └── RequestError            a refused or failed request; carries the typed `code` of the reply
+DiffusionLLMError           one sentence naming the field, file or value; printed as it is, exit status `exit_code`
+├── ConfigError             configuration file, environment or command line
+├── DataError               training or evaluation text
+├── BundleError             manifest, hashes, versions, shapes
+└── RequestError            a refused or failed request; carries the typed `code` of the reply
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -65,12 +66,14 @@ class RequestError(DiffusionLLMError):
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command line's `main`: our errors become one line on stderr and an exit code, Ctrl-C becomes 130."""
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()  # a reader that left must be met here, not in the interpreter's own last flush
+        sys.exit(status)
     except DiffusionLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output left, as `head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has to go somewhere
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -20,8 +20,8 @@ TOKENIZER: Final = "tokenizer.json"
 MAX_MANIFEST_BYTES: Final = 1 << 20
 
 Positive = Annotated[int, Meta(ge=1)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Precision = Literal["fp32", "fp16", "int8"]
 Target = Literal["cpu", "cuda"]
 Selection = Literal["confidence", "random", "margin", "entropy"]
@@ -163,10 +163,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version")
         if version is None or msgspec.json.decode(version) != FORMAT_VERSION:
-            found = "none" if version is None else bytes(version).decode()
+            found = "none" if version is None else bytes(version)[:40].decode(errors="replace")
             raise BundleError(f"{path} has format_version {found}; this release reads {FORMAT_VERSION}")
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}") from None
     if manifest.special_ids != SpecialIds():
         raise BundleError(f"{path} has special_ids other than PAD 0, BOS 1, EOS 2, MASK 3")

@@ -18,7 +18,7 @@ MAX_GAP: Final = 1024
 MAX_SEGMENTS: Final = 64
 MAX_DEADLINE_MS: Final = 600_000
 
-Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^/+#\x00-\x1f]+$")]
+Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^/+#\x00-\x1f]+\Z")]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 
 
@@ -135,6 +135,7 @@ class _Kind(Struct, frozen=True):
 class _Identified(Struct, frozen=True):
     id: Id | None = None
 
+
 OPEN_POSITION: Final = "░"
 
 
@@ -159,7 +160,7 @@ def decode_line(payload: bytes) -> GenerateRequest | HealthRequest:
     """Decode one line of the Unix socket; its `type` is "generate" when left out. Raises as decode_request does."""
     kind = _decode(payload, _Kind).type
     if kind not in ("generate", "health"):
-        raise RequestError("bad_request", f"unknown type {kind!r}: send \"generate\" or \"health\"")
+        raise RequestError("bad_request", f'unknown type {kind!r}: send "generate" or "health"')
     return _decode(payload, GenerateRequest) if kind == "generate" else _decode(payload, HealthRequest)
 
 
