@@ -1,0 +1,137 @@
+"""The step graphs compute what the network computes."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from host.graph import NEVER, step_graph
+from host.model import CONFIGS, Denoiser, count_parameters, ends_impossible
+from host.quantize import quantize
+from host.scoring import GraphScorer
+from host.untrained import untrained
+from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
+
+K = 64
+
+
+def networks() -> Iterator[tuple[str, Denoiser]]:
+    for time_input in (True, False):
+        yield f"time input {time_input}", untrained(replace(CONFIGS["debug"], time_input=time_input))[0]
+
+
+NETWORKS = dict(networks())
+
+
+def canvases() -> NDArray[np.int32]:
+    """All masked; half masked; with an end; infilling with a masked tail.  (4, L)"""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(FIRST_TEXT_ID, 512, (4, 256)).astype(np.int32)
+    rows[0] = MASK
+    rows[1, rng.random(256) < 0.5] = MASK
+    rows[2, ::3] = MASK
+    rows[2, 100], rows[2, 101:] = EOS, PAD
+    rows[3, 5:9], rows[3, 20:] = MASK, MASK
+    rows[:, 0] = BOS
+    return rows
+
+
+@torch.no_grad()
+def reference(model: Denoiser, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
+    """Log-probabilities of one canvas, finite.  → (L, V)"""
+    row = torch.from_numpy(canvas.astype(np.int64))[None]
+    hidden = model(row, torch.tensor([t]) if model.config.time_input else None)[0]
+    logp: NDArray[np.float32] = model.logits(hidden, ends_impossible(row)[0]).log_softmax(-1).clamp(min=NEVER).numpy()
+    return logp
+
+
+def session(graph: onnx.ModelProto) -> ort.InferenceSession:
+    return ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("whole_attention", [True, False], ids=["Attention", "MultiHeadAttention"])
+def test_cpu_graph_reduces_exactly(name: str, whole_attention: bool) -> None:
+    """ids, log-probabilities over the full vocabulary and entropy match torch's own."""
+    model = NETWORKS[name]
+    runtime = session(step_graph(model, "cpu", K, whole_attention))
+    for canvas in canvases():
+        t = 0.4
+        feed = {"canvas": canvas[None]} | ({"t": np.array([t], np.float32)} if model.config.time_input else {})
+        ids, logp, entropy = (out[0] for out in runtime.run(None, feed))
+        certain = np.cumsum(np.isin(canvas, [EOS, PAD])) > 1  # behind the end nobody reads the scores
+        expected = reference(model, canvas, t)
+        difference = np.abs(np.take_along_axis(expected, ids.astype(np.int64), 1) - logp)[~certain]
+        expected_entropy = -(np.exp(expected) * expected).sum(1)
+        print(f"logp max {difference.max():.2e} mean {difference.mean():.2e}")
+        assert difference.max() < 2e-5
+        np.testing.assert_allclose(entropy[~certain], expected_entropy[~certain], atol=4e-5)
+        best = np.sort(expected, 1)[:, ::-1][:, :K]
+        np.testing.assert_allclose(logp[~certain], best[~certain], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batched_rows_do_not_see_each_other(name: str) -> None:
+    model = NETWORKS[name]
+    runtime = session(step_graph(model, "cpu", K))
+    rows = canvases()
+    t = np.linspace(0.1, 1, len(rows), dtype=np.float32)
+    timed = model.config.time_input
+    together = runtime.run(["logp"], {"canvas": rows} | ({"t": t} if timed else {}))[0]
+    for i, row in enumerate(rows):
+        alone = runtime.run(["logp"], {"canvas": row[None]} | ({"t": t[i : i + 1]} if timed else {}))[0][0]
+        np.testing.assert_allclose(together[i], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("level", [ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL])
+def test_cuda_graph_follows_torch_in_half_precision(name: str, level: ort.GraphOptimizationLevel) -> None:
+    model = NETWORKS[name]
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    graph = step_graph(model, "cuda", K)
+    assert graph.opset_import[0].version == 20 and graph.ir_version <= 10 and len(graph.opset_import) == 1
+    runtime = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for canvas in canvases():
+        feed = {"canvas": canvas[None]} | ({"t": np.array([0.4], np.float32)} if model.config.time_input else {})
+        logits = runtime.run(None, feed)[0][0].astype(np.float32)
+        assert np.isfinite(logits).all()
+        certain = np.cumsum(np.isin(canvas, [EOS, PAD])) > 1
+        found = torch.from_numpy(logits).log_softmax(-1).clamp(min=NEVER).numpy()
+        expected = reference(model, canvas, 0.4)
+        likely = (expected > -20) & ~certain[:, None]
+        difference = np.abs(found - expected)[likely]
+        print(f"FP16 logp max {difference.max():.2e} mean {difference.mean():.2e}")
+        assert difference.max() < 0.05 and difference.mean() < 0.005
+        assert (found[~certain][:, [MASK, BOS]] < -5000).all()
+
+
+def test_int8_graph_stays_near() -> None:
+    """7-bit weights by the column: the likeliest token mostly stays, the log-probabilities move a little."""
+    model = NETWORKS["time input True"]
+    graph = GraphScorer("int8", quantize(step_graph(model, "cpu", K), "dynamic", []))
+    agree, difference = [], []
+    for canvas in canvases()[:2]:
+        found = torch.from_numpy(graph.logits(canvas, 0.4)).log_softmax(-1).numpy()
+        expected = reference(model, canvas, 0.4)
+        agree.append((found.argmax(1) == expected.argmax(1)).mean())
+        difference.append(np.abs(found - expected)[expected > -20].mean())
+    print(f"INT8 top-1 agreement {np.mean(agree):.1%}, mean log-probability difference {np.mean(difference):.3f}")
+    assert np.mean(agree) > 0.9 and np.mean(difference) < 0.1
+
+
+def test_graph_files_hold_their_weights(tmp_path: Path) -> None:
+    onnx.save(step_graph(NETWORKS["time input False"], "cuda", K), tmp_path / "g.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 7.56), ("small", 17.34), ("medium", 34.27), ("large", 60.71)])
+def test_parameter_counts(name: str, millions: float) -> None:
+    assert CONFIGS[name].vocab_size == 8192 and CONFIGS[name].canvas_len == 256
+    assert count_parameters(CONFIGS[name]) / 1e6 == pytest.approx(millions, rel=0.01)
