@@ -36,9 +36,9 @@ VARIABLES: Final[dict[str, str]] = {
 
 SYSTEM_SOCKET: Final = Path("/run/edgelm.sock")
 
-Device = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
-ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/$", max_length=256)]
+ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z", max_length=256)]
 
 
 def default_bundle() -> Path:

@@ -40,7 +40,7 @@ def parse_infill(text: str) -> list[Any]:
         segments += [text[end : gap.start()], {"gap": int(gap[1] or DEFAULT_GAP)}]
         end = gap.end()
     if not segments:
-        raise RequestError("bad_request", "--infill has no gap: write ___ where 4 tokens are missing, ___:6 where 6 are")
+        raise RequestError("bad_request", "--infill has no gap: write ___ where 4 tokens are missing, ___:6 for 6")
     return [segment for segment in [*segments, text[end:]] if segment != ""]
 
 

@@ -47,7 +47,8 @@ MAX_TOPIC: Final = 256
 MAX_LEVELS: Final = 16
 REFUSED_VERSION: Final = "Unsupported protocol version"
 
-UNSENDABLE: Final = re.compile("[+#\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_NONCHARACTERS: Final = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+UNSENDABLE: Final = re.compile(f"[+#\x00-\x1f\x7f-\x9f\ufdd0-\ufdef{_NONCHARACTERS}]")
 """Wildcards, and characters at which a broker may drop the connection: one bad topic would then end every answer."""
 
 
@@ -129,9 +130,12 @@ class MqttTransport:
         elif reason.is_failure:
             self._complain(f"broker {self.broker} refuses the connection: {reason}")
         else:
-            options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
-            modern = client.protocol is MQTTProtocolVersion.MQTTv5
-            client.subscribe(f"{self._base}/request/generate", qos=1, options=options if modern else None)
+            topic = f"{self._base}/request/generate"
+            if client.protocol is MQTTProtocolVersion.MQTTv5:
+                options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
+                client.subscribe(topic, options=options)
+            else:
+                client.subscribe(topic, qos=1)
 
     def _on_subscribe(
         self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Properties | None

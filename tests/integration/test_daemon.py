@@ -1,0 +1,191 @@
+"""The daemon's life: start, what it refuses to start on, and every way to stop."""
+
+import signal
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.harness import Daemon, Line, run_module, until
+
+STORY = {"prompt": "Once upon a time"}
+StartDaemon = Callable[..., Daemon]
+
+
+def begin_story(daemon: Daemon, **fields: object) -> Line:
+    """A line whose story has begun, as its first snapshot tells."""
+    line = daemon.line()
+    first = line.ask(STORY | {"stream": True} | fields)
+    assert first["type"] == "partial"
+    return line
+
+
+def final(line: Line) -> dict[str, Any]:
+    """The response behind the snapshots."""
+    while (reply := line.read() or {})["type"] == "partial":
+        pass
+    return reply
+
+
+def test_the_ready_line_says_where_and_what(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    assert f"socket {daemon.socket}, mqtt off, bundle debug@" in daemon.ready
+
+
+def test_the_socket_is_for_owner_and_group(start_daemon: StartDaemon) -> None:
+    mode = start_daemon().socket.stat().st_mode
+    assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o660
+
+
+def test_onnx_runtime_serves_the_real_graph(start_daemon: StartDaemon) -> None:
+    reply = start_daemon(backend="ort").line().ask(STORY | {"seed": 1})
+    assert reply["status"] == "ok" and str(reply["text"]).startswith("Once upon a time")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(start_daemon: StartDaemon, number: int) -> None:
+    daemon = start_daemon(backend="fake:20")
+    line, late = begin_story(daemon, steps=30), daemon.line()
+    daemon.signal(number)
+    until(lambda: late.ask({"type": "health"})["state"] == "draining", "the drain to begin")
+
+    assert late.ask(STORY)["error"]["code"] == "draining"
+    assert final(line)["status"] == "ok"
+    assert daemon.exit_code() == 0
+    assert not daemon.socket.exists()
+
+
+def test_a_drain_that_takes_too_long_ends_in_typed_replies(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(backend="fake:50", DRAIN_S="0.1")
+    running, waiting = begin_story(daemon), daemon.line()
+    waiting.send(STORY)
+    until(lambda: daemon.line().ask({"type": "health"})["queued"] == 1, "the second story to wait")
+    daemon.signal(signal.SIGTERM)
+
+    assert final(running)["error"]["code"] == "draining"
+    assert final(waiting)["error"]["code"] == "draining"
+    assert daemon.exit_code() == 0
+
+
+def test_a_second_signal_cuts_the_drain_short(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(backend="fake:50")
+    line, other = begin_story(daemon), daemon.line()
+    daemon.signal(signal.SIGTERM)
+    until(lambda: other.ask({"type": "health"})["state"] == "draining", "the drain to begin")
+    daemon.signal(signal.SIGTERM)
+
+    assert final(line)["error"]["code"] == "draining"
+    assert daemon.exit_code() == 0
+
+
+def test_a_socket_left_by_a_killed_daemon_is_replaced(start_daemon: StartDaemon) -> None:
+    killed = start_daemon()
+    killed.signal(signal.SIGKILL)
+    killed.exit_code()
+    assert killed.socket.exists()
+
+    assert start_daemon().line().ask(STORY)["status"] == "ok"
+
+
+def test_a_socket_that_is_served_already_is_left_alone(start_daemon: StartDaemon, debug_bundle: Path) -> None:
+    first = start_daemon()
+    second = run_module("edge", "--backend", "fake", "--bundle", str(debug_bundle), "--socket", str(first.socket))
+
+    assert second.returncode == 78
+    assert f"socket {first.socket} is already served by another daemon" in second.stderr
+    assert first.line().ask(STORY)["status"] == "ok"
+
+
+def test_the_socket_of_a_successor_is_not_removed(start_daemon: StartDaemon) -> None:
+    first = start_daemon()
+    first.socket.unlink()
+    second = start_daemon()
+    first.signal(signal.SIGTERM)
+    first.exit_code()
+
+    assert second.line().ask(STORY)["status"] == "ok"
+
+
+def taken_by_a_file(folder: Path) -> list[str]:
+    (folder / "s").write_text("precious")
+    return ["--socket", str(folder / "s")]
+
+
+def in_no_folder(folder: Path) -> list[str]:
+    return ["--socket", str(folder / "no" / "s")]
+
+
+def with_too_long_a_path(folder: Path) -> list[str]:
+    return ["--socket", str(folder / ("s" * 120))]
+
+
+def no_bundle(folder: Path) -> list[str]:
+    return ["--bundle", str(folder)]
+
+
+def unknown_key(folder: Path) -> list[str]:
+    (folder / "edgelm.toml").write_text('sokcet = "/tmp/s"')
+    return ["--config", str(folder / "edgelm.toml")]
+
+
+def unknown_backend(folder: Path) -> list[str]:
+    return ["--backend", "abacus"]
+
+
+def no_password_file(folder: Path) -> list[str]:
+    text = f'[mqtt]\nhost = "127.0.0.1"\nusername = "me"\npassword_file = "{folder}/none"'
+    (folder / "edgelm.toml").write_text(text)
+    return ["--config", str(folder / "edgelm.toml")]
+
+
+def no_certificates(folder: Path) -> list[str]:
+    (folder / "edgelm.toml").write_text('[mqtt]\nhost = "127.0.0.1"\nca_file = "edgelm.toml"')
+    return ["--config", str(folder / "edgelm.toml")]
+
+
+@pytest.mark.parametrize(
+    ("arrange", "exit_code", "named"),
+    [
+        (taken_by_a_file, 78, "is no socket"),
+        (in_no_folder, 78, "No such file or directory"),
+        (with_too_long_a_path, 78, "too long"),
+        (no_bundle, 66, "manifest.json"),
+        (unknown_key, 78, "sokcet"),
+        (unknown_backend, 78, "abacus"),
+        (no_password_file, 78, "password_file"),
+        (no_certificates, 78, "ca_file"),
+    ],
+)
+def test_what_it_cannot_start_on_it_says_in_one_line(
+    arrange: Callable[[Path], list[str]], exit_code: int, named: str, tmp_path: Path, debug_bundle: Path
+) -> None:
+    settings = {"BUNDLE": str(debug_bundle), "BACKEND": "fake", "SOCKET": str(tmp_path / "free")}
+    result = run_module("edge", *arrange(tmp_path), **settings)
+
+    assert result.returncode == exit_code
+    assert result.stderr.startswith("error: ") and named in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+    assert not (tmp_path / "free").exists()
+
+
+def test_a_refusal_to_start_does_no_harm(tmp_path: Path, debug_bundle: Path) -> None:
+    taken_by_a_file(tmp_path)
+    run_module("edge", "--bundle", str(debug_bundle), "--backend", "fake", "--socket", str(tmp_path / "s"))
+    assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_help_shows_an_example() -> None:
+    result = run_module("edge", "--help")
+    assert result.returncode == 0 and "python -m edge --mqtt broker.local" in result.stdout
+
+
+def test_a_stray_connection_does_not_hold_up_the_end(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    idle = socket.socket(socket.AF_UNIX)
+    idle.connect(str(daemon.socket))
+    daemon.signal(signal.SIGTERM)
+    assert daemon.exit_code() == 0
+    idle.close()

@@ -1,0 +1,195 @@
+"""The Unix socket of a real daemon: what comes back for what is sent."""
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from shared.messages import MAX_MESSAGE_BYTES
+from tests.integration.harness import Daemon, Line, until
+
+STORY = {"prompt": "Once upon a time", "seed": 7}
+
+
+@pytest.fixture
+def line(shared_daemon: Daemon) -> Line:
+    return shared_daemon.line()
+
+
+def test_a_story_comes_with_all_that_a_response_promises(line: Line, shared_daemon: Daemon) -> None:
+    reply = line.ask(STORY | {"id": "a", "max_tokens": 9, "steps": 3})
+
+    assert reply["type"] == "response" and reply["v"] == 1 and reply["id"] == "a" and reply["status"] == "ok"
+    assert reply["text"].startswith("Once upon a time")
+    assert reply["seed"] == 7
+    assert reply["usage"]["steps"] == 3
+    assert 0 < reply["usage"]["generated_tokens"] <= 9
+    timing = reply["timing"]
+    assert 0 <= timing["queue_ms"] < timing["first_token_ms"] < timing["total_ms"]
+    assert reply["model"] in shared_daemon.ready  # NAME@DIGEST, as the daemon announced it
+
+
+def test_the_seed_that_comes_back_repeats_the_text(line: Line) -> None:
+    first = line.ask({"prompt": "Once"})
+    assert line.ask({"prompt": "Once", "seed": first["seed"]})["text"] == first["text"]
+    assert line.ask({"prompt": "Once"})["seed"] != first["seed"]
+
+
+def test_gaps_are_filled_between_the_given_texts(line: Line) -> None:
+    reply = line.ask({"segments": ["Tom had a ", {"gap": 4}, " and it was ", {"gap": 3}, "."]})
+    assert reply["text"].startswith("Tom had a ") and " and it was " in reply["text"] and reply["text"].endswith(".")
+    assert reply["usage"]["generated_tokens"] == 7
+
+
+def test_requests_in_flight_together_are_told_apart_by_their_ids(line: Line) -> None:
+    line.send(*({"prompt": "Once", "id": str(i), "max_tokens": 3} for i in range(5)))
+    assert [(line.read() or {})["id"] for _ in range(5)] == ["0", "1", "2", "3", "4"]
+
+
+BAD_LINES: dict[str, tuple[bytes, str, str]] = {
+    "no JSON": (b"Once upon a time", "bad_request", "malformed"),
+    "no object": (b'["prompt"]', "bad_request", "object"),
+    "not UTF-8": (b'{"prompt": "\xff"}', "bad_request", ""),
+    "unknown field": (b'{"prompt": "x", "promt": "y"}', "bad_request", "promt"),
+    "wrong type": (b'{"prompt": "x", "steps": "many"}', "bad_request", "steps"),
+    "unknown message": (b'{"type": "summarise"}', "bad_request", "summarise"),
+    "out of bounds": (b'{"prompt": "x", "temperature": -1}', "bad_request", "temperature"),
+    "nothing asked": (b"{}", "bad_request", "prompt"),
+    "no gap": (b'{"segments": ["x"]}', "bad_request", "gap"),
+    "gap too long": (b'{"segments": ["x", {"gap": 999}]}', "too_large", "fit"),
+    "prompt too long": (b'{"prompt": "' + b"time " * 2000 + b'"}', "too_large", "fit"),
+    "MQTT's field": (b'{"prompt": "x", "response_topic": "edgelm/y"}', "bad_request", "response_topic"),
+    "deeply nested": (b'{"prompt": ' + b"[" * 5000, "bad_request", ""),
+}
+
+
+@pytest.mark.parametrize(("sent", "code", "named"), BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_line_gets_one_sentence_and_the_next_is_served(line: Line, sent: bytes, code: str, named: str) -> None:
+    reply = line.ask(sent)
+
+    assert reply["status"] == "error" and reply["error"]["code"] == code
+    assert named in reply["error"]["message"]
+    assert line.ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
+
+
+def test_a_bad_request_is_answered_under_its_id(line: Line) -> None:
+    assert line.ask({"id": "mine", "prompt": "x", "promt": "y"})["id"] == "mine"
+
+
+def test_empty_lines_are_passed_over(line: Line) -> None:
+    assert line.ask(b"\n  \n" + b'{"prompt": "x", "max_tokens": 1}')["status"] == "ok"
+
+
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["with its end", "without end"])
+def test_a_line_that_is_too_long_is_refused_and_ends_the_connection(line: Line, end: bytes) -> None:
+    line.sock.sendall(b"x" * (MAX_MESSAGE_BYTES + 1) + end)
+
+    assert (line.read() or {})["error"]["code"] == "too_large"
+    assert line.read() is None
+
+
+def test_the_last_line_needs_no_newline_when_the_client_shuts_its_side(line: Line) -> None:
+    line.sock.sendall(b'{"prompt": "x", "max_tokens": 2}')
+    line.sock.shutdown(socket.SHUT_WR)
+
+    assert (line.read() or {})["status"] == "ok"
+    assert line.read() is None
+
+
+def test_health_tells_state_and_model(line: Line, shared_daemon: Daemon) -> None:
+    health = line.ask({"type": "health"})
+    assert (health["state"], health["queued"]) == ("idle", 0)
+    assert health["model"] in shared_daemon.ready
+
+
+def test_a_client_that_reads_nothing_holds_up_nobody(shared_daemon: Daemon, line: Line) -> None:
+    deaf = shared_daemon.line()
+    deaf.sock.setblocking(False)
+    junk = b"{}\n" * 1000
+    with pytest.raises(BlockingIOError):  # the daemon stops reading what it cannot answer
+        for _ in range(10_000):
+            deaf.sock.sendall(junk)
+
+    assert line.ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
+
+
+def test_one_client_too_many_is_told_so(shared_daemon: Daemon) -> None:
+    crowd = [Line(shared_daemon.socket) for _ in range(80)]
+    try:
+        crowd[-1].sock.settimeout(5)
+        reply = crowd[-1].read()
+        assert reply is not None and reply["error"]["code"] == "queue_full"
+        assert crowd[-1].read() is None
+        assert crowd[0].ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
+    finally:
+        for client in crowd:
+            client.close()
+
+
+def slow_daemon(start_daemon: Callable[..., Daemon], **settings: str) -> Daemon:
+    """A step takes 20 ms, a whole canvas more than a second."""
+    return start_daemon(backend="fake:20", **settings)
+
+
+def is_busy(daemon: Daemon) -> bool:
+    line = Line(daemon.socket)
+    busy = line.ask({"type": "health"})["state"] == "busy"
+    line.close()
+    return busy
+
+
+def test_snapshots_replace_each_other_at_most_five_a_second(start_daemon: Callable[..., Daemon]) -> None:
+    line = slow_daemon(start_daemon).line()
+    line.send(STORY | {"id": "s", "stream": True, "steps": 40})
+    started_s = time.monotonic()
+    partials: list[dict[str, Any]] = []
+    while (reply := line.read() or {})["type"] == "partial":
+        partials.append(reply)
+    seconds = time.monotonic() - started_s
+
+    assert 2 <= len(partials) <= 2 + 5 * seconds
+    assert [p["seq"] for p in partials] == list(range(1, len(partials) + 1))
+    open_positions = [p["masked"] for p in partials]
+    assert open_positions == sorted(open_positions, reverse=True)
+    for partial in partials:
+        assert partial["id"] == "s" and partial["steps"] == 40
+        assert partial["text"].startswith("Once upon a time") and partial["text"].count("░") == partial["masked"]
+    assert reply["status"] == "ok" and reply["usage"]["steps"] == 40
+
+
+def test_a_client_that_hangs_up_stops_its_requests(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(backend="fake:50")  # the whole story would take three seconds
+    gone, waiting = Line(daemon.socket), daemon.line()
+    gone.send(STORY, STORY)
+    until(lambda: is_busy(daemon), "the story to begin")
+    gone.close()
+
+    reply = waiting.ask({"prompt": "x", "max_tokens": 1})
+    assert reply["status"] == "ok" and reply["timing"]["queue_ms"] < 1000
+
+
+def test_a_deadline_counts_from_acceptance_running_or_queued(start_daemon: Callable[..., Daemon]) -> None:
+    line = slow_daemon(start_daemon).line()
+    line.send(STORY | {"id": "long"}, STORY | {"id": "queued", "deadline_ms": 100})
+    first = line.read() or {}
+    assert first["id"] == "queued" and first["error"]["code"] == "timeout" and first["error"]["retryable"]
+    line.send(STORY | {"id": "running", "deadline_ms": 1})
+
+    assert (line.read() or {})["id"] == "running"
+    assert (line.read() or {})["id"] == "long"
+
+
+def test_a_full_queue_says_when_to_come_again(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = slow_daemon(start_daemon, QUEUE_SIZE="1")
+    line = daemon.line()
+    story = STORY | {"steps": 20}
+    line.send(story | {"id": "running"})
+    until(lambda: is_busy(daemon), "the story to begin")
+    line.send(story | {"id": "waiting"}, story | {"id": "refused"})
+
+    refused = line.read() or {}
+    assert refused["id"] == "refused" and refused["error"]["code"] == "queue_full"
+    assert refused["error"]["retryable"] and refused["error"]["retry_after_ms"] >= 1
+    assert [(line.read() or {})["status"] for _ in range(2)] == ["ok", "ok"]
