@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -27,14 +28,14 @@ def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
     words = np.array(["".join(rng.choice(letters, size=1 + rng.poisson(3.5))) for _ in range(WORDS)])
     frequencies = 1 / np.arange(1, WORDS + 1)
     frequencies /= frequencies.sum()
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         while file.tell() < size_bytes:
-            stories = []
-            for length in rng.integers(*STORY_WORDS, size=STORIES_AT_ONCE):
-                chosen = rng.choice(words, size=length, p=frequencies)
-                sentences = [" ".join(chosen[i : i + 9]).capitalize() + "." for i in range(0, length, 9)]
-                stories.append(" ".join(sentences))
-            file.write("\n\n".join(stories) + "\n\n")
+            lengths = rng.integers(*STORY_WORDS, size=STORIES_AT_ONCE)
+            drawn = iter(rng.choice(words, size=int(lengths.sum()), p=frequencies).tolist())
+            for length in lengths:
+                chosen = list(islice(drawn, int(length)))
+                sentences = [" ".join(chosen[i : i + 9]).capitalize() + "." for i in range(0, len(chosen), 9)]
+                file.write(" ".join(sentences) + "\n\n")
 
 
 def bench_data(gigabytes: float) -> None:

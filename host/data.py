@@ -168,7 +168,7 @@ def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Dat
     corpus = open_corpus(source)
     with replacing(out) as folder:
         tokenizer = learn_tokenizer(corpus, vocab_size)
-        (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True))
+        (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         writers = write_splits(corpus, tokenizer, folder)
         meta = DataMeta(
             format_version=FORMAT_VERSION,
