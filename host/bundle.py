@@ -20,6 +20,7 @@ from shared.manifest import (
     MANIFEST,
     TOKENIZER,
     Evaluation,
+    FileName,
     Graph,
     Manifest,
     ModelSpec,
@@ -35,9 +36,9 @@ from shared.manifest import (
 )
 
 _DTYPES = {
-    onnx.TensorProto.INT32: "int32",
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
+    int(onnx.TensorProto.INT32): "int32",
+    int(onnx.TensorProto.FLOAT): "float32",
+    int(onnx.TensorProto.FLOAT16): "float16",
 }
 
 
@@ -69,6 +70,16 @@ def model_spec(config: ModelConfig) -> ModelSpec:
     )
 
 
+def check_replaceable(out: Path) -> None:
+    """Raise ConfigError when `out` is something other than a bundle, or its name cannot be a bundle's."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out} exists and is not a bundle: choose another --out")
+    try:
+        msgspec.convert(out.name, FileName)
+    except msgspec.ValidationError:
+        raise ConfigError(f"--out {out}: a bundle's name is letters, digits, '.', '_' and '-', at most 100") from None
+
+
 def write_bundle(
     out: Path,
     model: Denoiser,
@@ -83,10 +94,9 @@ def write_bundle(
 ) -> Manifest:
     """Write everything beside `out`, then swap it in; an older bundle there is replaced only when the new one is whole.
 
-    Raises ConfigError when `out` exists and is no bundle.
+    Raises ConfigError when `out` exists and is no bundle, or has an unusable name.
     """
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} exists and is not a bundle: choose another --out")
+    check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name

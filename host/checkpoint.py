@@ -14,7 +14,7 @@ from torch import Tensor
 
 from host.model import Denoiser, ModelConfig
 from host.optim import Ema
-from shared.errors import DataError
+from shared.errors import DataError, DiffusionLLMError
 from shared.schedule import ScheduleName
 
 LAST = "last.safetensors"
@@ -47,7 +47,10 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """Write next to `path`, flush to the disk, then rename: a reader finds the old file or the new one, whole."""
+    """Write next to `path`, flush to the disk, then rename: a reader finds the old file or the new one, whole.
+
+    Raises DiffusionLLMError when the disk refuses; the old file stays.
+    """
     tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     tensors |= {f"ema.{n}": p for n, p in ema.shadow.items()}
     for i, optimizer in enumerate(optimizers):
@@ -58,10 +61,14 @@ def save_checkpoint(
         "scaler": msgspec.json.encode(scaler.state_dict()).decode(),
     }
     partial = path.with_suffix(".partial")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise DiffusionLLMError(f"the checkpoint {path} cannot be written: {error}") from None
 
 
 def find_checkpoint(run: Path, file: str = BEST) -> Path:
@@ -90,9 +97,12 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def read_progress(path: Path) -> Progress:
     """The progress stored in a checkpoint; DataError when the file is damaged or not one of ours."""
+    stored = _metadata(path).get("progress")
+    if stored is None:
+        raise DataError(f"{path} is not a checkpoint of this project: its header has no progress")
     try:
-        return msgspec.json.decode(_metadata(path)["progress"], type=Progress)
-    except (KeyError, msgspec.DecodeError) as error:
+        return msgspec.json.decode(stored, type=Progress)
+    except msgspec.DecodeError as error:
         raise DataError(f"{path} is not a checkpoint of this project: {error}") from None
 
 

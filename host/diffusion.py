@@ -56,9 +56,7 @@ def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[floa
     return F.cross_entropy(logits, x0[batch.scored].long(), reduction="none"), rows
 
 
-def nelbo_sums(
-    model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], schedule: ScheduleName
-) -> Tensor:
+def nelbo_sums(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], schedule: ScheduleName) -> Tensor:
     """One Monte Carlo draw of each row's negative evidence lower bound, in nats (Sahoo et al., arXiv 2406.07524).
 
     The weight −alpha'/(1 − alpha) multiplies the *sum* over masked positions. Divide by `counted_tokens` for nats a

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from host.checkpoint import find_checkpoint, load_model, newest_run
 from host.diffusion import Corrupted, corrupt, counted_tokens, low_discrepancy_times
+from host.runs import read_config
 from host.scoring import GraphScorer, Scorer, TorchScorer, load_graph
 from host.shards import load_data
 from host.text_sources import read_texts
@@ -103,17 +105,23 @@ def _row_sums(losses: Tensor, rows: Tensor, n: int) -> np.ndarray:
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> Figure:
     """Sum over sum, over draws and stories (draws, n), with its standard error."""
-    per_draw = above.sum(1) / below.sum(1)
-    monte_carlo = per_draw.std(ddof=1) / np.sqrt(len(per_draw)) if len(per_draw) > 1 else 0.0
-    stories = np.random.default_rng(SEED).integers(0, above.shape[1], (BOOTSTRAPS, above.shape[1]))
-    bootstrap = (above.sum(0)[stories].sum(1) / below.sum(0)[stories].sum(1)).std()
-    return Figure(float(above.sum() / below.sum()), float(np.hypot(monte_carlo, bootstrap)))
+    draws, n = above.shape
+    stories = np.random.default_rng(SEED).integers(0, n, (BOOTSTRAPS, n))
+    resampled = below.sum(0)[stories].sum(1)
+    if resampled.min() == 0:
+        raise DataError("too little text to measure on: give more or longer stories")
+    value = above.sum() / below.sum()
+    # Of a draw's sums, not of its ratio: a single draw of little text may mask nothing.
+    spread = (above - value * below).sum(1) / below.sum(1).mean()
+    monte_carlo = spread.std(ddof=1) / np.sqrt(draws) if draws > 1 else 0.0
+    bootstrap = (above.sum(0)[stories].sum(1) / resampled).std()
+    return Figure(float(value), float(np.hypot(monte_carlo, bootstrap)))
 
 
 def held_out_files(source: Path, tokenizer_path: Path, stories: int | None = None) -> HeldOut:
     """Texts of a file or folder, through the model's tokenizer; DataError when there is none."""
     tokenizer = load_tokenizer(tokenizer_path)
-    texts = [text for i, text in enumerate(read_texts(source)) if stories is None or i < stories]
+    texts = list(itertools.islice(read_texts(source), stories))
     if not texts:
         raise DataError(f"{source} holds no text")
     canvases = encode_stories(tokenizer, texts)
@@ -132,7 +140,9 @@ def print_table(evaluations: list[Evaluation]) -> None:
     """One line a model: value ± standard error."""
     print(f"{'graph':24} {'NELBO, nats a token':>22} {'bits a byte':>18} {'masked cross-entropy':>22}")
     for e in evaluations:
-        cells = [f"{f.value:.4f} ± {f.stderr:.4f}" for f in (e.nelbo_nats_per_token, e.bits_per_byte, e.masked_cross_entropy)]
+        cells = [
+            f"{f.value:.4f} ± {f.stderr:.4f}" for f in (e.nelbo_nats_per_token, e.bits_per_byte, e.masked_cross_entropy)
+        ]
         print(f"{e.graph:24} {cells[0]:>22} {cells[1]:>18} {cells[2]:>22}")
     e = evaluations[0]
     print(f"on {e.source}: {e.stories:,} stories, {e.text_tokens:,} tokens, {e.text_bytes:,} bytes")
@@ -162,6 +172,7 @@ def main() -> None:
         manifest = read_manifest(args.bundle)
         graph = find_graph(args.bundle, manifest, "cpu")
         verified_bytes(args.bundle, graph.file, graph.sha256)
+        verified_bytes(args.bundle, TOKENIZER, manifest.tokenizer_sha256)
         scorer: Scorer = GraphScorer(graph.file, load_graph(args.bundle / graph.file))
         schedule, tokenizer = manifest.schedule, args.bundle / TOKENIZER
     else:
@@ -173,19 +184,12 @@ def main() -> None:
     if args.source:
         held_out = held_out_files(args.source, tokenizer, args.stories)
     else:
-        held_out = held_out_split(data_of(run), args.stories)
+        held_out = held_out_split(read_config(run).data, args.stories)
     result = evaluate(scorer, held_out, schedule, args.draws)
     if args.json:
         print(msgspec.json.encode(result).decode())
     else:
         print_table([result])
-
-
-def data_of(run: Path) -> Path:
-    """The data folder a run was trained on."""
-    from host.train import read_config
-
-    return read_config(run).data
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Export a trained model as a bundle: `python -m host.export --int8` takes the newest run.
 
-    no flag   FP32 graph for the CPU
-    --int8    INT8 graph for the CPU: every scheme is tried, the fastest that passes the parity gate is kept
-    --fp16    FP16 graph for CUDA; goes with --int8 or alone
+no flag   FP32 graph for the CPU
+--int8    INT8 graph for the CPU: every scheme is tried, the fastest that passes the parity gate is kept
+--fp16    FP16 graph for CUDA; goes with --int8 or alone
 """
 
 import argparse
@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
 
-from host.bundle import StepGraph, write_bundle
+from host.bundle import StepGraph, check_replaceable, write_bundle
 from host.checkpoint import Progress, find_checkpoint, load_model, newest_run
-from host.evaluate import HeldOut, data_of, evaluate, held_out_files, held_out_split, print_table
+from host.evaluate import HeldOut, evaluate, held_out_files, held_out_split, print_table
 from host.graph import step_graph
 from host.model import CONFIGS, Denoiser, config_named
 from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, trajectories
-from host.quantize import SCHEMES, Scheme, quantize
+from host.quantize import SCHEMES, Scheme, quantize, step_feed
+from host.runs import read_config
 from host.scoring import GraphScorer, TorchScorer
 from host.untrained import untrained
 from shared.errors import BundleError, ConfigError, run_main
@@ -41,7 +41,7 @@ def step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = {"canvas": canvas[None]} | ({"t": np.ones(1, np.float32)} if len(graph.graph.input) == 2 else {})
+    feed = step_feed(canvas, 1.0, timed=len(graph.graph.input) == 2)
     times = []
     for _ in range(25):
         started = time.perf_counter()
@@ -74,9 +74,15 @@ def best_int8(
     passing = [entry for entry in found if passes(entry[2])]
     if not passing:
         bounds = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
-        raise BundleError(f"no INT8 scheme reaches {bounds}; nothing was written: train longer, or export without --int8")
+        raise BundleError(
+            f"no INT8 scheme reaches {bounds}; nothing was written: train longer, or export without --int8"
+        )
     _, graph, parity = min(passing, key=lambda entry: entry[0])
-    used = f"{len(calibration)} canvases of sampling trajectories" if parity.scheme == "static" else "at run time, per pass"
+    used = (
+        f"{len(calibration)} canvases of sampling trajectories"
+        if parity.scheme == "static"
+        else "at run time, per pass"
+    )
     return graph, parity, used
 
 
@@ -135,6 +141,8 @@ def selected_flags(args: argparse.Namespace) -> tuple[bool, bool]:
     """Which precisions to build: --target takes away what is not for it.  → int8, fp16"""
     if args.target == "cuda" and not args.fp16:
         raise ConfigError("--target cuda needs --fp16, the precision that graph comes in")
+    if args.target == "cpu" and args.fp16 and not args.int8:
+        raise ConfigError("--fp16 is the precision of the CUDA graph: leave out --target cpu, or --fp16")
     return args.int8 and args.target != "cuda", args.fp16 and args.target != "cpu"
 
 
@@ -142,11 +150,16 @@ def main() -> None:
     """Export a run, or an untrained network."""
     args = parse_arguments()
     int8, fp16 = selected_flags(args)
-    torch.manual_seed(0)
+    if args.steps < 1 or (args.stories is not None and args.stories < 1):
+        raise ConfigError("--steps and --stories must be at least 1")
     if args.untrained:
-        export_untrained(args.untrained, args.out or Path("bundles") / f"untrained-{args.untrained}", int8, fp16)
+        out = args.out or Path("bundles") / f"untrained-{args.untrained}"
+        check_replaceable(out)
+        export_untrained(args.untrained, out, int8, fp16)
         return
     run = args.run or newest_run()
+    out = args.out or Path("bundles") / run.resolve().name
+    check_replaceable(out)  # now, not after minutes of measuring
     model, progress = load_model(find_checkpoint(run))
     if progress.objective == "ar":
         raise ConfigError(f"{run} is an autoregressive run: start a diffusion run from it with host.train --init {run}")
@@ -154,14 +167,13 @@ def main() -> None:
     if args.source:
         held_out = held_out_files(args.source, tokenizer, args.stories)
     else:
-        held_out = held_out_split(data_of(run), args.stories)
+        held_out = held_out_split(read_config(run).data, args.stories)
     graphs, parities, calibration = build_graphs(model, progress, int8, fp16, held_out)
     evaluations = [evaluate(TorchScorer(model), held_out, progress.schedule)]
     for graph in graphs:
         if graph.target == "cpu":
             evaluations.append(evaluate(GraphScorer(graph.file, graph.model), held_out, progress.schedule))
     print_table(evaluations)
-    out = args.out or Path("bundles") / run.name
     write_bundle(
         out, model, progress, tokenizer, graphs, min(TOP_K, model.config.vocab_size), evaluations, parities,
         calibration, SamplingDefaults(steps=args.steps),

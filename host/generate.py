@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one text for each (default: 0)")
     parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--selection", choices=["confidence", "random", "margin", "entropy"], default=defaults.selection)
+    parser.add_argument(
+        "--selection", choices=["confidence", "random", "margin", "entropy"], default=defaults.selection
+    )
     parser.add_argument("--temperature", type=float, default=defaults.temperature)
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--max-tokens", type=int)

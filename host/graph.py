@@ -71,7 +71,9 @@ def step_graph(
     weights = {n: p.detach().cpu() for n, p in model.named_parameters()}
     x = _body(g, model, weights, dtype, "plain" if target == "cuda" else "whole" if whole_attention else "mixed")
     outputs = _reduction(g, weights, x, top_k) if target == "cpu" else _logits(g, weights, x, dtype)
-    infos = [helper.make_tensor_value_info(n, _ONNX_TYPE[kind], ["batch", "length", *last]) for n, kind, last in outputs]
+    infos = [
+        helper.make_tensor_value_info(n, _ONNX_TYPE[kind], ["batch", "length", *last]) for n, kind, last in outputs
+    ]
     return g.model("step", inputs, infos, opset=20, contrib=target == "cpu")
 
 
@@ -103,7 +105,13 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
     if config.time_input:
         x = g.op("Add", "timed", x, _time(g, linear, config.d_model, dtype))
     if attention == "plain":  # scores take a bias of 0 or NEVER, (B, 1, 1, L)
-        bias = g.op("Where", "bias", attended, g.constant("allow", np.zeros(1, dtype)), g.constant("never", np.full(1, NEVER, dtype)))
+        bias = g.op(
+            "Where",
+            "bias",
+            attended,
+            g.constant("allow", np.zeros(1, dtype)),
+            g.constant("never", np.full(1, NEVER, dtype)),
+        )
         bias = g.op("Unsqueeze", "key_bias", bias, g.constant("axes_1_2", np.array([1, 2])))
     else:
         key_mask = g.op("Cast", "key_mask", attended, to=TensorProto.INT32)
@@ -112,9 +120,16 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
         h = norm(x, f"{b}.norm1")
         if attention == "whole":
             mixed = g.op(
-                "Attention", f"{b}.mixed", h, weight(f"{b}.qkv.weight", transpose=True), weight(f"{b}.qkv.bias"), key_mask,
-                domain="com.microsoft", num_heads=heads, mask_filter_value=NEVER,
-            )  # fmt: skip
+                "Attention",
+                f"{b}.mixed",
+                h,
+                weight(f"{b}.qkv.weight", transpose=True),
+                weight(f"{b}.qkv.bias"),
+                key_mask,
+                domain="com.microsoft",
+                num_heads=heads,
+                mask_filter_value=NEVER,
+            )
         elif attention == "mixed":
             g.op("Split", f"{b}.qkv3", linear(h, f"{b}.qkv", f"{b}.qkv.out"), outputs=3, axis=-1, num_outputs=3)
             mixed = g.op(
@@ -141,7 +156,9 @@ def _attended(g: GraphBuilder, position: str, canvas_len: int) -> str:
 
 def _ends_impossible(g: GraphBuilder) -> str:
     """True left of a visible text token, where neither EOS nor PAD can stand.  → (B, L)"""
-    is_text = g.op("GreaterOrEqual", "is_text", "canvas", g.constant("first_text_id", np.array(FIRST_TEXT_ID, np.int32)))
+    is_text = g.op(
+        "GreaterOrEqual", "is_text", "canvas", g.constant("first_text_id", np.array(FIRST_TEXT_ID, np.int32))
+    )
     where = g.op("Where", "text_positions", is_text, "position", g.constant("nowhere", np.array(-1, np.int32)))
     last = g.op("ReduceMax", "last_text", where, "axis_1", keepdims=1)
     return g.op("Less", "ends_impossible", "position", last)
@@ -175,14 +192,18 @@ def _plain_attention(g: GraphBuilder, b: str, qkv: str, bias: str, heads: int, w
     return g.op("Reshape", f"{b}.mixed", mixed, g.constant("heads_together", np.array([0, 0, heads * width])))
 
 
-def _logits(g: GraphBuilder, weights: dict[str, Tensor], x: str, dtype: Float) -> list[tuple[str, str, list[str | int]]]:
+def _logits(
+    g: GraphBuilder, weights: dict[str, Tensor], x: str, dtype: Float
+) -> list[tuple[str, str, list[str | int]]]:
     """Scores of the whole vocabulary, NEVER where a token cannot stand."""
     bias = weights["head.bias"].numpy().copy()
     bias[[MASK, BOS]] = NEVER
     vocab = bias.size
     forbidden = np.zeros(vocab, dtype)
     forbidden[[EOS, PAD]] = NEVER
-    product = g.op("MatMul", "head.matmul", x, g.constant("head.weight", weights["head.weight"].numpy().T.astype(dtype)))
+    product = g.op(
+        "MatMul", "head.matmul", x, g.constant("head.weight", weights["head.weight"].numpy().T.astype(dtype))
+    )
     scores = g.op("Add", "head.scores", product, g.constant("head.bias", bias.astype(dtype)))
     where = g.op("Cast", "impossible", _ends_impossible(g), to=_ONNX_TYPE[dtype])
     where = g.op("Unsqueeze", "impossible.column", where, g.constant("axis_2", np.array([2])))
@@ -190,7 +211,9 @@ def _logits(g: GraphBuilder, weights: dict[str, Tensor], x: str, dtype: Float) -
     return [(g.op("Add", "logits", scores, never), dtype, [vocab])]
 
 
-def _reduction(g: GraphBuilder, weights: dict[str, Tensor], x: str, top_k: int) -> list[tuple[str, str, list[str | int]]]:
+def _reduction(
+    g: GraphBuilder, weights: dict[str, Tensor], x: str, top_k: int
+) -> list[tuple[str, str, list[str | int]]]:
     """Scores → the K best ids, their log-probabilities over the full vocabulary, and the entropy; all exact.
 
     The head is split: control tokens apart from text, so that forbidding EOS and PAD touches four columns and copies
@@ -207,7 +230,9 @@ def _reduction(g: GraphBuilder, weights: dict[str, Tensor], x: str, top_k: int) 
     forbidden[[EOS, PAD]] = NEVER
     where = g.op("Cast", "impossible", _ends_impossible(g), to=TensorProto.FLOAT)
     where = g.op("Unsqueeze", "impossible.column", where, g.constant("axis_2", np.array([2])))
-    control = g.op("Add", "head.control", control, g.op("Mul", "forbidden", where, g.constant("forbidden_ends", forbidden)))
+    control = g.op(
+        "Add", "head.control", control, g.op("Mul", "forbidden", where, g.constant("forbidden_ends", forbidden))
+    )
 
     def reduce(kind: str, name: str, *inputs: str, **attributes: Any) -> str:
         return g.op(kind, f"reduce.{name}", *inputs, **attributes)
@@ -215,7 +240,14 @@ def _reduction(g: GraphBuilder, weights: dict[str, Tensor], x: str, top_k: int) 
     k = g.constant("k", np.array([top_k]))
     reduce("TopK", "text", text, k, outputs=2, axis=-1)
     text_ids = reduce("Add", "text_ids", "reduce.text.1", g.constant("text_offset", np.array(n)))
-    best = reduce("Slice", "best_text", "reduce.text.0", "zero", g.constant("one", np.array([1])), g.constant("axis_3rd", np.array([2])))
+    best = reduce(
+        "Slice",
+        "best_text",
+        "reduce.text.0",
+        "zero",
+        g.constant("one", np.array([1])),
+        g.constant("axis_3rd", np.array([2])),
+    )
     # Softmax is the runtime's fastest pass over (L, V): its largest value is 1/Σexp(x − max), so it gives the log-sum.
     p = reduce("Softmax", "p", text, axis=-1)
     log_top = reduce("Log", "log_top", reduce("ReduceMax", "p_max", p, "axis_2", keepdims=1))
@@ -226,7 +258,9 @@ def _reduction(g: GraphBuilder, weights: dict[str, Tensor], x: str, top_k: int) 
     lse = reduce("ReduceLogSumExp", "lse", both, "axis_2", keepdims=1)
     text_share = reduce("Exp", "text_share", reduce("Sub", "text_log_share", text_lse, lse))
     control_p = reduce("Exp", "control_p", reduce("Sub", "control_logp", control, lse))
-    control_mean = reduce("ReduceSum", "control_mean", reduce("Mul", "control_px", control_p, control), "axis_2", keepdims=1)
+    control_mean = reduce(
+        "ReduceSum", "control_mean", reduce("Mul", "control_px", control_p, control), "axis_2", keepdims=1
+    )
     mean = reduce("Add", "mean", reduce("Mul", "text_mean", text_share, mean_score), control_mean)
     entropy = g.op("Squeeze", "entropy", reduce("Sub", "entropy", lse, mean), "axis_2")  # H = log Z − E[score]
     scores = reduce("Concat", "scores", control, "reduce.text.0", axis=2)  # (B, L, 4 + K): lower ids first on ties

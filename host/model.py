@@ -112,9 +112,9 @@ class Denoiser(nn.Module):
         never[1, [EOS, PAD]] = True
         self.register_buffer("never", never, persistent=False)
         self.apply(self._init)
-        for block in self.blocks:
-            for out in (block.attention_out, block.down):
-                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.layers))
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention_out.weight", "down.weight")):  # two a block end in the residual stream
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))
 
     @staticmethod
     def _init(module: nn.Module) -> None:
@@ -146,7 +146,8 @@ class Denoiser(nn.Module):
         hidden (N, D), ends_are_impossible (N,) bool → (N, V)
         """
         never: Tensor = self.never  # type: ignore[assignment]
-        return self.head(hidden).float().masked_fill(never[ends_are_impossible.long()], -torch.inf)
+        scores: Tensor = self.head(hidden).float()
+        return scores.masked_fill(never[ends_are_impossible.long()], -torch.inf)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -16,7 +16,7 @@ WEIGHT_DECAY = 0.05
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrix with singular values of about one, by Newton-Schulz (Jordan et al., Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x: Tensor = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T

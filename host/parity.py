@@ -46,9 +46,7 @@ def trajectories(
 
 
 @torch.no_grad()
-def top1_agreement(
-    model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple[NDArray[np.int32], float]]
-) -> float:
+def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple[NDArray[np.int32], float]]) -> float:
     """Share of masked positions whose likeliest token is the same in both."""
     same, total = 0, 0
     for canvas, t in canvases:

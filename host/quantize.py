@@ -6,7 +6,7 @@ into a saturating 16-bit sum, which two full-range products overflow. 7 bits giv
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -27,15 +27,24 @@ SCHEMES: Final[tuple[Scheme, ...]] = ("dynamic", "static")
 KEPT_FLOAT: Final = ["head.control.matmul"]  # four columns that decide where a story ends: nothing to gain
 
 
-class Canvases(CalibrationDataReader):
+Feed = dict[str, NDArray[np.float32] | NDArray[np.int32]]
+
+
+def step_feed(canvas: NDArray[np.int32], t: float, timed: bool) -> Feed:
+    """Inputs of one pass over one canvas (L,)."""
+    feed: Feed = {"canvas": canvas[None]}
+    if timed:
+        feed["t"] = np.array([t], np.float32)
+    return feed
+
+
+class Canvases(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no annotations
     """Feeds calibration canvases (L,) with their times to ONNX Runtime."""
 
     def __init__(self, canvases: Sequence[tuple[NDArray[np.int32], float]], timed: bool) -> None:
-        self._feeds = iter(
-            [{"canvas": c[None]} | ({"t": np.array([t], np.float32)} if timed else {}) for c, t in canvases]
-        )
+        self._feeds: Iterator[Feed] = iter([step_feed(canvas, t, timed) for canvas, t in canvases])
 
-    def get_next(self) -> dict[str, NDArray[np.float32] | NDArray[np.int32]] | None:  # type: ignore[override]
+    def get_next(self) -> Feed | None:
         """The next feed, None at the end."""
         return next(self._feeds, None)
 

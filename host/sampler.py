@@ -65,9 +65,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 def uniforms(seed: int, step: int, position: Tensor, token: Tensor, domain: int) -> Tensor:
     """Draws in (0, 1): (23 bits + ½)·2⁻²³, float64."""
     position, token = torch.broadcast_tensors(position, token)
-    counter = torch.stack(
-        [token, position, torch.full_like(token, step), torch.full_like(token, domain)], -1
-    )
+    counter = torch.stack([token, position, torch.full_like(token, step), torch.full_like(token, domain)], -1)
     return ((philox(counter, seed)[..., 0] >> 9).double() + 0.5) * 2.0**-23
 
 
@@ -119,9 +117,7 @@ def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -
     return ids.gather(1, chosen)[:, 0], logp.gather(1, chosen)[:, 0], float((two[:, 0] - two[:, 1]).min())
 
 
-def _order_score(
-    logp: Tensor, entropy: Tensor, confidence: Tensor, position: Tensor, step: int, s: Settings
-) -> Tensor:
+def _order_score(logp: Tensor, entropy: Tensor, confidence: Tensor, position: Tensor, step: int, s: Settings) -> Tensor:
     if s.threshold is not None:
         return confidence
     if s.entropy_bound is not None:
@@ -132,9 +128,7 @@ def _order_score(
     return by_rule[s.selection]
 
 
-def _how_many(
-    ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings
-) -> tuple[int, float]:
+def _how_many(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings) -> tuple[int, float]:
     """How many positions to commit, and by how much that number was decided."""
     if step >= s.steps - 1:
         return len(ranked), float("inf")

@@ -1,0 +1,150 @@
+"""Run folders: a run's settings on disk and on the command line; laying out a new run, taking up an old one."""
+
+import argparse
+import math
+import shutil
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+
+from host.checkpoint import LAST, Progress, find_checkpoint, read_progress
+from host.data import DEFAULT_OUT, DEFAULT_SOURCE, prepare
+from host.model import CONFIGS, config_named
+from host.optim import OptimizerName
+from host.shards import DataFolder, load_data
+from shared.errors import ConfigError, DataError
+from shared.manifest import TOKENIZER
+
+CONFIG_FILE = "config.json"
+ABOVE_ZERO = ("steps", "minutes", "batch_size", "micro_size", "valid_every", "lr")
+CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does besides the model's shape. minutes, when given, ends the run and sets the decay's length."""
+
+    out: Path
+    data: Path
+    steps: int = 20_000
+    minutes: float | None = None
+    batch_size: int = 64
+    micro_size: int = 32
+    optimizer: OptimizerName = "adamw"
+    lr: float = 1e-3
+    warmup: float = 0.03  # part of the run
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    valid_every: int = 500  # steps; also how often a checkpoint is saved
+    valid_stories: int = 256
+    seed: int = 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; ConfigError when a number is out of range, or a resumed run is to change its nature."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.train",
+        description="Train a masked diffusion language model (or the autoregressive baseline).",
+        epilog="example: python -m host.train --config tiny --minutes 60; continue it with --resume runs/NAME",
+    )
+    parser.add_argument("--config", choices=list(CONFIGS), default="small", help="model shape (default: small)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_OUT, help=f"data folder (default: {DEFAULT_OUT})")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own settings")
+    parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
+    length.add_argument("--minutes", type=float, help="train for so long in all, instead of --steps")
+    parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion")
+    parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="training noise schedule")
+    parser.add_argument("--no-time-input", action="store_true", help="let the network read the time off the canvas")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer)
+    parser.add_argument("--lr", type=float, default=TrainConfig.lr, help="peak learning rate")
+    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="canvases in a step")
+    parser.add_argument("--micro-size", type=int, default=TrainConfig.micro_size, help="canvases in a pass")
+    parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    args = parser.parse_args()
+    for name in ABOVE_ZERO:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{_flag(name)} must be a number above 0, not {value}")
+    if args.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, not {args.seed}")
+    if args.resume:
+        for name, value in vars(args).items():
+            if name not in CHANGED_ON_RESUME and value != parser.get_default(name):
+                raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
+    return args
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder]:
+    """Prepare the data when the default folder is missing, and lay out a fresh run folder."""
+    if args.data == DEFAULT_OUT and not args.data.exists():
+        prepare(DEFAULT_SOURCE, args.data)
+    data = load_data(args.data)
+    out = args.out or Path("runs") / f"{args.config}-{datetime.now():%Y%m%d-%H%M%S}"
+    if (out / LAST).exists():
+        raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).exists()):
+        raise ConfigError(f"{out} exists and is no run: choose another --out")
+    config = TrainConfig(
+        out=out,
+        data=args.data,
+        steps=args.steps or TrainConfig.steps,
+        minutes=args.minutes,
+        batch_size=args.batch_size,
+        micro_size=args.micro_size,
+        optimizer=args.optimizer,
+        lr=args.lr,
+        valid_every=args.valid_every,
+        seed=args.seed,
+    )
+    model = replace(
+        config_named(args.config),
+        vocab_size=data.meta.vocab_size,
+        time_input=not (args.no_time_input or args.objective == "ar"),
+    )
+    progress = Progress(
+        model=model,
+        objective=args.objective,
+        schedule=args.schedule,
+        tokenizer_sha256=data.meta.tokenizer_sha256,
+        data_source=data.meta.source,
+        data_licence=data.meta.licence,
+        data_stories=len(data.train),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(data.tokenizer_path, out / TOKENIZER)
+    (out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
+    return config, progress, data
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings a run was started with."""
+    try:
+        return msgspec.json.decode(
+            (run / CONFIG_FILE).read_bytes(), type=TrainConfig, dec_hook=lambda kind, value: kind(value)
+        )
+    except (OSError, msgspec.DecodeError) as error:
+        raise DataError(f"{run / CONFIG_FILE} cannot be read: {error}") from None
+
+
+def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder]:
+    """The settings and progress of an earlier run; only its length may change."""
+    last = find_checkpoint(args.resume, LAST)
+    progress = read_progress(last)
+    config = replace(read_config(args.resume), out=args.resume)
+    if args.steps is not None or args.minutes is not None:
+        config = replace(config, steps=args.steps or config.steps, minutes=args.minutes)
+    data = load_data(config.data)
+    if data.meta.tokenizer_sha256 != progress.tokenizer_sha256:
+        raise DataError(f"{config.data} has another tokenizer than the run {args.resume}: prepare its data again")
+    return config, progress, data
