@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,10 @@ from host.quantize import quantize
 from host.untrained import untrained
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
+
+# No deadline: a busy machine is no failure. No database: a test leaves nothing behind. Same commit, same examples.
+hypothesis.settings.register_profile("suite", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 
 @dataclass(frozen=True)

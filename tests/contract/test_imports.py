@@ -1,0 +1,149 @@
+"""Who may import whom: the edge stays lean because nothing heavy can slip in."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
+    "shared": frozenset({"shared", "msgspec"}),
+    "edge": frozenset(
+        {
+            "edge",
+            "shared",
+            "numpy",
+            "msgspec",
+            "tokenizers",
+            "paho",
+            "tomli",
+            "onnxruntime",
+            "tensorrt",
+            "cuda",
+            "pycuda",
+        }
+    ),
+}
+"""Beside the standard library. The training host may import anything."""
+
+RUNTIMES: Final = frozenset({"onnxruntime", "tensorrt", "cuda", "pycuda"})
+"""A device has one of them: each is imported by the function that needs it, never by a module as it loads."""
+
+HOST_ONLY: Final = ("host", "torch", "onnx", "onnx_graphsurgeon", "datasets", "pyarrow", "safetensors", "matplotlib")
+
+
+def modules_of(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(top-level package, line) of everything below a node that imports, by statement or by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0], node.lineno
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in {"import_module", "__import__"}:
+                yield str(node.args[0].value).split(".")[0], node.lineno
+
+
+def imports_at_load(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Those of `imports` that run when the module loads: outside functions, and not for type checkers only."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+            pending.extend(node.orelse)
+        elif isinstance(node, ast.Import | ast.ImportFrom | ast.Call):
+            yield from imports(node)
+        else:
+            pending.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_the_design_allows(package: str) -> None:
+    allowed = MAY_IMPORT[package] | sys.stdlib_module_names
+    files = modules_of(package)
+    assert files
+    broken = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files
+        for name, line in imports(ast.parse(path.read_text("utf-8")))
+        if name not in allowed
+    ]
+    assert broken == []
+
+
+def test_the_edge_imports_a_runtime_only_when_it_uses_it() -> None:
+    broken = [
+        f"{path.relative_to(ROOT)}:{line} imports {name} as it loads"
+        for path in modules_of("edge")
+        for name, line in imports_at_load(ast.parse(path.read_text("utf-8")))
+        if name in RUNTIMES
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found", "at_load"),
+    [
+        ("import torch.nn as nn", {"torch"}, {"torch"}),
+        ("from torch import nn", {"torch"}, {"torch"}),
+        ("import importlib\nimportlib.import_module('torch.nn')", {"importlib", "torch"}, {"importlib", "torch"}),
+        ("torch = __import__('torch')", {"torch"}, {"torch"}),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", {"torch"}, {"torch"}),
+        ("class A:\n    import torch", {"torch"}, {"torch"}),
+        ("def f():\n    import torch", {"torch"}, set()),
+        ("if TYPE_CHECKING:\n    import torch\nelse:\n    import json", {"torch", "json"}, {"json"}),
+        ("from . import unmask", set(), set()),
+    ],
+)
+def test_no_way_of_importing_is_overlooked(source: str, found: set[str], at_load: set[str]) -> None:
+    tree = ast.parse(source)
+    assert {name for name, _ in imports(tree)} == found
+    assert {name for name, _ in imports_at_load(tree)} == at_load
+
+
+def run_without(blocked: tuple[str, ...], script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process where importing any of these packages fails, warnings being errors."""
+    preamble = f"import sys\nsys.modules.update(dict.fromkeys({blocked!r}))\n"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", preamble + script, *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_every_edge_module_loads_without_the_host_and_without_a_runtime() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules_of("edge")
+    ]
+    assert "edge.engine" in names
+    script = "import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    done = run_without((*HOST_ONLY, *RUNTIMES), script, *names)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_edge_answers_a_request_without_the_host(debug_bundle: Path) -> None:
+    script = """
+from pathlib import Path
+from edge.engine import Engine
+from shared.messages import GenerateRequest
+engine = Engine.load(Path(sys.argv[1]), "ort")
+print(engine.run(engine.prepare(GenerateRequest(prompt="abc", seed=1, steps=4))).steps)
+engine.close()
+"""
+    done = run_without(HOST_ONLY, script, str(debug_bundle))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 1 <= int(done.stdout) <= 4

@@ -1,0 +1,109 @@
+"""Every message class, with every field set, survives the wire and refuses what it does not know."""
+
+import inspect
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import Struct
+
+from shared import messages
+from shared.messages import (
+    ErrorInfo,
+    Gap,
+    GenerateRequest,
+    Health,
+    HealthRequest,
+    Partial,
+    Reply,
+    Response,
+    Timing,
+    Usage,
+    encode,
+)
+
+EXAMPLES: tuple[Struct, ...] = (
+    Gap(4),
+    GenerateRequest(
+        id="a-1",
+        prompt="Once upon a time",
+        max_tokens=40,
+        steps=16,
+        selection="margin",
+        temperature=0.7,
+        top_k=20,
+        top_p=0.9,
+        threshold=0.8,
+        seed=2**63 - 1,
+        stream=True,
+        deadline_ms=5000,
+        response_topic="edgelm/reply/me",
+    ),
+    GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(3), "."], entropy_bound=2.5),
+    HealthRequest(),
+    Usage(prompt_tokens=5, generated_tokens=40, steps=16),
+    Timing(queue_ms=0.5, first_token_ms=20.25, total_ms=400.0),
+    ErrorInfo("queue_full", "32 requests are waiting", retryable=True, retry_after_ms=900),
+    Response(
+        v=2,
+        id="a-1",
+        status="ok",
+        text="Once upon a time there was a “fox”.\n",
+        seed=7,
+        usage=Usage(5, 40, 16),
+        timing=Timing(0.5, 20.25, 400.0),
+        model="tinystories@0123456789ab",
+        error=ErrorInfo("internal", "…"),
+    ),
+    Partial(id="a-1", seq=3, step=4, steps=16, text="Once ░░░", masked=3),
+    Health(v=2, state="busy", queued=2, model="tinystories@0123456789ab", version="0.1.0"),
+)
+"""Two requests, because `prompt` excludes `segments` and `threshold` excludes `entropy_bound`."""
+
+CLASSES = [
+    kind
+    for name, kind in inspect.getmembers(messages, inspect.isclass)
+    if issubclass(kind, Struct) and kind.__module__ == messages.__name__ and not name.startswith("_")
+]
+
+
+def examples_of(kind: type[Struct]) -> list[Struct]:
+    return [example for example in EXAMPLES if type(example) is kind]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_examples_set_every_field(kind: type[Struct]) -> None:
+    """Otherwise a field added later would be swept by nothing."""
+    assert examples_of(kind), f"add an example of {kind.__name__} above"
+    for field in msgspec.structs.fields(kind):
+        assert any(getattr(example, field.name) != field.default for example in examples_of(kind)), field.name
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_message_comes_back_as_it_was_sent(kind: type[Struct]) -> None:
+    for example in examples_of(kind):
+        line = encode(example)
+        assert b"\n" not in line  # one message, one line
+        assert msgspec.json.decode(line, type=kind) == example
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_unknown_field_is_refused_by_name(kind: type[Struct]) -> None:
+    for example in examples_of(kind):
+        wire: dict[str, Any] = msgspec.json.decode(encode(example))
+        with pytest.raises(msgspec.ValidationError, match="unknown field `surprise`"):
+            msgspec.json.decode(msgspec.json.encode(wire | {"surprise": 1}), type=kind)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_message_cannot_change(kind: type[Struct]) -> None:
+    for example in examples_of(kind):
+        for field in kind.__struct_fields__:
+            with pytest.raises(AttributeError, match="immutable"):
+                setattr(example, field, None)
+
+
+@pytest.mark.parametrize("kind", [Response, Partial, Health])
+def test_a_client_tells_replies_apart_by_their_type(kind: type[Struct]) -> None:
+    for example in examples_of(kind):
+        assert msgspec.json.decode(encode(example), type=Reply) == example

@@ -1,0 +1,227 @@
+"""A bundle that does not fit is refused with one sentence that says which part, and why."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from shared.errors import BundleError
+from shared.manifest import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Evaluation,
+    Figure,
+    Graph,
+    Manifest,
+    ModelSpec,
+    Parity,
+    SamplingDefaults,
+    SpecialIds,
+    Tensor,
+    TrainingData,
+    bundle_digest,
+    find_graph,
+    read_manifest,
+    sha256_of,
+    verified_bytes,
+)
+
+STEP = b"not really a graph"
+SHA256 = hashlib.sha256(STEP).hexdigest()
+
+GRAPH = Graph(
+    file="step.cpu.int8.onnx",
+    sha256=SHA256,
+    precision="int8",
+    target="cpu",
+    inputs=(Tensor("canvas", "int32", ("batch", "length")), Tensor("t", "float32", ("batch",))),
+    outputs=(Tensor("ids", "int32", ("batch", "length", 64)),),
+)
+
+WHOLE = Manifest(
+    format_version=1,
+    name="tinystories",
+    model=ModelSpec(
+        config="debug",
+        d_model=32,
+        layers=2,
+        heads=2,
+        vocab_size=300,
+        canvas_len=64,
+        time_input=True,
+        parameters=50_000,
+    ),
+    special_ids=SpecialIds(),
+    schedule="linear",
+    reveal_grid="cosine",
+    top_k=64,
+    graphs=(GRAPH,),
+    tokenizer_sha256=SHA256,
+    defaults=SamplingDefaults(steps=32, selection="margin", temperature=0.8, top_p=0.95),
+    evaluations=(
+        Evaluation(
+            graph=GRAPH.file,
+            source="valid.txt",
+            stories=100,
+            text_tokens=20_000,
+            text_bytes=80_000,
+            nelbo_nats_per_token=Figure(2.5, 0.01),
+            bits_per_byte=Figure(0.9, 0.004),
+            masked_cross_entropy=Figure(3.1, 0.02),
+        ),
+    ),
+    parity=(Parity(graph=GRAPH.file, scheme="dynamic", nelbo_ratio=1.002, top1_agreement=0.97),),
+    calibration="at run time",
+    data=TrainingData(name="TinyStories", licence="CDLA-Sharing-1.0", stories=1000, tokens_seen=200_000),
+    made_with={"torch": "2.13.0"},
+)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A folder with a whole manifest and the file it lists."""
+    (tmp_path / MANIFEST).write_bytes(msgspec.json.encode(WHOLE))
+    (tmp_path / GRAPH.file).write_bytes(STEP)
+    return tmp_path
+
+
+@pytest.fixture
+def edit(bundle: Path) -> Callable[[Callable[[Any], None]], Path]:
+    """Change the manifest's JSON in place."""
+
+    def apply(change: Callable[[Any], None]) -> Path:
+        wire = msgspec.json.decode((bundle / MANIFEST).read_bytes())
+        change(wire)
+        (bundle / MANIFEST).write_bytes(msgspec.json.encode(wire))
+        return bundle
+
+    return apply
+
+
+def refusal(folder: Path) -> str:
+    """The sentence that a bundle is refused with; it names the folder."""
+    with pytest.raises(BundleError) as caught:
+        read_manifest(folder)
+    sentence = str(caught.value)
+    assert str(folder) in sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_a_manifest_comes_back_as_it_was_written(bundle: Path) -> None:
+    assert read_manifest(bundle) == WHOLE
+
+
+def test_no_folder_is_no_bundle(tmp_path: Path) -> None:
+    assert "is not a bundle: cannot read manifest.json (No such file or directory)" in refusal(tmp_path / "nowhere")
+
+
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "is not a bundle: cannot read manifest.json (Not a directory)" in refusal(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"format_version": ' + b"[" * 100_000,
+        b'{"format_version": 1, "name": "\xff"}',
+    ],
+    ids=["empty", "truncated", "list", "null", "binary", "deep", "not UTF-8"],
+)
+def test_damage_is_called_damage(bundle: Path, content: bytes) -> None:
+    (bundle / MANIFEST).write_bytes(content)
+    assert "manifest.json is damaged: " in refusal(bundle)
+
+
+def test_a_truncated_manifest_is_damaged_wherever_it_ends(bundle: Path) -> None:
+    whole = (bundle / MANIFEST).read_bytes()
+    for end in range(0, len(whole), 97):
+        (bundle / MANIFEST).write_bytes(whole[:end])
+        assert "is damaged: " in refusal(bundle)
+
+
+def test_a_manifest_without_end_is_not_read(bundle: Path) -> None:
+    (bundle / MANIFEST).write_bytes(b" " * (MAX_MANIFEST_BYTES + 1))
+    assert f"{MAX_MANIFEST_BYTES + 1} bytes; at most {MAX_MANIFEST_BYTES}" in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("version", "found"), [(0, "0"), (2, "2"), ("1", '"1"'), (None, "null"), (["x" * 1000], '["' + "x" * 38)]
+)
+def test_another_version_is_refused_before_its_fields_are(
+    edit: Callable[[Callable[[Any], None]], Path], version: object, found: str
+) -> None:
+    """A later release's manifest has fields that this one cannot know."""
+    folder = edit(lambda wire: wire.update(format_version=version, later="field"))
+    assert refusal(folder).endswith(f"has format_version {found}; this release reads 1")
+
+
+def test_a_manifest_without_version_is_refused(edit: Callable[[Callable[[Any], None]], Path]) -> None:
+    assert "has format_version none; this release reads 1" in refusal(edit(lambda wire: wire.pop("format_version")))
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda wire: wire.update(surprise=1), "unknown field `surprise`"),
+        (lambda wire: wire["model"].update(surprise=1), "unknown field `surprise` - at `$.model`"),
+        (lambda wire: wire["graphs"][0].update(surprise=1), "unknown field `surprise` - at `$.graphs[0]`"),
+        (lambda wire: wire["model"].pop("layers"), "missing required field `layers` - at `$.model`"),
+        (lambda wire: wire["model"].update(layers=0), "$.model.layers"),
+        (lambda wire: wire.update(schedule="sigmoid"), "$.schedule"),
+        (lambda wire: wire.update(name="../up"), "$.name"),
+        (lambda wire: wire["graphs"][0].update(file="../step.onnx"), "$.graphs[0].file"),
+        (lambda wire: wire["graphs"][0].update(file=".hidden"), "$.graphs[0].file"),
+        (lambda wire: wire["graphs"][0].update(file="step.onnx\n"), "$.graphs[0].file"),
+        (lambda wire: wire["graphs"][0].update(sha256=SHA256.upper()), "$.graphs[0].sha256"),
+        (lambda wire: wire["graphs"][0].update(precision="int4"), "$.graphs[0].precision"),
+        (lambda wire: wire.update(tokenizer_sha256=SHA256[1:]), "$.tokenizer_sha256"),
+        (lambda wire: wire["special_ids"].update(mask=4), "special_ids other than PAD 0, BOS 1, EOS 2, MASK 3"),
+        (lambda wire: wire.update(top_k=301), "top_k 301 above vocab_size 300"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_named(
+    edit: Callable[[Callable[[Any], None]], Path], change: Callable[[Any], None], place: str
+) -> None:
+    assert place in refusal(edit(change))
+
+
+def test_a_file_is_read_once_and_checked(bundle: Path) -> None:
+    assert verified_bytes(bundle, GRAPH.file, GRAPH.sha256) == STEP
+    assert sha256_of(bundle / GRAPH.file) == GRAPH.sha256
+
+
+def test_a_file_with_another_hash_is_refused(bundle: Path) -> None:
+    (bundle / GRAPH.file).write_bytes(STEP[:-1])
+    with pytest.raises(BundleError, match=rf"step\.cpu\.int8\.onnx does not match its manifest: .*{SHA256[:12]}"):
+        verified_bytes(bundle, GRAPH.file, GRAPH.sha256)
+
+
+def test_a_file_that_is_missing_is_named(bundle: Path) -> None:
+    (bundle / GRAPH.file).unlink()
+    with pytest.raises(BundleError, match=r"step\.cpu\.int8\.onnx cannot be read \(No such file or directory\)"):
+        verified_bytes(bundle, GRAPH.file, GRAPH.sha256)
+
+
+def test_the_graph_of_a_target_is_found(bundle: Path) -> None:
+    assert find_graph(bundle, WHOLE, "cpu") is GRAPH
+
+
+def test_a_target_without_graph_is_refused_with_what_there_is(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"no graph for target 'cuda'; it lists step\.cpu\.int8\.onnx \(cpu\)"):
+        find_graph(bundle, WHOLE, "cuda")
+
+
+def test_a_bundles_digest_follows_its_manifest(edit: Callable[[Callable[[Any], None]], Path], bundle: Path) -> None:
+    before = bundle_digest(bundle)
+    assert before == bundle_digest(bundle)
+    assert bundle_digest(edit(lambda wire: wire["graphs"][0].update(sha256="0" * 64))) != before

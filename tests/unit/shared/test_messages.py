@@ -1,0 +1,178 @@
+"""What a daemon accepts: decoding, bounds, and refusals that name the field."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from shared.errors import ERROR_CODES, RequestError
+from shared.messages import (
+    MAX_DEADLINE_MS,
+    MAX_GAP,
+    MAX_MESSAGE_BYTES,
+    MAX_SEGMENTS,
+    MAX_STEPS,
+    Gap,
+    GenerateRequest,
+    HealthRequest,
+    decode_line,
+    decode_request,
+    encode,
+    error_response,
+    id_of,
+)
+
+
+def refusal(payload: bytes) -> RequestError:
+    """The error that a line is refused with."""
+    with pytest.raises(RequestError) as caught:
+        decode_line(payload)
+    return caught.value
+
+
+def line(**fields: Any) -> bytes:
+    return msgspec.json.encode({"prompt": "x"} | fields)
+
+
+def test_a_prompt_is_all_a_request_needs() -> None:
+    assert decode_request(b'{"prompt": "Once"}') == GenerateRequest(prompt="Once")
+
+
+def test_segments_mix_texts_and_gaps() -> None:
+    request = decode_request(b'{"segments": ["Tom had a ", {"gap": 4}, "."]}')
+    assert request.segments == ["Tom had a ", Gap(4), "."]
+
+
+def test_a_request_goes_over_the_wire_without_its_defaults() -> None:
+    assert encode(GenerateRequest(prompt="x", seed=0)) == b'{"type":"generate","prompt":"x","seed":0}'
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (b'{"prompt": "x"}', GenerateRequest(prompt="x")),
+        (b'{"type": "generate", "prompt": "x"}', GenerateRequest(prompt="x")),
+        (b'{"type": "health"}', HealthRequest()),
+    ],
+)
+def test_a_line_is_a_generate_request_unless_it_says_otherwise(
+    payload: bytes, expected: GenerateRequest | HealthRequest
+) -> None:
+    assert decode_line(payload) == expected
+
+
+BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
+    ("id", ["a", "a" * 128, "ümläut 1"], ["", "a" * 129, "a/b", "a+", "#", "a\n", "\0", 1]),
+    ("prompt", ["", "<MASK>"], [7]),
+    ("max_tokens", [1, MAX_GAP], [0, MAX_GAP + 1, 1.5]),
+    ("steps", [1, MAX_STEPS], [0, MAX_STEPS + 1, "8"]),
+    ("selection", ["confidence", "random", "margin", "entropy"], ["best"]),
+    ("temperature", [0, 0.7, 10], [-0.1, 10.1]),
+    ("top_k", [1], [0]),
+    ("top_p", [1e-6, 1], [0, 1.01]),
+    ("threshold", [1e-6, 1], [0, 1.01]),
+    ("entropy_bound", [0, 1000], [-1, 1001]),
+    ("seed", [0, 2**63 - 1], [-1, 2**63]),
+    ("stream", [True, False], [1, "yes"]),
+    ("deadline_ms", [1, MAX_DEADLINE_MS], [0, MAX_DEADLINE_MS + 1]),
+    ("response_topic", ["a" * 1024], ["a" * 1025]),
+]
+
+
+def test_the_table_of_bounds_has_every_field() -> None:
+    assert {name for name, _, _ in BOUNDS} == set(GenerateRequest.__struct_fields__) - {"segments"}
+
+
+@pytest.mark.parametrize(("field", "inside", "outside"), BOUNDS, ids=[name for name, _, _ in BOUNDS])
+def test_a_field_is_bounded_and_a_refusal_names_it(field: str, inside: list[Any], outside: list[Any]) -> None:
+    for value in inside:
+        assert getattr(decode_request(line(**{field: value})), field) == value
+    for value in outside:
+        error = refusal(line(**{field: value}))
+        assert error.code == "bad_request"
+        assert f"$.{field}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("segments", "place"),
+    [
+        ([], "$.segments"),
+        (["x"] * (MAX_SEGMENTS + 1), "$.segments"),
+        ([7], "$.segments[0]"),
+        (["x", {"gap": 0}], "$.segments[1].gap"),
+        ([{"gap": MAX_GAP + 1}], "$.segments[0].gap"),
+        ([{"hole": 3}], "unknown field `hole`"),
+    ],
+)
+def test_impossible_segments_are_refused_with_their_place(segments: list[Any], place: str) -> None:
+    error = refusal(msgspec.json.encode({"segments": segments}))
+    assert error.code == "bad_request"
+    assert place in str(error)
+
+
+@pytest.mark.parametrize(
+    ("payload", "sentence"),
+    [
+        (b"", "Input data was truncated"),
+        (b'{"prompt": "x"', "Input data was truncated"),
+        (b'{"prompt": "x"} {}', "trailing characters"),
+        (b"Once upon a time", "malformed"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
+        (b'{"prompt": ' + b"[" * 60_000, "recursion"),
+        (b'{"prompt": "x", "promt": "y"}', "the request has an unknown field `promt`"),
+        (b'{"type": "health", "prompt": "x"}', "the request has an unknown field `prompt`"),
+        (b'{"type": "stop"}', 'unknown type \'stop\': send "generate" or "health"'),
+        (b'{"type": 1}', "$.type"),
+        (b"{}", "give exactly one of `prompt` and `segments`"),
+        (b'{"prompt": "x", "segments": ["x"]}', "give exactly one of `prompt` and `segments`"),
+        (b'{"prompt": "x", "threshold": 1, "entropy_bound": 1}', "at most one of `threshold` and `entropy_bound`"),
+    ],
+)
+def test_bad_lines_are_refused_with_one_sentence(payload: bytes, sentence: str) -> None:
+    error = refusal(payload)
+    assert error.code == "bad_request"
+    assert sentence in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_message_may_fill_its_bytes_and_no_more() -> None:
+    frame = len(line(prompt=""))
+    assert decode_line(line(prompt="x" * (MAX_MESSAGE_BYTES - frame)))
+    error = refusal(line(prompt="x" * (MAX_MESSAGE_BYTES - frame + 1)))
+    assert error.code == "too_large"
+    assert f"{MAX_MESSAGE_BYTES + 1}" in str(error)
+
+
+def test_only_a_generate_request_passes_as_one() -> None:
+    with pytest.raises(RequestError, match="type"):
+        decode_request(b'{"type": "health"}')
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (b'{"id": "a", "promt": "x"}', "a"),
+        (b'{"id": "a", "prompt": 7, "steps": [[]]}', "a"),
+        (b'{"prompt": "x"}', None),
+        (b'{"id": "a/b", "prompt": "x"}', None),
+        (b'{"id": 7}', None),
+        (b'{"id": "a", "prompt": "x', None),
+        (b'{"id": "\xff"}', None),
+        (b'{"id": "a", "prompt": ' + b"[" * 60_000, None),
+        (b"[]", None),
+    ],
+)
+def test_a_refused_request_keeps_its_id_where_that_can_be_read(payload: bytes, expected: str | None) -> None:
+    assert id_of(payload) == expected
+
+
+@pytest.mark.parametrize("code", ERROR_CODES)
+def test_an_error_becomes_the_terminal_answer(code: str) -> None:
+    response = error_response(RequestError(code, "because", retry_after_ms=50), "a")
+    assert response.id == "a"
+    assert response.status == ("cancelled" if code == "cancelled" else "error")
+    assert response.text is None
+    assert response.error is not None
+    assert (response.error.code, response.error.message) == (code, "because")
+    assert (response.error.retryable, response.error.retry_after_ms) == (ERROR_CODES[code][1], 50)
