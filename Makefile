@@ -1,0 +1,75 @@
+# `make demo` and `make test` create .venv themselves, install what they need once, and are quick from then on.
+
+PYTHON ?= python3
+# Further flags of pip. On x86-64, torch's CPU build (200 MB instead of gigabytes) comes from its own index:
+#   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+# Further flags of pytest, for instance PYTEST_ARGS="-k manifest".
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+EDGE := $(VENV)/.installed-edge
+ALL := $(VENV)/.installed-all
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean venv
+.SILENT: help demo test clean venv $(EDGE) $(ALL)
+
+help:
+	echo "make demo    install the edge, and watch the shipped model write a story"
+	echo "make test    install everything, and run the tests; those of MQTT need mosquitto"
+	echo "make check   formatting, types, import boundaries, file sizes"
+	echo "make clean   remove .venv and caches; data, runs and bundles stay"
+
+demo: $(EDGE)
+	$(BIN)/python -m edge.demo
+
+# One thread a process: pytest already runs as many processes as there are cores.
+test: $(ALL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+check: $(ALL)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy host edge shared tests
+	$(BIN)/python -m pytest -q tests/contract/test_imports.py tests/contract/test_file_sizes.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find host edge shared tests -name __pycache__ -prune -exec rm -rf {} +
+
+# Debian's python3 has `venv` but not `ensurepip` until python3-venv is installed, and would leave half of a .venv.
+venv:
+	if ! command -v $(PYTHON) >/dev/null; then \
+	    echo "error: $(PYTHON) is not installed: install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; fi; \
+	if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	    echo "error: $$($(PYTHON) --version) is too old: install 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; fi; \
+	if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	    echo "error: $(PYTHON) cannot make virtual environments: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; fi; \
+	$(PYTHON) -m venv --clear $(VENV)
+
+# A .venv that cannot be used (interrupted, or its Python is gone or too old) is made anew: it holds nothing of value.
+USABLE := $(shell $(BIN)/python -c 'import sys, pip; print(sys.version_info >= (3, 10))' 2>/dev/null)
+VENV_MADE := $(if $(filter True,$(USABLE)),,venv)
+
+# Editable, so that the shipped bundle is found beside the packages.
+$(EDGE): pyproject.toml $(VENV_MADE)
+	$(call install,the edge,-e .)
+	touch $@
+
+$(ALL): pyproject.toml constraints.txt $(VENV_MADE)
+	$(call install,everything the tests need,-e '.[host$(comma)dev]' -c constraints.txt)
+	touch $(EDGE) $@
+
+comma := ,
+
+# $(1) what, in words; $(2) for pip. Its own account goes to a file, because the last lines of it seldom say what is wrong.
+define install
+	echo "Installing $(1) into $(VENV) ..."; \
+	if ! $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $(2) >$(VENV)/pip.log 2>&1; then \
+	    if grep -q 'Retrying (' $(VENV)/pip.log; then reason="the package index cannot be reached: is there a network?"; \
+	    else reason=$$(sed -n 's/^ERROR: //p' $(VENV)/pip.log | tail -n 1); fi; \
+	    echo "error: pip cannot install $(1): $$reason (details in $(VENV)/pip.log)" >&2; exit 1; \
+	fi
+endef
