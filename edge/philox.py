@@ -36,7 +36,8 @@ def philox(counter: tuple[UInt32, UInt32, UInt32, UInt32], key: int) -> tuple[UI
 def uniform(seed: int, step: int, position: UInt32, token: UInt32, domain: int) -> Float32:
     """Uniform draws strictly inside (0, 1), exact in float32: (23 random bits + ½)·2⁻²³."""
     words = philox((token, position, np.array([step], np.uint32), np.array([domain], np.uint32)), seed)
-    return ((words[0] >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    u: Float32 = ((words[0] >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    return u
 
 
 def gumbel(seed: int, step: int, position: UInt32, token: UInt32) -> Float32:

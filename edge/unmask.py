@@ -6,6 +6,7 @@ L: canvas length, M: open positions, K: candidates of each.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
+
+COLDEST: Final = 1e-30
+"""Argmax already. Divided by less, scores overflow float32 to −∞ together, and the lowest id, PAD, wins the tie."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def draw(ids: Ids, logp: Floats, sampling: Sampling, step: int, position: NDArra
     if sampling.temperature == 0:
         return ids[:, 0], logp[:, 0]
     ids, logp = ids[:, : sampling.top_k], logp[:, : sampling.top_k]
-    score = logp / np.float32(sampling.temperature)
+    score = logp / np.float32(max(sampling.temperature, COLDEST))
     noisy = score + gumbel(sampling.seed, step, position[:, None].astype(np.uint32), ids.astype(np.uint32))
     if sampling.top_p < 1:
         p = np.exp(score - score[:, :1])
