@@ -211,7 +211,7 @@ def main() -> None:
         description=__doc__,
         epilog="example: python -m edge.bench --bundle bundles/mine --json",
     )
-    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="bundle folder (default: the shipped one)")
+    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="folder (default: the shipped one)")
     parser.add_argument("--backend", default="ort")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")

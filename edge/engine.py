@@ -85,7 +85,7 @@ class Engine:
         layout = self._texts.lay_out(request)
         manifest, defaults = self.manifest, self.manifest.defaults
         if request.top_k is not None and request.top_k > manifest.top_k:
-            raise RequestError("bad_request", f"`top_k` may be at most {manifest.top_k}; this request has {request.top_k}")
+            raise RequestError("bad_request", f"`top_k` {request.top_k} is above the bundle's {manifest.top_k}")
         adaptive = request.threshold is not None or request.entropy_bound is not None
         sampling = Sampling(
             seed=secrets.randbits(53) if request.seed is None else request.seed,  # 53 bits: exact in any JSON reader

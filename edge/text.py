@@ -59,9 +59,9 @@ class Texts:
             parts.append(segment)
         room = self._canvas_len - len(ids)
         if room < int(open_end):
-            what = "the prompt" if open_end else "the segments with their gaps"
+            what = "the prompt takes" if open_end else "the segments with their gaps take"
             fits = self._canvas_len - 1 - int(open_end)
-            raise RequestError("too_large", f"{what} take {len(ids) - 1} tokens; at most {fits} fit on the canvas")
+            raise RequestError("too_large", f"{what} {len(ids) - 1} tokens; at most {fits} fit on the canvas")
         canvas = np.full(self._canvas_len, MASK, np.int32)
         canvas[: len(ids)] = ids
         fill = canvas == MASK

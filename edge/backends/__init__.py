@@ -1,5 +1,6 @@
 """What runs the step graph: a protocol of few methods, and an explicit table of its implementations."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -35,12 +36,16 @@ class Backend(Protocol):
 def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
     from edge.backends.ort import OrtBackend
 
+    if argument:
+        raise ConfigError(f"backend 'ort' takes no argument; found {argument!r} behind its colon")
     return OrtBackend(folder, manifest, threads)
 
 
 def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
     from edge.backends.fake import FakeBackend
 
+    if not re.fullmatch(r"\d*\.?\d*", argument, re.ASCII) or argument == ".":
+        raise ConfigError(f"backend 'fake' takes milliseconds behind its colon, as in fake:20; found {argument!r}")
     return FakeBackend(manifest, step_ms=float(argument or 0))
 
 

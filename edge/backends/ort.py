@@ -13,6 +13,11 @@ from shared.manifest import Manifest, find_graph, verified_bytes
 OUTPUTS = ["ids", "logp", "entropy"]
 
 
+def one_line(error: Exception) -> str:
+    """ONNX Runtime's words without their line breaks."""
+    return " ".join(str(error).split())
+
+
 class OrtBackend:
     """The bundle's CPU graph, one session for every length bucket."""
 
@@ -33,7 +38,7 @@ class OrtBackend:
         try:
             self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises types of its own that share no public base
-            raise BundleError(f"{folder / graph.file} cannot be loaded by ONNX Runtime: {error}") from None
+            raise BundleError(f"{folder / graph.file} cannot be loaded by ONNX Runtime: {one_line(error)}") from None
         found = tuple(i.name for i in self._session.get_inputs()), [o.name for o in self._session.get_outputs()]
         wanted = ("canvas", "t") if manifest.model.time_input else ("canvas",)
         if found != (wanted, OUTPUTS):
@@ -42,9 +47,16 @@ class OrtBackend:
         longest = manifest.model.canvas_len
         self.lengths: tuple[int, ...] = tuple(n for n in (longest // 4, longest // 2, longest) if n >= 16)
         for length in self.lengths:
+            self._warm_up(length, manifest.top_k, folder / graph.file)
+
+    def _warm_up(self, length: int, top_k: int, file: Path) -> None:
+        try:
             result = self.step(np.zeros((1, length), np.int32), np.ones(1, np.float32))
-            if result.ids.shape != (1, length, manifest.top_k):
-                raise BundleError(f"{folder / graph.file} gives {result.ids.shape[-1]} ids, not {manifest.top_k}")
+        except Exception as error:  # as above
+            raise BundleError(f"{file} does not run at length {length}: {one_line(error)}") from None
+        expected = [(1, length, top_k), (1, length, top_k), (1, length)]
+        if (found := [output.shape for output in result]) != expected:
+            raise BundleError(f"{file} gives {OUTPUTS} of shapes {found}, not {expected}")
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
         """One pass of the graph."""
