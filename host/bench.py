@@ -1,4 +1,7 @@
-"""Benchmarks of the training host: `python -m host.bench data` proves that data preparation streams."""
+"""Benchmarks of the training host.
+
+`python -m host.bench data` proves that data preparation streams; `step` measures what `edge.bench` compares with.
+"""
 
 import argparse
 import os
@@ -10,10 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from host.shards import load_data
 from shared.errors import ConfigError, DataError, run_main
+from shared.tokens import FIRST_TEXT_ID
 
 GIGABYTE: Final = 1_000_000_000
 WORDS: Final = 30_000  # distinct ones, about as many as TinyStories has
@@ -59,17 +64,35 @@ def bench_data(gigabytes: float) -> None:
     )
 
 
+def bench_step(args: argparse.Namespace) -> None:
+    """Print the StepSpeed of the shape that the command line gives."""
+    from host.model import ModelConfig  # torch, which `data` does without
+    from host.step_speed import measure_step
+
+    shape = [args.d_model, args.layers, args.heads, args.vocab_size, args.canvas_len]
+    if min(*shape, args.threads) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
+        raise ConfigError(f"no network has the shape {' '.join(map(str, shape))} on {args.threads} threads")
+    print(msgspec.json.encode(measure_step(ModelConfig("bench", *shape), args.threads)).decode())
+
+
 def main() -> None:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m host.bench",
         description="Benchmarks of the training host.",
-        epilog="example: python -m host.bench data --gigabytes 1",
+        epilog="examples: python -m host.bench data --gigabytes 1, python -m host.bench step 384 6 6 8192 256",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="peak memory and speed of host.data on a generated file")
     data.add_argument("--gigabytes", type=float, default=1.0, help="size of the file (default: %(default)s)")
+    step = commands.add_parser("step", help="a torch step of one shape beside the matmul peaks, as JSON")
+    for name in ("d_model", "layers", "heads", "vocab_size", "canvas_len"):
+        step.add_argument(name, type=int)
+    step.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
     args = parser.parse_args()
+    if args.command == "step":
+        bench_step(args)
+        return
     if args.gigabytes <= 0:
         raise ConfigError(f"--gigabytes must be above 0, not {args.gigabytes}")
     bench_data(args.gigabytes)
