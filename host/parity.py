@@ -59,6 +59,21 @@ def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple
     return same / total
 
 
+@torch.no_grad()
+def dropped_mass(
+    model: Denoiser, canvases: Sequence[tuple[NDArray[np.int32], float]], top_k: int, temperature: float
+) -> float:
+    """Probability that sampling over the whole vocabulary would leave the top K; mean over masked positions."""
+    dropped = []
+    for canvas, t in canvases:
+        row = torch.from_numpy(canvas.astype(np.int64))[None]
+        masked = row[0] == MASK
+        hidden = model(row, torch.tensor([t]) if model.config.time_input else None)[0, masked]
+        p = (model.logits(hidden, ends_impossible(row)[0, masked]) / temperature).softmax(-1)  # (M, V)
+        dropped.append(1 - p.topk(top_k).values.double().sum(-1))
+    return float(torch.cat(dropped).mean())
+
+
 def measure(
     model: Denoiser,
     schedule: ScheduleName,
