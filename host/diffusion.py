@@ -69,10 +69,9 @@ def nelbo_sums(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], sc
 
 def autoregressive_sums(model: Denoiser, x0: Tensor) -> Tensor:
     """Each row's exact negative log-likelihood under a causal mask, in nats.  → (B,)"""
-    hidden = model(x0, causal=True)[:, :-1]
-    target = x0[:, 1:]
-    scored = target != PAD
+    hidden = model(x0, causal=True)
+    scored = (x0 != PAD) & (x0 != BOS)
     rows = scored.nonzero()[:, 0]
     logits = model.logits(hidden[scored], torch.zeros_like(rows, dtype=torch.bool))
-    losses = F.cross_entropy(logits, target[scored].long(), reduction="none")
+    losses = F.cross_entropy(logits, x0[scored].long(), reduction="none")
     return torch.zeros(x0.shape[0], device=x0.device).index_add(0, rows, losses)

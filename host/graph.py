@@ -78,7 +78,7 @@ def step_graph(
 
 
 def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: Float, attention: AttentionKind) -> str:
-    """Embeddings and blocks, through the last LayerNorm.  → (B, L, D)"""
+    """Embeddings and blocks, through the last LayerNorm; position i is read from the state at i − 1.  → (B, L, D)"""
     config = model.config
     heads, width = config.heads, config.d_model // config.heads
 
@@ -142,7 +142,10 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
         h = linear(norm(x, f"{b}.norm2"), f"{b}.up", f"{b}.up.out")
         h = g.op("Gelu", f"{b}.gelu", h, approximate="tanh")
         x = g.op("Add", f"{b}.x2", x, linear(h, f"{b}.down", f"{b}.down.out"))
-    return norm(x, "norm")
+    x = norm(x, "norm")
+    one, axis1 = g.constant("one", np.array([1])), g.constant("axis_1", np.array([1]))
+    before = g.op("Slice", "states_before", x, zero, g.constant("last", np.array([-1])), axis1)
+    return g.op("Concat", "shifted", g.op("Slice", "state_0", x, zero, one, axis1), before, axis=1)
 
 
 def _attended(g: GraphBuilder, position: str, canvas_len: int) -> str:

@@ -124,8 +124,11 @@ class Denoiser(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, canvas: Tensor, t: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Hidden states.  canvas (B, L) integer ids, t (B,) if timed → (B, L, D)
+        """What `logits` reads each position's scores from.  canvas (B, L) integer ids, t (B,) if timed → (B, L, D)
 
+        The read-out is shifted: position i is scored from the state at i − 1, in diffusion as in the autoregressive
+        objective, so that a diffusion run started from autoregressive weights predicts well from its first step.
+        Position 0 holds BOS, which nobody scores.
         Positions behind the first visible EOS or PAD are certain, so nothing attends to them.
         """
         x = self.token_embedding(canvas) + self.position_embedding.weight[: canvas.shape[1]]
@@ -137,8 +140,8 @@ class Denoiser(nn.Module):
             attended = (position <= first_end(canvas)[:, None])[:, None, None]  # (B, 1, 1, L)
         for block in self.blocks:
             x = block(x, attended, causal)
-        normed: Tensor = self.norm(x)
-        return normed
+        x = self.norm(x)
+        return torch.cat([x[:, :1], x[:, :-1]], dim=1)
 
     def logits(self, hidden: Tensor, ends_are_impossible: Tensor) -> Tensor:
         """Float32 scores, −inf where a token cannot stand: MASK, BOS; EOS and PAD left of visible text.
