@@ -69,7 +69,7 @@ define install
 	echo "Installing $(1) into $(VENV) ..."; \
 	if ! $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $(2) >$(VENV)/pip.log 2>&1; then \
 	    if grep -q 'Retrying (' $(VENV)/pip.log; then reason="the package index cannot be reached: is there a network?"; \
-	    else reason=$$(sed -n 's/^ERROR: //p' $(VENV)/pip.log | tail -n 1); fi; \
-	    echo "error: pip cannot install $(1): $$reason (details in $(VENV)/pip.log)" >&2; exit 1; \
+	    else reason=$$(sed -n 's/^ *ERROR: //p' $(VENV)/pip.log | tail -n 1); fi; \
+	    echo "error: pip cannot install $(1): $${reason:-it stopped} (details in $(VENV)/pip.log)" >&2; exit 1; \
 	fi
 endef
