@@ -9,7 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from host.checkpoint import Progress, find_checkpoint, load_model, newest_run
 from host.evaluate import HeldOut, evaluate, held_out_files, held_out_split, print_table
 from host.graph import step_graph
 from host.model import CONFIGS, Denoiser, config_named
-from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, trajectories
+from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, dropped_mass, measure, passes, trajectories
 from host.quantize import SCHEMES, Scheme, quantize, step_feed
 from host.runs import read_config
 from host.scoring import GraphScorer, TorchScorer
@@ -33,7 +33,9 @@ from shared.manifest import TOKENIZER, Parity, SamplingDefaults
 TOP_K = 64
 CALIBRATION_STORIES = 8
 PARITY_STORIES = 8
+PARITY_NELBO_STORIES = 128
 CALIBRATION_SEED, PARITY_SEED = 1_000, 2_000
+GATE = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
 
 
 def step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
@@ -50,33 +52,49 @@ def step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
     return statistics.median(times[5:]) * 1e3
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """What a trained network's graphs are held against: held-out text, and canvases (L,), t that sampling visits."""
+
+    held_out: HeldOut
+    canvases: list[tuple[NDArray[np.int32], float]]
+
+
+def yardstick(model: Denoiser, progress: Progress, held_out: HeldOut) -> Yardstick:
+    """Run the reference sampler from the last held-out stories; calibration takes the first."""
+    return Yardstick(held_out, trajectories(model, progress.schedule, held_out.canvases[-PARITY_STORIES:], PARITY_SEED))
+
+
+def held_to(
+    yardstick: Yardstick, model: Denoiser, progress: Progress, graph: StepGraph, scheme: str
+) -> tuple[Parity, float]:
+    """Measure a graph's parity, and print it.  → parity, milliseconds a step on this machine"""
+    few = replace(yardstick.held_out, canvases=yardstick.held_out.canvases[:PARITY_NELBO_STORIES])
+    parity = measure(model, progress.schedule, GraphScorer(graph.file, graph.model), scheme, few, yardstick.canvases)
+    ms = step_ms(graph.model, yardstick.canvases[len(yardstick.canvases) // 2][0])
+    verdict = "passes" if passes(parity) else "fails"
+    figures = f"NELBO × {parity.nelbo_ratio:.4f}, top-1 agreement {parity.top1_agreement:.1%}, {ms:.1f} ms a step"
+    print(f"{graph.precision} {scheme}: {figures}: {verdict} the gate")
+    return parity, ms
+
+
 def best_int8(
-    model: Denoiser, progress: Progress, floats: dict[Scheme, onnx.ModelProto], held_out: HeldOut
+    model: Denoiser, progress: Progress, floats: dict[Scheme, onnx.ModelProto], yardstick: Yardstick
 ) -> tuple[StepGraph, Parity, str]:
     """Quantize by every scheme and keep the fastest that passes the gate.  → graph, its parity, what calibrated it
 
     Raises BundleError, naming figures, when none passes.
     """
-    stories = held_out.canvases[:CALIBRATION_STORIES]
+    stories = yardstick.held_out.canvases[:CALIBRATION_STORIES]
     calibration = trajectories(model, progress.schedule, stories, CALIBRATION_SEED)
-    canvases = trajectories(model, progress.schedule, held_out.canvases[-PARITY_STORIES:], PARITY_SEED)
     found: list[tuple[float, StepGraph, Parity]] = []
     for scheme in SCHEMES:
         graph = StepGraph(quantize(floats[scheme], scheme, calibration), "int8", "cpu")
-        parity = measure(
-            model, progress.schedule, GraphScorer(graph.file, graph.model), scheme, first(held_out, 128), canvases
-        )
-        ms = step_ms(graph.model, canvases[len(canvases) // 2][0])
-        verdict = "passes" if passes(parity) else "fails"
-        figures = f"NELBO × {parity.nelbo_ratio:.4f}, top-1 agreement {parity.top1_agreement:.1%}, {ms:.1f} ms a step"
-        print(f"int8 {scheme}: {figures}: {verdict} the gate")
+        parity, ms = held_to(yardstick, model, progress, graph, scheme)
         found.append((ms, graph, parity))
     passing = [entry for entry in found if passes(entry[2])]
     if not passing:
-        bounds = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
-        raise BundleError(
-            f"no INT8 scheme reaches {bounds}; nothing was written: train longer, or export without --int8"
-        )
+        raise BundleError(f"no INT8 scheme reaches {GATE}; nothing was written: train longer, or leave out --int8")
     _, graph, parity = min(passing, key=lambda entry: entry[0])
     used = (
         f"{len(calibration)} canvases of sampling trajectories"
@@ -86,31 +104,33 @@ def best_int8(
     return graph, parity, used
 
 
-def first(held_out: HeldOut, stories: int) -> HeldOut:
-    """A smaller set of the same."""
-    return replace(held_out, canvases=held_out.canvases[:stories])
-
-
 def build_graphs(
-    model: Denoiser, progress: Progress, int8: bool, fp16: bool, held_out: HeldOut | None
+    model: Denoiser, progress: Progress, int8: bool, fp16: bool, yardstick: Yardstick | None
 ) -> tuple[list[StepGraph], list[Parity], str]:
-    """The graphs that the flags ask for.  → graphs, parity records, calibration record"""
+    """The graphs that the flags ask for; an untrained network has no quality to keep, and no yardstick.
+
+    Raises BundleError when a graph misses the gate.  → graphs, parity records, calibration record
+    """
     top_k = min(TOP_K, model.config.vocab_size)
     graphs: list[StepGraph] = []
     parities: list[Parity] = []
     calibration = "none"
     if int8:
         floats = {s: step_graph(model, "cpu", top_k, whole_attention=s == "dynamic") for s in SCHEMES}
-        if held_out is None:  # an untrained network has no quality to keep
+        if yardstick is None:
             graphs.append(StepGraph(quantize(floats["dynamic"], "dynamic", []), "int8", "cpu"))
         else:
-            graph, parity, calibration = best_int8(model, progress, floats, held_out)
+            graph, parity, calibration = best_int8(model, progress, floats, yardstick)
             graphs.append(graph)
             parities.append(parity)
     elif not fp16:
         graphs.append(StepGraph(step_graph(model, "cpu", top_k), "fp32", "cpu"))
     if fp16:
         graphs.append(StepGraph(step_graph(model, "cuda", top_k), "fp16", "cuda"))
+        if yardstick is not None:
+            parities.append(held_to(yardstick, model, progress, graphs[-1], "half precision")[0])
+            if not passes(parities[-1]):
+                raise BundleError(f"the FP16 graph misses {GATE}; nothing was written")
     return graphs, parities, calibration
 
 
@@ -168,14 +188,19 @@ def main() -> None:
         held_out = held_out_files(args.source, tokenizer, args.stories)
     else:
         held_out = held_out_split(read_config(run).data, args.stories)
-    graphs, parities, calibration = build_graphs(model, progress, int8, fp16, held_out)
+    measured = yardstick(model, progress, held_out)
+    graphs, parities, calibration = build_graphs(model, progress, int8, fp16, measured)
+    top_k = min(TOP_K, model.config.vocab_size)
+    for temperature in (0.7, 1.0, 1.5):
+        dropped = dropped_mass(model, measured.canvases, top_k, temperature)
+        print(f"outside the top {top_k} at temperature {temperature}: {dropped:.2%} of the probability")
     evaluations = [evaluate(TorchScorer(model), held_out, progress.schedule)]
     for graph in graphs:
         if graph.target == "cpu":
             evaluations.append(evaluate(GraphScorer(graph.file, graph.model), held_out, progress.schedule))
     print_table(evaluations)
     write_bundle(
-        out, model, progress, tokenizer, graphs, min(TOP_K, model.config.vocab_size), evaluations, parities,
+        out, model, progress, tokenizer, graphs, top_k, evaluations, parities,
         calibration, SamplingDefaults(steps=args.steps),
     )  # fmt: skip
     report(out, graphs)
