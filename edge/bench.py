@@ -24,7 +24,7 @@ from edge.backends import Backend, StepResult
 from edge.config import default_bundle
 from edge.engine import Engine
 from shared.errors import ConfigError, run_main
-from shared.messages import GenerateRequest, Response, encode
+from shared.messages import MAX_STEPS, GenerateRequest, Response, encode
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
 STEP_COUNTS: Final = (8, 16, 32, 64, 128)
@@ -134,7 +134,10 @@ def daemon_behind_ms(engine: Engine, bundle: Path, backend: str, threads: int) -
         flags = ["--bundle", str(bundle), "--backend", backend, "--socket", str(path)]
         variables = {"EDGELM_THREADS": str(threads), "EDGELM_MQTT_HOST": ""}
         daemon = subprocess.Popen(
-            [sys.executable, "-m", "edge", *flags], env=os.environ | variables, stderr=subprocess.PIPE
+            [sys.executable, "-m", "edge", *flags],
+            env=os.environ | variables,
+            stdout=subprocess.DEVNULL,  # its "ready" line is not part of our JSON
+            stderr=subprocess.PIPE,
         )
         try:
             with _connected(path, daemon) as connection, connection.makefile("rb") as answers:
@@ -214,10 +217,13 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=default_bundle(), help="folder (default: the shipped one)")
     parser.add_argument("--backend", default="ort")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--steps", type=int, nargs="+", default=STEP_COUNTS, help="passes a text (default: 8 to 128)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
     if args.threads < 1:
         raise ConfigError("--threads must be at least 1")
+    if not all(1 <= steps <= MAX_STEPS for steps in args.steps):
+        raise ConfigError(f"--steps takes numbers from 1 to {MAX_STEPS}")
     engine = Engine.load(args.bundle, args.backend, args.threads)
     step_ms = median_step_ms(engine)
     share = reduction_share(args.bundle, args.threads) if args.backend == "ort" else None
@@ -227,7 +233,7 @@ def main() -> None:
         step_ms=step_ms,
         bare_step_ms=None if share is None else step_ms * (1 - share),
         reduction_ms=None if share is None else step_ms * share,
-        generations=[generation(engine, steps) for steps in STEP_COUNTS],
+        generations=[generation(engine, steps) for steps in args.steps],
         daemon_behind_ms=daemon_behind_ms(engine, args.bundle, args.backend, args.threads),
         reference=host_reference(engine, args.threads),
     )

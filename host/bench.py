@@ -66,12 +66,12 @@ def bench_data(gigabytes: float) -> None:
 
 def bench_step(args: argparse.Namespace) -> None:
     """Print the StepSpeed of the shape that the command line gives."""
-    from host.model import ModelConfig  # torch, which `data` does without
-    from host.step_speed import measure_step
-
     shape = [args.d_model, args.layers, args.heads, args.vocab_size, args.canvas_len]
     if min(*shape, args.threads) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
         raise ConfigError(f"no network has the shape {' '.join(map(str, shape))} on {args.threads} threads")
+    from host.model import ModelConfig  # torch, which `data` does without
+    from host.step_speed import measure_step
+
     print(msgspec.json.encode(measure_step(ModelConfig("bench", *shape), args.threads)).decode())
 
 

@@ -1,0 +1,65 @@
+"""`python -m edge.bench` and the `host.bench step` that it compares with."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge.bench import Report
+from host.model import ModelConfig
+from host.step_speed import StepSpeed, step_gflop
+
+
+def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
+    options = ["--bundle", str(debug_bundle), "--threads", "1", "--steps", "4", "8", "--json"]
+    command = [sys.executable, "-m", "edge.bench", *options]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    report = msgspec.json.decode(done.stdout, type=Report)
+    assert report.threads == 1
+    assert report.bare_step_ms is not None
+    assert report.reduction_ms is not None
+    assert report.bare_step_ms + report.reduction_ms == pytest.approx(report.step_ms)
+    assert min(report.bare_step_ms, report.reduction_ms) > 0
+    assert [g.steps for g in report.generations] == [4, 8]
+    for g in report.generations:
+        assert min(g.tokens_per_s, g.first_token_ms, g.last_token_ms, g.loop_ms) > 0
+        assert g.first_token_ms < g.last_token_ms
+    assert report.reference is not None
+    speed = msgspec.convert(report.reference, StepSpeed)
+    assert min(speed.torch_ms, speed.gflop, speed.fp32_gflops, speed.int8_gflops) > 0
+
+
+def test_the_work_of_a_step_by_hand() -> None:
+    """One layer of width 2 on 3 positions with 5 words; every weight multiplies and adds once a position."""
+    linear = 2 * 3 * (2 * 6 + 2 * 2 + 2 * 8 + 8 * 2)
+    attention = 2 * (3 * 3 * 2) * 2
+    head = 2 * 3 * 2 * 5
+    config = ModelConfig("hand", d_model=2, layers=1, heads=1, vocab_size=5, canvas_len=3)
+    assert step_gflop(config) == pytest.approx((linear + attention + head) / 1e9)
+
+
+def test_an_impossible_shape_is_one_sentence() -> None:
+    """A width of 64 does not divide into 3 heads."""
+    command = [sys.executable, "-m", "host.bench", "step", "64", "2", "3", "512", "256"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 78
+    assert done.stderr.decode().startswith("error: no network has the shape")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "sentence"),
+    [
+        (["--bundle", "nowhere"], 66, "error: nowhere is not a bundle"),
+        (["--steps", "8", "0"], 78, "error: --steps takes numbers from 1 to 1024"),
+        (["--threads", "0"], 78, "error: --threads must be at least 1"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(options: list[str], status: int, sentence: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "edge.bench", *options], capture_output=True, check=False)
+    assert done.returncode == status
+    assert done.stderr.decode().startswith(sentence)
+    assert len(done.stderr.splitlines()) == 1
