@@ -1,0 +1,99 @@
+"""The table of backends: what they promise, and what loading them costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge.backends import Backend, load_backend
+from shared.errors import ConfigError
+from shared.manifest import read_manifest
+from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
+
+
+def loaded(bundle: Path, name: str) -> Backend:
+    return load_backend(name, bundle, read_manifest(bundle), threads=1)
+
+
+@pytest.mark.parametrize("name", ["ort", "fake"])
+def test_a_step_gives_the_best_candidates_first(debug_bundle: Path, name: str) -> None:
+    backend, manifest = loaded(debug_bundle, name), read_manifest(debug_bundle)
+    assert backend.lengths[-1] == manifest.model.canvas_len
+    assert list(backend.lengths) == sorted(backend.lengths)
+    for length in backend.lengths:
+        canvas = np.full((1, length), MASK, np.int32)
+        canvas[0, 0] = BOS
+        ids, logp, entropy = backend.step(canvas, np.ones(1, np.float32))
+        assert ids.dtype == np.int32
+        assert logp.dtype == entropy.dtype == np.float32
+        assert ids.shape == logp.shape == (1, length, manifest.top_k)
+        assert entropy.shape == (1, length)
+        assert (np.diff(logp) <= 0).all()
+        tied = np.diff(logp) == 0
+        assert (np.diff(ids)[tied] > 0).all()  # lower ids first
+        assert (np.exp(logp).sum(2) <= 1 + 1e-5).all()
+        assert (entropy >= 0).all()
+        assert (entropy <= np.log(manifest.model.vocab_size)).all()
+        assert all(len(set(row)) == len(row) for row in ids[0].tolist())
+    backend.close()
+
+
+def test_the_real_graph_forbids_what_cannot_stand(debug_bundle: Path) -> None:
+    """MASK and BOS anywhere; EOS and PAD left of visible text."""
+    backend = loaded(debug_bundle, "ort")
+    canvas = np.full((1, 64), MASK, np.int32)
+    canvas[0, 0], canvas[0, 30] = BOS, FIRST_TEXT_ID
+    ids, logp, _ = backend.step(canvas, np.full(1, 0.9, np.float32))
+    possible = logp[0] > -1e3
+    assert not np.isin(ids[0][possible], [MASK, BOS]).any()
+    assert not np.isin(ids[0, :30][possible[:30]], [EOS, PAD]).any()
+    backend.close()
+
+
+def test_an_unknown_backend_is_named_with_those_there_are(debug_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown backend 'tpu': choose one of ort, fake"):
+        loaded(debug_bundle, "tpu")
+
+
+@pytest.mark.parametrize("name", ["fake:soon", "fake:-5", "fake:nan", "fake:.", "ort:3"])
+def test_an_argument_that_means_nothing_is_named(debug_bundle: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"found '{name.partition(':')[2]}'"):
+        loaded(debug_bundle, name)
+
+
+@pytest.mark.parametrize("name", ["fake", "fake:", "fake:1", "fake:0.5"])
+def test_the_fake_needs_no_graph(debug_bundle: Path, tmp_path: Path, name: str) -> None:
+    backend = load_backend(name, tmp_path, read_manifest(debug_bundle), threads=1)
+    length = backend.lengths[-1]
+    first = backend.step(np.zeros((1, length), np.int32), np.ones(1, np.float32))
+    again = backend.step(np.full((1, length), MASK, np.int32), np.zeros(1, np.float32))
+    np.testing.assert_array_equal(first.ids, again.ids)
+
+
+PROBE = """
+import builtins, json, os, sys
+from pathlib import Path
+real, seen = builtins.__import__, []
+def watch(name, *rest):
+    if name.split(".")[0] == "onnxruntime":
+        seen.append(os.environ.get("ORT_DISABLE_TELEMETRY"))
+    return real(name, *rest)
+builtins.__import__ = watch
+from edge.engine import Engine
+before = "onnxruntime" in sys.modules
+fake = Engine.load(Path(sys.argv[1]), "fake", 1)
+lazy = "onnxruntime" not in sys.modules
+Engine.load(Path(sys.argv[1]), "ort", 1)
+loaded = [m for m in ("torch", "onnx", "host") if m in sys.modules]
+print(json.dumps({"before": before, "lazy": lazy, "first": seen[0], "heavy": loaded}))
+"""
+
+
+def test_telemetry_is_off_before_the_runtime_is_imported(debug_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the runtime is imported by the backend that needs it alone; torch and onnx never."""
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    done = subprocess.run([sys.executable, "-c", PROBE, str(debug_bundle)], capture_output=True, check=True)
+    assert json.loads(done.stdout) == {"before": False, "lazy": True, "first": "1", "heavy": []}
