@@ -41,13 +41,12 @@ def running_daemon(bundle: Path, socket: Path, log: IO[bytes]) -> Iterator[str]:
     daemon = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True)
     assert daemon.stdout is not None
     try:
-        came = select.select([daemon.stdout], [], [], START_S)[0]
-        ready = daemon.stdout.readline().decode() if came else ""
+        if not select.select([daemon.stdout], [], [], START_S)[0]:
+            raise DiffusionLLMError(f"the daemon was not ready within {START_S:g} s")
+        ready = daemon.stdout.readline().decode().strip()
         if not ready:
-            log.seek(0)
-            words = log.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("error: ")
-            raise DiffusionLLMError(words or f"the daemon was not ready within {START_S:g} s")
-        yield ready.strip()
+            raise _failure_to_start(daemon, log)
+        yield ready
     finally:
         daemon.terminate()
         try:
@@ -56,6 +55,15 @@ def running_daemon(bundle: Path, socket: Path, log: IO[bytes]) -> Iterator[str]:
             daemon.kill()
             daemon.wait()
         daemon.stdout.close()
+
+
+def _failure_to_start(daemon: "subprocess.Popen[bytes]", log: IO[bytes]) -> DiffusionLLMError:
+    exit_code = daemon.wait(STOP_S)
+    log.seek(0)
+    last_words = log.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("error: ")
+    error = DiffusionLLMError(last_words or f"the daemon ended with exit status {exit_code}")
+    error.exit_code = exit_code
+    return error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -112,7 +112,7 @@ def unwrap(response: Response) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, get the text, print it."""
-    parser = _parser()
+    parser = command_line()
     args = parser.parse_args(argv)
     if (args.prompt is None) == (args.infill is None):
         parser.error("give either a prompt or --infill TEXT")
@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(
         prog="python -m edge.generate",
         description="Ask the daemon for text. Fields left out take the bundle's defaults.",

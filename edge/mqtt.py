@@ -91,13 +91,16 @@ class MqttTransport:
     def close(self) -> None:
         """Hand over the last answers, say `offline`, and part; bounded in time."""
         client = self._client
-        if client.is_connected():
+        connected = client.is_connected()
+        if connected:
             try:
                 self._announce("offline").wait_for_publish(FAREWELL_S)
             except RuntimeError as error:  # the connection broke just now: the last will says it for us
                 log.warning("%s", error)
+        self._parted.clear()
         client.disconnect()
-        self._parted.wait(FAREWELL_S if client.is_connected() else 0)
+        if connected:
+            self._parted.wait(FAREWELL_S)
 
     def _make_client(self, protocol: MQTTProtocolVersion) -> Client:
         client = Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=protocol)

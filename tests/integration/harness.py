@@ -28,11 +28,13 @@ def clean_environment(**settings: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT)} | {f"EDGELM_{name}": value for name, value in settings.items()}
 
 
-def run_module(module: str, *args: str, cwd: Path = ROOT, **settings: str) -> subprocess.CompletedProcess[str]:
-    """`python -m module args` until it ends."""
+def run_module(
+    module: str, *args: str, temporary: Path | None = None, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module args` until it ends. temporary: where it puts temporary files."""
     command = [sys.executable, "-m", module, *args]
-    environment = clean_environment(**settings)
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    environment = clean_environment(**settings) | ({} if temporary is None else {"TMPDIR": str(temporary)})
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

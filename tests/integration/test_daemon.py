@@ -1,7 +1,7 @@
 """The daemon's life: start, what it refuses to start on, and every way to stop."""
 
 import signal
-import socket
+import socket as sockets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -162,8 +162,8 @@ def no_certificates(folder: Path) -> list[str]:
 def test_what_it_cannot_start_on_it_says_in_one_line(
     arrange: Callable[[Path], list[str]], exit_code: int, named: str, tmp_path: Path, debug_bundle: Path
 ) -> None:
-    settings = {"BUNDLE": str(debug_bundle), "BACKEND": "fake", "SOCKET": str(tmp_path / "free")}
-    result = run_module("edge", *arrange(tmp_path), **settings)
+    bundle, socket = str(debug_bundle), str(tmp_path / "free")
+    result = run_module("edge", *arrange(tmp_path), BUNDLE=bundle, BACKEND="fake", SOCKET=socket)
 
     assert result.returncode == exit_code
     assert result.stderr.startswith("error: ") and named in result.stderr
@@ -184,7 +184,7 @@ def test_help_shows_an_example() -> None:
 
 def test_a_stray_connection_does_not_hold_up_the_end(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
-    idle = socket.socket(socket.AF_UNIX)
+    idle = sockets.socket(sockets.AF_UNIX)
     idle.connect(str(daemon.socket))
     daemon.signal(signal.SIGTERM)
     assert daemon.exit_code() == 0

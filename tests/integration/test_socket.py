@@ -135,7 +135,7 @@ def slow_daemon(start_daemon: Callable[..., Daemon], **settings: str) -> Daemon:
 
 def is_busy(daemon: Daemon) -> bool:
     line = Line(daemon.socket)
-    busy = line.ask({"type": "health"})["state"] == "busy"
+    busy = bool(line.ask({"type": "health"})["state"] == "busy")
     line.close()
     return busy
 

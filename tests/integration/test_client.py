@@ -1,0 +1,170 @@
+"""`python -m edge.generate` and `python -m edge.demo` as users run them."""
+
+import json
+import os
+import pty
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge.client import connect
+from tests.integration.harness import PATIENCE_S, ROOT, Daemon, clean_environment, run_module
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture
+def ask(shared_daemon: Daemon) -> list[str]:
+    """Flags that lead to the daemon."""
+    return ["--socket", str(shared_daemon.socket)]
+
+
+def test_the_daemon_answers_with_text_alone(ask: list[str]) -> None:
+    result = run_module("edge.generate", PROMPT, *ask)
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout.startswith(PROMPT) and result.stdout.endswith("\n")
+
+
+def test_daemon_and_own_process_give_the_same_text(ask: list[str], debug_bundle: Path) -> None:
+    asked = run_module("edge.generate", PROMPT, "--seed", "5", *ask)
+    flags = ["--seed", "5", "--bundle", str(debug_bundle)]
+    own = run_module("edge.generate", PROMPT, *flags, BACKEND="fake")
+    assert own.stdout == asked.stdout
+    assert own.stderr == f"generating in this process with {debug_bundle}\n"
+
+
+def test_without_a_daemon_it_generates_itself_and_says_so(tmp_path: Path, debug_bundle: Path) -> None:
+    flags = ["--socket", str(tmp_path / "none")]
+    result = run_module("edge.generate", PROMPT, *flags, BUNDLE=str(debug_bundle), BACKEND="ort")
+    assert result.returncode == 0 and result.stdout.startswith(PROMPT)
+    assert result.stderr == f"no daemon listens at {tmp_path}/none; generating in this process with {debug_bundle}\n"
+
+
+def test_gaps_are_filled(ask: list[str]) -> None:
+    result = run_module("edge.generate", "--infill", "Tom had a ___ and it was ___:2.", "--json", *ask)
+    response = json.loads(result.stdout)
+    assert response["text"].startswith("Tom had a ") and " and it was " in response["text"]
+    assert response["usage"]["generated_tokens"] == 6
+
+
+def test_streaming_shows_snapshots_beside_the_text(ask: list[str]) -> None:
+    result = run_module("edge.generate", PROMPT, "--stream", *ask)
+    assert result.stdout.startswith(PROMPT) and "░" not in result.stdout
+    assert result.stderr.startswith("step 1/") and PROMPT in result.stderr and "░" in result.stderr
+
+
+def test_an_error_is_one_sentence_or_the_raw_response(ask: list[str]) -> None:
+    long = "time " * 2000
+    result = run_module("edge.generate", long, *ask)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+    raw = run_module("edge.generate", long, "--json", *ask)
+    assert raw.returncode == 1 and json.loads(raw.stdout)["error"]["code"] == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "named"),
+    [
+        ([], 2, "prompt"),
+        ([PROMPT, "--infill", "a ___"], 2, "prompt"),
+        ([PROMPT, "--top-p", "2"], 1, "top_p"),
+        ([PROMPT, "--bundle", "/none"], 66, "/none is not a bundle"),
+        ([PROMPT, "--socket", str(ROOT / "LICENSE" / "s")], 78, "Not a directory"),
+    ],
+    ids=["nothing", "both", "out of bounds", "no bundle", "no socket"],
+)
+def test_what_cannot_be_done_is_said(flags: list[str], exit_code: int, named: str) -> None:
+    result = run_module("edge.generate", *flags)
+    assert result.returncode == exit_code
+    assert named in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+
+
+def test_a_daemon_that_leaves_before_its_answer_is_told(tmp_path: Path) -> None:
+    def hang_up() -> None:
+        client, _ = listener.accept()
+        client.recv(4096)
+        client.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        result = run_module("edge.generate", PROMPT, "--socket", str(tmp_path / "s"))
+        thread.join(PATIENCE_S)
+    assert result.returncode == 1
+    assert result.stderr == "error: the daemon hung up before it answered\n"
+
+
+def test_a_client_of_the_daemon_loads_no_runtime(ask: list[str]) -> None:
+    code = "import sys; from edge.generate import main; main(sys.argv[1:]); print(sorted(sys.modules))"
+    command = [sys.executable, "-c", code, PROMPT, *ask]
+    result = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    for runtime in ("numpy", "onnxruntime", "tokenizers", "paho"):
+        assert f"'{runtime}'" not in result.stdout
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """Where the demo puts its folder: a short path, as sockets need, and empty again at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="demo-"))
+    yield folder
+    folder.rmdir()
+
+
+def test_the_demo_shows_a_story_and_leaves_nothing(debug_bundle: Path, temporary: Path) -> None:
+    result = run_module("edge.demo", "--bundle", str(debug_bundle), temporary=temporary)
+
+    assert result.returncode == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("ready in ") and lines[1].startswith("step 1/")
+    assert any(line.startswith(PROMPT) for line in lines)
+    assert "tokens a second" in result.stdout and "--seed " in lines[-1]
+
+
+def test_the_demo_says_why_its_daemon_did_not_start(temporary: Path) -> None:
+    result = run_module("edge.demo", "--bundle", "/none", temporary=temporary)
+    assert result.returncode == 66 and result.stdout == ""
+    assert result.stderr == "error: /none is not a bundle: cannot read manifest.json (No such file or directory)\n"
+
+
+def served_by(path: Path) -> int:
+    """The process that listens there."""
+    connection = connect(path)
+    assert connection is not None
+    with connection:
+        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "kill"])
+def test_an_interrupted_demo_takes_its_daemon_along(
+    number: int, exit_code: int, debug_bundle: Path, temporary: Path
+) -> None:
+    leader, follower = pty.openpty()  # on a terminal, as a user sees it
+    command = [sys.executable, "-m", "edge.demo", "--bundle", str(debug_bundle)]
+    environment = clean_environment() | {"TERM": "xterm", "TMPDIR": str(temporary)}
+    demo = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=follower, stderr=follower, text=True)
+    os.close(follower)
+    try:
+        assert os.read(leader, 4096).decode().startswith("ready in ")
+        (socket_path,) = temporary.glob("*/socket")
+        daemon_pid = served_by(socket_path)
+        demo.send_signal(number)
+        assert demo.wait(PATIENCE_S) == exit_code
+    finally:
+        demo.kill()
+        demo.wait()
+        os.close(leader)
+    with pytest.raises(ProcessLookupError):
+        os.kill(daemon_pid, 0)

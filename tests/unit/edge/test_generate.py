@@ -1,0 +1,105 @@
+"""The client's command line: what its flags ask for."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edge import config as config_module
+from edge.config import Config
+from edge.generate import build_request, command_line, find_daemon, parse_infill, unwrap
+from shared.errors import DiffusionLLMError, RequestError
+from shared.messages import ErrorInfo, Gap, Response
+
+
+@pytest.mark.parametrize(
+    ("text", "segments"),
+    [
+        ("Tom had a ___ and it was ___.", ["Tom had a ", {"gap": 4}, " and it was ", {"gap": 4}, "."]),
+        ("___:6 said Tom", [{"gap": 6}, " said Tom"]),
+        ("He said: ___:12", ["He said: ", {"gap": 12}]),
+        ("___: yes", [{"gap": 4}, ": yes"]),
+        ("___ ___", [{"gap": 4}, " ", {"gap": 4}]),
+        ("snake_case and __init__ ___", ["snake_case and __init__ ", {"gap": 4}]),
+    ],
+)
+def test_three_underscores_are_a_gap(text: str, segments: list[Any]) -> None:
+    assert parse_infill(text) == segments
+
+
+def test_a_text_without_a_gap_is_no_infill() -> None:
+    with pytest.raises(RequestError, match="___"):
+        parse_infill("Tom had a ball")
+
+
+def test_flags_become_fields_and_the_rest_stays_open() -> None:
+    flags = ["--seed", "7", "--steps", "8", "--temperature", "0", "--top-p", "0.5", "--top-k", "3", "--max-tokens", "9"]
+    request = build_request(command_line().parse_args(["Once", *flags, "--selection", "margin", "--threshold", "0.9"]))
+    sent = msgspec.to_builtins(request)
+    assert sent == {
+        "type": "generate", "prompt": "Once", "seed": 7, "steps": 8, "temperature": 0.0, "top_p": 0.5, "top_k": 3,
+        "max_tokens": 9, "selection": "margin", "threshold": 0.9,
+    }  # fmt: skip
+    assert msgspec.to_builtins(build_request(command_line().parse_args(["x"]))) == {"type": "generate", "prompt": "x"}
+
+
+def test_infill_becomes_segments() -> None:
+    request = build_request(command_line().parse_args(["--infill", "a ___:2", "--stream"]))
+    assert request.prompt is None and request.segments == ["a ", Gap(2)] and request.stream
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["x", "--top-p", "2"], "top_p"),
+        (["x", "--steps", "0"], "steps"),
+        (["x", "--threshold", "1", "--entropy-bound", "1"], "entropy_bound"),
+        (["--infill", "a ___:0"], "gap"),
+        (["--infill", "a ___:9999"], "gap"),
+        (["\udcff"], "UTF-8"),
+    ],
+)
+def test_what_no_daemon_would_take_is_refused_by_name(flags: list[str], named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        build_request(command_line().parse_args(flags))
+
+
+def test_an_answers_error_is_raised() -> None:
+    error = ErrorInfo("queue_full", "come again", retryable=True, retry_after_ms=5)
+    with pytest.raises(RequestError, match="come again") as caught:
+        unwrap(Response(status="error", error=error))
+    assert caught.value.retry_after_ms == 5
+    with pytest.raises(DiffusionLLMError, match="of a newer daemon"):
+        unwrap(Response(status="error", error=ErrorInfo("unheard_of", "of a newer daemon")))
+    assert unwrap(Response(status="ok", text="Once")) == "Once"
+
+
+def test_of_the_default_sockets_the_one_that_answers_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale, live = tmp_path / "stale", tmp_path / "live"
+    with socket.socket(socket.AF_UNIX) as gone:
+        gone.bind(str(stale))
+    monkeypatch.setattr(config_module, "SYSTEM_SOCKET", live)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(live))
+        listener.listen()
+        found = find_daemon(Config())
+        assert found is not None
+        found.close()
+        assert find_daemon(Config(socket=stale)) is None  # a socket that was asked for stands for no other
+
+
+def test_a_strangers_socket_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "edgelm.sock"))
+        listener.listen()
+        me = os.getuid()
+        if me == 0:
+            os.chown(tmp_path / "edgelm.sock", 1, -1)
+        else:
+            monkeypatch.setattr(os, "getuid", lambda: me + 1)
+        assert find_daemon(Config()) is None
