@@ -115,8 +115,15 @@ def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[De
     """The network of a checkpoint, ready to score; by default with the averaged weights."""
     progress = read_progress(path)
     model = Denoiser(progress.model)
-    model.load_state_dict(_tensors(path, f"{weights}."))
+    _load_weights(model, path, f"{weights}.")
     return model.eval(), progress
+
+
+def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:
+    try:
+        model.load_state_dict(_tensors(path, prefix))
+    except RuntimeError:
+        raise DataError(f"{path} does not hold the weights that its header promises") from None
 
 
 def init_from(model: Denoiser, path: Path) -> None:
@@ -144,7 +151,7 @@ def restore(
     progress = read_progress(path)
     if progress.model != model.config:
         raise DataError(f"{path} was trained as {progress.model}, not as {model.config}")
-    model.load_state_dict(_tensors(path, "model."))
+    _load_weights(model, path, "model.")
     ema.shadow = {name: t.to(ema.shadow[name].device) for name, t in _tensors(path, "ema.").items()}
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}

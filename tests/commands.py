@@ -1,0 +1,40 @@
+"""Call a command line as a user does, without paying for a new interpreter."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.errors import run_main
+
+
+def call(main: Callable[[], int | None], *arguments: object) -> None:
+    """Run `main` with these arguments; errors pass through, signal handlers are put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        try:
+            main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[], int | None], *arguments: object) -> tuple[int, str]:
+    """Run `main` to its error.  → exit code, the one sentence that the user reads"""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(lambda: run_main(main), *arguments)
+    printed = capsys.readouterr().err
+    *before, last = [line for line in printed.splitlines() if line]
+    assert last.startswith("error: ")
+    assert not any(line.startswith(("error", "Traceback")) for line in before)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, last.removeprefix("error: ")
+
+
+def small(data: Path, out: Path, *more: object) -> list[object]:
+    """Arguments of a training run whose steps take milliseconds."""
+    return ["--config", "debug", "--data", data, "--out", out, "--batch-size", 8, *more]

@@ -1,0 +1,43 @@
+"""A small corpus and a run trained on it, each made once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from host import train
+from host.data import prepare
+from tests.commands import call
+
+NAMES = ("Tom", "Anna", "Ben", "Lily")
+THINGS = ("ball", "dog", "cake", "tree")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen stories, over and over."""
+    path = tmp_path_factory.mktemp("corpus") / "stories.jsonl"
+    pairs = [(NAMES[i % 4], THINGS[i // 4 % 4]) for i in range(400)]
+    texts = [f"{name} had a {thing}. The {thing} was red. {name} was happy." for name, thing in pairs]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its data folder, with a vocabulary of 300."""
+    out = tmp_path_factory.mktemp("data") / "stories"
+    prepare(str(corpus), out, vocab_size=300)
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion run of 60 small steps; read it, do not write into it."""
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    call(
+        train.main,
+        *("--config", "debug", "--data", data, "--out", out, "--steps", 60),
+        *("--batch-size", 16, "--valid-every", 30, "--lr", 3e-3),
+    )
+    return out

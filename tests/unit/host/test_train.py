@@ -1,0 +1,242 @@
+"""`python -m host.train`: what it learns, what it writes, and that stopping it costs nothing."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from host import train
+from host.checkpoint import BEST, LAST, load_model, read_progress
+from host.progress import LOG_COLUMNS, LOG_FILE
+from host.runs import CONFIG_FILE, new_run, parse_arguments
+from host.train import Trainer, mixed_precision_dtype
+from shared.manifest import TOKENIZER
+from tests.commands import call, refusal, small
+
+REPOSITORY = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+Log = list[dict[str, str]]
+
+
+def read_log(run: Path) -> Log:
+    with (run / LOG_FILE).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(log: Log) -> list[tuple[str, ...]]:
+    """What must not depend on the clock."""
+    return [tuple(row[name] for name in ("step", "tokens", "loss", "valid", "lr", "grad_norm")) for row in log]
+
+
+def trainer(data: Path, out: Path, *more: object, kind: type[Trainer] = Trainer) -> Trainer:
+    """As main() makes it."""
+    made: list[Trainer] = []
+
+    def make() -> None:
+        config, progress, folder = new_run(parse_arguments())
+        made.append(kind(config, progress, folder, CPU))
+
+    call(make, *small(data, out, *more))
+    return made[0]
+
+
+class StopsAtFive(Trainer):
+    """Gets Ctrl-C during its fifth step."""
+
+    def step(self) -> tuple[float, float, int]:
+        self.stopping = self.progress.step == 4
+        return super().step()
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, average and optimizer state, bit for bit."""
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    assert {name.split(".")[0] for name in a} == {"model", "ema", "optimizer"}
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_it_learns_and_leaves_a_whole_run_behind(trained: Path) -> None:
+    log = read_log(trained)
+    assert [int(row["step"]) for row in log] == list(range(1, 61))
+    assert tuple(log[0]) == LOG_COLUMNS
+    assert float(log[0]["loss"]) > 5.0  # ln 300 = 5.7
+    assert sum(float(row["loss"]) for row in log[-10:]) / 10 < 2.5
+    valid = [float(row["valid"]) for row in log if row["valid"]]
+    assert len(valid) == 2 and valid[1] < valid[0]
+    assert {p.name for p in trained.iterdir()} == {BEST, LAST, LOG_FILE, CONFIG_FILE, TOKENIZER, "curves.png"}
+    progress = read_progress(trained / LAST)
+    assert (progress.step, progress.data_stories) == (60, 396)
+    assert progress.best_nats == pytest.approx(valid[1], abs=1e-4)
+    assert progress.tokens_seen == int(log[-1]["tokens"])
+
+
+def test_curves_are_a_real_picture(trained: Path) -> None:
+    pixels = matplotlib.image.imread(trained / "curves.png")
+    assert pixels.shape[:2] == (600, 800)
+    assert pixels.std() > 0.05  # something is drawn
+
+
+def test_learning_rate_rises_and_falls_in_the_log(trained: Path) -> None:
+    rates = [float(row["lr"]) for row in read_log(trained)]
+    assert max(rates) == pytest.approx(3e-3, rel=0.01)
+    assert rates.index(max(rates)) <= 3  # 3 % of 60 steps
+    assert rates[0] < 1e-4 and rates[-1] < 4e-4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--optimizer", "muon", "--schedule", "cosine"], ["--objective", "ar"]],
+    ids=["adamw", "muon", "autoregressive"],
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    data: Path, tmp_path: Path, flags: list[object]
+) -> None:
+    length: list[object] = ["--steps", 8, "--valid-every", 3, *flags]
+    call(train.main, *small(data, tmp_path / "whole", *length))
+    trainer(data, tmp_path / "parted", *length, kind=StopsAtFive).run()
+    assert read_progress(tmp_path / "parted" / LAST).step == 5
+    call(train.main, "--resume", tmp_path / "parted")
+    for file in (LAST, BEST):
+        assert_same_state(tmp_path / "whole" / file, tmp_path / "parted" / file)
+    assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "parted"))
+
+
+@pytest.mark.parametrize(("number", "valid_every"), [(signal.SIGINT, 1000), (signal.SIGKILL, 3)])
+def test_a_signal_in_the_middle_costs_nothing(
+    data: Path, tmp_path: Path, number: signal.Signals, valid_every: int
+) -> None:
+    """Ctrl-C saves first; a killed run goes on from its last checkpoint. Either ends as if nothing had happened."""
+    length: list[object] = ["--steps", 12, "--valid-every", valid_every]
+    run = tmp_path / "signalled"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "host.train", *map(str, small(data, run, *length))],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here: the sums of two threads differ in their last bits
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (run / LOG_FILE).exists() or (run / LOG_FILE).read_text().count("\n") < 5:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    step = read_progress(run / LAST).step
+    assert 3 <= step < 12
+    if number == signal.SIGINT:
+        assert process.returncode == 0, err
+        assert f"stopped at step {step}; continue with --resume {run}" in out
+        assert len(read_log(run)) == step
+    call(train.main, "--resume", run)
+    call(train.main, *small(data, tmp_path / "whole", *length))
+    assert_same_state(tmp_path / "whole" / LAST, run / LAST)
+    assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(run))
+
+
+def test_a_batch_in_parts_gives_the_step_of_one_pass(data: Path, tmp_path: Path) -> None:
+    found = []
+    for micro in (3, 8):
+        one = trainer(data, tmp_path / str(micro), "--micro-size", micro, "--lr", 1e-4)
+        loss, norm, tokens = one.step()
+        (optimizer,) = one.optimizers
+        momentum = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in one.model.parameters()])
+        weights = torch.cat([p.detach().flatten() for p in one.model.parameters()])
+        found.append((loss, norm, tokens, momentum, weights))
+    (loss, norm, tokens, momentum, weights), (loss_1, norm_1, tokens_1, momentum_1, weights_1) = found
+    assert tokens == tokens_1
+    assert loss == pytest.approx(loss_1, rel=1e-5)
+    assert norm == pytest.approx(norm_1, rel=1e-4)
+    assert float((momentum - momentum_1).norm() / momentum_1.norm()) < 1e-4
+    assert float((weights - weights_1).abs().max()) < 1e-6
+
+
+def test_gradients_are_clipped_to_norm_one(data: Path, tmp_path: Path) -> None:
+    one = trainer(data, tmp_path / "run")
+    _, norm, _ = one.step()
+    assert norm > 2.0  # of the gradient as it was
+    (optimizer,) = one.optimizers
+    momentum = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in one.model.parameters()])
+    assert float(momentum.norm()) == pytest.approx(0.1 * one.config.clip_norm, rel=1e-3)  # (1 − 0.9) × the clipped one
+
+
+def test_validation_measures_the_average_and_leaves_the_weights_alone(data: Path, tmp_path: Path) -> None:
+    one = trainer(data, tmp_path / "run", "--lr", 0.1)
+    one.step()
+    before = {n: p.detach().clone() for n, p in one.model.named_parameters()}
+    measured = one.validate()
+    assert all(torch.equal(p, before[n]) for n, p in one.model.named_parameters())
+    assert one.validate() == measured  # the same noise every time
+    one.model.load_state_dict(one.ema.shadow)
+    assert one.validate() == measured
+
+
+def test_half_precision_has_a_scaler_only_on_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mixed_precision_dtype(CPU) in (None, torch.bfloat16)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
+        assert mixed_precision_dtype(torch.device("cuda")) is dtype
+
+
+def test_minutes_end_a_run(data: Path, tmp_path: Path) -> None:
+    call(train.main, *small(data, tmp_path / "run", "--minutes", 0.01))
+    progress = read_progress(tmp_path / "run" / LAST)
+    assert progress.seconds >= 0.6
+    assert progress.best_nats is not None
+
+
+def test_a_finished_run_goes_on_for_more_steps(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(train.main, *small(data, tmp_path / "run", "--steps", 2))
+    call(train.main, "--resume", tmp_path / "run", "--steps", 3)
+    assert [row["step"] for row in read_log(tmp_path / "run")] == ["1", "2", "3"]
+    assert "done; best validation loss" in capsys.readouterr().out
+
+
+def test_diffusion_starts_from_an_autoregressive_run(data: Path, tmp_path: Path) -> None:
+    """Every weight is taken over; the time input, which the other lacks, starts fresh."""
+    call(train.main, *small(data, tmp_path / "ar", "--objective", "ar", "--steps", 3))
+    started = trainer(data, tmp_path / "run")
+    fresh = {n: p.detach().clone() for n, p in started.model.named_parameters()}
+    started.start_from(tmp_path / "ar")
+    theirs, _ = load_model(tmp_path / "ar" / BEST)
+    weights = dict(theirs.named_parameters())
+    assert theirs.time_mlp is None
+    for name, parameter in started.model.named_parameters():
+        expected = fresh[name] if name.startswith("time_mlp.") else weights[name]
+        assert torch.equal(parameter, expected)
+        assert torch.equal(started.ema.shadow[name], expected)
+    call(train.main, *small(data, tmp_path / "other", "--steps", 1, "--init", tmp_path / "ar"))
+
+
+def test_divergence_stops_before_anything_broken_is_saved(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = small(data, run, "--lr", 1e30, "--valid-every", 1)
+    code, sentence = refusal(capsys, train.main, *arguments)
+    assert code == 1
+    assert sentence == ("the validation loss became nan at step 1; no checkpoint had been saved yet; try a lower --lr")
+    assert not (run / LAST).exists()
+
+
+def test_divergence_names_the_last_good_checkpoint(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    call(train.main, *small(data, run, "--steps", 2))
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"lr": 1e30}))
+    before = (run / LAST).read_bytes()
+    code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 10)
+    assert code == 1
+    assert sentence == (f"the loss became nan at step 3; the last good checkpoint is {run / LAST}; try a lower --lr")
+    assert (run / LAST).read_bytes() == before

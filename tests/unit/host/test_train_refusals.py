@@ -1,0 +1,131 @@
+"""What `python -m host.train` cannot use is refused in one sentence, before anything is written."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from host import train
+from host.data import prepare
+from host.runs import CONFIG_FILE
+from tests.commands import call, refusal, small
+
+
+def other_tokenizer(data: Path, tmp_path: Path) -> list[object]:
+    text = tmp_path / "other.txt"
+    text.write_text("\n\n".join(f"Sam saw {i} birds." for i in range(50)))
+    prepare(str(text), tmp_path / "other", vocab_size=280)
+    call(train.main, *small(tmp_path / "other", tmp_path / "theirs", "--steps", 1))
+    return ["--init", tmp_path / "theirs"]
+
+
+def other_shape(data: Path, tmp_path: Path) -> list[object]:
+    call(train.main, *small(data, tmp_path / "theirs", "--steps", 1))
+    return ["--init", tmp_path / "theirs", "--config", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("prepare_run", "words"),
+    [
+        (other_tokenizer, "was trained with another tokenizer than"),
+        (other_shape, "cannot start this model: token_embedding.weight is missing or has another shape"),
+        (lambda data, tmp: ["--init", tmp / "nowhere"], "nowhere holds no checkpoint: train one with"),
+    ],
+    ids=["tokenizer", "shape", "missing"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    prepare_run: Callable[[Path, Path], list[object]],
+    words: str,
+) -> None:
+    flags = prepare_run(data, tmp_path)
+    code, sentence = refusal(capsys, train.main, *small(data, tmp_path / "run", "--steps", 1), *flags)
+    assert code == 65
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "sentence"),
+    [
+        (["--steps", 0], 78, "--steps must be a number above 0, not 0"),
+        (["--minutes", -1], 78, "--minutes must be a number above 0, not -1.0"),
+        (["--minutes", "nan"], 78, "--minutes must be a number above 0, not nan"),
+        (["--batch-size", 0], 78, "--batch-size must be a number above 0, not 0"),
+        (["--lr", "inf"], 78, "--lr must be a number above 0, not inf"),
+        (["--seed", -1], 78, "--seed must be at least 0, not -1"),
+        (
+            ["--resume", "{trained}", "--lr", 1],
+            78,
+            "--lr does not go with --resume: a run keeps its settings but its length",
+        ),
+        (["--resume", "empty"], 65, "empty holds no checkpoint: train one with `python -m host.train --out empty`"),
+        (["--data", "empty"], 65, "empty holds no prepared data: make it with python -m host.data --out empty"),
+        (["--data", "{data}", "--out", "full"], 78, "full exists and is no run: choose another --out"),
+        (["--data", "{data}", "--out", "full/note"], 78, "full/note exists and is no run: choose another --out"),
+        (
+            ["--data", "{data}", "--out", "{trained}"],
+            78,
+            "{trained} already holds a run: continue it with --resume {trained}, or choose another --out",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value[:2])) if isinstance(value, list) else None,
+)
+def test_settings_that_cannot_be_used_are_refused(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[object],
+    code: int,
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/note").write_text("mine")
+    names = {"data": data, "trained": trained}
+    arguments = [str(flag).format(**names) for flag in flags]
+    assert refusal(capsys, train.main, *arguments) == (code, sentence.format(**names))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_resuming_on_data_with_another_tokenizer_is_refused(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    other_tokenizer(data, tmp_path)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "other")}))
+    code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
+    assert (code, sentence) == (
+        65, f"{tmp_path / 'other'} has another tokenizer than the run {run}: prepare its data again"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, b"{", b'{"out": 3}'], ids=["missing", "cut off", "wrongly typed"])
+def test_a_run_with_damaged_settings_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / CONFIG_FILE).unlink()
+    if content is not None:
+        (run / CONFIG_FILE).write_bytes(content)
+    code, sentence = refusal(capsys, train.main, "--resume", run)
+    assert code == 65
+    assert sentence.startswith(f"{run / CONFIG_FILE} cannot be read: ")
+
+
+def test_wandb_without_its_package_says_how_to_install_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what the import system makes of a package that is not there
+    found = refusal(capsys, train.main, *small(data, tmp_path / "run", "--wandb"))
+    assert found == (78, '--wandb needs its package: pip install "diffusion-llm[wandb]"')
