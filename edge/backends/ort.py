@@ -19,7 +19,7 @@ def one_line(error: Exception) -> str:
 
 
 class OrtBackend:
-    """The bundle's CPU graph, one session for every length bucket."""
+    """The bundle's CPU graph. One session serves every length: one for each would hold the weights three times."""
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, profile: Path | None = None) -> None:
         """profile: where to write ONNX Runtime's record of each node's time, for `edge.bench`."""
