@@ -19,7 +19,7 @@ import msgspec
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from host.shards import DATA_FILE, FORMAT_VERSION, DataMeta, SplitName, SplitWriter, file_sha256, load_data
+from host.shards import DATA_FILE, FORMAT_VERSION, DataMeta, SplitName, SplitWriter, load_data
 from host.text_sample import DISTINCT_WORD_BYTES, SAMPLE_BYTES, SpreadSample, with_bearable_words
 from host.text_sources import FILE_ENDINGS, Corpus, open_corpus, source_identity
 from host.tokenizer import (
@@ -32,7 +32,7 @@ from host.tokenizer import (
     train_tokenizer,
 )
 from shared.errors import ConfigError, DataError, run_main
-from shared.manifest import TOKENIZER
+from shared.manifest import TOKENIZER, sha256_of
 
 DEFAULT_SOURCE: Final = "roneneldan/TinyStories"
 DEFAULT_OUT: Final = Path("data/tinystories")
@@ -176,7 +176,7 @@ def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Dat
             licence=corpus.licence,
             vocab_size=tokenizer.get_vocab_size(),
             canvas_len=CANVAS_LEN,
-            tokenizer_sha256=file_sha256(folder / TOKENIZER),
+            tokenizer_sha256=sha256_of(folder / TOKENIZER),
             fingerprint=fingerprint,
             train=writers["train"].finish(),
             valid=writers["valid"].finish(),

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from host.tokenizer import CANVAS_LEN
 from shared.errors import DataError
-from shared.manifest import TOKENIZER
+from shared.manifest import TOKENIZER, sha256_of
 from shared.tokens import EOS, PAD
 
 FORMAT_VERSION: Final = 1
@@ -168,15 +168,6 @@ class SplitWriter:
         )
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_meta(path: Path) -> DataMeta:
     """Read data.json of a folder. Raises DataError when it is missing, damaged, or of another version."""
     file = path / DATA_FILE
@@ -200,7 +191,7 @@ def load_data(path: Path, verify: bool = False) -> DataFolder:
     """
     meta = read_meta(path)
     tokenizer = path / TOKENIZER
-    if not tokenizer.is_file() or file_sha256(tokenizer) != meta.tokenizer_sha256:
+    if not tokenizer.is_file() or sha256_of(tokenizer) != meta.tokenizer_sha256:
         raise DataError(f"{tokenizer} is missing or altered: {_again(path)}")
     return DataFolder(path, meta, _open_split(path, meta.train, verify), _open_split(path, meta.valid, verify))
 
@@ -213,7 +204,7 @@ def _open_split(path: Path, meta: SplitMeta, verify: bool) -> Split:
         size = file.stat().st_size if file.is_file() else 0
         if size != expected:
             raise DataError(f"{file} has {size} bytes instead of {expected}: {_again(path)}")
-        if verify and file_sha256(file) != shard.sha256:
+        if verify and sha256_of(file) != shard.sha256:
             raise DataError(f"{file} was altered since it was written: {_again(path)}")
         shards.append(np.memmap(file, dtype=ID_DTYPE, mode="r", shape=(shard.stories, CANVAS_LEN)))
     return Split(tuple(shards))
