@@ -47,7 +47,7 @@ def test_onnx_runtime_serves_the_real_graph(start_daemon: StartDaemon) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(start_daemon: StartDaemon, number: int) -> None:
-    daemon = start_daemon(backend="fake:20")
+    daemon = start_daemon(backend="fake:50")
     line, late = begin_story(daemon, steps=30), daemon.line()
     daemon.signal(number)
     until(lambda: late.ask({"type": "health"})["state"] == "draining", "the drain to begin")

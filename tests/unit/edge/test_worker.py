@@ -92,16 +92,20 @@ def submit_running(worker: Worker, engine: GatedEngine, **fields: object) -> Mai
 
 
 def test_requests_are_answered_in_the_order_they_came(worker: Worker, engine: GatedEngine) -> None:
-    engine.go()
+    first = submit_running(worker, engine)
     order: list[str | None] = []
+    both = threading.Event()
 
     def note(reply: Reply) -> None:
-        assert isinstance(reply, Response)
+        assert isinstance(reply, Response) and first.answered
         order.append(reply.id)
+        if len(order) == 2:
+            both.set()
 
     for name in ("a", "b"):
         worker.submit(GenerateRequest(prompt="Once", id=name, max_tokens=1), note)
-    submit(worker, max_tokens=1).response()
+    engine.go()
+    assert both.wait(20)
     assert order == ["a", "b"]
 
 
