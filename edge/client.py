@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -33,7 +34,8 @@ def ask(connection: socket.socket, request: GenerateRequest) -> Iterator[Partial
     Raises RequestError when the daemon leaves before its answer.
     """
     try:
-        connection.sendall(encode(request) + b"\n")
+        with suppress(BrokenPipeError, ConnectionResetError):  # who hangs up on us has said why: read on
+            connection.sendall(encode(request) + b"\n")
         with connection.makefile("rb") as lines:
             for line in lines:
                 reply = msgspec.json.decode(line, type=Partial | Response)

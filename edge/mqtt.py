@@ -208,10 +208,11 @@ class MqttTransport:
     def _may_publish(self, topic: str) -> bool:
         """Whether a client may direct answers there: otherwise anyone could publish with the daemon's rights."""
         levels = topic.split("/")
-        inner = levels[2:3] != ["response"] if topic.startswith(f"{self._base}/") else levels[2:3] == ["request"]
+        own = topic.startswith(f"{self._base}/")
+        spoofs = levels[2:3] != ["response"] if own else levels[2:3] in (["request"], ["availability"])
         return (
             topic.startswith(self._config.reply_prefixes)
-            and not inner
+            and not spoofs
             and len(topic) <= MAX_TOPIC
             and len(levels) <= MAX_LEVELS
             and UNSENDABLE.search(topic) is None

@@ -201,7 +201,7 @@ class SocketServer:
                 poller.register(fd, connection.events)
             for fd, event in poller.poll(None if self._close_by_s is None else FLUSH_S * 1e3 / 10):
                 if fd == self._listener.fileno():
-                    self._accept()
+                    self._accept_waiting()
                 elif fd == self._wake_reader:
                     os.read(self._wake_reader, 4096)
                 elif event & HANG_UP:
@@ -226,18 +226,27 @@ class SocketServer:
         if event & select.POLLIN:
             connection.receive()
 
-    def _accept(self) -> None:
+    def _accept_waiting(self) -> None:
+        for _ in range(MAX_CONNECTIONS):  # not for ever: those who are connected have their turn, too
+            if not self._accept_one():
+                return
+
+    def _accept_one(self) -> bool:
+        """Whether there was one to accept."""
         try:
             sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return False
         except OSError as error:
             log.warning("a client could not be accepted: %s", error.strerror)
             time.sleep(ACCEPT_PAUSE_S)  # out of file descriptors: the listener stays readable meanwhile
-            return
+            return False
         connection = _Connection(sock, self._worker, self._wake)
         if len(self._connections) >= MAX_CONNECTIONS:
             connection.refuse(RequestError("queue_full", f"{MAX_CONNECTIONS} clients are connected already"))
         else:
             self._connections[sock.fileno()] = connection
+        return True
 
 
 def _listen(path: Path) -> socket.socket:

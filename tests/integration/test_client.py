@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edge.client import connect
-from tests.integration.harness import PATIENCE_S, ROOT, Daemon, clean_environment, run_module
+from tests.integration.harness import PATIENCE_S, ROOT, Daemon, Line, clean_environment, run_module
 
 PROMPT = "Once upon a time"
 
@@ -69,6 +69,14 @@ def test_an_error_is_one_sentence_or_the_raw_response(ask: list[str]) -> None:
 
     raw = run_module("edge.generate", long, "--json", *ask)
     assert raw.returncode == 1 and json.loads(raw.stdout)["error"]["code"] == "too_large"
+
+
+def test_a_daemon_that_is_full_is_heard(ask: list[str], shared_daemon: Daemon) -> None:
+    crowd = [Line(shared_daemon.socket) for _ in range(70)]
+    result = run_module("edge.generate", PROMPT, *ask)
+    for line in crowd:
+        line.close()
+    assert result.returncode == 1 and result.stderr == "error: 64 clients are connected already\n"
 
 
 @pytest.mark.parametrize(

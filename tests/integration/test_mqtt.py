@@ -97,7 +97,7 @@ def test_snapshots_go_to_the_stream_topic(listener: Listener) -> None:
     assert body(listener.next("edgelm/dev/response/s"))["status"] == "ok"
 
 
-FORBIDDEN = ["other/topic", AVAILABILITY, REQUEST, "edgelm/other/request/generate"]
+FORBIDDEN = ["other/topic", AVAILABILITY, REQUEST, "edgelm/other/request/generate", "edgelm/other/availability"]
 
 
 @pytest.mark.parametrize("topic", FORBIDDEN)
