@@ -4,7 +4,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ import onnx
 
 from host.checkpoint import Progress
 from host.model import Denoiser, ModelConfig, count_parameters
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DiffusionLLMError
 from shared.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -80,6 +81,30 @@ def check_replaceable(out: Path) -> None:
         raise ConfigError(f"--out {out}: a bundle's name is letters, digits, '.', '_' and '-', at most 100") from None
 
 
+@contextmanager
+def _swapped_in(out: Path) -> Iterator[Path]:
+    """A scratch folder beside `out` that takes its place when the block has ended well; else the old one stays."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+            folder, replaced = Path(temporary) / out.name, Path(temporary) / "replaced"
+            folder.mkdir()
+            yield folder
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if out.exists():
+                out.rename(replaced)
+            try:
+                folder.rename(out)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(out)
+                raise
+    except OSError as error:
+        raise DiffusionLLMError(f"the bundle {out} cannot be written: {error.strerror}") from None
+
+
 def write_bundle(
     out: Path,
     model: Denoiser,
@@ -94,13 +119,11 @@ def write_bundle(
 ) -> Manifest:
     """Write everything beside `out`, then swap it in; an older bundle there is replaced only when the new one is whole.
 
-    Raises ConfigError when `out` exists and is no bundle, or has an unusable name.
+    Raises ConfigError when `out` exists and is no bundle, or has an unusable name; DiffusionLLMError when the
+    disk refuses.
     """
     check_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
+    with _swapped_in(out) as folder:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         for graph in graphs:
             onnx.save(graph.model, folder / graph.file)
@@ -131,12 +154,6 @@ def write_bundle(
         )
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
         read_manifest(folder)
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if out.exists():
-            out.rename(Path(temporary) / "replaced")
-        folder.rename(out)
     return manifest
 
 

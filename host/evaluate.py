@@ -106,15 +106,15 @@ def _row_sums(losses: Tensor, rows: Tensor, n: int) -> np.ndarray:
 def _ratio(above: np.ndarray, below: np.ndarray) -> Figure:
     """Sum over sum, over draws and stories (draws, n), with its standard error."""
     draws, n = above.shape
+    total = below.sum()
+    if total == 0:
+        raise DataError("too little text to measure on: no token of it was masked; give more stories or --draws")
+    value = above.sum() / total
+    # Deviations from the common ratio, not ratios of parts: where text is little, a part may hold no masked token.
+    deviation = (above - value * below) / total  # (draws, n)
+    monte_carlo = deviation.sum(1).std(ddof=1) * np.sqrt(draws) if draws > 1 else 0.0
     stories = np.random.default_rng(SEED).integers(0, n, (BOOTSTRAPS, n))
-    resampled = below.sum(0)[stories].sum(1)
-    if resampled.min() == 0:
-        raise DataError("too little text to measure on: give more or longer stories")
-    value = above.sum() / below.sum()
-    # Of a draw's sums, not of its ratio: a single draw of little text may mask nothing.
-    spread = (above - value * below).sum(1) / below.sum(1).mean()
-    monte_carlo = spread.std(ddof=1) / np.sqrt(draws) if draws > 1 else 0.0
-    bootstrap = (above.sum(0)[stories].sum(1) / resampled).std()
+    bootstrap = deviation.sum(0)[stories].sum(1).std()
     return Figure(float(value), float(np.hypot(monte_carlo, bootstrap)))
 
 

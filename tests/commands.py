@@ -1,8 +1,10 @@
 """Call a command line as a user does, without paying for a new interpreter."""
 
+import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,14 @@ def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[], int | None], 
 def small(data: Path, out: Path, *more: object) -> list[object]:
     """Arguments of a training run whose steps take milliseconds."""
     return ["--config", "debug", "--data", data, "--out", out, "--batch-size", 8, *more]
+
+
+@contextmanager
+def small_disk(largest_file: int) -> Iterator[None]:
+    """The system refuses to write files of more bytes than that, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

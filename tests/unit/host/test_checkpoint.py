@@ -1,7 +1,6 @@
 """Checkpoints are whole or not there, and say so when they are not ours."""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from host.checkpoint import (
 from host.model import Denoiser, ModelConfig, config_named
 from host.optim import Ema, build_optimizers
 from shared.errors import DataError, DiffusionLLMError
+from tests.commands import small_disk
 
 REPOSITORY = Path(__file__).parents[3]
 DEBUG = config_named("debug")
@@ -117,13 +117,9 @@ def test_what_a_killed_save_left_is_overwritten(checkpoint: Path) -> None:
 
 def test_a_disk_that_refuses_leaves_the_old_checkpoint(checkpoint: Path) -> None:
     before = checkpoint.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes, as on a disk that is nearly full
-    try:
-        with pytest.raises(DiffusionLLMError, match=r"the checkpoint .*last\.safetensors cannot be written: "):
-            save(checkpoint, Denoiser(DEBUG))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused = pytest.raises(DiffusionLLMError, match=r"the checkpoint .*last\.safetensors cannot be written: ")
+    with refused, small_disk(10_000):
+        save(checkpoint, Denoiser(DEBUG))
     assert checkpoint.read_bytes() == before
     assert [p.name for p in checkpoint.parent.iterdir()] == [LAST]
 

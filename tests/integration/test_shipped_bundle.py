@@ -1,0 +1,74 @@
+"""The bundle in the repository: complete, small, honest about itself, and able to tell a story."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge.config import default_bundle
+from edge.engine import Engine
+from host.parity import passes
+from host.scoring import GraphScorer, load_graph
+from shared.manifest import TOKENIZER, find_graph, read_manifest, verified_bytes
+from shared.messages import OPEN_POSITION, Gap, GenerateRequest
+from shared.tokens import BOS, EOS, MASK, PAD
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(default_bundle())
+
+
+def test_it_is_complete_and_small() -> None:
+    folder = default_bundle()
+    manifest = read_manifest(folder)
+    assert {(g.target, g.precision) for g in manifest.graphs} == {("cpu", "int8"), ("cuda", "fp16")}
+    for graph in manifest.graphs:
+        verified_bytes(folder, graph.file, graph.sha256)
+    verified_bytes(folder, TOKENIZER, manifest.tokenizer_sha256)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 32e6
+
+
+def test_it_passed_the_gate_and_the_readme_states_its_figures() -> None:
+    manifest = read_manifest(default_bundle())
+    assert manifest.parity and all(passes(parity) for parity in manifest.parity)
+    readme = README.read_text()
+    assert {e.graph for e in manifest.evaluations} == {"torch fp32", find_graph(default_bundle(), manifest, "cpu").file}
+    for evaluation in manifest.evaluations:
+        for figure in (evaluation.nelbo_nats_per_token, evaluation.bits_per_byte, evaluation.masked_cross_entropy):
+            assert f"{figure.value:.3f} ± {figure.stderr:.3f}" in readme
+
+
+def test_it_tells_a_story_that_ends(engine: Engine) -> None:
+    completion = engine.run(engine.prepare(GenerateRequest(prompt="Once upon a time", seed=1, max_tokens=120)))
+    assert completion.text.startswith("Once upon a time") and OPEN_POSITION not in completion.text
+    assert EOS in completion.canvas and 20 < completion.generated_tokens <= 121
+    words = completion.text.lower().split()
+    assert len(set(words)) > 20, "a story repeats some words, not all"
+
+
+def test_it_fills_gaps_and_leaves_the_given_text_alone(engine: Engine) -> None:
+    request = GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(3), "."], seed=3)
+    text = engine.run(engine.prepare(request)).text
+    assert text.startswith("Tom had a ") and " and it was " in text and text.endswith(".")
+    assert len(text) > len("Tom had a  and it was .")
+
+
+def test_its_graphs_agree(engine: Engine) -> None:
+    """INT8 for the CPU and FP16 for CUDA, both run here by ONNX Runtime, mostly prefer the same tokens."""
+    folder = default_bundle()
+    cpu, cuda = (
+        GraphScorer(graph.file, load_graph(folder / graph.file))
+        for graph in (find_graph(folder, engine.manifest, target) for target in ("cpu", "cuda"))
+    )
+    canvas = engine.run(engine.prepare(GenerateRequest(prompt="Once upon a time", seed=2))).canvas
+    text = np.flatnonzero(~np.isin(canvas, [PAD, BOS, EOS]))
+    canvas = canvas.copy()
+    canvas[text[5::2]] = MASK
+    masked = canvas == MASK
+    best = [scorer.logits(canvas, 0.5).argmax(-1)[masked] for scorer in (cpu, cuda)]
+    agreement = float((best[0] == best[1]).mean())
+    print(f"top-1 agreement of INT8 and FP16 over {masked.sum()} positions: {agreement:.1%}")
+    assert agreement > 0.8
