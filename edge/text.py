@@ -44,7 +44,7 @@ class Texts:
         if not open_end and request.max_tokens is not None:
             raise RequestError("bad_request", "`max_tokens` goes with `prompt`: the gaps of `segments` have a length")
         if not open_end and not any(isinstance(s, Gap) for s in segments):
-            raise RequestError("bad_request", "`segments` has no gap to fill: add one as {\"gap\": 4}, or use `prompt`")
+            raise RequestError("bad_request", '`segments` has no gap to fill: add one as {"gap": 4}, or use `prompt`')
         ids, parts = [BOS], list[str | tuple[int, int]]()
         given = 0
         for i, segment in enumerate(segments):

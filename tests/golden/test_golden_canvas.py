@@ -58,5 +58,3 @@ def test_edge_and_torch_commit_the_same_tokens(exported: Exported, engine: Engin
         if decided == 2:
             return
     pytest.fail(f"only {decided} of 30 seeds leave every decision a margin above {TOLERANCE}")
-
-

@@ -101,7 +101,7 @@ def test_cutting_or_padding_behind_the_end_changes_nothing() -> None:
 
 @torch.no_grad()
 def test_masked_padding_behind_a_visible_end_costs_nothing() -> None:
-    model, x0 = debug_model(), stories(2)[:1]  # 20 tokens, EOS at 21
+    x0 = stories(2)[:1]  # 20 tokens, EOS at 21
     keep = torch.ones_like(x0, dtype=torch.float32)
     keep[0, 5] = 0.0
     visible_end = corrupt(x0, keep, [0.5], "linear")
@@ -157,7 +157,8 @@ def batches(micro_size: int) -> Iterator[Any]:
 def test_splitting_a_batch_keeps_its_loss() -> None:
     model = debug_model()
     losses = [
-        sum(float(nelbo_sums(model, b.corrupted, b.x0, b.t, "linear").sum()) for b in batches(micro)) for micro in (3, 12)
+        sum(float(nelbo_sums(model, b.corrupted, b.x0, b.t, "linear").sum()) for b in batches(micro))
+        for micro in (3, 12)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -90,7 +90,9 @@ def test_batched_rows_do_not_see_each_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("level", [ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL])
+@pytest.mark.parametrize(
+    "level", [ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL]
+)
 def test_cuda_graph_follows_torch_in_half_precision(name: str, level: ort.GraphOptimizationLevel) -> None:
     model = NETWORKS[name]
     options = ort.SessionOptions()
