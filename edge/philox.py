@@ -22,7 +22,7 @@ _SHIFT: Final = np.uint64(32)
 
 def philox(counter: tuple[UInt32, UInt32, UInt32, UInt32], key: int) -> tuple[UInt32, UInt32, UInt32, UInt32]:
     """Ten rounds over broadcastable counters; key is 64 bits, low word first."""
-    c0, c1, c2, c3 = (c.astype(np.uint64) for c in np.broadcast_arrays(*counter))
+    c0, c1, c2, c3 = (c.astype(np.uint64) for c in counter)  # not yet broadcast: the first rounds stay small
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

@@ -38,6 +38,11 @@ class Sampling:
     threshold: float | None = None
     entropy_bound: float | None = None
 
+    @property
+    def by_confidence(self) -> bool:
+        """Whether what is drawn decides what is committed; else only what is committed needs to be drawn."""
+        return self.threshold is not None or (self.entropy_bound is None and self.selection == "confidence")
+
 
 def unmask(
     backend: Backend,
@@ -58,10 +63,15 @@ def unmask(
         scored = backend.step(canvas[None, :length], np.array([t], np.float32))
         position = np.flatnonzero(open_now)
         ids, logp, entropy = scored.ids[0, position], scored.logp[0, position], scored.entropy[0, position]
-        token, confidence = draw(ids, logp, sampling, step, position)
+        token = np.zeros_like(position, np.int32)  # (M,)
+        confidence = np.zeros_like(entropy)
+        if sampling.by_confidence:
+            token, confidence = draw(ids, logp, sampling, step, position)
         order = rank(logp, entropy, confidence, sampling, step, position)
-        count = how_many(order, entropy, confidence, sampling, step, left)
-        commit(canvas, position[order[:count]], token[order[:count]])
+        chosen = order[: how_many(order, entropy, confidence, sampling, step, left)]
+        if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
+            token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, position[chosen])
+        commit(canvas, position[chosen], token[chosen])
         step += 1
         on_step(step, canvas)
     return step

@@ -128,7 +128,7 @@ class Manifest(Frozen, frozen=True):
     special_ids: SpecialIds
     schedule: ScheduleName
     reveal_grid: Literal["cosine"]
-    top_k: Positive
+    top_k: Annotated[int, Meta(ge=2)]  # `margin` looks at the best two
     graphs: tuple[Graph, ...]
     tokenizer_sha256: Sha256
     defaults: SamplingDefaults

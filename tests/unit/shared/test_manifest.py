@@ -186,6 +186,7 @@ def test_a_manifest_without_version_is_refused(edit: Callable[[Callable[[Any], N
         (lambda wire: wire["graphs"][0].update(precision="int4"), "$.graphs[0].precision"),
         (lambda wire: wire.update(tokenizer_sha256=SHA256[1:]), "$.tokenizer_sha256"),
         (lambda wire: wire["special_ids"].update(mask=4), "special_ids other than PAD 0, BOS 1, EOS 2, MASK 3"),
+        (lambda wire: wire.update(top_k=1), "$.top_k"),
         (lambda wire: wire.update(top_k=301), "top_k 301 above vocab_size 300"),
     ],
 )
