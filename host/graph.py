@@ -1,7 +1,8 @@
 """The step graph as ONNX, written node by node: what the runtimes see is what stands here.
 
 Rejected: torch.onnx.export, whose graph changes with every release, and hides LayerNorm and attention from the
-runtimes' fusions. A parity test holds this graph to `host.model`. B: batch, L: length, D: width, K: candidates.
+runtimes' fusions. A parity test holds this graph to `host.model`.
+B: batch, L: length, D: width, V: vocabulary, M: masked positions of the whole batch, K: candidates.
 """
 
 from typing import Any, Literal
@@ -57,8 +58,9 @@ def step_graph(
     """The per-step graph of a trained network.
 
     canvas int32 (B, L), t float32 (B,) if timed →
-    cpu (float32): ids int32 (B, L, K), logp float32 (B, L, K) over the full vocabulary, entropy float32 (B, L)
-    cuda (float16, opset 20 for TensorRT 10.3): logits float16 (B, L, V)
+    cpu (float32): ids int32 (M, K), logp float32 (M, K) over the full vocabulary, entropy float32 (M,); the masked
+    positions row after row, because nobody reads the others and the head is a good part of a small network
+    cuda (float16, opset 20 for TensorRT 10.3): logits float16 (B, L, V), since engines want fixed shapes
 
     whole_attention: on the CPU, ONNX Runtime's own Attention operator takes in the QKV product; False leaves that
     product a MatMul, which static quantization needs.
@@ -71,14 +73,12 @@ def step_graph(
     weights = {n: p.detach().cpu() for n, p in model.named_parameters()}
     x = _body(g, model, weights, dtype, "plain" if target == "cuda" else "whole" if whole_attention else "mixed")
     outputs = _reduction(g, weights, x, top_k) if target == "cpu" else _logits(g, weights, x, dtype)
-    infos = [
-        helper.make_tensor_value_info(n, _ONNX_TYPE[kind], ["batch", "length", *last]) for n, kind, last in outputs
-    ]
+    infos = [helper.make_tensor_value_info(n, _ONNX_TYPE[kind], shape) for n, kind, shape in outputs]
     return g.model("step", inputs, infos, opset=20, contrib=target == "cpu")
 
 
 def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: Float, attention: AttentionKind) -> str:
-    """Embeddings and blocks, through the last LayerNorm; position i is read from the state at i − 1.  → (B, L, D)"""
+    """Embeddings and blocks, through the last LayerNorm.  → (B, L, D)"""
     config = model.config
     heads, width = config.heads, config.d_model // config.heads
 
@@ -142,10 +142,7 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
         h = linear(norm(x, f"{b}.norm2"), f"{b}.up", f"{b}.up.out")
         h = g.op("Gelu", f"{b}.gelu", h, approximate="tanh")
         x = g.op("Add", f"{b}.x2", x, linear(h, f"{b}.down", f"{b}.down.out"))
-    x = norm(x, "norm")
-    one, axis1 = g.constant("one", np.array([1])), g.constant("axis_1", np.array([1]))
-    before = g.op("Slice", "states_before", x, zero, g.constant("last", np.array([-1])), axis1)
-    return g.op("Concat", "shifted", g.op("Slice", "state_0", x, zero, one, axis1), before, axis=1)
+    return norm(x, "norm")
 
 
 def _attended(g: GraphBuilder, position: str, canvas_len: int) -> str:
@@ -198,7 +195,10 @@ def _plain_attention(g: GraphBuilder, b: str, qkv: str, bias: str, heads: int, w
 def _logits(
     g: GraphBuilder, weights: dict[str, Tensor], x: str, dtype: Float
 ) -> list[tuple[str, str, list[str | int]]]:
-    """Scores of the whole vocabulary, NEVER where a token cannot stand."""
+    """Scores of the whole vocabulary, NEVER where a token cannot stand; position i is read from the state at i − 1."""
+    one, axis1 = g.constant("one", np.array([1])), g.constant("axis_1", np.array([1]))
+    before = g.op("Slice", "states_before", x, "zero", g.constant("last", np.array([-1])), axis1)
+    x = g.op("Concat", "shifted", g.op("Slice", "state_0", x, "zero", one, axis1), before, axis=1)
     bias = weights["head.bias"].numpy().copy()
     bias[[MASK, BOS]] = NEVER
     vocab = bias.size
@@ -211,31 +211,36 @@ def _logits(
     where = g.op("Cast", "impossible", _ends_impossible(g), to=_ONNX_TYPE[dtype])
     where = g.op("Unsqueeze", "impossible.column", where, g.constant("axis_2", np.array([2])))
     never = g.op("Mul", "forbidden", where, g.constant("forbidden_ends", forbidden))
-    return [(g.op("Add", "logits", scores, never), dtype, [vocab])]
+    return [(g.op("Add", "logits", scores, never), dtype, ["batch", "length", vocab])]
 
 
 def _reduction(
     g: GraphBuilder, weights: dict[str, Tensor], x: str, top_k: int
 ) -> list[tuple[str, str, list[str | int]]]:
-    """Scores → the K best ids, their log-probabilities over the full vocabulary, and the entropy; all exact.
+    """Scores of masked positions → the K best ids, their log-probabilities over the full vocabulary, and the entropy.
 
-    The head is split: control tokens apart from text, so that forbidding EOS and PAD touches four columns and copies
-    no (L, V) array, and so that quantization leaves the four in float32.
+    All exact. The head is split: control tokens apart from text, so that forbidding EOS and PAD touches four columns
+    and copies no (M, V) array, and so that quantization leaves the four in float32.
     """
+    is_masked = g.op("Equal", "is_masked", "canvas", g.constant("mask", np.array(MASK, np.int32)))
+    where = g.op("Transpose", "masked", g.op("NonZero", "masked.T", is_masked), perm=[1, 0])  # (M, 2): row, position
+    states = g.op("Sub", "read_from", where, g.constant("one_before", np.array([0, 1])))
+    x = g.op("GatherND", "states", x, states)  # (M, D); position i is read from the state at i − 1
+    impossible = g.op("GatherND", "impossible", _ends_impossible(g), where)  # (M,)
+
     head, bias = weights["head.weight"].numpy().T, weights["head.bias"].numpy().copy()
     bias[[MASK, BOS]] = NEVER
     n = FIRST_TEXT_ID
     text = g.op("MatMul", "head.matmul", x, g.constant("head.text.weight", head[:, n:]))
-    text = g.op("Add", "head.text", text, g.constant("head.text.bias", bias[n:]))  # (B, L, V − 4)
+    text = g.op("Add", "head.text", text, g.constant("head.text.bias", bias[n:]))  # (M, V − 4)
     control = g.op("MatMul", "head.control.matmul", x, g.constant("head.control.weight", head[:, :n]))
     control = g.op("Add", "head.control.scores", control, g.constant("head.control.bias", bias[:n]))
     forbidden = np.zeros(n, np.float32)
     forbidden[[EOS, PAD]] = NEVER
-    where = g.op("Cast", "impossible", _ends_impossible(g), to=TensorProto.FLOAT)
-    where = g.op("Unsqueeze", "impossible.column", where, g.constant("axis_2", np.array([2])))
-    control = g.op(
-        "Add", "head.control", control, g.op("Mul", "forbidden", where, g.constant("forbidden_ends", forbidden))
-    )
+    axis1 = g.constant("axis_1", np.array([1]))
+    column = g.op("Unsqueeze", "impossible.column", g.op("Cast", "impossible.float", impossible, to=1), axis1)
+    never = g.op("Mul", "forbidden", column, g.constant("forbidden_ends", forbidden))
+    control = g.op("Add", "head.control", control, never)  # (M, 4)
 
     def reduce(kind: str, name: str, *inputs: str, **attributes: Any) -> str:
         return g.op(kind, f"reduce.{name}", *inputs, **attributes)
@@ -243,34 +248,29 @@ def _reduction(
     k = g.constant("k", np.array([top_k]))
     reduce("TopK", "text", text, k, outputs=2, axis=-1)
     text_ids = reduce("Add", "text_ids", "reduce.text.1", g.constant("text_offset", np.array(n)))
-    best = reduce(
-        "Slice",
-        "best_text",
-        "reduce.text.0",
-        "zero",
-        g.constant("one", np.array([1])),
-        g.constant("axis_3rd", np.array([2])),
-    )
-    # Softmax is the runtime's fastest pass over (L, V): its largest value is 1/Σexp(x − max), so it gives the log-sum.
+    best = reduce("Slice", "best_text", "reduce.text.0", "zero", g.constant("one", np.array([1])), axis1)
+    # Softmax is the runtime's fastest pass over (M, V): its largest value is 1/Σexp(x − max), so it gives the log-sum.
     p = reduce("Softmax", "p", text, axis=-1)
-    log_top = reduce("Log", "log_top", reduce("ReduceMax", "p_max", p, "axis_2", keepdims=1))
+    log_top = reduce("Log", "log_top", reduce("ReduceMax", "p_max", p, axis1, keepdims=1))
     text_lse = reduce("Sub", "text_lse", best, log_top)
-    mean_score = reduce("ReduceSum", "mean_score", reduce("Mul", "p_x", p, text), "axis_2", keepdims=1)
-    control_lse = reduce("ReduceLogSumExp", "control_lse", control, "axis_2", keepdims=1)
-    both = reduce("Concat", "lse_parts", text_lse, control_lse, axis=2)
-    lse = reduce("ReduceLogSumExp", "lse", both, "axis_2", keepdims=1)
+    mean_score = reduce("ReduceSum", "mean_score", reduce("Mul", "p_x", p, text), axis1, keepdims=1)
+    control_lse = reduce("ReduceLogSumExp", "control_lse", control, axis1, keepdims=1)
+    both = reduce("Concat", "lse_parts", text_lse, control_lse, axis=1)
+    lse = reduce("ReduceLogSumExp", "lse", both, axis1, keepdims=1)
     text_share = reduce("Exp", "text_share", reduce("Sub", "text_log_share", text_lse, lse))
     control_p = reduce("Exp", "control_p", reduce("Sub", "control_logp", control, lse))
-    control_mean = reduce(
-        "ReduceSum", "control_mean", reduce("Mul", "control_px", control_p, control), "axis_2", keepdims=1
-    )
+    control_mean = reduce("ReduceSum", "control_mean", reduce("Mul", "control_px", control_p, control), axis1)
     mean = reduce("Add", "mean", reduce("Mul", "text_mean", text_share, mean_score), control_mean)
-    entropy = g.op("Squeeze", "entropy", reduce("Sub", "entropy", lse, mean), "axis_2")  # H = log Z − E[score]
-    scores = reduce("Concat", "scores", control, "reduce.text.0", axis=2)  # (B, L, 4 + K): lower ids first on ties
-    control_ids = g.constant("control_ids", np.arange(n).reshape(1, 1, n))
-    shape = reduce("Concat", "ids_shape", reduce("Shape", "bl", "canvas"), g.constant("n", np.array([n])), axis=0)
-    ids = reduce("Concat", "ids", reduce("Expand", "control_ids", control_ids, shape), text_ids, axis=2)
+    entropy = g.op("Squeeze", "entropy", reduce("Sub", "entropy", lse, mean), axis1)  # H = log Z − E[score]
+    scores = reduce("Concat", "scores", control, "reduce.text.0", axis=1)  # (M, 4 + K): lower ids first on ties
+    shape = reduce("Shape", "control_shape", control)
+    control_ids = reduce("Expand", "control_ids", g.constant("control_ids", np.arange(n)[None]), shape)
+    ids = reduce("Concat", "ids", control_ids, text_ids, axis=1)
     reduce("TopK", "all", scores, k, outputs=2, axis=-1)
-    g.op("Cast", "ids", reduce("GatherElements", "chosen", ids, "reduce.all.1", axis=2), to=TensorProto.INT32)
+    g.op("Cast", "ids", reduce("GatherElements", "chosen", ids, "reduce.all.1", axis=1), to=TensorProto.INT32)
     g.op("Sub", "logp", "reduce.all.0", lse)
-    return [("ids", "int32", [top_k]), ("logp", "float32", [top_k]), (entropy, "float32", [])]
+    return [
+        ("ids", "int32", ["masked", top_k]),
+        ("logp", "float32", ["masked", top_k]),
+        (entropy, "float32", ["masked"]),
+    ]

@@ -54,7 +54,7 @@ def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple
         masked = row[0] == MASK
         hidden = model(row, torch.tensor([t]) if model.config.time_input else None)[0, masked]
         reference = model.logits(hidden, ends_impossible(row)[0, masked]).argmax(-1).numpy()
-        same += int((graph.logits(canvas, t).argmax(-1)[masked.numpy()] == reference).sum())
+        same += int((graph.logits(canvas, t).argmax(-1) == reference).sum())
         total += int(masked.sum())
     return same / total
 

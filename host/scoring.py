@@ -15,6 +15,7 @@ from torch import Tensor
 from host.diffusion import Corrupted, cross_entropy_at
 from host.model import Denoiser
 from shared.errors import BundleError
+from shared.tokens import MASK
 
 HIDDEN_LOGITS = ("head.control", "head.text")  # inside a CPU graph: scores of the control tokens, then of text
 
@@ -55,20 +56,21 @@ class GraphScorer:
         self._timed = len(self._session.get_inputs()) == 2
 
     def logits(self, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
-        """Scores of every position of one canvas (L,).  → (L, V)"""
+        """Scores of the masked positions of one canvas (L,), in their order.  → (M, V)"""
         feed = {"canvas": canvas[None].astype(np.int32)}
         if self._timed:
             feed["t"] = np.array([t], np.float32)
         parts = self._session.run(self._outputs, feed)
-        return np.concatenate([part[0] for part in parts], axis=-1).astype(np.float32)
+        scores = np.concatenate(parts, axis=-1).astype(np.float32)
+        return scores[0, canvas == MASK] if self._outputs == ["logits"] else scores
 
     def losses(self, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
         """See Scorer."""
         losses, rows = [torch.zeros(0)], [torch.zeros(0, dtype=torch.long)]
         for row in range(x0.shape[0]):
             length = int(batch.active_len[row])
-            scored = batch.scored[row, :length]
-            logits = torch.from_numpy(self.logits(batch.xt[row, :length].numpy(), t[row]))[scored]
+            canvas, scored = batch.xt[row, :length], batch.scored[row, :length]
+            logits = torch.from_numpy(self.logits(canvas.numpy(), t[row]))[scored[canvas == MASK]]
             losses.append(F.cross_entropy(logits, x0[row, :length][scored], reduction="none"))
             rows.append(torch.full((len(losses[-1]),), row))
         return torch.cat(losses), torch.cat(rows)

@@ -13,7 +13,10 @@ from shared.manifest import Manifest
 
 
 class StepResult(NamedTuple):
-    """What one pass knows of every position: the K best tokens, best first; ties: the lower id first."""
+    """What one pass knows of the masked positions: the K best tokens, best first; ties: the lower id first.
+
+    What stands at visible positions is nothing to rely on.
+    """
 
     ids: NDArray[np.int32]  # (B, L, K)
     logp: NDArray[np.float32]  # (B, L, K) log-probabilities over the full vocabulary

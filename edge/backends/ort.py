@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from edge.backends import StepResult
 from shared.errors import BundleError
 from shared.manifest import Manifest, find_graph, verified_bytes
+from shared.tokens import BOS, MASK
 
 OUTPUTS = ["ids", "logp", "entropy"]
 
@@ -44,24 +46,34 @@ class OrtBackend:
         if found != (wanted, OUTPUTS):
             raise BundleError(f"{folder / graph.file} has inputs and outputs {found}, not {(wanted, OUTPUTS)}")
         self._timed = manifest.model.time_input
+        self._top_k = manifest.top_k
         longest = manifest.model.canvas_len
         self.lengths: tuple[int, ...] = tuple(n for n in (longest // 4, longest // 2, longest) if n >= 16)
         for length in self.lengths:
-            self._warm_up(length, manifest.top_k, folder / graph.file)
+            self._warm_up(length, folder / graph.file)
 
-    def _warm_up(self, length: int, top_k: int, file: Path) -> None:
+    def _warm_up(self, length: int, file: Path) -> None:
+        canvas = np.full((1, length), MASK, np.int32)
+        canvas[:, 0] = BOS
         try:
-            result = self.step(np.zeros((1, length), np.int32), np.ones(1, np.float32))
+            found = [output.shape for output in self._run(canvas, np.ones(1, np.float32))]
         except Exception as error:  # as above
             raise BundleError(f"{file} does not run at length {length}: {one_line(error)}") from None
-        expected = [(1, length, top_k), (1, length, top_k), (1, length)]
-        if (found := [output.shape for output in result]) != expected:
+        expected = [(length - 1, self._top_k), (length - 1, self._top_k), (length - 1,)]
+        if found != expected:
             raise BundleError(f"{file} gives {OUTPUTS} of shapes {found}, not {expected}")
 
+    def _run(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> Any:
+        return self._session.run(OUTPUTS, {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas})
+
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """One pass of the graph."""
-        inputs = {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas}
-        return StepResult(*self._session.run(OUTPUTS, inputs))
+        """One pass of the graph, which scores masked positions only."""
+        masked = canvas == MASK
+        shape = (*canvas.shape, self._top_k)
+        result = StepResult(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(canvas.shape, np.float32))
+        for whole, scored in zip(result, self._run(canvas, t), strict=True):
+            whole[masked] = scored
+        return result
 
     def end_profile(self) -> Path:
         """Finish the record begun with `profile`.  → its file"""

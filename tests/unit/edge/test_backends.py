@@ -31,6 +31,7 @@ def test_a_step_gives_the_best_candidates_first(debug_bundle: Path, name: str) -
         assert logp.dtype == entropy.dtype == np.float32
         assert ids.shape == logp.shape == (1, length, manifest.top_k)
         assert entropy.shape == (1, length)
+        ids, logp, entropy = ids[:, 1:], logp[:, 1:], entropy[:, 1:]  # the masked positions
         assert (np.diff(logp) <= 0).all()
         tied = np.diff(logp) == 0
         assert (np.diff(ids)[tied] > 0).all()  # lower ids first
@@ -49,7 +50,7 @@ def test_the_real_graph_forbids_what_cannot_stand(debug_bundle: Path) -> None:
     ids, logp, _ = backend.step(canvas, np.full(1, 0.9, np.float32))
     possible = logp[0] > -1e3
     assert not np.isin(ids[0][possible], [MASK, BOS]).any()
-    assert not np.isin(ids[0, :30][possible[:30]], [EOS, PAD]).any()
+    assert not np.isin(ids[0, 1:30][possible[1:30]], [EOS, PAD]).any()
     backend.close()
 
 
