@@ -71,14 +71,27 @@ def step_graph(
     if model.config.time_input:
         inputs.append(helper.make_tensor_value_info("t", TensorProto.FLOAT, ["batch"]))
     weights = {n: p.detach().cpu() for n, p in model.named_parameters()}
-    x = _body(g, model, weights, dtype, "plain" if target == "cuda" else "whole" if whole_attention else "mixed")
-    outputs = _reduction(g, weights, x, top_k) if target == "cpu" else _logits(g, weights, x, dtype)
+    if target == "cpu":
+        x = _body(g, model, weights, dtype, "whole" if whole_attention else "mixed", _read_from(g))
+        outputs = _reduction(g, weights, x, top_k)
+    else:
+        outputs = _logits(g, weights, _body(g, model, weights, dtype, "plain"), dtype)
     infos = [helper.make_tensor_value_info(n, _ONNX_TYPE[kind], shape) for n, kind, shape in outputs]
     return g.model("step", inputs, infos, opset=20, contrib=target == "cpu")
 
 
-def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: Float, attention: AttentionKind) -> str:
-    """Embeddings and blocks, through the last LayerNorm.  → (B, L, D)"""
+def _body(
+    g: GraphBuilder,
+    model: Denoiser,
+    weights: dict[str, Tensor],
+    dtype: Float,
+    attention: AttentionKind,
+    wanted: str | None = None,
+) -> str:
+    """Embeddings and blocks, through the last LayerNorm.
+
+    wanted: (M, 2) indices of the states to compute; the others end with the last attention.  → (B, L, D), or (M, D)
+    """
     config = model.config
     heads, width = config.heads, config.d_model // config.heads
 
@@ -138,11 +151,20 @@ def _body(g: GraphBuilder, model: Denoiser, weights: dict[str, Tensor], dtype: F
             )  # fmt: skip
         else:
             mixed = _plain_attention(g, b, linear(h, f"{b}.qkv", f"{b}.qkv.out"), bias, heads, width, dtype)
+        if wanted is not None and i == config.layers - 1:
+            x, mixed = (g.op("GatherND", f"{n}.wanted", n, wanted) for n in (x, mixed))
         x = g.op("Add", f"{b}.x1", x, linear(mixed, f"{b}.attention_out", f"{b}.attention_out.out"))
         h = linear(norm(x, f"{b}.norm2"), f"{b}.up", f"{b}.up.out")
         h = g.op("Gelu", f"{b}.gelu", h, approximate="tanh")
         x = g.op("Add", f"{b}.x2", x, linear(h, f"{b}.down", f"{b}.down.out"))
     return norm(x, "norm")
+
+
+def _read_from(g: GraphBuilder) -> str:
+    """Indices (row, position) of the states that masked positions are scored from, one before each.  → (M, 2)"""
+    is_masked = g.op("Equal", "is_masked", "canvas", g.constant("mask", np.array(MASK, np.int32)))
+    g.op("Transpose", "masked", g.op("NonZero", "masked.T", is_masked), perm=[1, 0])
+    return g.op("Sub", "read_from", "masked", g.constant("one_before", np.array([0, 1])))
 
 
 def _attended(g: GraphBuilder, position: str, canvas_len: int) -> str:
@@ -217,17 +239,11 @@ def _logits(
 def _reduction(
     g: GraphBuilder, weights: dict[str, Tensor], x: str, top_k: int
 ) -> list[tuple[str, str, list[str | int]]]:
-    """Scores of masked positions → the K best ids, their log-probabilities over the full vocabulary, and the entropy.
+    """States (M, D) → the K best ids, their log-probabilities over the full vocabulary, and the entropy; all exact.
 
-    All exact. The head is split: control tokens apart from text, so that forbidding EOS and PAD touches four columns
+    The head is split: control tokens apart from text, so that forbidding EOS and PAD touches four columns
     and copies no (M, V) array, and so that quantization leaves the four in float32.
     """
-    is_masked = g.op("Equal", "is_masked", "canvas", g.constant("mask", np.array(MASK, np.int32)))
-    where = g.op("Transpose", "masked", g.op("NonZero", "masked.T", is_masked), perm=[1, 0])  # (M, 2): row, position
-    states = g.op("Sub", "read_from", where, g.constant("one_before", np.array([0, 1])))
-    x = g.op("GatherND", "states", x, states)  # (M, D); position i is read from the state at i − 1
-    impossible = g.op("GatherND", "impossible", _ends_impossible(g), where)  # (M,)
-
     head, bias = weights["head.weight"].numpy().T, weights["head.bias"].numpy().copy()
     bias[[MASK, BOS]] = NEVER
     n = FIRST_TEXT_ID
@@ -238,6 +254,7 @@ def _reduction(
     forbidden = np.zeros(n, np.float32)
     forbidden[[EOS, PAD]] = NEVER
     axis1 = g.constant("axis_1", np.array([1]))
+    impossible = g.op("GatherND", "impossible", _ends_impossible(g), "masked")  # (M,)
     column = g.op("Unsqueeze", "impossible.column", g.op("Cast", "impossible.float", impossible, to=1), axis1)
     never = g.op("Mul", "forbidden", column, g.constant("forbidden_ends", forbidden))
     control = g.op("Add", "head.control", control, never)  # (M, 4)

@@ -19,7 +19,7 @@ WARM_UP: Final = 3
 
 
 class StepSpeed(msgspec.Struct, frozen=True):
-    """torch_ms: median of a step. gflop: matmul work of a step. The peaks are of one square product, in 10⁹ op/s."""
+    """torch_ms: median of a step. gflop: matmul work of our step. The peaks are of one square product, in 10⁹ op/s."""
 
     torch_ms: float
     gflop: float
@@ -38,7 +38,7 @@ def measure_step(config: ModelConfig, threads: int) -> StepSpeed:
 
 
 def torch_step_ms(config: ModelConfig, threads: int) -> float:
-    """Median eager float32 step: one canvas, every second position masked, the scores of all positions."""
+    """Median eager float32 step: one canvas, every second position masked; scores all positions, as torch code does."""
     torch.set_num_threads(threads)
     model = Denoiser(config).eval()
     canvas = torch.arange(config.canvas_len) % (config.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
@@ -53,14 +53,15 @@ def torch_step_ms(config: ModelConfig, threads: int) -> float:
 
 
 def step_gflop(config: ModelConfig) -> float:
-    """10⁹ multiplications and additions of a step's matrix products, one canvas.
+    """10⁹ multiplications and additions of the CPU graph's matrix products, one canvas with half of it masked.
 
-    A block's linear layers hold 12·D² weights, its attention has two products of L × L × D; a weight costs two
-    operations a position.
+    A block's QKV product holds 3·D² weights and its other linear layers 9·D², its attention has two products of
+    L × L × D; a weight costs two operations a position. Behind the last attention only masked positions are computed.
     """
     length, d = config.canvas_len, config.d_model
     block = 2 * length * 12 * d * d + 2 * 2 * length * length * d
-    return (config.layers * block + 2 * length * d * config.vocab_size) / 1e9
+    unmasked = length // 2
+    return (config.layers * block - 2 * unmasked * 9 * d * d + 2 * (length - unmasked) * d * config.vocab_size) / 1e9
 
 
 def matmul_gflops(kind: Literal["fp32", "int8"], threads: int) -> float:

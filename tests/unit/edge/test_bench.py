@@ -33,11 +33,15 @@ def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
 
 
 def test_the_work_of_a_step_by_hand() -> None:
-    """One layer of width 2 on 3 positions with 5 words; every weight multiplies and adds once a position."""
-    linear = 2 * 3 * (2 * 6 + 2 * 2 + 2 * 8 + 8 * 2)
-    attention = 2 * (3 * 3 * 2) * 2
-    head = 2 * 3 * 2 * 5
-    config = ModelConfig("hand", d_model=2, layers=1, heads=1, vocab_size=5, canvas_len=3)
+    """Two layers of width 2 on 4 positions with 5 words; every weight multiplies and adds once a position.
+
+    Two positions are masked; behind the second attention only they are computed.
+    """
+    qkv, others = 2 * 6, 2 * 2 + 2 * 8 + 8 * 2
+    linear = 2 * (4 * (qkv + others) + 4 * qkv + 2 * others)
+    attention = 2 * 2 * (4 * 4 * 2) * 2
+    head = 2 * 2 * 2 * 5
+    config = ModelConfig("hand", d_model=2, layers=2, heads=1, vocab_size=5, canvas_len=4)
     assert step_gflop(config) == pytest.approx((linear + attention + head) / 1e9)
 
 
