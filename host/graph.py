@@ -53,7 +53,11 @@ class GraphBuilder:
 
 
 def step_graph(
-    model: Denoiser, target: Literal["cpu", "cuda"], top_k: int, whole_attention: bool = True
+    model: Denoiser,
+    target: Literal["cpu", "cuda"],
+    top_k: int,
+    whole_attention: bool = True,
+    fp32_norms: bool = False,
 ) -> onnx.ModelProto:
     """The per-step graph of a trained network.
 
@@ -64,6 +68,7 @@ def step_graph(
 
     whole_attention: on the CPU, ONNX Runtime's own Attention operator takes in the QKV product; False leaves that
     product a MatMul, which static quantization needs.
+    fp32_norms: on CUDA, compute LayerNorm in float32, should a device's FP16 kernel prove too coarse.
     """
     g = GraphBuilder()
     dtype: Float = "float32" if target == "cpu" else "float16"
@@ -75,7 +80,7 @@ def step_graph(
         x = _body(g, model, weights, dtype, "whole" if whole_attention else "mixed", _read_from(g))
         outputs = _reduction(g, weights, x, top_k)
     else:
-        outputs = _logits(g, weights, _body(g, model, weights, dtype, "plain"), dtype)
+        outputs = _logits(g, weights, _body(g, model, weights, dtype, "plain", fp32_norms=fp32_norms), dtype)
     infos = [helper.make_tensor_value_info(n, _ONNX_TYPE[kind], shape) for n, kind, shape in outputs]
     return g.model("step", inputs, infos, opset=20, contrib=target == "cpu")
 
@@ -87,6 +92,7 @@ def _body(
     dtype: Float,
     attention: AttentionKind,
     wanted: str | None = None,
+    fp32_norms: bool = False,
 ) -> str:
     """Embeddings and blocks, through the last LayerNorm.
 
@@ -104,7 +110,13 @@ def _body(
         return g.op("Add", out, product, weight(f"{name}.bias"))
 
     def norm(x: str, name: str) -> str:
-        return g.op("LayerNormalization", f"{name}.out", x, weight(f"{name}.weight"), weight(f"{name}.bias"), axis=-1)
+        parts = [f"{name}.weight", f"{name}.bias"]
+        if not fp32_norms:
+            return g.op("LayerNormalization", f"{name}.out", x, *(weight(part) for part in parts), axis=-1)
+        x = g.op("Cast", f"{name}.in32", x, to=TensorProto.FLOAT)
+        gains = [g.constant(part, weights[part].numpy()) for part in parts]
+        x = g.op("LayerNormalization", f"{name}.out32", x, *gains, axis=-1)
+        return g.op("Cast", f"{name}.out", x, to=_ONNX_TYPE[dtype])
 
     length = g.op("Shape", "length", "canvas", start=1, end=2)
     zero, axis0 = g.constant("zero", np.array([0])), g.constant("axis_0", np.array([0]))
