@@ -81,6 +81,7 @@ def measure(
     scheme: str,
     held_out: HeldOut,
     canvases: Sequence[tuple[NDArray[np.int32], float]],
+    kept_float: Sequence[str] = (),
 ) -> Parity:
     """NELBO on the same noise, and agreement on the reference's own canvases."""
     reference = evaluate(TorchScorer(model), held_out, schedule, draws=1).nelbo_nats_per_token.value
@@ -90,6 +91,7 @@ def measure(
         scheme=scheme,
         nelbo_ratio=found / reference,
         top1_agreement=top1_agreement(model, graph, canvases),
+        kept_float=tuple(kept_float),
     )
 
 

@@ -29,13 +29,10 @@ def linear_nodes(graph: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     return (n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in constants)
 
 
-def activation_ranges(
-    graph: onnx.ModelProto, calibration: Sequence[tuple[NDArray[np.int32], float]]
-) -> dict[Range, dict[str, float]]:
-    """How large each linear layer's input gets on canvases (L,) at t, by both rules.  → rule → value name → range
-
-    The percentile is taken of each canvas and averaged: a single outlier should not cost every other value precision.
-    """
+def linear_inputs(
+    graph: onnx.ModelProto, canvases: Sequence[tuple[NDArray[np.int32], float]]
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """What the linear layers of an FP16 graph read on each canvas (L,) at t.  → value name → (1, L, K)"""
     names = sorted({node.input[0] for node in linear_nodes(graph)})
     exposed = onnx.ModelProto()
     exposed.CopyFrom(graph)
@@ -44,13 +41,24 @@ def activation_ranges(
     options.log_severity_level = 3
     session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     timed = len(graph.graph.input) == 2
-    largest: dict[str, list[float]] = {name: [] for name in names}
-    percentile: dict[str, list[float]] = {name: [] for name in names}
-    for canvas, t in calibration:
-        for name, value in zip(names, session.run(names, step_feed(canvas, t, timed)), strict=True):
-            size = np.abs(value.astype(np.float32))
-            largest[name].append(float(size.max()))
-            percentile[name].append(float(np.percentile(size, PERCENTILE)))
+    for canvas, t in canvases:
+        values = session.run(names, step_feed(canvas, t, timed))
+        yield {name: value.astype(np.float32) for name, value in zip(names, values, strict=True)}
+
+
+def activation_ranges(
+    graph: onnx.ModelProto, calibration: Sequence[tuple[NDArray[np.int32], float]]
+) -> dict[Range, dict[str, float]]:
+    """How large each linear layer's input gets on canvases (L,) at t, by both rules.  → rule → value name → range
+
+    The percentile is taken of each canvas and averaged: a single outlier should not cost every other value precision.
+    """
+    largest: dict[str, list[float]] = {}
+    percentile: dict[str, list[float]] = {}
+    for inputs in linear_inputs(graph, calibration):
+        for name, value in inputs.items():
+            largest.setdefault(name, []).append(float(np.abs(value).max()))
+            percentile.setdefault(name, []).append(float(np.percentile(np.abs(value), PERCENTILE)))
     return {
         "largest": {name: max(values) for name, values in largest.items()},
         "percentile": {name: float(np.mean(values)) for name, values in percentile.items()},

@@ -49,14 +49,23 @@ class Canvases(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has 
         return next(self._feeds, None)
 
 
+def node_of(layer: str, scheme: Scheme) -> str:
+    """The CPU graph's node that computes a linear layer, named as in the CUDA graph; Attention takes in its QKV."""
+    return layer.replace(".qkv.out.matmul", ".mixed") if scheme == "dynamic" else layer
+
+
 def quantize(
-    graph: onnx.ModelProto, scheme: Scheme, calibration: Sequence[tuple[NDArray[np.int32], float]]
+    graph: onnx.ModelProto,
+    scheme: Scheme,
+    calibration: Sequence[tuple[NDArray[np.int32], float]],
+    kept_float: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The graph with INT8 matrix products.
 
     dynamic: activations scaled per tensor at run time, so a pass must hold one request. static: scales fixed by the
-    calibration canvases (canvas, t), taken from where sampling really goes.
+    calibration canvases (canvas, t), taken from where sampling really goes. kept_float: layers to leave as they are.
     """
+    kept = [*KEPT_FLOAT, *(node_of(layer, scheme) for layer in kept_float)]
     timed = len(graph.graph.input) == 2
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
@@ -72,7 +81,7 @@ def quantize(
                     per_channel=True,
                     reduce_range=True,
                     weight_type=QuantType.QInt8,
-                    nodes_to_exclude=KEPT_FLOAT,
+                    nodes_to_exclude=kept,
                     extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
                 )
             else:
@@ -86,7 +95,7 @@ def quantize(
                     reduce_range=True,
                     activation_type=QuantType.QUInt8,
                     weight_type=QuantType.QInt8,
-                    nodes_to_exclude=KEPT_FLOAT,
+                    nodes_to_exclude=kept,
                     calibrate_method=CalibrationMethod.MinMax,
                     extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
                 )

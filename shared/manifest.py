@@ -93,12 +93,16 @@ class Evaluation(Frozen, frozen=True):
 
 
 class Parity(Frozen, frozen=True):
-    """How closely a quantized graph follows float32: the gate that a bundle must pass."""
+    """How closely a quantized graph follows float32: the gate that a bundle must pass.
+
+    kept_float: linear layers left in float, because the gate was missed with them.
+    """
 
     graph: str
     scheme: str
     nelbo_ratio: float
     top1_agreement: float
+    kept_float: tuple[str, ...] = ()
 
 
 class TrainingData(Frozen, frozen=True):

@@ -1,0 +1,224 @@
+"""From a trained network to the graphs that ship: quantized, measured, and kept only when they pass the parity gate."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from host.bundle import StepGraph
+from host.checkpoint import Progress
+from host.evaluate import HeldOut
+from host.graph import step_graph
+from host.layer_error import LayerError, layer_errors
+from host.lint import slow_shapes, violations
+from host.model import Denoiser
+from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, trajectories
+from host.qdq import RANGES, activation_ranges, quantize_linears
+from host.quantize import SCHEMES, Scheme, quantize, step_feed
+from host.scoring import GraphScorer
+from shared.errors import BundleError
+from shared.manifest import Parity
+
+TOP_K: Final = 64
+CALIBRATION_STORIES: Final = 8
+PARITY_STORIES: Final = 8
+PARITY_NELBO_STORIES: Final = 128
+CALIBRATION_SEED, PARITY_SEED = 1_000, 2_000
+GATE: Final = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
+
+Canvases = list[tuple[NDArray[np.int32], float]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to build."""
+
+    cpu_int8: bool = False
+    cpu_fp32: bool = False
+    cuda_fp16: bool = False
+    cuda_int8: bool = False
+    fp32_norms: bool = False  # on CUDA
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What a trained network's graphs are held against: held-out text, and canvases (L,), t that sampling visits."""
+
+    model: Denoiser
+    progress: Progress
+    held_out: HeldOut
+    canvases: Canvases
+    calibration: Canvases
+
+
+@dataclass(frozen=True)
+class Built:
+    """A graph that passed the gate."""
+
+    graph: StepGraph
+    parity: Parity
+    step_ms: float  # on this machine
+
+
+def yardstick(model: Denoiser, progress: Progress, held_out: HeldOut) -> Yardstick:
+    """Run the reference sampler: calibration starts from the first held-out stories, parity from the last."""
+    stories = held_out.canvases
+    calibration = trajectories(model, progress.schedule, stories[:CALIBRATION_STORIES], CALIBRATION_SEED)
+    canvases = trajectories(model, progress.schedule, stories[-PARITY_STORIES:], PARITY_SEED)
+    return Yardstick(model, progress, held_out, canvases, calibration)
+
+
+def median_step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
+    """Median time of one pass over one canvas (L,) on this machine."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = step_feed(canvas, 1.0, timed=len(graph.graph.input) == 2)
+    times = []
+    for _ in range(25):
+        started = time.perf_counter()
+        session.run(None, feed)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[5:]) * 1e3
+
+
+def held_to(yardstick: Yardstick, graph: StepGraph, scheme: str, kept_float: Sequence[str] = ()) -> Built:
+    """Measure a graph's parity and speed, and print them."""
+    few = replace(yardstick.held_out, canvases=yardstick.held_out.canvases[:PARITY_NELBO_STORIES])
+    scorer = GraphScorer(graph.file, graph.model)
+    schedule = yardstick.progress.schedule
+    parity = measure(yardstick.model, schedule, scorer, scheme, few, yardstick.canvases, kept_float)
+    ms = median_step_ms(graph.model, yardstick.canvases[len(yardstick.canvases) // 2][0])
+    verdict = "passes" if passes(parity) else "fails"
+    figures = f"NELBO × {parity.nelbo_ratio:.4f}, top-1 agreement {parity.top1_agreement:.1%}, {ms:.1f} ms a step"
+    kept = f", {len(kept_float)} layers in float" if kept_float else ""
+    print(f"{graph.target} {graph.precision} {scheme}{kept}: {figures}: {verdict} the gate")
+    return Built(graph, parity, ms)
+
+
+def first_to_pass(
+    make: Callable[[Sequence[str]], StepGraph], worst_first: Sequence[LayerError], scheme: str, yardstick: Yardstick
+) -> Built | None:
+    """Quantize every layer; while the gate is missed, leave 1, 2, 4 … of the worst layers in float, at most half."""
+    count = 0
+    while count <= len(worst_first) // 2:
+        kept = [error.layer for error in worst_first[:count]]
+        built = held_to(yardstick, make(kept), scheme, kept)
+        if passes(built.parity):
+            if kept:
+                print(f"left in float: {', '.join(kept)}")
+            return built
+        count = 2 * count or 1
+    return None
+
+
+def cpu_int8(yardstick: Yardstick, top_k: int, worst_first: Sequence[LayerError]) -> Built:
+    """The fastest of ONNX Runtime's schemes that passes the gate; BundleError when none does."""
+
+    def made_by(scheme: Scheme) -> Callable[[Sequence[str]], StepGraph]:
+        whole = step_graph(yardstick.model, "cpu", top_k, whole_attention=scheme == "dynamic")
+        return lambda kept: StepGraph(quantize(whole, scheme, yardstick.calibration, kept), "int8", "cpu")
+
+    found = [first_to_pass(made_by(scheme), worst_first, scheme, yardstick) for scheme in SCHEMES]
+    return min(_passing(found, "CPU"), key=lambda built: built.step_ms)
+
+
+def cuda_int8(yardstick: Yardstick, fp16: onnx.ModelProto, top_k: int, worst_first: Sequence[LayerError]) -> Built:
+    """Q/DQ on the linear layers, with the rule for activation ranges that agrees best; BundleError when none passes.
+
+    Speed decides nothing here: this machine's says nothing about a GPU's.
+    """
+    ranges = activation_ranges(fp16, yardstick.calibration)
+    found = [
+        first_to_pass(
+            lambda kept, rule=rule: StepGraph(quantize_linears(fp16, ranges[rule], kept), "int8", "cuda"),  # type: ignore[misc]
+            worst_first, rule, yardstick,
+        )
+        for rule in RANGES
+    ]  # fmt: skip
+    return max(_passing(found, "CUDA"), key=lambda built: (-len(built.parity.kept_float), built.parity.top1_agreement))
+
+
+def _passing(found: Sequence[Built | None], target: str) -> list[Built]:
+    passing = [built for built in found if built is not None]
+    if not passing:
+        raise BundleError(
+            f"no INT8 scheme for {target} reaches {GATE}, even with half of the layers in float; nothing was written: "
+            "train longer, or leave out --int8"
+        )
+    return passing
+
+
+def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[Parity], str]:
+    """The wanted graphs of a trained network.  → graphs, parity records, calibration record
+
+    Raises BundleError when a graph misses the gate or breaks a rule of the lint.
+    """
+    model = yardstick.model
+    top_k = min(TOP_K, model.config.vocab_size)
+    fp16 = step_graph(model, "cuda", top_k, fp32_norms=wanted.fp32_norms)
+    built: list[Built] = []
+    graphs: list[StepGraph] = []
+    worst_first: list[LayerError] = []
+    if wanted.cpu_int8 or wanted.cuda_int8:
+        worst_first = layer_errors(fp16, yardstick.calibration[::8])
+    if wanted.cpu_int8:
+        built.append(cpu_int8(yardstick, top_k, worst_first))
+    if wanted.cpu_fp32:
+        graphs.append(StepGraph(step_graph(model, "cpu", top_k), "fp32", "cpu"))
+    if wanted.cuda_fp16:
+        built.append(held_to(yardstick, StepGraph(fp16, "fp16", "cuda"), "half precision"))
+        if not passes(built[-1].parity):
+            raise BundleError(f"the FP16 graph misses {GATE}; nothing was written")
+    if wanted.cuda_int8:
+        built.append(cuda_int8(yardstick, fp16, top_k, worst_first))
+    graphs += [b.graph for b in built]
+    check(graphs)
+    return graphs, [b.parity for b in built], calibration_record(built, yardstick)
+
+
+def calibration_record(built: Sequence[Built], yardstick: Yardstick) -> str:
+    """Where the activation scales of each INT8 graph come from, in words."""
+    sampled = f"{len(yardstick.calibration)} canvases of sampling trajectories"
+    records = [
+        f"{b.graph.file}: {'at run time, per pass' if b.parity.scheme == 'dynamic' else f'{sampled}, {b.parity.scheme}'}"
+        for b in built
+        if b.graph.precision == "int8"
+    ]
+    return "; ".join(records) or "none"
+
+
+def build_untrained(wanted: Wanted, model: Denoiser) -> list[StepGraph]:
+    """The same graphs of random weights, which have no quality to keep: nothing is measured."""
+    top_k = min(TOP_K, model.config.vocab_size)
+    fp16 = step_graph(model, "cuda", top_k, fp32_norms=wanted.fp32_norms)
+    graphs = []
+    if wanted.cpu_int8:
+        graphs.append(StepGraph(quantize(step_graph(model, "cpu", top_k), "dynamic", []), "int8", "cpu"))
+    if wanted.cpu_fp32:
+        graphs.append(StepGraph(step_graph(model, "cpu", top_k), "fp32", "cpu"))
+    if wanted.cuda_fp16:
+        graphs.append(StepGraph(fp16, "fp16", "cuda"))
+    if wanted.cuda_int8:
+        visited = trajectories(model, "linear", np.zeros((1, model.config.canvas_len), np.uint16), CALIBRATION_SEED)
+        graphs.append(
+            StepGraph(quantize_linears(fp16, activation_ranges(fp16, visited)["largest"], []), "int8", "cuda")
+        )
+    check(graphs)
+    return graphs
+
+
+def check(graphs: Sequence[StepGraph]) -> None:
+    """Hold the CUDA graphs to the lint: BundleError with every violation, one line for each slow shape."""
+    for graph in graphs:
+        if graph.target == "cuda":
+            if broken := violations(graph.model):
+                raise BundleError(f"{graph.file} breaks the rules of CUDA graphs: {'; '.join(broken)}")
+            for sentence in slow_shapes(graph.model):
+                print(f"{graph.file}: {sentence}")
