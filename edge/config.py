@@ -42,8 +42,10 @@ ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z"
 
 
 def default_bundle() -> Path:
-    """The bundle that ships beside the packages."""
-    return Path(__file__).resolve().parent.parent / "bundle" / "tinystories"
+    """The bundle that ships: beside the packages in a checkout, below the environment's share/ once installed."""
+    checkout = Path(__file__).resolve().parent.parent / "bundle" / "tinystories"
+    installed = Path(sys.prefix) / "share" / "diffusion-llm" / "tinystories"
+    return checkout if checkout.is_dir() else installed
 
 
 def socket_candidates() -> tuple[Path, ...]:
@@ -81,8 +83,8 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything the daemon can be told.
 
-    threads: of the runtime, 0 lets it choose. queue_size: requests that may wait. drain_s: seconds that accepted
-    requests get to finish in when the daemon is asked to stop.
+    threads: of the runtime, 0 takes every processor this process may use. queue_size: requests that may wait.
+    drain_s: seconds that accepted requests get to finish in when the daemon is asked to stop.
     """
 
     bundle: Path = field(default_factory=default_bundle)

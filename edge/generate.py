@@ -1,6 +1,7 @@
 """`python -m edge.generate`: ask the daemon for text, or generate in this process when none listens."""
 
 import argparse
+import math
 import os
 import re
 import socket
@@ -47,6 +48,9 @@ def parse_infill(text: str) -> list[Any]:
 def build_request(args: argparse.Namespace) -> GenerateRequest:
     """The request that the flags describe, checked as the daemon would. Raises RequestError."""
     fields = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers, and would say null
+            raise RequestError("bad_request", f"`{name}` must be a number, not {value}")
     if args.infill is None:
         fields["prompt"] = args.prompt
     else:

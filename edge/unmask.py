@@ -27,7 +27,10 @@ COLDEST: Final = 1e-30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw and commit. threshold and entropy_bound replace the fixed grid; then steps is the most passes."""
+    """How to draw and commit. threshold and entropy_bound replace the fixed grid; then steps is the most passes.
+
+    One more pass follows where the last one drew an end left of text, and the end had to wait.
+    """
 
     seed: int
     steps: int

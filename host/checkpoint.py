@@ -81,10 +81,10 @@ def find_checkpoint(run: Path, file: str = BEST) -> Path:
 
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The diffusion run trained last; DataError names the command that makes one."""
-    found = [path for path in runs.glob(f"*/{LAST}") if read_progress(path).objective == "diffusion"]
-    if not found:
-        raise DataError(f"no trained run in {runs}/: make one with `python -m host.train`, or name one with --run")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
+    for path in sorted(runs.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if read_progress(path).objective == "diffusion":  # a damaged older run is nobody's concern
+            return path.parent
+    raise DataError(f"no trained run in {runs}/: make one with `python -m host.train`, or name one with --run")
 
 
 def _metadata(path: Path) -> dict[str, str]:

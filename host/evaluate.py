@@ -24,10 +24,12 @@ from host.text_sources import read_texts
 from host.tokenizer import encode_stories, load_tokenizer, token_byte_lengths
 from shared.errors import ConfigError, DataError, run_main
 from shared.manifest import TOKENIZER, Evaluation, Figure, find_graph, read_manifest, verified_bytes
-from shared.schedule import ScheduleName, loss_weight
+from shared.schedule import ScheduleName, loss_weight, mask_prob, time_of_masked_fraction
 from shared.tokens import PAD
 
 DRAWS = 8
+STORIES = 512
+"""Enough for an error of about one per cent; every story is scored 16 times."""
 BOOTSTRAPS = 1000
 SEED = 20_000
 
@@ -69,7 +71,9 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
             for rows, batch in _batches(x0, t, noise, "cosine", scorer.batch_rows):
                 clean = x0[rows, : batch.xt.shape[1]]
                 text = Corrupted(batch.xt, batch.scored & (clean != PAD), batch.active_len)
-                losses, row = scorer.losses(text, clean, t[rows].tolist())
+                fractions = [mask_prob("cosine", value) for value in t[rows].tolist()]
+                times = [time_of_masked_fraction(schedule, fraction) for fraction in fractions]
+                losses, row = scorer.losses(text, clean, times)
                 masked[draw, rows] = _row_sums(losses, row, len(rows))
                 masked_tokens[draw, rows] = text.scored.sum(1).numpy()
                 bar.update(len(rows))
@@ -160,11 +164,13 @@ def main() -> None:
     what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
     what.add_argument("--bundle", type=Path, help="measure this bundle's CPU graph, as it ships")
     parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
-    parser.add_argument("--stories", type=int, help="only the first so many")
+    parser.add_argument(
+        "--stories", type=int, default=STORIES, help=f"measure on at most so many, the first (default: {STORIES})"
+    )
     parser.add_argument("--draws", type=int, default=DRAWS, help=f"Monte Carlo draws of every story (default: {DRAWS})")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
-    if args.draws < 1 or (args.stories is not None and args.stories < 1):
+    if args.draws < 1 or args.stories < 1:
         raise ConfigError("--draws and --stories must be at least 1")
     if args.bundle:
         if args.source is None:

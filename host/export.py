@@ -12,7 +12,7 @@ from pathlib import Path
 
 from host.bundle import StepGraph, check_replaceable, write_bundle
 from host.checkpoint import find_checkpoint, load_model, newest_run
-from host.evaluate import evaluate, held_out_files, held_out_split, print_table
+from host.evaluate import STORIES, evaluate, held_out_files, held_out_split, print_table
 from host.model import CONFIGS, config_named
 from host.parity import dropped_mass
 from host.precision import TOP_K, Wanted, build, build_untrained, yardstick
@@ -21,7 +21,7 @@ from host.runs import read_config
 from host.scoring import GraphScorer, TorchScorer
 from host.untrained import untrained
 from shared.errors import ConfigError, run_main
-from shared.manifest import TOKENIZER, SamplingDefaults
+from shared.manifest import MAX_STEPS, TOKENIZER, SamplingDefaults
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fp32-norms", action="store_true", help="compute LayerNorm in float32 in the CUDA graphs")
     parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
     parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
-    parser.add_argument("--stories", type=int, help="measure on the first so many only")
+    parser.add_argument(
+        "--stories", type=int, default=STORIES, help=f"measure on at most so many, the first (default: {STORIES})"
+    )
     parser.add_argument("--steps", type=int, default=SamplingDefaults().steps, help="passes a request gets by default")
     parser.add_argument("--report", action="store_true", help="also print each layer's error and every graph's figures")
     return parser.parse_args()
@@ -72,14 +74,14 @@ def main() -> None:
     """Export a run, or an untrained network."""
     args = parse_arguments()
     wanted = wanted_graphs(args)
-    if args.steps < 1 or (args.stories is not None and args.stories < 1):
-        raise ConfigError("--steps and --stories must be at least 1")
+    if not 1 <= args.steps <= MAX_STEPS or args.stories < 1:
+        raise ConfigError(f"--stories must be at least 1, --steps from 1 to {MAX_STEPS}")
     if args.untrained:
-        if args.report:
-            raise ConfigError("--report measures a trained network: leave it out with --untrained")
+        if args.report or args.source or args.stories != STORIES:
+            raise ConfigError("--report, --source and --stories measure a trained network: not with --untrained")
         out = args.out or Path("bundles") / f"untrained-{args.untrained}"
         check_replaceable(out)
-        export_untrained(args.untrained, out, wanted)
+        export_untrained(args.untrained, out, wanted, args.steps)
         return
     run = args.run or newest_run()
     out = args.out or Path("bundles") / run.resolve().name
@@ -112,19 +114,21 @@ def main() -> None:
     say_what_was_written(out, graphs)
 
 
-def export_untrained(config: str, out: Path, wanted: Wanted) -> None:
+def export_untrained(config: str, out: Path, wanted: Wanted, steps: int) -> None:
     """A bundle of random weights with a tokenizer of random words."""
     model, progress, tokenizer = untrained(config_named(config))
     graphs = build_untrained(wanted, model)
     with tokenizer as path:
-        write_bundle(out, model, progress, path, graphs, min(TOP_K, model.config.vocab_size))
+        defaults = SamplingDefaults(steps=steps)
+        write_bundle(out, model, progress, path, graphs, min(TOP_K, model.config.vocab_size), defaults=defaults)
     say_what_was_written(out, graphs)
 
 
 def say_what_was_written(out: Path, graphs: Sequence[StepGraph]) -> None:
     """Files, sizes, and what to do with them."""
     sizes = ", ".join(f"{g.file} {(out / g.file).stat().st_size / 1e6:.1f} MB" for g in graphs)
-    print(f'{out}: {sizes}; try it with: python -m edge.generate --bundle {out} "Once upon a time"')
+    on_cpu = any(g.target == "cpu" for g in graphs)
+    print(f"{out}: {sizes}" + (f'; try it with: python -m edge.generate --bundle {out} "Once upon a time"' * on_cpu))
 
 
 if __name__ == "__main__":

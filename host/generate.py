@@ -1,9 +1,11 @@
 """Text from a trained run by the torch reference sampler: slow, for looking at a model before it is exported."""
 
 import argparse
+import math
 import time
 from pathlib import Path
 
+import msgspec
 import torch
 
 from edge.text import Texts
@@ -11,9 +13,21 @@ from host.checkpoint import find_checkpoint, load_model, newest_run
 from host.export import TOP_K
 from host.sampler import Settings, sample
 from host.tokenizer import load_tokenizer
-from shared.errors import ConfigError, run_main
+from shared.errors import RequestError, run_main
 from shared.manifest import TOKENIZER, SamplingDefaults
-from shared.messages import GenerateRequest
+from shared.messages import GenerateRequest, decode_request
+
+
+def checked_request(args: argparse.Namespace, seed: int) -> GenerateRequest:
+    """The flags as the edge would take them; raises RequestError naming what it would refuse."""
+    fields = {name: getattr(args, name) for name in ("prompt", "steps", "temperature", "top_p", "max_tokens")}
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers, and would say null
+            raise RequestError("bad_request", f"`{name}` must be a number, not {value}")
+    try:
+        return decode_request(msgspec.json.encode(fields | {"seed": seed}))
+    except UnicodeEncodeError:
+        raise RequestError("bad_request", "the prompt is not UTF-8: check the terminal's locale") from None
 
 
 def main() -> None:
@@ -35,12 +49,11 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--max-tokens", type=int)
     args = parser.parse_args()
-    if args.steps < 1 or args.temperature < 0 or not 0 < args.top_p <= 1 or min(args.seed) < 0:
-        raise ConfigError("--steps must be at least 1, --temperature and --seed at least 0, --top-p in (0, 1]")
+    requests = [checked_request(args, seed) for seed in args.seed]
     run = args.run or newest_run()
     model, progress = load_model(find_checkpoint(run))
     texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
-    layout = texts.lay_out(GenerateRequest(prompt=args.prompt, max_tokens=args.max_tokens))
+    layout = texts.lay_out(requests[0])
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)
     for seed in args.seed:
         settings = Settings(

@@ -186,11 +186,11 @@ def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[P
 def calibration_record(built: Sequence[Built], yardstick: Yardstick) -> str:
     """Where the activation scales of each INT8 graph come from, in words."""
     sampled = f"{len(yardstick.calibration)} canvases of sampling trajectories"
-    records = [
-        f"{b.graph.file}: {'at run time, per pass' if b.parity.scheme == 'dynamic' else f'{sampled}, {b.parity.scheme}'}"
-        for b in built
-        if b.graph.precision == "int8"
-    ]
+    records = []
+    for b in built:
+        if b.graph.precision == "int8":
+            source = "at run time, per pass" if b.parity.scheme == "dynamic" else f"{sampled}, {b.parity.scheme}"
+            records.append(f"{b.graph.file}: {source}")
     return "; ".join(records) or "none"
 
 

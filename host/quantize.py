@@ -1,7 +1,8 @@
 """INT8 for the CPU graph, by ONNX Runtime's quantization tools.
 
 Weights are symmetric, per output channel, and use 7 of the 8 bits: x86 chips without VNNI multiply pairs of u8·s8
-into a saturating 16-bit sum, which two full-range products overflow. 7 bits give the same text on every chip.
+into a saturating 16-bit sum, which two full-range products overflow. With 7 bits the integer arithmetic is the same
+on every chip.
 """
 
 import logging

@@ -38,7 +38,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     valid_every: int = 500  # steps; also how often a checkpoint is saved
-    valid_stories: int = 256
+    valid_stories: int = 256  # in each of two samples
     seed: int = 0
 
 
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
-    length.add_argument("--minutes", type=float, help="train for so long in all, instead of --steps")
+    length.add_argument("--minutes", type=float, help="train for so long in all, validation not counted")
     parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion")
     parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="training noise schedule")
     parser.add_argument("--no-time-input", action="store_true", help="let the network read the time off the canvas")
@@ -121,9 +121,12 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder
         data_licence=data.meta.licence,
         data_stories=len(data.train),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(data.tokenizer_path, out / TOKENIZER)
-    (out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data.tokenizer_path, out / TOKENIZER)
+        (out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     return config, progress, data
 
 

@@ -76,12 +76,6 @@ def encode_stories(tokenizer: Tokenizer, texts: Sequence[str], canvas_len: int =
     return canvases
 
 
-def encode_story(tokenizer: Tokenizer, text: str, canvas_len: int = CANVAS_LEN) -> np.ndarray:
-    """One story's canvas.  → (canvas_len,) uint16"""
-    canvas: np.ndarray = encode_stories(tokenizer, [text], canvas_len)[0]
-    return canvas
-
-
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """How many bytes of text each id spells, 0 for control tokens.  → (vocabulary,) int64"""
     lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)

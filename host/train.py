@@ -133,7 +133,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Averaged weights on the first validation stories, in nats a token; the same noise every time."""
+        """Averaged weights on two samples of validation stories, in nats a token; always the same ones and noise."""
         raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.model.load_state_dict(self.ema.shadow)
         n = min(self.config.valid_stories, len(self.data.valid))

@@ -7,6 +7,7 @@ DiffusionLLMError           one sentence naming the field, file or value; printe
 └── RequestError            a refused or failed request; carries the typed `code` of the reply
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -65,6 +66,9 @@ class RequestError(DiffusionLLMError):
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command line's `main`: our errors become one line on stderr and an exit code, Ctrl-C becomes 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark
+            stream.reconfigure(errors="replace")
     try:
         status = main()
         sys.stdout.flush()  # a reader that left must be met here, not in the interpreter's own last flush

@@ -20,6 +20,7 @@ TOKENIZER: Final = "tokenizer.json"
 MAX_MANIFEST_BYTES: Final = 1 << 20
 
 Positive = Annotated[int, Meta(ge=1)]
+MAX_STEPS: Final = 1024
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -39,7 +40,7 @@ class ModelSpec(Frozen, frozen=True):
     layers: Positive
     heads: Positive
     vocab_size: Positive
-    canvas_len: Positive
+    canvas_len: Annotated[int, Meta(ge=16)]
     time_input: bool
     parameters: Positive
 
@@ -117,10 +118,10 @@ class TrainingData(Frozen, frozen=True):
 class SamplingDefaults(Frozen, frozen=True):
     """What a request gets when it does not say."""
 
-    steps: Positive = 64
+    steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] = 64
     selection: Selection = "random"
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=10)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
 class Manifest(Frozen, frozen=True):

@@ -9,11 +9,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shared.errors import ERROR_CODES, RequestError
-from shared.manifest import Selection
+from shared.manifest import MAX_STEPS, Selection
 
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 64 * 1024
-MAX_STEPS: Final = 1024
 MAX_GAP: Final = 1024
 MAX_SEGMENTS: Final = 64
 MAX_DEADLINE_MS: Final = 600_000
@@ -34,7 +33,7 @@ class GenerateRequest(
     """Ask for text: a `prompt` with an open end, or `segments` of text and gaps.
 
     Fields left out take the bundle's defaults. `threshold` and `entropy_bound` commit adaptively; then `steps` is
-    the most passes to make.
+    the most passes to make. One more follows where the last one drew an end left of text.
     """
 
     id: Id | None = None

@@ -74,7 +74,7 @@ def test_gaps_between_texts_are_filled_with_text_alone(engine: Engine) -> None:
         assert " and " in completion.text
 
 
-def test_max_tokens_and_steps_are_bounds(engine: Engine) -> None:
+def test_max_tokens_and_steps_are_bounds_but_for_a_pass_for_a_waiting_end(engine: Engine) -> None:
     for bound in (1, 2, 10):
         completion = engine.run(engine.prepare(GenerateRequest(prompt="abc", max_tokens=bound, seed=3)))
         assert completion.generated_tokens <= bound

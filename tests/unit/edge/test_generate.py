@@ -56,6 +56,8 @@ def test_infill_becomes_segments() -> None:
     [
         (["x", "--top-p", "2"], "top_p"),
         (["x", "--steps", "0"], "steps"),
+        (["x", "--temperature", "nan"], "temperature"),
+        (["x", "--top-p", "inf"], "top_p"),
         (["x", "--threshold", "1", "--entropy-bound", "1"], "entropy_bound"),
         (["--infill", "a ___:0"], "gap"),
         (["--infill", "a ___:9999"], "gap"),

@@ -155,7 +155,7 @@ def test_every_rule_commits_at_least_one_token_a_pass_and_ends(name: str) -> Non
         assert all(after < before for before, after in zip([39, *left], left, strict=False))
 
 
-def test_fixed_steps_bound_the_passes_and_more_steps_than_positions_work() -> None:
+def test_fixed_steps_bound_the_passes_but_for_a_waiting_end_and_more_steps_than_positions_work() -> None:
     noise = Noise(vocab=40, k=40, seed=0, lengths=(30,), spread=0.0)
     for steps in (1, 2, 5, 29, 30, 1000):
         _, left = filled(noise, open_canvas(30), replace(PLAIN, steps=steps, top_k=40))

@@ -16,7 +16,7 @@ import pytest
 
 from host.data import prepare, replacing
 from host.shards import DATA_FILE, load_data
-from host.tokenizer import encode_story, load_tokenizer
+from host.tokenizer import encode_stories, load_tokenizer
 from shared.errors import ConfigError, DataError
 from shared.tokens import SPECIAL_TOKENS
 
@@ -52,7 +52,7 @@ def test_every_story_becomes_its_canvas_and_every_hundredth_is_held_out(source: 
     train = [text for text in STORIES if text not in held_out]
     for split, texts in ((data.train, train), (data.valid, held_out)):
         canvases = split.take(np.arange(len(split)))
-        assert np.array_equal(canvases, np.stack([encode_story(tokenizer, text) for text in texts]))
+        assert np.array_equal(canvases, np.stack([encode_stories(tokenizer, [text])[0] for text in texts]))
     assert tokenizer.decode(data.valid.take(np.array([0]))[0].tolist()) == STORIES[0]
     assert data.meta.vocab_size == tokenizer.get_vocab_size() == 300
     assert data.meta.train.text_bytes == sum(len(text.encode()) for text in train)

@@ -13,7 +13,6 @@ from host.text_sample import SpreadSample, with_bearable_words
 from host.tokenizer import (
     MAX_TOKEN_BYTES,
     encode_stories,
-    encode_story,
     load_tokenizer,
     token_byte_lengths,
     train_tokenizer,
@@ -55,7 +54,7 @@ def test_decoding_gives_back_any_text(tokenizer: Tokenizer, text: str) -> None:
 
 def test_a_canvas_is_bos_text_eos_pad(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("The cat").ids
-    canvas = encode_story(tokenizer, "The cat")
+    canvas = encode_stories(tokenizer, ["The cat"])[0]
     assert canvas.dtype == np.uint16
     assert canvas.tolist() == [BOS, *ids, EOS] + [PAD] * (256 - 2 - len(ids))
 
@@ -63,7 +62,7 @@ def test_a_canvas_is_bos_text_eos_pad(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(("text_tokens", "last"), [(253, PAD), (254, EOS), (255, None), (400, None)])
 def test_a_story_cut_at_the_end_has_no_eos(tokenizer: Tokenizer, text_tokens: int, last: int | None) -> None:
     text = "\x01" * text_tokens  # a byte no merge knows: one token each
-    canvas = encode_story(tokenizer, text)
+    canvas = encode_stories(tokenizer, [text])[0]
     assert canvas[-1] == (canvas[1] if last is None else last)
     assert tokenizer.decode(text_ids(canvas)) == text[:255]
 
@@ -71,14 +70,14 @@ def test_a_story_cut_at_the_end_has_no_eos(tokenizer: Tokenizer, text_tokens: in
 def test_cutting_a_long_text_before_encoding_does_not_change_its_canvas() -> None:
     dashes = train_tokenizer(["-" * 4096] * 50, 320)
     assert 8 < max(token_byte_lengths(dashes)) <= MAX_TOKEN_BYTES
-    canvas = encode_story(dashes, "-" * 100_000)
+    canvas = encode_stories(dashes, ["-" * 100_000])[0]
     assert canvas[1:].tolist() == dashes.encode("-" * 100_000).ids[:255]
     assert EOS not in canvas
 
 
 def test_stories_are_encoded_the_same_alone_and_together(tokenizer: Tokenizer) -> None:
     together = encode_stories(tokenizer, TEXTS[:3])
-    assert np.array_equal(together, np.stack([encode_story(tokenizer, text) for text in TEXTS[:3]]))
+    assert np.array_equal(together, np.stack([encode_stories(tokenizer, [text])[0] for text in TEXTS[:3]]))
 
 
 def test_a_loaded_tokenizer_still_takes_control_tokens_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
