@@ -45,6 +45,14 @@ class Generation(Struct):
     loop_ms: float
 
 
+class DaemonCost(Struct):
+    """A daemon process of its own. behind_ms: how much later it answers than the bare loop finishes, median of pairs."""
+
+    start_s: float  # from the process's start to its first answer
+    behind_ms: float
+    peak_mb: float
+
+
 class Report(Struct):
     """Everything measured. Steps are one canvas of the full length, half of it masked; both score that half."""
 
@@ -54,7 +62,7 @@ class Report(Struct):
     bare_step_ms: float | None  # without the reduction to top-K; None for backends without a profile
     reduction_ms: float | None
     generations: list[Generation]
-    daemon_behind_ms: float
+    daemon: DaemonCost
     reference: dict[str, float] | None  # from `host.bench step`; None where the host is not installed
 
 
@@ -130,12 +138,13 @@ def generation(engine: Engine, steps: int) -> Generation:
     return Generation(steps, *(statistics.median(column) for column in zip(*rows, strict=True)))
 
 
-def daemon_behind_ms(engine: Engine, bundle: Path, backend: str, threads: int) -> float:
-    """How much later a daemon process answers over its socket than the bare loop finishes; median of pairs."""
+def daemon_cost(engine: Engine, bundle: Path, backend: str, threads: int) -> DaemonCost:
+    """Start a daemon process and ask it, in turns with the bare loop here."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.sock"
         flags = ["--bundle", str(bundle), "--backend", backend, "--socket", str(path)]
         variables = {"EDGELM_THREADS": str(threads), "EDGELM_MQTT_HOST": ""}
+        started = time.perf_counter()
         daemon = subprocess.Popen(
             [sys.executable, "-m", "edge", *flags],
             env=os.environ | variables,
@@ -144,6 +153,9 @@ def daemon_behind_ms(engine: Engine, bundle: Path, backend: str, threads: int) -
         )
         try:
             with _connected(path, daemon) as connection, connection.makefile("rb") as answers:
+                connection.sendall(b'{"type": "health"}\n')
+                answers.readline()
+                start_s = time.perf_counter() - started
                 behind = []
                 for seed in range(9):
                     request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
@@ -158,10 +170,12 @@ def daemon_behind_ms(engine: Engine, bundle: Path, backend: str, threads: int) -
                     answer = msgspec.json.decode(answers.readline(), type=Response)
                     behind.append(time.perf_counter() - started - alone)
                     assert answer.status == "ok", answer
+                status = Path(f"/proc/{daemon.pid}/status").read_text()
         finally:
             daemon.terminate()
             daemon.communicate()
-    return statistics.median(behind[1:]) * 1e3
+    peak_kb = int(status.partition("VmHWM:")[2].split()[0])
+    return DaemonCost(start_s, statistics.median(behind[1:]) * 1e3, peak_kb * 1024 / 1e6)
 
 
 def _connected(path: Path, daemon: "subprocess.Popen[bytes]") -> socket.socket:
@@ -206,7 +220,9 @@ def print_report(r: Report) -> None:
             print(f"{'  times our network':36} {ref['torch_ms'] / r.bare_step_ms:8.2f}")
             print(f"{'matmul peak, float32':36} {ref['fp32_gflops']:8.0f} GFLOP/s")
             print(f"{'matmul peak, INT8':36} {ref['int8_gflops']:8.0f} GOP/s; the network reaches {reached * 1e3:.0f}")
-    print(f"{'daemon behind the bare loop':36} {r.daemon_behind_ms:8.2f} ms")
+    print(f"{'daemon, start to first answer':36} {r.daemon.start_s:8.2f} s")
+    print(f"{'daemon, peak memory':36} {r.daemon.peak_mb:8.0f} MB")
+    print(f"{'daemon behind the bare loop':36} {r.daemon.behind_ms:8.2f} ms")
     print(f"\n{'steps':>6} {'tokens/s':>9} {'first token, ms':>16} {'last token, ms':>15} {'loop, ms a step':>16}")
     for g in r.generations:
         print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
@@ -239,7 +255,7 @@ def main() -> None:
         bare_step_ms=None if share is None else step_ms * (1 - share),
         reduction_ms=None if share is None else step_ms * share,
         generations=[generation(engine, steps) for steps in args.steps],
-        daemon_behind_ms=daemon_behind_ms(engine, args.bundle, args.backend, args.threads),
+        daemon=daemon_cost(engine, args.bundle, args.backend, args.threads),
         reference=host_reference(engine, args.threads),
     )
     if args.json:

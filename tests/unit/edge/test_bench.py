@@ -23,6 +23,7 @@ def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
     assert report.reduction_ms is not None
     assert report.bare_step_ms + report.reduction_ms == pytest.approx(report.step_ms)
     assert min(report.bare_step_ms, report.reduction_ms) > 0
+    assert report.daemon.start_s > 0 and report.daemon.peak_mb > 20
     assert [g.steps for g in report.generations] == [4, 8]
     for g in report.generations:
         assert min(g.tokens_per_s, g.first_token_ms, g.last_token_ms, g.loop_ms) > 0
