@@ -46,7 +46,7 @@ class Generation(Struct):
 
 
 class DaemonCost(Struct):
-    """A daemon process of its own. behind_ms: how much later it answers than the bare loop finishes, median of pairs."""
+    """A daemon process. behind_ms: how much later it answers than the bare loop finishes, median of pairs."""
 
     start_s: float  # from the process's start to its first answer
     behind_ms: float

@@ -10,7 +10,7 @@ import torch
 
 from edge.text import Texts
 from host.checkpoint import find_checkpoint, load_model, newest_run
-from host.export import TOP_K
+from host.precision import TOP_K
 from host.sampler import Settings, sample
 from host.tokenizer import load_tokenizer
 from shared.errors import RequestError, run_main

@@ -127,4 +127,5 @@ def _scale_and_zero(node: onnx.NodeProto, weights: dict[str, TensorProto]) -> It
 
 
 def _dtype(kind: int) -> str:
-    return TensorProto.DataType.Name(kind).lower()
+    name: str = TensorProto.DataType.Name(kind)
+    return name.lower()

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from host.bundle import StepGraph, write_bundle
-from host.export import TOP_K
 from host.graph import step_graph
 from host.model import Denoiser, config_named
+from host.precision import TOP_K
 from host.quantize import quantize
 from host.untrained import untrained
 

@@ -40,11 +40,13 @@ def test_our_graphs_break_no_rule(name: str) -> None:
 
 
 def tensor(graph: onnx.ModelProto, name: str) -> TensorProto:
-    return next(t for t in graph.graph.initializer if t.name == name)
+    found: TensorProto = next(t for t in graph.graph.initializer if t.name == name)
+    return found
 
 
 def node(graph: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(n for n in graph.graph.node if n.name == name)
+    found: onnx.NodeProto = next(n for n in graph.graph.node if n.name == name)
+    return found
 
 
 def another_opset(graph: onnx.ModelProto) -> None:
