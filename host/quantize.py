@@ -14,6 +14,7 @@ from typing import Final, Literal
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -102,4 +103,31 @@ def quantize(
                 )
         finally:
             logging.getLogger().setLevel(quiet)
-        return onnx.load(after)
+        quantized = onnx.load(after)
+    _quantize_embedding(quantized)
+    return quantized
+
+
+def _quantize_embedding(graph: onnx.ModelProto) -> None:
+    """Store the token embedding in INT8 with one scale a row, restored after the lookup; a quarter of the bytes.
+
+    ONNX Runtime's own tool would take one scale for all rows.
+    """
+    lookup = next(node for node in graph.graph.node if node.name == "tokens")
+    table = next(t for t in graph.graph.initializer if t.name == lookup.input[0])
+    value = numpy_helper.to_array(table)  # (V, D)
+    scale = np.maximum(np.abs(value).max(1, keepdims=True) / 127, np.float32(1e-12))  # (V, 1)
+    name, at = table.name, list(graph.graph.node).index(lookup)
+    graph.graph.initializer.remove(table)
+    graph.graph.initializer.append(numpy_helper.from_array(np.rint(value / scale).astype(np.int8), f"{name}.int8"))
+    graph.graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
+    graph.graph.node.remove(lookup)
+    ids = lookup.input[1]
+    restored = (
+        helper.make_node("Gather", [f"{name}.int8", ids], ["tokens.int8"], name="tokens.int8"),
+        helper.make_node("Cast", ["tokens.int8"], ["tokens.whole"], name="tokens.whole", to=onnx.TensorProto.FLOAT),
+        helper.make_node("Gather", [f"{name}.scale", ids], ["tokens.scale"], name="tokens.scale"),
+        helper.make_node("Mul", ["tokens.whole", "tokens.scale"], list(lookup.output), name="tokens"),
+    )
+    for offset, node in enumerate(restored):
+        graph.graph.node.insert(at + offset, node)

@@ -6,12 +6,12 @@ import msgspec
 import pytest
 
 from shared.errors import ERROR_CODES, RequestError
+from shared.manifest import MAX_STEPS
 from shared.messages import (
     MAX_DEADLINE_MS,
     MAX_GAP,
     MAX_MESSAGE_BYTES,
     MAX_SEGMENTS,
-    MAX_STEPS,
     Gap,
     GenerateRequest,
     HealthRequest,
