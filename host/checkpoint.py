@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from host.diffusion import Objective
 from host.model import Denoiser, ModelConfig
 from host.optim import Ema
 from shared.errors import DataError, DiffusionLLMError
@@ -19,7 +20,6 @@ from shared.schedule import ScheduleName
 
 LAST = "last.safetensors"
 BEST = "best.safetensors"
-Objective = Literal["diffusion", "ar"]
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,15 @@ LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", 
 
 
 @contextlib.contextmanager
-def open_log(path: Path, step: int) -> Iterator[Callable[[tuple[object, ...]], None]]:
+def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tuple[object, ...]], None]]:
     """Append rows to the CSV log; each row is on disk at once.
 
     Rows behind `step`, which a crash left after the checkpoint that is resumed, are dropped first.
+    Without `write`, as on all processes but the first, rows go nowhere.
     """
+    if not write:
+        yield lambda row: None
+        return
     kept = []
     if path.exists():
         with path.open(newline="") as file:
@@ -36,7 +40,7 @@ def open_log(path: Path, step: int) -> Iterator[Callable[[tuple[object, ...]], N
 
 @contextlib.contextmanager
 def progress_bar(
-    steps: int, seconds: float | None
+    steps: int, seconds: float | None, shown: bool = True
 ) -> Iterator[Callable[[int, float, float, float | None, float], None]]:
     """A bar over steps, or over the seconds given, with loss, tokens a second and time left.
 
@@ -44,7 +48,7 @@ def progress_bar(
     """
     total = steps if seconds is None else round(seconds)
     last_valid = "-"
-    with tqdm(total=total, unit="step" if seconds is None else "s", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="step" if seconds is None else "s", dynamic_ncols=True, disable=not shown) as bar:
 
         def show(step: int, spent: float, loss: float, valid: float | None, tokens_per_s: float) -> None:
             nonlocal last_valid
