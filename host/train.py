@@ -59,7 +59,7 @@ class Trainer:
     ) -> None:
         if config.batch_size < ranks.processes:
             raise ConfigError(
-                f"--batch-size {config.batch_size} leaves some of {ranks.processes} processes without work"
+                f"--batch-size {config.batch_size} is too small to share among {ranks.processes} processes"
             )
         torch.manual_seed(config.seed)
         self.config = config
