@@ -23,6 +23,7 @@ STEPS: Final = (4, 8, 16, 32, 64, 128, 256)
 TEMPERATURES: Final = (1.0, 0.8)
 THRESHOLDS: Final = (0.9, 0.7, 0.5)
 ENTROPY_BOUNDS: Final = (0.5, 2.0, 8.0)  # nats a pass
+COOLED: Final[tuple[Selection, ...]] = ("random", "confidence")
 PICTURE: Final = "sweep.png"
 
 
@@ -55,16 +56,18 @@ def grid(
     thresholds: Sequence[float] = THRESHOLDS,
     entropy_bounds: Sequence[float] = ENTROPY_BOUNDS,
 ) -> list[Setting]:
-    """Every selection at every number of steps, then the adaptive rules, which stop by themselves."""
+    """Every selection at every number of steps, and the adaptive rules, which stop by themselves, at the first
+    temperature; the two selections that differ most at the others too.
+    """
     found = []
     for temperature in temperatures:
         base = Settings(seed=0, steps=max(steps), temperature=temperature)
-        for selection in get_args(Selection):
+        first = temperature == temperatures[0]
+        for selection in get_args(Selection) if first else COOLED:
             found += [Setting(selection, f"{n} steps", replace(base, steps=n, selection=selection)) for n in steps]
-        found += [Setting("threshold", f"{value:g}", replace(base, threshold=value)) for value in thresholds]
-        found += [
-            Setting("entropy bound", f"{value:g}", replace(base, entropy_bound=value)) for value in entropy_bounds
-        ]
+        if first:
+            found += [Setting("threshold", f"{p:g}", replace(base, threshold=p)) for p in thresholds]
+            found += [Setting("entropy bound", f"{h:g}", replace(base, entropy_bound=h)) for h in entropy_bounds]
     return found
 
 
@@ -110,11 +113,11 @@ def draw(path: Path, points: Sequence[Point], data: Judged) -> None:
 
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 8), sharex=True, height_ratios=[3, 2])
     rules = list(dict.fromkeys(point.setting.rule for point in points))
-    coolest = min(point.setting.settings.temperature for point in points)
+    warmest = max(point.setting.settings.temperature for point in points)
     for line in dict.fromkeys(point.setting.line for point in points):
         of_line = sorted((p for p in points if p.setting.line == line), key=lambda p: p.passes)
         colour = f"C{rules.index(of_line[0].setting.rule)}"
-        style = "o-" if of_line[0].setting.settings.temperature > coolest else "o:"
+        style = "o-" if of_line[0].setting.settings.temperature == warmest else "o:"
         passes = [p.passes for p in of_line]
         above.errorbar(passes, [p.judged.perplexity.value for p in of_line],
                        [p.judged.perplexity.stderr for p in of_line], fmt=style, color=colour, label=line)  # fmt: skip

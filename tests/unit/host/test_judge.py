@@ -165,7 +165,7 @@ def test_a_sweep_prints_one_table_and_draws_one_picture(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     settings = sweep.grid((2, 4), (1.0, 0.5), (0.5,), (1.0,))
-    assert len(settings) == 2 * (4 * 2 + 1 + 1)
+    assert len(settings) == (4 * 2 + 1 + 1) + 2 * 2
     points = sweep.sweep(run, judge_run, None, 2, settings)
     table = capsys.readouterr().out.splitlines()
     assert table[1].startswith("data") and len(table) == len(settings) + 3
