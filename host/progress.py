@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DiffusionLLMError
 
 LOG_FILE = "log.csv"
 LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s")
@@ -27,15 +27,18 @@ def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tu
     if path.exists():
         with path.open(newline="") as file:
             kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= step]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([LOG_COLUMNS, *kept])
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([LOG_COLUMNS, *kept])
 
-        def log(row: tuple[object, ...]) -> None:
-            writer.writerow(row)
-            file.flush()
+            def log(row: tuple[object, ...]) -> None:
+                writer.writerow(row)
+                file.flush()
 
-        yield log
+            yield log
+    except OSError as error:  # of the log, or of a picture beside it
+        raise DiffusionLLMError(f"the run folder {path.parent} cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
