@@ -1,16 +1,17 @@
 """Batches as a pure function of (seed, step): nothing to save, so that resuming repeats the run bit for bit."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from host.diffusion import Corrupted, corrupt, low_discrepancy_times
+from host.diffusion import Corrupted, Objective, Weighting, corrupt, counted_tokens, low_discrepancy_times, token_weight
+from host.model import ends_impossible
 from host.shards import Split
 from shared.schedule import ScheduleName
-from shared.tokens import PAD
+from shared.tokens import BOS, PAD
 
 
 def _generator(*key: int) -> np.random.Generator:
@@ -19,11 +20,37 @@ def _generator(*key: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of like length, cut to the longest. x0 (B, L) int64; corrupted is None for the autoregressive objective."""
+    """Rows of like length, cut to the longest, and what is asked of them. M: scored positions over all rows."""
 
-    x0: Tensor
-    t: list[float]
-    corrupted: Corrupted | None
+    canvas: Tensor  # (B, L) int64, what the network sees
+    active_len: Tensor  # (B,) positions before the padding
+    t: Tensor  # (B,) float32
+    at: Tensor  # (M,) int64, i·L + j
+    target: Tensor  # (M,) int64
+    weight: Tensor  # (M,) float32
+    ends_impossible: Tensor  # (M,) bool
+    causal: bool
+
+    def on(self, device: torch.device) -> "MicroBatch":
+        """The same on a device; from pinned memory the copy runs beside what the device does."""
+        if device.type == "cpu":
+            return self
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
+
+    def pinned(self) -> "MicroBatch":
+        """The same in memory that a GPU copies from by itself."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process takes of an optimizer step. tokens: counted over the whole batch, on all processes."""
+
+    parts: tuple[MicroBatch, ...]
+    tokens: int
 
 
 def story_indices(seed: int, step: int, batch_size: int, stories: int) -> np.ndarray:
@@ -37,27 +64,50 @@ def story_indices(seed: int, step: int, batch_size: int, stories: int) -> np.nda
     return indices
 
 
-def micro_batches(
-    split: Split, seed: int, step: int, batch_size: int, micro_size: int, schedule: ScheduleName | None
-) -> Iterator[MicroBatch]:
+def make_batch(
+    split: Split,
+    seed: int,
+    step: int,
+    batch_size: int,
+    micro_size: int,
+    objective: Objective,
+    schedule: ScheduleName,
+    weighting: Weighting = "nelbo",
+    share: tuple[int, int] = (0, 1),
+) -> Batch:
     """The batch of optimizer step `step` in parts of at most `micro_size` rows, shortest rows first.
 
-    schedule None: clean rows for the autoregressive objective. One u spreads t over the whole batch; sorting by
-    active length and cutting there loses nothing, since what is cut is certain.
+    One u spreads t over the whole batch, and all its noise is drawn by every process, so that what a story meets does
+    not depend on share, (rank, processes). Sorting by active length and cutting there loses nothing, since what is cut
+    is certain.
     """
     x0 = torch.from_numpy(split.take(story_indices(seed, step, batch_size, len(split))).astype(np.int64))
-    if schedule is None:
-        lengths = (x0 != PAD).sum(1)
-        for part in lengths.argsort(stable=True).split(micro_size):
-            yield MicroBatch(x0[part, : int(lengths[part].max())], [], None)
-        return
-    noise = _generator(seed, 1, step)
-    t = low_discrepancy_times(batch_size, float(noise.random()))
-    whole = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t, schedule)
-    for part in whole.active_len.argsort(stable=True).split(micro_size):
-        longest = int(whole.active_len[part].max())
-        yield MicroBatch(
-            x0[part, :longest],
-            [t[i] for i in part.tolist()],
-            Corrupted(whole.xt[part, :longest], whole.scored[part, :longest], whole.active_len[part]),
+    tokens = int(counted_tokens(x0).sum())
+    if objective == "ar":
+        whole = Corrupted(x0, (x0 != PAD) & (x0 != BOS), (x0 != PAD).sum(1))
+        t, weights = [1.0] * batch_size, torch.ones(batch_size)
+    else:
+        noise = _generator(seed, 1, step)
+        t = low_discrepancy_times(batch_size, float(noise.random()))
+        whole = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t, schedule)
+        weights = torch.tensor([token_weight(weighting, schedule, value) for value in t])
+    times, (rank, processes) = torch.tensor(t), share
+    mine = whole.active_len.argsort(stable=True)[rank::processes]
+    parts = []
+    for rows in mine.split(micro_size):
+        longest = int(whole.active_len[rows].max())
+        canvas = whole.xt[rows, :longest]
+        at = whole.scored[rows, :longest].flatten().nonzero()[:, 0]
+        parts.append(
+            MicroBatch(
+                canvas=canvas,
+                active_len=whole.active_len[rows],
+                t=times[rows],
+                at=at,
+                target=x0[rows, :longest].flatten()[at],
+                weight=weights[rows][at // longest],
+                ends_impossible=ends_impossible(canvas).flatten()[at] & (objective == "diffusion"),
+                causal=objective == "ar",
+            )
         )
+    return Batch(tuple(parts), tokens)

@@ -1,6 +1,7 @@
 """Benchmarks of the training host.
 
-`python -m host.bench data` proves that data preparation streams; `step` measures what `edge.bench` compares with.
+`python -m host.bench` races our training loop against a textbook's; `data` proves that data preparation streams; `step`
+measures what `edge.bench` compares with.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from host.data import DEFAULT_OUT
 from host.shards import load_data
 from shared.errors import ConfigError, DataError, run_main
 from shared.tokens import FIRST_TEXT_ID
@@ -75,21 +77,59 @@ def bench_step(args: argparse.Namespace) -> None:
     print(msgspec.json.encode(measure_step(ModelConfig("bench", *shape), args.threads)).decode())
 
 
+def bench_train(args: argparse.Namespace) -> None:
+    """Print the TrainSpeed of each configuration."""
+    if min(args.steps, args.threads, args.batch_size, args.micro_size) < 1:
+        raise ConfigError("--steps, --threads, --batch-size and --micro-size must be at least 1")
+    from host.model import config_named  # torch, which `data` does without
+    from host.runs import TrainConfig
+    from host.train_speed import measure_training
+
+    configs = [config_named(name) for name in args.config]
+    data = load_data(args.data)
+    settings = TrainConfig(
+        Path(), args.data, batch_size=args.batch_size, micro_size=args.micro_size, optimizer=args.optimizer
+    )
+    print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'textbook':>9} {'ratio':>6} "
+          f"{'GFLOP/s':>8} {'bf16 peak':>10} {'fp32 peak':>10} {'of bf16 peak':>13}")  # fmt: skip
+    for config in configs:
+        speed = measure_training(config, data, settings, args.steps, args.threads)
+        print(f"{config.name:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.textbook_tokens_per_s:9,.0f} "
+              f"{speed.ratio:6.2f} {speed.tokens_per_s * speed.gflop_per_token:8.0f} {speed.bf16_gflops:10.0f} "
+              f"{speed.fp32_gflops:10.0f} {speed.fraction_of_peak:13.0%}")  # fmt: skip
+    source = f"{data.meta.source}, vocabulary {data.meta.vocab_size:,}"
+    print(f"real tokens of {source}; medians of {args.steps} steps, in turn")
+
+
 def main() -> None:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m host.bench",
         description="Benchmarks of the training host.",
-        epilog="examples: python -m host.bench data --gigabytes 1, python -m host.bench step 384 6 6 8192 256",
+        epilog="examples: python -m host.bench --config tiny, python -m host.bench data --gigabytes 1, "
+        "python -m host.bench step 384 6 6 8192 256",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="our training loop, a textbook's and the matmul peaks (the default)")
+    train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
+    train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
+    train.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    train.add_argument("--batch-size", type=int, default=64, help="canvases in a step of ours (default: %(default)s)")
+    train.add_argument("--micro-size", type=int, default=8, help="canvases in a pass of ours (default: %(default)s)")
+    train.add_argument("--steps", type=int, default=5, help="of each loop (default: %(default)s)")
+    train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
     data = commands.add_parser("data", help="peak memory and speed of host.data on a generated file")
     data.add_argument("--gigabytes", type=float, default=1.0, help="size of the file (default: %(default)s)")
     step = commands.add_parser("step", help="a torch step of one shape beside the matmul peaks, as JSON")
     for name in ("d_model", "layers", "heads", "vocab_size", "canvas_len"):
         step.add_argument(name, type=int)
     step.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
-    args = parser.parse_args()
+    given = sys.argv[1:]
+    named = bool(given) and given[0] in (*commands.choices, "-h", "--help")
+    args = parser.parse_args(given if named else ["train", *given])
+    if args.command == "train":
+        bench_train(args)
+        return
     if args.command == "step":
         bench_step(args)
         return

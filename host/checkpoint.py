@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from host.diffusion import Objective
 from host.model import Denoiser, ModelConfig
 from host.optim import Ema
 from shared.errors import DataError, DiffusionLLMError
@@ -19,7 +20,6 @@ from shared.schedule import ScheduleName
 
 LAST = "last.safetensors"
 BEST = "best.safetensors"
-Objective = Literal["diffusion", "ar"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,11 @@ def restore(
         for name, tensor in _tensors(path, f"optimizer.{i}.").items():
             slot, key = name.split(".", 1)
             state.setdefault(int(slot), {})[key] = tensor
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes = [{t.shape for t in state.get(slot, {}).values() if t.ndim} for slot in range(len(params))]
+        if progress.step and any(found != {p.shape} for found, p in zip(shapes, params, strict=True)):
+            kind = type(optimizer).__name__
+            raise DataError(f"{path} does not hold the state of {kind}: it was trained with another optimizer")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict(msgspec.json.decode(_metadata(path)["scaler"]))
     return progress

@@ -3,7 +3,9 @@
 x0: clean canvas, xt: corrupted canvas, both (B, L) integer ids. A canvas is BOS, text, EOS, then PAD.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,19 @@ from torch import Tensor
 from host.model import Denoiser, ends_impossible, first_end
 from shared.schedule import ScheduleName, loss_weight, mask_prob
 from shared.tokens import BOS, MASK, PAD
+
+Objective = Literal["diffusion", "ar"]
+Weighting = Literal["nelbo", "flat"]
+
+
+def token_weight(weighting: Weighting, schedule: ScheduleName, t: float) -> float:
+    """A masked token's weight in training.
+
+    flat: the same at every t, and 1 a token on average over t, so that the loss reads as nats a masked token.
+    """
+    if weighting == "nelbo":
+        return loss_weight(schedule, t)
+    return 2.0 if schedule == "linear" else 1 / (1 - 2 / math.pi)  # 1 / ∫ mask_prob
 
 
 def low_discrepancy_times(n: int, u: float) -> list[float]:
@@ -50,10 +65,9 @@ def counted_tokens(x0: Tensor) -> Tensor:
 def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each scored position, in nats, and the row it belongs to.  → (M,), (M,)"""
     time = torch.tensor(t, device=x0.device) if model.config.time_input else None
-    hidden = model(batch.xt, time)
-    rows = batch.scored.nonzero()[:, 0]
-    logits = model.logits(hidden[batch.scored], ends_impossible(batch.xt)[batch.scored])  # (M, V)
-    return F.cross_entropy(logits, x0[batch.scored].long(), reduction="none"), rows
+    at = batch.scored.flatten().nonzero()[:, 0]
+    logits = model.logits(model(batch.xt, time, at=at), ends_impossible(batch.xt).flatten()[at])  # (M, V)
+    return F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none"), at // x0.shape[1]
 
 
 def nelbo_sums(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], schedule: ScheduleName) -> Tensor:
@@ -69,9 +83,7 @@ def nelbo_sums(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], sc
 
 def autoregressive_sums(model: Denoiser, x0: Tensor) -> Tensor:
     """Each row's exact negative log-likelihood under a causal mask, in nats.  → (B,)"""
-    hidden = model(x0, causal=True)
-    scored = (x0 != PAD) & (x0 != BOS)
-    rows = scored.nonzero()[:, 0]
-    logits = model.logits(hidden[scored], torch.zeros_like(rows, dtype=torch.bool))
-    losses = F.cross_entropy(logits, x0[scored].long(), reduction="none")
-    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, rows, losses)
+    at = ((x0 != PAD) & (x0 != BOS)).flatten().nonzero()[:, 0]
+    logits = model.logits(model(x0, causal=True, at=at), torch.zeros_like(at, dtype=torch.bool))
+    losses = F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none")
+    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, at // x0.shape[1], losses)

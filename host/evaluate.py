@@ -1,6 +1,7 @@
 """Measure a model on held-out text: NELBO, bits a byte, masked cross-entropy, each with its standard error.
 
-`python -m host.evaluate` measures the newest run on its own validation split.
+`python -m host.evaluate` measures the newest run on its own validation split; an autoregressive run by its exact
+likelihood. With --judge, samples are judged instead (`host.judge`), or the settings of sampling swept (`host.sweep`).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from host.checkpoint import find_checkpoint, load_model, newest_run
 from host.diffusion import Corrupted, corrupt, counted_tokens, low_discrepancy_times
+from host.model import Denoiser
 from host.runs import read_config
 from host.scoring import GraphScorer, Scorer, TorchScorer, load_graph
 from host.shards import load_data
@@ -78,8 +80,8 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
                 masked_tokens[draw, rows] = text.scored.sum(1).numpy()
                 bar.update(len(rows))
     tokens = counted_tokens(x0).numpy()
-    nats = _ratio(nelbo, np.broadcast_to(tokens, nelbo.shape))
-    bits = _ratio(nelbo / np.log(2), np.broadcast_to(held_out.text_bytes, nelbo.shape))
+    nats = ratio(nelbo, np.broadcast_to(tokens, nelbo.shape))
+    bits = ratio(nelbo / np.log(2), np.broadcast_to(held_out.text_bytes, nelbo.shape))
     return Evaluation(
         graph=scorer.name,
         source=held_out.name,
@@ -88,7 +90,7 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
         text_bytes=int(held_out.text_bytes.sum()),
         nelbo_nats_per_token=nats,
         bits_per_byte=bits,
-        masked_cross_entropy=_ratio(masked, masked_tokens),
+        masked_cross_entropy=ratio(masked, masked_tokens),
     )
 
 
@@ -107,7 +109,7 @@ def _row_sums(losses: Tensor, rows: Tensor, n: int) -> np.ndarray:
     return sums
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> Figure:
+def ratio(above: np.ndarray, below: np.ndarray) -> Figure:
     """Sum over sum, over draws and stories (draws, n), with its standard error."""
     draws, n = above.shape
     total = below.sum()
@@ -152,6 +154,40 @@ def print_table(evaluations: list[Evaluation]) -> None:
     print(f"on {e.source}: {e.stories:,} stories, {e.text_tokens:,} tokens, {e.text_bytes:,} bytes")
 
 
+def print_likelihood(model: Denoiser, held_out: HeldOut, as_json: bool) -> None:
+    """An autoregressive run's exact figures."""
+    from host.judge import likelihood
+
+    nats, bits = likelihood(model, held_out)
+    if as_json:
+        print(msgspec.json.encode({"nats_per_token": nats, "bits_per_byte": bits}).decode())
+        return
+    print(f"autoregressive: {nats.value:.4f} ± {nats.stderr:.4f} nats a token, "
+          f"{bits.value:.4f} ± {bits.stderr:.4f} bits a byte")  # fmt: skip
+    print(f"on {held_out.name}: {len(held_out.canvases):,} stories, exact likelihood")
+
+
+def judge_or_sweep(args: argparse.Namespace) -> None:
+    """The command lines of --samples and --sweep."""
+    from host.judge import judge_samples, print_judged  # it builds on this module
+    from host.sweep import sweep
+
+    if args.judge is None:
+        raise ConfigError("--samples and --sweep need --judge AR_RUN: train one with host.train --objective ar")
+    if args.count is not None and args.count < 1:
+        raise ConfigError("--count must be at least 1")
+    if args.sweep:
+        if args.bundle or args.json:
+            raise ConfigError("--sweep measures a run, and prints one table")
+        sweep(args.run or newest_run(), args.judge, args.source, args.count or 16)
+        return
+    rows = judge_samples(args.samples, args.judge, args.source, args.count or 64)
+    if args.json:
+        print(msgspec.json.encode(rows).decode())
+    else:
+        print_judged(rows)
+
+
 def main() -> None:
     """Evaluate a run or a bundle."""
     parser = argparse.ArgumentParser(
@@ -168,10 +204,20 @@ def main() -> None:
         "--stories", type=int, default=STORIES, help=f"measure on at most so many, the first (default: {STORIES})"
     )
     parser.add_argument("--draws", type=int, default=DRAWS, help=f"Monte Carlo draws of every story (default: {DRAWS})")
+    parser.add_argument("--judge", type=Path, metavar="AR_RUN", help="autoregressive run that scores samples")
+    sampled = parser.add_mutually_exclusive_group()
+    sampled.add_argument("--samples", type=Path, help="judge these: text files, or a run to sample from")
+    sampled.add_argument("--sweep", action="store_true", help="judge --run at many steps, selections, temperatures")
+    parser.add_argument("--count", type=int, help="texts to judge, of each setting (default: 64; in a sweep 16)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
     if args.draws < 1 or args.stories < 1:
         raise ConfigError("--draws and --stories must be at least 1")
+    if args.samples or args.sweep:
+        judge_or_sweep(args)
+        return
+    if args.judge or args.count is not None:
+        raise ConfigError("--judge and --count need --samples or --sweep")
     if args.bundle:
         if args.source is None:
             raise ConfigError("--bundle needs --source: a bundle carries no text, name files to measure on")
@@ -184,13 +230,14 @@ def main() -> None:
     else:
         run = args.run or newest_run()
         model, progress = load_model(find_checkpoint(run))
-        if progress.objective == "ar":
-            raise ConfigError(f"{run} is an autoregressive run: it has no NELBO, only the loss in its log")
         scorer, schedule, tokenizer = TorchScorer(model), progress.schedule, run / TOKENIZER
     if args.source:
         held_out = held_out_files(args.source, tokenizer, args.stories)
     else:
         held_out = held_out_split(read_config(run).data, args.stories)
+    if not args.bundle and progress.objective == "ar":
+        print_likelihood(model, held_out, args.json)
+        return
     result = evaluate(scorer, held_out, schedule, args.draws)
     if args.json:
         print(msgspec.json.encode(result).decode())

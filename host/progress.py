@@ -7,36 +7,43 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DiffusionLLMError
 
 LOG_FILE = "log.csv"
 LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s")
 
 
 @contextlib.contextmanager
-def open_log(path: Path, step: int) -> Iterator[Callable[[tuple[object, ...]], None]]:
+def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tuple[object, ...]], None]]:
     """Append rows to the CSV log; each row is on disk at once.
 
     Rows behind `step`, which a crash left after the checkpoint that is resumed, are dropped first.
+    Without `write`, as on all processes but the first, rows go nowhere.
     """
+    if not write:
+        yield lambda row: None
+        return
     kept = []
     if path.exists():
         with path.open(newline="") as file:
             kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= step]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([LOG_COLUMNS, *kept])
+    try:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([LOG_COLUMNS, *kept])
 
-        def log(row: tuple[object, ...]) -> None:
-            writer.writerow(row)
-            file.flush()
+            def log(row: tuple[object, ...]) -> None:
+                writer.writerow(row)
+                file.flush()
 
-        yield log
+            yield log
+    except OSError as error:  # of the log, or of a picture beside it
+        raise DiffusionLLMError(f"the run folder {path.parent} cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def progress_bar(
-    steps: int, seconds: float | None
+    steps: int, seconds: float | None, shown: bool = True
 ) -> Iterator[Callable[[int, float, float, float | None, float], None]]:
     """A bar over steps, or over the seconds given, with loss, tokens a second and time left.
 
@@ -44,7 +51,7 @@ def progress_bar(
     """
     total = steps if seconds is None else round(seconds)
     last_valid = "-"
-    with tqdm(total=total, unit="step" if seconds is None else "s", dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="step" if seconds is None else "s", dynamic_ncols=True, disable=not shown) as bar:
 
         def show(step: int, spent: float, loss: float, valid: float | None, tokens_per_s: float) -> None:
             nonlocal last_valid

@@ -8,12 +8,14 @@ from datetime import datetime
 from pathlib import Path
 
 import msgspec
+import torch
 
 from host.checkpoint import LAST, Progress, find_checkpoint, read_progress
 from host.data import DEFAULT_OUT, DEFAULT_SOURCE, prepare
+from host.diffusion import Weighting
 from host.model import CONFIGS, config_named
 from host.optim import OptimizerName
-from host.shards import DataFolder, load_data
+from host.shards import load_data
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER
 
@@ -31,8 +33,9 @@ class TrainConfig:
     steps: int = 20_000
     minutes: float | None = None
     batch_size: int = 64
-    micro_size: int = 32
+    micro_size: int = 8
     optimizer: OptimizerName = "adamw"
+    weighting: Weighting = "nelbo"
     lr: float = 1e-3
     warmup: float = 0.03  # part of the run
     clip_norm: float = 1.0
@@ -59,11 +62,18 @@ def parse_arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="train for so long in all, validation not counted")
     parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion")
     parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="training noise schedule")
+    parser.add_argument(
+        "--weighting", choices=["nelbo", "flat"], default=TrainConfig.weighting, help="of masked tokens, over time"
+    )
     parser.add_argument("--no-time-input", action="store_true", help="let the network read the time off the canvas")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer)
     parser.add_argument("--lr", type=float, default=TrainConfig.lr, help="peak learning rate")
     parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="canvases in a step")
-    parser.add_argument("--micro-size", type=int, default=TrainConfig.micro_size, help="canvases in a pass")
+    parser.add_argument(
+        "--micro-size",
+        type=int,
+        help=f"canvases in a pass (default: {TrainConfig.micro_size}, short of padding; on CUDA the whole batch)",
+    )
     parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
@@ -85,7 +95,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder]:
+def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
     """Prepare the data when the default folder is missing, and lay out a fresh run folder."""
     if args.data == DEFAULT_OUT and not args.data.exists():
         prepare(DEFAULT_SOURCE, args.data)
@@ -101,8 +111,9 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder
         steps=args.steps or TrainConfig.steps,
         minutes=args.minutes,
         batch_size=args.batch_size,
-        micro_size=args.micro_size,
+        micro_size=args.micro_size or (args.batch_size if torch.cuda.is_available() else TrainConfig.micro_size),
         optimizer=args.optimizer,
+        weighting=args.weighting,
         lr=args.lr,
         valid_every=args.valid_every,
         seed=args.seed,
@@ -127,7 +138,7 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder
         (out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
-    return config, progress, data
+    return config, progress
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -140,7 +151,7 @@ def read_config(run: Path) -> TrainConfig:
         raise DataError(f"{run / CONFIG_FILE} cannot be read: {error}") from None
 
 
-def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFolder]:
+def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
     """The settings and progress of an earlier run; only its length may change."""
     last = find_checkpoint(args.resume, LAST)
     progress = read_progress(last)
@@ -150,4 +161,4 @@ def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress, DataFo
     data = load_data(config.data)
     if data.meta.tokenizer_sha256 != progress.tokenizer_sha256:
         raise DataError(f"{config.data} has another tokenizer than the run {args.resume}: prepare its data again")
-    return config, progress, data
+    return config, progress

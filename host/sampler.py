@@ -87,20 +87,28 @@ def sample(
         hidden = model(canvas[None], torch.tensor([t]) if model.config.time_input else None)[0, open_positions]
         impossible = ends_impossible(canvas[None])[0, open_positions]
         logp = model.logits(hidden, impossible).log_softmax(-1)  # (M, V)
-        entropy = -(logp.exp() * logp.clamp(min=-1e6)).sum(-1)
-        best, ids = logp.topk(settings.top_k)
-        token, confidence, gap = _draw(best, ids, open_positions, step, settings)
-        margin = min(margin, gap)
-        score = _order_score(best, entropy, confidence, open_positions, step, settings)
-        ranked, order = score.sort(descending=True, stable=True)
-        count, gap = _how_many(ranked, confidence, entropy[order], step, settings)
-        margin = min(margin, gap)
-        exact = settings.selection == "random" and settings.threshold is None and settings.entropy_bound is None
-        if count < len(order) and not exact:
-            margin = min(margin, float(ranked[count - 1] - ranked[count]))
-        _commit(canvas, open_positions[order[:count]], token[order[:count]])
+        margin = min(margin, commit_pass(canvas, open_positions, logp, step, settings))
         step += 1
     return Sampled(canvas, step, margin)
+
+
+def commit_pass(canvas: Tensor, open_positions: Tensor, logp: Tensor, step: int, settings: Settings) -> float:
+    """One pass: draw a candidate everywhere, order them, commit some of them in place.  → smallest deciding gap
+
+    canvas (L,), open_positions (M,), logp (M, V)
+    """
+    entropy = -(logp.exp() * logp.clamp(min=-1e6)).sum(-1)
+    best, ids = logp.topk(settings.top_k)
+    token, confidence, margin = _draw(best, ids, open_positions, step, settings)
+    score = _order_score(best, entropy, confidence, open_positions, step, settings)
+    ranked, order = score.sort(descending=True, stable=True)
+    count, gap = _how_many(ranked, confidence, entropy[order], step, settings)
+    margin = min(margin, gap)
+    exact = settings.selection == "random" and settings.threshold is None and settings.entropy_bound is None
+    if count < len(order) and not exact:
+        margin = min(margin, float(ranked[count - 1] - ranked[count]))
+    _commit(canvas, open_positions[order[:count]], token[order[:count]])
+    return margin
 
 
 def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, float]:

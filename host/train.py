@@ -1,19 +1,23 @@
 """Train a model: `python -m host.train` alone trains `small` on TinyStories, preparing the data when missing.
 
 A run is a folder: last.safetensors (resume from here), best.safetensors (lowest validation loss), log.csv,
-curves.png and the tokenizer.
+curves.png and the tokenizer. `torchrun --nproc-per-node N -m host.train` shares every batch among N processes.
 """
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from host.batches import MicroBatch, micro_batches
+from host.batches import Batch, MicroBatch, make_batch
 from host.checkpoint import (
     BEST,
     LAST,
@@ -24,15 +28,15 @@ from host.checkpoint import (
     restore,
     save_checkpoint,
 )
-from host.diffusion import autoregressive_sums, counted_tokens, nelbo_sums
+from host.loss import WeightedLoss
 from host.model import Denoiser
 from host.optim import Ema, build_optimizers, learning_rate_factor
 from host.plots import plot_curves
 from host.progress import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
+from host.ranks import Ranks, joined_ranks
 from host.runs import TrainConfig, new_run, parse_arguments, resumed_run
-from host.shards import DataFolder
-from shared.errors import DataError, DiffusionLLMError, run_main
-from shared.schedule import ScheduleName
+from host.shards import DataFolder, Split, load_data
+from shared.errors import ConfigError, DataError, DiffusionLLMError, run_main
 
 VALIDATION_SEED = 0x5EED
 
@@ -45,20 +49,34 @@ class Trainer:
     """Owns the network, its optimizers and the run folder; `run` trains until done or interrupted."""
 
     def __init__(
-        self, config: TrainConfig, progress: Progress, data: DataFolder, device: torch.device, wandb: bool = False
+        self,
+        config: TrainConfig,
+        progress: Progress,
+        data: DataFolder,
+        device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen: alone)
+        wandb: bool = False,
     ) -> None:
+        if config.batch_size < ranks.processes:
+            raise ConfigError(
+                f"--batch-size {config.batch_size} is too small to share among {ranks.processes} processes"
+            )
         torch.manual_seed(config.seed)
         self.config = config
         self.progress = progress
         self.data = data
         self.device = device
-        self.model = Denoiser(progress.model).to(device)
-        self.optimizers = build_optimizers(self.model, config.optimizer, config.lr)
-        self.ema = Ema(self.model, config.ema_decay)
+        self.ranks = ranks
         self.dtype = mixed_precision_dtype(device)
+        self.model = Denoiser(progress.model).to(device)
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.lr, self.dtype or torch.float32)
+        self.ema = Ema(self.model, config.ema_decay)
+        self.loss = training_loss(self.model, device, ranks)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.stopping = False
-        self.wandb = start_wandb(config.out.name, {"lr": config.lr}) if wandb else None
+        self.wandb = start_wandb(config.out.name, {"lr": config.lr}) if wandb and ranks.first else None
+        self._preparer = ThreadPoolExecutor(1, "batches")
+        self._prepared: dict[int, Future[Batch]] = {}  # by step
 
     def resume(self) -> None:
         """Take up the run folder's last checkpoint."""
@@ -74,38 +92,45 @@ class Trainer:
         init_from(self.model, path)
         self.ema = Ema(self.model, self.config.ema_decay)
 
-    def row_losses(self, batch: MicroBatch) -> Tensor:
-        """Each row's loss in nats: NELBO draw or exact negative log-likelihood.  → (B,)"""
-        x0 = batch.x0.to(self.device)
-        if batch.corrupted is None:
-            return autoregressive_sums(self.model, x0)
-        corrupted = replace(
-            batch.corrupted, xt=batch.corrupted.xt.to(self.device), scored=batch.corrupted.scored.to(self.device)
-        )
-        return nelbo_sums(self.model, corrupted, x0, batch.t, self.progress.schedule)
+    def batch_at(self, split: Split, seed: int, step: int, size: int) -> Batch:
+        """This process's share of a batch, ready to be copied to the device."""
+        c, p = self.config, self.progress
+        share = (self.ranks.rank, self.ranks.processes)
+        weighting = c.weighting if split is self.data.train else "nelbo"
+        batch = make_batch(split, seed, step, size, c.micro_size, p.objective, p.schedule, weighting, share)
+        return batch if self.device.type == "cpu" else replace(batch, parts=tuple(b.pinned() for b in batch.parts))
 
-    @property
-    def batch_schedule(self) -> ScheduleName | None:
-        """None makes clean batches, for the autoregressive objective."""
-        return self.progress.schedule if self.progress.objective == "diffusion" else None
+    def next_batch(self) -> Batch:
+        """The batch of this step, which was made during the last one; the next is begun."""
+        c, step = self.config, self.progress.step
+        made = self._prepared.pop(step, None)
+        batch = made.result() if made else self.batch_at(self.data.train, c.seed, step, c.batch_size)
+        coming = self._preparer.submit(self.batch_at, self.data.train, c.seed, step + 1, c.batch_size)
+        self._prepared = {step + 1: coming}
+        return batch
+
+    def summed_loss(self, batch: MicroBatch) -> Tensor:
+        """A micro-batch's weighted loss in nats: NELBO draws or exact negative log-likelihoods.  → ()"""
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            loss: Tensor = self.loss(batch.on(self.device))
+        return loss
 
     def step(self) -> tuple[float, float, int]:
         """One optimizer step.  → (loss in nats a token, gradient norm, tokens)"""
         c = self.config
-        batches = list(
-            micro_batches(self.data.train, c.seed, self.progress.step, c.batch_size, c.micro_size, self.batch_schedule)
-        )
-        tokens = sum(int(counted_tokens(b.x0).sum()) for b in batches)
-        loss = 0.0
-        for batch in batches:
-            with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-                part = self.row_losses(batch).sum() / tokens
-            self.scaler.scale(part).backward()
-            loss += float(part.detach())
+        batch = self.next_batch()
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(batch.parts):
+            with self._gradients_meet(i == len(batch.parts) - 1):
+                loss = self.summed_loss(part) / batch.tokens
+                # Gradients are averaged over the processes; the loss is a sum over all stories.
+                self.scaler.scale(loss * self.ranks.processes).backward()
+            total += loss.detach()
+        (mean,) = self.ranks.sums(float(total))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
-        self._check_finite("loss", loss)
+        self._check_finite("loss", mean)
         if not self.scaler.is_enabled():  # a scaler meets infinite gradients now and then, and skips the step
             self._check_finite("gradient norm", norm)
         factor = learning_rate_factor(self.fraction_done(), c.warmup)
@@ -116,7 +141,13 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.ema.update(self.model, self.progress.step)
-        return loss, norm, tokens
+        return mean, norm, batch.tokens
+
+    @contextlib.contextmanager
+    def _gradients_meet(self, now: bool) -> Iterator[None]:
+        """Processes exchange gradients once a step, in its last backward pass."""
+        with contextlib.nullcontext() if now or self.ranks.processes == 1 else self.loss.no_sync():  # type: ignore[operator]
+            yield
 
     def _check_finite(self, name: str, value: float) -> None:
         if math.isfinite(value):
@@ -137,18 +168,19 @@ class Trainer:
         raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.model.load_state_dict(self.ema.shadow)
         n = min(self.config.valid_stories, len(self.data.valid))
-        total, tokens = 0.0, 0
+        nats, tokens = 0.0, 0
         for draw in range(2):
-            for batch in micro_batches(
-                self.data.valid, VALIDATION_SEED, draw, n, self.config.micro_size, self.batch_schedule
-            ):
-                total += float(self.row_losses(batch).sum())
-                tokens += int(counted_tokens(batch.x0).sum())
+            batch = self.batch_at(self.data.valid, VALIDATION_SEED, draw, n)
+            nats += sum(float(self.summed_loss(part)) for part in batch.parts)
+            tokens += batch.tokens
         self.model.load_state_dict(raw)
+        (total,) = self.ranks.sums(nats)
         return total / tokens
 
     def save(self, file: str) -> None:
         """Write a checkpoint into the run folder, atomically."""
+        if not self.ranks.first:
+            return
         path = self.config.out / file
         save_checkpoint(path, self.progress, self.model, self.ema, self.optimizers, self.scaler)
 
@@ -156,14 +188,18 @@ class Trainer:
         """Train to the end, or until `stopping` is set; either way the last state is saved."""
         c = self.config
         minutes_total = None if c.minutes is None else 60 * c.minutes
+        stopped = False
         with (
-            open_log(c.out / LOG_FILE, self.progress.step) as log,
-            progress_bar(c.steps, minutes_total) as bar,
+            open_log(c.out / LOG_FILE, self.progress.step, self.ranks.first) as log,
+            progress_bar(c.steps, minutes_total, self.ranks.first) as bar,
+            self._preparer,
         ):
-            while not self.stopping and self.fraction_done() < 1.0:
+            while not stopped and self.fraction_done() < 1.0:
                 started = time.perf_counter()
                 loss, norm, tokens = self.step()
-                elapsed = time.perf_counter() - started
+                # One clock and one decision for all processes, or they would part at the next exchange.
+                elapsed, stop = self.ranks.largest(time.perf_counter() - started, self.stopping)
+                stopped = stop > 0
                 p = self.progress
                 self.progress = replace(
                     p, step=p.step + 1, tokens_seen=p.tokens_seen + tokens, seconds=p.seconds + elapsed
@@ -178,8 +214,10 @@ class Trainer:
                 if self.wandb is not None:
                     self.wandb({k: float(v) for k, v in zip(LOG_COLUMNS, row, strict=True) if v != ""})
                 bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
+        self.stopping = stopped
         self.save(LAST)
-        plot_curves(c.out)
+        if self.ranks.first:
+            plot_curves(c.out)
 
     def validate_and_save(self) -> float:
         """Validate, keep the best apart, save the last, redraw the curves."""
@@ -189,8 +227,18 @@ class Trainer:
             self.progress = replace(self.progress, best_nats=valid)
             self.save(BEST)
         self.save(LAST)
-        plot_curves(self.config.out)
+        if self.ranks.first:
+            plot_curves(self.config.out)
         return valid
+
+
+def training_loss(model: Denoiser, device: torch.device, ranks: Ranks) -> nn.Module:
+    """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes."""
+    loss: nn.Module = WeightedLoss(model, fused=device.type == "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        loss.compile(dynamic=True)
+    return loss if ranks.processes == 1 else DistributedDataParallel(loss, broadcast_buffers=False)
 
 
 def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
@@ -204,20 +252,26 @@ def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
 def main() -> None:
     """Train, resume, and save on Ctrl-C."""
     args = parse_arguments()
-    config, progress, data = resumed_run(args) if args.resume else new_run(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(config, progress, data, device, wandb=args.wandb)
-    if args.resume:
-        trainer.resume()
-    elif args.init:
-        trainer.start_from(args.init)
+    with joined_ranks() as ranks:
+        laid_out = None
+        if ranks.first:
+            laid_out = resumed_run(args) if args.resume else new_run(args)
+        config, progress = ranks.from_first(laid_out)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        trainer = Trainer(config, progress, load_data(config.data), device, ranks, wandb=args.wandb)
+        if args.resume:
+            trainer.resume()
+        elif args.init:
+            trainer.start_from(args.init)
 
-    def stop(signum: int, frame: object) -> None:
-        trainer.stopping = True
+        def stop(signum: int, frame: object) -> None:
+            trainer.stopping = True
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    trainer.run()
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+        trainer.run()
+    if not ranks.first:
+        return
     state = f"stopped at step {trainer.progress.step}; continue with --resume {config.out}"
     best = trainer.progress.best_nats
     print(f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss "

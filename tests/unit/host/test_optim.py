@@ -53,6 +53,26 @@ def test_muon_moves_by_the_size_that_adamw_would() -> None:
     assert float((moved * weight.grad).sum()) < 0
 
 
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
+def test_muon_in_bf16_is_the_one_of_torch(shape: tuple[int, int]) -> None:
+    """Same momentum, same size of update; bf16 rounds differently from call to call."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    exact = torch.nn.Parameter(torch.zeros(shape))
+    optimizers = [
+        Muon([ours], lr=0.01, dtype=torch.bfloat16),
+        torch.optim.Muon([theirs], lr=0.01, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        Muon([exact], lr=0.01),
+    ]
+    for _ in range(5):
+        gradient = torch.randn(shape)
+        for weight, optimizer in zip((ours, theirs, exact), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    for other in (theirs, exact):
+        assert float((ours - other).detach().norm() / other.detach().norm()) < 0.02
+
+
 def test_muon_keeps_a_matrix_without_gradient() -> None:
     weight = torch.nn.Parameter(torch.ones(4, 4))
     Muon([weight], lr=1.0).step()

@@ -18,6 +18,7 @@ from host import train
 from host.checkpoint import BEST, LAST, load_model, read_progress
 from host.progress import LOG_COLUMNS, LOG_FILE
 from host.runs import CONFIG_FILE, new_run, parse_arguments
+from host.shards import load_data
 from host.train import Trainer, mixed_precision_dtype
 from shared.manifest import TOKENIZER
 from tests.commands import call, refusal, small
@@ -42,8 +43,8 @@ def trainer(data: Path, out: Path, *more: object, kind: type[Trainer] = Trainer)
     made: list[Trainer] = []
 
     def make() -> None:
-        config, progress, folder = new_run(parse_arguments())
-        made.append(kind(config, progress, folder, CPU))
+        config, progress = new_run(parse_arguments())
+        made.append(kind(config, progress, load_data(config.data), CPU))
 
     call(make, *small(data, out, *more))
     return made[0]
@@ -143,7 +144,10 @@ def test_a_signal_in_the_middle_costs_nothing(
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(run))
 
 
-def test_a_batch_in_parts_gives_the_step_of_one_pass(data: Path, tmp_path: Path) -> None:
+def test_a_batch_in_parts_gives_the_step_of_one_pass(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
     found = []
     for micro in (3, 8):
         one = trainer(data, tmp_path / str(micro), "--micro-size", micro, "--lr", 1e-4)

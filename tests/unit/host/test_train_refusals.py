@@ -1,6 +1,7 @@
 """What `python -m host.train` cannot use is refused in one sentence, before anything is written."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from host import train
+from host.checkpoint import LAST, read_progress
 from host.data import prepare
+from host.progress import LOG_FILE
 from host.runs import CONFIG_FILE
-from tests.commands import call, refusal, small
+from tests.commands import call, refusal, small, small_disk
 
 
 def other_tokenizer(data: Path, tmp_path: Path) -> list[object]:
@@ -107,6 +110,82 @@ def test_resuming_on_data_with_another_tokenizer_is_refused(
     assert (code, sentence) == (
         65, f"{tmp_path / 'other'} has another tokenizer than the run {run}: prepare its data again"
     )  # fmt: skip
+
+
+def test_a_checkpoint_of_another_tokenizer_in_the_run_folder_is_refused(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    other_tokenizer(data, tmp_path)
+    shutil.copyfile(tmp_path / "theirs" / LAST, run / LAST)
+    code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
+    assert (code, sentence) == (65, f"{data} has another tokenizer than the run {run}: prepare its data again")
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"optimizer": "muon"}))
+    code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
+    assert code == 65
+    assert sentence == f"{run / LAST} does not hold the state of Muon: it was trained with another optimizer"
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    del config["weighting"]
+    (run / CONFIG_FILE).write_text(json.dumps(config))
+    call(train.main, "--resume", run, "--steps", 61)
+    assert read_progress(run / LAST).step == 61
+
+
+def test_a_truncated_shard_stops_a_new_run_and_a_resumed_one(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, copy)
+    shutil.copytree(trained, run)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(copy)}))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    shard = copy / "train-00000.bin"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    for arguments in (["--resume", run, "--steps", 90], small(copy, tmp_path / "new")):
+        code, sentence = refusal(capsys, train.main, *arguments)
+        assert code == 65
+        assert sentence.startswith(f"{shard} has {size - 1} bytes instead of {size}: prepare it again with ")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "room", "words"),
+    [
+        (LAST, -1, "the checkpoint {run}/best.safetensors cannot be written: "),
+        (LOG_FILE, 60, "the run folder {run} cannot be written: File too large"),
+    ],
+    ids=["checkpoint", "log"],
+)
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, room: int, words: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = (run / LAST).read_bytes()
+    with small_disk((run / file).stat().st_size + room):
+        code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
+    assert code == 1
+    assert sentence.startswith(words.format(run=run))
+    assert (run / LAST).read_bytes() == before
+    call(train.main, "--resume", run, "--steps", 62)
+    assert read_progress(run / LAST).step == 62
 
 
 @pytest.mark.parametrize("content", [None, b"{", b'{"out": 3}'], ids=["missing", "cut off", "wrongly typed"])

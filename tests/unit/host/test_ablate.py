@@ -1,0 +1,74 @@
+"""`python -m host.ablate`: equal budgets, one difference each, one table."""
+
+from pathlib import Path
+
+import pytest
+
+from host import ablate
+from host.ablate import VARIANTS, Row, print_table
+from host.checkpoint import LAST, read_progress
+from host.runs import read_config
+from tests.commands import call, refusal
+
+
+def test_every_variant_changes_one_thing() -> None:
+    assert VARIANTS["defaults"] == ()
+    assert all(
+        sum(flag.startswith("--") for flag in flags) == 1 for name, flags in VARIANTS.items() if name != "defaults"
+    )
+
+
+def test_two_variants_are_trained_measured_and_continued(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def table(steps: int) -> list[list[str]]:
+        capfd.readouterr()
+        call(
+            ablate.main,
+            *("--steps", steps, "--only", "Muon", "flat weighting", "--stories", 4, "--out", tmp_path),
+            *("--", "--config", "debug", "--data", data, "--batch-size", 8),
+        )
+        lines = capfd.readouterr().out.splitlines()
+        assert sum(line.startswith("$ python -m host.train ") for line in lines) == 2
+        return [line.split(" | ") for line in lines if line.startswith("| ")]
+
+    head, rule, muon, flat = table(3)
+    assert head[0] == "| variant" and set(rule[0]) <= set("| -")
+    assert (muon[0], flat[0]) == ("| Muon", "| flat weighting")
+    assert (
+        f"`python -m host.train --config debug --data {data} --batch-size 8 --weighting flat --steps 3` |" == flat[-1]
+    )
+    assert muon[3] == flat[3]  # as many tokens
+    assert all(float(cell) > 0 for row in (muon, flat) for cell in row[1:3])
+    assert muon[1] != muon[2]  # averaged weights are not the raw ones
+    assert read_config(tmp_path / "flat-weighting-0").weighting == "flat"
+    assert read_progress(tmp_path / "muon-0" / LAST).step == 3
+    assert table(3)[2:] == [muon, flat]  # what is there is measured again, not trained again
+
+
+def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([Row("a", [1.0, 2.0], [3.0, 3.0], 0.5, "c")])
+    assert capsys.readouterr().out.splitlines()[-1] == "| a | 1.5000 ± 0.7071 | 3.0000 ± 0.0000 | 0.50 | `c` |"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose of defaults, Muon"),
+        (["--steps", 3, "--stories", 0], 78, "--stories must be at least 1, not 0"),
+        (["--steps", 3, "--", "--data", "nowhere"], 1, "defaults-0 failed; its own message stands above"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[object],
+    code: int,
+    words: str,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    monkeypatch.chdir(tmp_path)
+    found, sentence = refusal(capsys, ablate.main, *flags)
+    assert found == code
+    assert words in sentence
