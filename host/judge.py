@@ -17,8 +17,8 @@ from msgspec import Struct
 from host.checkpoint import BEST, LAST, find_checkpoint, load_model
 from host.diffusion import autoregressive_sums, counted_tokens
 from host.evaluate import HeldOut, held_out_files, held_out_split, ratio
-from host.export import TOP_K
 from host.model import Denoiser
+from host.precision import TOP_K
 from host.runs import read_config
 from host.sample_many import sample_autoregressive, sample_many
 from host.sampler import Settings

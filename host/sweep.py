@@ -11,8 +11,8 @@ from typing import Final, get_args
 import torch
 
 from host.checkpoint import find_checkpoint, load_model
-from host.export import TOP_K
 from host.judge import Judge, Judged, length_distance
+from host.precision import TOP_K
 from host.sample_many import sample_many
 from host.sampler import Settings
 from host.train import mixed_precision_dtype
