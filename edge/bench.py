@@ -61,6 +61,7 @@ class TimedBackend:
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.lengths = inner.lengths
+        self.batches = inner.batches
         self.seconds = 0.0
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:

@@ -24,7 +24,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.config import Config, read_password
-from edge.worker import Worker
+from edge.scheduler import Scheduler
 from shared.errors import ConfigError, RequestError
 from shared.messages import (
     MAX_MESSAGE_BYTES,
@@ -62,13 +62,13 @@ class _Address:
 
 
 class MqttTransport:
-    """Serves a worker through the configured broker. Raises ConfigError for files that cannot be read."""
+    """Serves a scheduler through the configured broker. Raises ConfigError for files that cannot be read."""
 
-    def __init__(self, config: Config, worker: Worker) -> None:
+    def __init__(self, config: Config, scheduler: Scheduler) -> None:
         assert config.mqtt.host is not None
         self._config = config.mqtt
         self._host: str = config.mqtt.host
-        self._worker = worker
+        self._scheduler = scheduler
         self._client_id = f"edgelm-{config.device}"
         self._base = f"edgelm/{config.device}"
         self._password = read_password(config.mqtt)
@@ -200,7 +200,7 @@ class MqttTransport:
             assert refusal is not None
             self._reply(address, error_response(refusal, id))
         else:
-            self._worker.submit(request, lambda reply: self._reply(address, reply))
+            self._scheduler.submit(request, lambda reply: self._reply(address, reply))
 
     def _own_topic(self, kind: str, id: str | None) -> str:
         return f"{self._base}/{kind}" if id is None or UNSENDABLE.search(id) else f"{self._base}/{kind}/{id}"
