@@ -3,7 +3,7 @@
 Every field is bounded here, so that a decoded message is a valid one; an unknown field is refused by name.
 """
 
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -152,6 +152,26 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     active: int
     queued: int
     resident_mb: float
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request must keep within. canvas_tokens: prompt and text together, and two more."""
+
+    message_bytes: int
+    canvas_tokens: int
+    steps: int
+    top_k: int
+    queue_size: int
+
+
+class Info(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="info"):
+    """What the daemon is and takes. schemas: JSON schema of each kind of request."""
+
+    v: int = PROTOCOL_VERSION
+    version: str
+    model: str
+    limits: Limits
+    schemas: dict[str, dict[str, Any]]
 
 
 Reply = Response | Partial | Health

@@ -15,6 +15,8 @@ from shared.messages import (
     GenerateRequest,
     Health,
     HealthRequest,
+    Info,
+    Limits,
     Metrics,
     Partial,
     Reply,
@@ -70,6 +72,8 @@ EXAMPLES: tuple[Struct, ...] = (
         queued=2,
         resident_mb=92.5,
     ),
+    Limits(message_bytes=65536, canvas_tokens=256, steps=1024, top_k=64, queue_size=32),
+    Info(v=2, version="0.1.0", model="tinystories@01", limits=Limits(1, 2, 3, 4, 5), schemas={"x": {"type": "object"}}),
     Health(v=2, state="busy", queued=2, model="tinystories@0123456789ab", version="0.1.0"),
 )
 """Two requests, because `prompt` excludes `segments` and `threshold` excludes `entropy_bound`."""
