@@ -6,7 +6,7 @@ Where the training host is installed too, its torch network and the machine's ma
 import argparse
 import importlib.util
 import os
-import socket
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from edge.backends import Backend, StepResult
+from edge.bench_clients import measure, print_clients, serving
 from edge.config import default_bundle
 from edge.engine import Engine
 from shared.errors import ConfigError, run_main
@@ -33,6 +34,8 @@ DAEMON_STEPS: Final = 16
 SPIN_S: Final = 0.1
 """ONNX Runtime's threads spin for a while after a step; until they rest, another process lacks their cores."""
 REPEATS: Final = 3
+MAX_CLIENTS: Final = 24
+"""Below what the daemon's default queue takes."""
 
 
 class Generation(Struct):
@@ -72,6 +75,7 @@ class TimedBackend:
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.lengths = inner.lengths
+        self.batches = inner.batches
         self.seconds = 0.0
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
@@ -140,56 +144,30 @@ def generation(engine: Engine, steps: int) -> Generation:
 
 def daemon_cost(engine: Engine, bundle: Path, backend: str, threads: int) -> DaemonCost:
     """Start a daemon process and ask it, in turns with the bare loop here."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bench.sock"
-        flags = ["--bundle", str(bundle), "--backend", backend, "--socket", str(path)]
-        variables = {"EDGELM_THREADS": str(threads), "EDGELM_MQTT_HOST": ""}
-        started = time.perf_counter()
-        daemon = subprocess.Popen(
-            [sys.executable, "-m", "edge", *flags],
-            env=os.environ | variables,
-            stdout=subprocess.DEVNULL,  # its "ready" line is not part of our JSON
-            stderr=subprocess.PIPE,
-        )
-        try:
-            with _connected(path, daemon) as connection, connection.makefile("rb") as answers:
-                connection.sendall(b'{"type": "health"}\n')
-                answers.readline()
-                start_s = time.perf_counter() - started
-                behind = []
-                for seed in range(9):
-                    request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
-                    plan = engine.prepare(request)
-                    time.sleep(SPIN_S)
-                    started = time.perf_counter()
-                    engine.run(plan)
-                    alone = time.perf_counter() - started
-                    time.sleep(SPIN_S)
-                    started = time.perf_counter()
-                    connection.sendall(encode(request) + b"\n")
-                    answer = msgspec.json.decode(answers.readline(), type=Response)
-                    behind.append(time.perf_counter() - started - alone)
-                    assert answer.status == "ok", answer
-                status = Path(f"/proc/{daemon.pid}/status").read_text()
-        finally:
-            daemon.terminate()
-            daemon.communicate()
-    peak_kb = int(status.partition("VmHWM:")[2].split()[0])
-    return DaemonCost(start_s, statistics.median(behind[1:]) * 1e3, peak_kb * 1024 / 1e6)
-
-
-def _connected(path: Path, daemon: "subprocess.Popen[bytes]") -> socket.socket:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and daemon.poll() is None:
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.connect(str(path))
-            return connection
-        except OSError:
-            connection.close()
-            time.sleep(0.02)
-    daemon.kill()
-    raise ConfigError(f"the daemon did not start: {(daemon.communicate()[1] or b'').decode().strip()}")
+    started = time.perf_counter()
+    with (
+        serving(bundle, backend, threads) as daemon,
+        daemon.connect() as connection,
+        connection.makefile("rb") as answers,
+    ):
+        connection.sendall(b'{"type": "health"}\n')
+        answers.readline()
+        start_s = time.perf_counter() - started
+        behind = []
+        for seed in range(9):
+            request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
+            plan = engine.prepare(request)
+            time.sleep(SPIN_S)
+            started = time.perf_counter()
+            engine.run(plan)
+            alone = time.perf_counter() - started
+            time.sleep(SPIN_S)
+            started = time.perf_counter()
+            connection.sendall(encode(request) + b"\n")
+            answer = msgspec.json.decode(answers.readline(), type=Response)
+            behind.append(time.perf_counter() - started - alone)
+            assert answer.status == "ok", answer
+        return DaemonCost(start_s, statistics.median(behind[1:]) * 1e3, daemon.peak_mb())
 
 
 def host_reference(engine: Engine, threads: int) -> dict[str, float] | None:
@@ -228,6 +206,13 @@ def print_report(r: Report) -> None:
         print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
 
 
+def parse_clients(text: str) -> list[int]:
+    """`1,2,4` as numbers. Raises ConfigError."""
+    if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text, re.ASCII) or any(int(n) > MAX_CLIENTS for n in text.split(",")):
+        raise ConfigError(f"--clients takes numbers from 1 to {MAX_CLIENTS} with commas between, as in 1,2,4,8,16")
+    return [int(n) for n in text.split(",")]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -239,12 +224,20 @@ def main() -> None:
     parser.add_argument("--backend", default="ort")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--steps", type=int, nargs="+", default=STEP_COUNTS, help="passes a text (default: 8 to 128)")
+    parser.add_argument("--clients", metavar="N,N", help="measure that many clients at once, and nothing else")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
     if args.threads < 1:
         raise ConfigError("--threads must be at least 1")
     if not all(1 <= steps <= MAX_STEPS for steps in args.steps):
         raise ConfigError(f"--steps takes numbers from 1 to {MAX_STEPS}")
+    if args.clients is not None:
+        crowd = measure(args.bundle, args.backend, args.threads, parse_clients(args.clients))
+        if args.json:
+            print(msgspec.json.encode(crowd).decode())
+        else:
+            print_clients(crowd)
+        return
     engine = Engine.load(args.bundle, args.backend, args.threads)
     step_ms = median_step_ms(engine)
     share = reduction_share(args.bundle, args.threads) if args.backend == "ort" else None

@@ -21,6 +21,7 @@ FILE_VARIABLE: Final = "EDGELM_CONFIG"
 VARIABLES: Final[dict[str, str]] = {
     "EDGELM_BUNDLE": "bundle",
     "EDGELM_SOCKET": "socket",
+    "EDGELM_STATE": "state",
     "EDGELM_BACKEND": "backend",
     "EDGELM_THREADS": "threads",
     "EDGELM_QUEUE_SIZE": "queue_size",
@@ -61,6 +62,13 @@ def default_socket() -> Path:
     return next((path for path in candidates if os.access(path.parent, os.W_OK | os.X_OK)), candidates[-1])
 
 
+def default_state() -> Path:
+    """The folder that systemd gives the service, or the user's own."""
+    given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    home = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
+    return Path(given) if given else Path(home) / "edgelm"
+
+
 def default_device() -> str:
     """The host's short name, with what MQTT topics cannot carry replaced."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0]).strip("-_")[:64] or "edge"
@@ -83,12 +91,14 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything the daemon can be told.
 
-    threads: of the runtime, 0 takes every processor this process may use. queue_size: requests that may wait.
+    state: folder of what must outlive the process: with a broker, the journal of accepted requests. threads: of the
+    runtime, 0 takes every processor this process may use. queue_size: requests that may wait while one is computed.
     drain_s: seconds that accepted requests get to finish in when the daemon is asked to stop.
     """
 
     bundle: Path = field(default_factory=default_bundle)
     socket: Path = field(default_factory=default_socket)
+    state: Path = field(default_factory=default_state)
     backend: Text = "ort"
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
     queue_size: Annotated[int, Meta(ge=1, le=1024)] = 32

@@ -1,4 +1,4 @@
-"""The daemon: an engine, its worker, and the transports that feed it, from start to drain."""
+"""The daemon: an engine, its scheduler, and the transports that feed it, from start to drain."""
 
 import argparse
 import logging
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from edge.config import Config, load_config, parse_broker
 from edge.engine import Engine
+from edge.scheduler import Scheduler
 from edge.unix_socket import SocketServer
-from edge.worker import Worker
 
 if TYPE_CHECKING:
     from edge.mqtt import MqttTransport
@@ -61,7 +61,7 @@ def serve(config: Config) -> None:
     with ExitStack() as stack:
         engine = Engine.load(config.bundle, config.backend, config.threads)
         stack.callback(engine.close)
-        worker = Worker(engine, config.queue_size)
+        worker = Scheduler(engine, config.queue_size)
         signals = StopSignals()
         mqtt = _make_mqtt(config, worker)
         socket = SocketServer(config.socket, worker)
@@ -77,7 +77,7 @@ def serve(config: Config) -> None:
         _drain(config, worker, signals)
 
 
-def _make_mqtt(config: Config, worker: Worker) -> "MqttTransport | None":
+def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
     if config.mqtt.host is None:
         return None
     from edge.mqtt import MqttTransport  # 60 ms and 12 MB that a daemon without a broker saves
@@ -85,12 +85,12 @@ def _make_mqtt(config: Config, worker: Worker) -> "MqttTransport | None":
     return MqttTransport(config, worker)
 
 
-def _ready_line(config: Config, worker: Worker, mqtt: "MqttTransport | None") -> str:
+def _ready_line(config: Config, worker: Scheduler, mqtt: "MqttTransport | None") -> str:
     broker = "off" if mqtt is None else f"connecting to {mqtt.broker}"
     return f"ready in {seconds_since_start():.2f} s: socket {config.socket}, mqtt {broker}, bundle {worker.model}"
 
 
-def _drain(config: Config, worker: Worker, signals: StopSignals) -> None:
+def _drain(config: Config, worker: Scheduler, signals: StopSignals) -> None:
     log.info("stopping: finishing what was accepted, for at most %g s", config.drain_s)
     worker.refuse_new()
     give_up_s = time.monotonic() + config.drain_s

@@ -1,7 +1,7 @@
 """A loaded bundle that turns requests into text: tokenizer, backend and unmasking loop behind one door."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 
 from edge.backends import Backend, load_backend
 from edge.text import Layout, Texts
-from edge.unmask import Sampling, unmask
+from edge.unmask import Row, Sampling, active_bucket, step_rows
 from shared.errors import BundleError, RequestError
 from shared.manifest import TOKENIZER, Manifest, bundle_digest, read_manifest, verified_bytes
 from shared.messages import GenerateRequest
-from shared.tokens import MASK, PAD
+from shared.tokens import PAD
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,34 @@ class Completion:
     steps: int
 
 
+class Run:
+    """A plan under way."""
+
+    def __init__(self, plan: Plan, texts: Texts) -> None:
+        self.plan = plan
+        self.row = Row(plan.layout.canvas.copy(), plan.layout.fill, plan.sampling)
+        self._texts = texts
+        self._most = min(plan.sampling.steps, self.row.left)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is open any more."""
+        return self.row.left == 0
+
+    def snapshot(self) -> Snapshot:
+        """How far it is."""
+        row = self.row
+        return Snapshot(row.step, max(self._most, row.step), row.left, self._text)
+
+    def completion(self) -> Completion:
+        """What came of it, once it is done."""
+        generated = int(np.count_nonzero(self.plan.layout.fill & (self.row.canvas != PAD)))
+        return Completion(self._text(), self.row.canvas, generated, self.row.step)
+
+    def _text(self) -> str:
+        return self._texts.read(self.plan.layout, self.row.canvas)
+
+
 class Engine:
     """One bundle on one backend. Not thread-safe, except for `prepare`."""
 
@@ -64,6 +92,11 @@ class Engine:
         self.digest = bundle_digest(folder)
         self.backend = backend
         self._texts = texts
+
+    @property
+    def name(self) -> str:
+        """NAME@DIGEST of the bundle, as answers and health give it."""
+        return f"{self.manifest.name}@{self.digest[:12]}"
 
     @classmethod
     def load(cls, folder: Path, backend: str = "ort", threads: int = 0) -> "Engine":
@@ -99,20 +132,26 @@ class Engine:
         )
         return Plan(layout, sampling)
 
+    def begin(self, plan: Plan) -> "Run":
+        """A plan's canvas, ready for its first pass."""
+        return Run(plan, self._texts)
+
+    def bucket(self, run: "Run") -> int:
+        """The length that its next pass is scored at."""
+        return active_bucket(run.row.canvas, self.backend.lengths)
+
+    def step(self, runs: Sequence["Run"]) -> None:
+        """One pass over unfinished runs of one bucket; their number is one of the backend's batches."""
+        step_rows(self.backend, self.manifest.schedule, [run.row for run in runs], self.bucket(runs[0]))
+
     def run(self, plan: Plan, on_step: Callable[[Snapshot], None] | None = None) -> Completion:
         """Unmask a plan's canvas; an exception raised by on_step ends the run and comes out here."""
-        layout = plan.layout
-        canvas = layout.canvas.copy()
-        most = min(plan.sampling.steps, int(layout.fill.sum()))
-
-        def after(step: int, now: NDArray[np.int32]) -> None:
+        run = self.begin(plan)
+        while not run.done:
+            self.step([run])
             if on_step is not None:
-                masked = int(np.count_nonzero(layout.fill & (now == MASK)))
-                on_step(Snapshot(step, max(most, step), masked, lambda: self._texts.read(layout, now)))
-
-        steps = unmask(self.backend, self.manifest.schedule, canvas, layout.fill, plan.sampling, after)
-        generated = int(np.count_nonzero(layout.fill & (canvas != PAD)))
-        return Completion(self._texts.read(layout, canvas), canvas, generated, steps)
+                on_step(run.snapshot())
+        return run.completion()
 
     def close(self) -> None:
         """Free the backend."""

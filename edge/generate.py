@@ -86,7 +86,7 @@ def generate_here(config: Config, request: GenerateRequest, show: Callable[[Part
     """The same answer from this very process. Raises BundleError or ConfigError."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the engine imports ONNX Runtime
     from edge.engine import Engine  # not at the top: a client of the daemon needs no runtime
-    from edge.worker import Worker
+    from edge.scheduler import Scheduler
 
     responses: list[Response] = []
 
@@ -97,10 +97,10 @@ def generate_here(config: Config, request: GenerateRequest, show: Callable[[Part
             show(reply)
 
     engine = Engine.load(config.bundle, config.backend, config.threads)
-    worker = Worker(engine, queue_size=1)
-    worker.submit(request, receive)
-    worker.refuse_new()
-    worker.run()
+    scheduler = Scheduler(engine, queue_size=1)
+    scheduler.submit(request, receive)
+    scheduler.refuse_new()
+    scheduler.run()
     engine.close()
     return responses[0]
 

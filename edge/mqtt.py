@@ -1,19 +1,24 @@
 """MQTT: the same messages as on the Unix socket, below `edgelm/<device>/`.
 
     request/generate   in   QoS 1   a JSON object, or plain UTF-8 text, which is the prompt
+    request/cancel     in   QoS 0   {"id"}: stops that request; 0, because a full window would hold a QoS 1 back
+    request/health     in   QoS 0   anything; the answer goes to response/health
     response/<id>      out  QoS 1   the one terminal answer, unless the request names another topic (…/response: no id)
     stream/<id>        out  QoS 0   snapshots, if the request asks for them and has an id
     availability       out  QoS 1   retained `online` or `offline`, the latter also as last will
+    state              out  QoS 1   retained: what health answers, whenever it changes
+    info               out  QoS 1   retained: version, bundle, limits, JSON schema of the requests
+    metrics            out  QoS 0   counters, every minute
 
 Snapshots never share a topic with the answer, because clients such as mosquitto_rr take the first message for it.
-MQTT 5, or 3.1.1 with a broker that refuses it. Without a broker the daemon serves its socket and keeps trying.
+MQTT 5, or 3.1.1 with a broker that refuses it. Without a broker the daemon serves its socket and keeps trying. A
+request is acknowledged once it is in the journal, and a refused one once the refusal has arrived.
 """
 
 import logging
-import re
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Final
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
@@ -24,72 +29,67 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.config import Config, read_password
-from edge.worker import Worker
+from edge.journal import Journal
+from edge.mqtt_status import Status
+from edge.mqtt_topics import Topics, answer_properties, decode_generate, json_properties, properties, sent_with
+from edge.promises import Letter, Promises
+from edge.scheduler import Scheduler
 from shared.errors import ConfigError, RequestError
-from shared.messages import (
-    MAX_MESSAGE_BYTES,
-    GenerateRequest,
-    Partial,
-    Reply,
-    decode_request,
-    encode,
-    error_response,
-    id_of,
-)
+from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, Partial, decode_cancel, encode, error_response, id_of
 
 log = logging.getLogger("edgelm")
 
 MAX_PACKET_BYTES: Final = 16 * MAX_MESSAGE_BYTES
 """Above MAX_MESSAGE_BYTES a request is refused by name; above this the broker (MQTT 5) does not even hand it on."""
+SESSION_EXPIRY_S: Final = 24 * 3600
+"""How long the broker keeps requests for a daemon that is away."""
 RECONNECT_S: Final = (1, 30)
 FAREWELL_S: Final = 2.0
-MAX_TOPIC: Final = 256
-MAX_LEVELS: Final = 16
 REFUSED_VERSION: Final = "Unsupported protocol version"
-
-_NONCHARACTERS: Final = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
-UNSENDABLE: Final = re.compile(f"[+#\x00-\x1f\x7f-\x9f\ufdd0-\ufdef{_NONCHARACTERS}]")
-"""Wildcards, and characters at which a broker may drop the connection: one bad topic would then end every answer."""
-
-
-@dataclass(frozen=True)
-class _Address:
-    """Where the replies to one request go. stream: None when it gets no snapshots."""
-
-    response: str
-    stream: str | None
-    correlation: bytes | None
 
 
 class MqttTransport:
-    """Serves a worker through the configured broker. Raises ConfigError for files that cannot be read."""
+    """Serves a scheduler through the configured broker. Raises ConfigError for files that cannot be used."""
 
-    def __init__(self, config: Config, worker: Worker) -> None:
+    def __init__(self, config: Config, scheduler: Scheduler) -> None:
         assert config.mqtt.host is not None
         self._config = config.mqtt
         self._host: str = config.mqtt.host
-        self._worker = worker
         self._client_id = f"edgelm-{config.device}"
-        self._base = f"edgelm/{config.device}"
+        self._topics = Topics(config.device, config.mqtt.reply_prefixes)
+        self._subscriptions = {
+            self._topics.own("request/generate"): (1, self._on_generate),
+            self._topics.own("request/cancel"): (0, self._on_cancel),
+            self._topics.own("request/health"): (0, self._on_health),
+        }
         self._password = read_password(config.mqtt)
         self._unreachable = False  # said once, not at every attempt
         self._parted = threading.Event()
+        self._connections = 0
         self._client = self._make_client(MQTTProtocolVersion.MQTTv5)
+        self._scheduler = scheduler
+        self._promises = Promises(Journal(config.state / f"{config.device}.sqlite"), scheduler, self._send, self._show)
+        self._status = Status(scheduler, config.queue_size, self._tell)
 
     @property
     def broker(self) -> str:
         """Host and port."""
         return f"{self._host}:{self._config.port}"
 
+    @property
+    def _modern(self) -> bool:
+        return self._client.protocol is MQTTProtocolVersion.MQTTv5
+
     def start(self) -> None:
-        """Begin to connect, in the background, for as long as it takes."""
-        modern = self._client.protocol is MQTTProtocolVersion.MQTTv5
-        limit = _properties(PacketTypes.CONNECT, MaximumPacketSize=MAX_PACKET_BYTES) if modern else None
-        self._client.connect_async(self._host, self._config.port, properties=limit)
-        self._client.loop_start()
+        """Take up what an earlier process left, and begin to connect, in the background, for as long as it takes."""
+        self._promises.start()
+        self._status.start()
+        self._connect()
 
     def close(self) -> None:
         """Hand over the last answers, say `offline`, and part; bounded in time."""
+        self._status.close()
+        self._promises.close(FAREWELL_S)
         client = self._client
         connected = client.is_connected()
         if connected:
@@ -102,25 +102,37 @@ class MqttTransport:
         if connected:
             self._parted.wait(FAREWELL_S)
 
+    def _connect(self) -> None:
+        keeps: dict[str, Any] = {}
+        if self._modern:
+            limits = {"MaximumPacketSize": MAX_PACKET_BYTES, "SessionExpiryInterval": SESSION_EXPIRY_S}
+            keeps = {"clean_start": False, "properties": properties(PacketTypes.CONNECT, **limits)}
+        self._client.connect_async(self._host, self._config.port, **keeps)
+        self._client.loop_start()
+
     def _make_client(self, protocol: MQTTProtocolVersion) -> Client:
-        client = Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=protocol)
+        clean = None if protocol is MQTTProtocolVersion.MQTTv5 else False  # version 5 says so as it connects
+        client = Client(
+            CallbackAPIVersion.VERSION2, self._client_id, clean_session=clean, protocol=protocol, manual_ack=True
+        )
         client.username_pw_set(self._config.username, self._password)
         if self._config.ca_file is not None:
             try:
                 client.tls_set(ca_certs=str(self._config.ca_file))
             except OSError as error:
                 raise ConfigError(f"mqtt.ca_file {self._config.ca_file} cannot be used: {error}") from None
-        client.will_set(f"{self._base}/availability", "offline", qos=1, retain=True)
+        client.will_set(self._topics.own("availability"), "offline", qos=1, retain=True)
         client.reconnect_delay_set(*RECONNECT_S)
         client.on_connect = self._on_connect
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
+        client.on_publish = self._on_publish
         return client
 
     def _announce(self, state: str) -> Any:
-        return self._client.publish(f"{self._base}/availability", state, qos=1, retain=True)
+        return self._client.publish(self._topics.own("availability"), state, qos=1, retain=True)
 
     def _on_connect(
         self, client: Client, userdata: Any, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
@@ -129,27 +141,29 @@ class MqttTransport:
             log.info("broker %s refuses MQTT 5; using 3.1.1", self.broker)
             client.disconnect()
             self._client = self._make_client(MQTTProtocolVersion.MQTTv311)
-            self.start()
+            self._connect()
+            self._promises.send_again()
         elif reason.is_failure:
             self._complain(f"broker {self.broker} refuses the connection: {reason}")
         else:
-            topic = f"{self._base}/request/generate"
-            if client.protocol is MQTTProtocolVersion.MQTTv5:
-                options = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
-                client.subscribe(topic, options=options)
-            else:
-                client.subscribe(topic, qos=1)
+            self._connections += 1
+            asked = [(topic, qos) for topic, (qos, _) in self._subscriptions.items()]
+            unretained = SubscribeOptions.RETAIN_DO_NOT_SEND
+            modern = [(topic, SubscribeOptions(qos=qos, retainHandling=unretained)) for topic, qos in asked]
+            client.subscribe(modern if self._modern else asked)
 
     def _on_subscribe(
         self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], properties: Properties | None
     ) -> None:
         # Only now is `online` true: a request sent on seeing it finds the subscription.
         if any(reason.is_failure for reason in reasons):
-            self._complain(f"broker {self.broker} refuses to hand on {self._base}/request/generate: {reasons[0]}")
+            refused = next(reason for reason in reasons if reason.is_failure)
+            self._complain(f"broker {self.broker} refuses to hand on {self._topics.own('request')}: {refused}")
             return
         self._unreachable = False
         log.info("mqtt connected to %s as %s", self.broker, self._client_id)
         self._announce("online")
+        self._status.tell_all()
 
     def _on_connect_fail(self, client: Client, userdata: Any) -> None:
         # paho calls this while it handles the error, and has no other way to tell which.
@@ -168,86 +182,83 @@ class MqttTransport:
         self._unreachable = True
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        connection = self._connections
+
+        def acknowledge() -> None:
+            if self._connections == connection:  # after that the broker sends it again, perhaps by another number
+                client.ack(message.mid, message.qos)
+
         try:
             if message.retain:  # would be served again at every connect
                 log.warning("ignored a retained request on %s", message.topic)
+                acknowledge()
             else:
-                self._serve(message)
+                _, serve = self._subscriptions[message.topic]
+                serve(message, acknowledge)
         except Exception:  # paho's thread must live on
             log.exception("a message could not be served")
+            acknowledge()
 
-    def _serve(self, message: MQTTMessage) -> None:
-        asked_topic: str | None = getattr(message.properties, "ResponseTopic", None)
-        correlation: bytes | None = getattr(message.properties, "CorrelationData", None)
+    def _on_generate(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
         payload = bytes(message.payload)
+        asked_topic: str | None = sent_with(message, "ResponseTopic")
+        correlation: bytes | None = sent_with(message, "CorrelationData")
         request: GenerateRequest | None = None
         refusal: RequestError | None = None
         try:
-            request = _decode(payload)
+            request = decode_generate(payload)
             asked_topic = request.response_topic if asked_topic is None else asked_topic
         except RequestError as error:
             refusal = error
         id = id_of(payload) if request is None else request.id
-        response = self._own_topic("response", id)
-        if asked_topic is not None and self._may_publish(asked_topic):
-            response = asked_topic
-        elif asked_topic is not None and refusal is None:
-            below = ", ".join(self._config.reply_prefixes)
-            refusal = RequestError("bad_reply_topic", f"answers go to topics below {below}, not to {asked_topic!r}")
-        stream = None if id is None else self._own_topic("stream", id)
-        address = _Address(response, stream, correlation)
+        address, wrong_topic = self._topics.address(asked_topic, id)
+        refusal = refusal or wrong_topic
         if request is None or refusal is not None:
             assert refusal is not None
-            self._reply(address, error_response(refusal, id))
+            self._promises.refuse(address, correlation, error_response(refusal, id), acknowledge)
         else:
-            self._worker.submit(request, lambda reply: self._reply(address, reply))
+            expiry_s = sent_with(message, "MessageExpiryInterval")
+            self._promises.accept(address, correlation, request, expiry_s, acknowledge)
 
-    def _own_topic(self, kind: str, id: str | None) -> str:
-        return f"{self._base}/{kind}" if id is None or UNSENDABLE.search(id) else f"{self._base}/{kind}/{id}"
-
-    def _may_publish(self, topic: str) -> bool:
-        """Whether a client may direct answers there: otherwise anyone could publish with the daemon's rights."""
-        levels = topic.split("/")
-        own = topic.startswith(f"{self._base}/")
-        spoofs = levels[2:3] != ["response"] if own else levels[2:3] in (["request"], ["availability"])
-        return (
-            topic.startswith(self._config.reply_prefixes)
-            and not spoofs
-            and len(topic) <= MAX_TOPIC
-            and len(levels) <= MAX_LEVELS
-            and UNSENDABLE.search(topic) is None
-        )
-
-    def _reply(self, address: _Address, reply: Reply) -> None:
-        partial = isinstance(reply, Partial)
-        topic = address.stream if partial else address.response
-        if topic is None:
+    def _on_cancel(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
+        acknowledge()
+        payload = bytes(message.payload)
+        asked_topic: str | None = sent_with(message, "ResponseTopic")
+        try:
+            request = decode_cancel(payload)
+        except RequestError as error:
+            id = id_of(payload)
+            address, _ = self._topics.address(asked_topic, id)
+            self._promises.refuse(address, sent_with(message, "CorrelationData"), error_response(error, id))
             return
-        properties = None
-        if self._client.protocol is MQTTProtocolVersion.MQTTv5:
-            echo = {} if address.correlation is None else {"CorrelationData": address.correlation}
-            properties = _properties(
-                PacketTypes.PUBLISH, ContentType="application/json", PayloadFormatIndicator=1, **echo
-            )
-        self._client.publish(topic, encode(reply), qos=0 if partial else 1, properties=properties)
+        self._promises.cancel(request.id, request.response_topic if asked_topic is None else asked_topic)
 
+    def _on_health(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
+        acknowledge()
+        asked_topic, correlation = sent_with(message, "ResponseTopic"), sent_with(message, "CorrelationData")
+        address, refusal = self._topics.address(asked_topic, "health")
+        if refusal is not None:
+            self._promises.refuse(address, correlation, error_response(refusal, None))
+            return
+        echo = {} if correlation is None else {"CorrelationData": correlation}
+        carried = json_properties(**echo) if self._modern else None
+        self._client.publish(address, encode(self._scheduler.health()), qos=1, properties=carried)
 
-def _properties(packet: int, **values: Any) -> Properties:
-    properties = Properties(packet)  # type: ignore[no-untyped-call]
-    for name, value in values.items():
-        setattr(properties, name, value)
-    return properties
+    def _on_publish(
+        self, client: Client, userdata: Any, mid: int, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if reason.is_failure:  # sent again it would be refused again
+            log.warning("broker %s refuses a message of ours: %s", self.broker, reason)
+        self._promises.arrived(mid)
 
+    def _send(self, letter: Letter) -> int:
+        carried = answer_properties(letter.payload, letter.correlation) if self._modern else None
+        return self._client.publish(letter.address, letter.payload, qos=1, properties=carried).mid
 
-def _decode(payload: bytes) -> GenerateRequest:
-    """A JSON object, or plain text as the prompt. Raises RequestError."""
-    if payload.lstrip().startswith(b"{"):
-        return decode_request(payload)
-    if len(payload) > MAX_MESSAGE_BYTES:
-        raise RequestError("too_large", f"a message may have {MAX_MESSAGE_BYTES} bytes; this one has {len(payload)}")
-    if not payload:
-        raise RequestError("bad_request", 'an empty message asks for nothing; send {"prompt": ""} for a free story')
-    try:
-        return GenerateRequest(prompt=payload.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestError("bad_request", f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
+    def _show(self, id: str, partial: Partial) -> None:
+        if not self._client.want_write():  # the broker is behind: a newer snapshot will serve better
+            self._tell(f"stream/{id}", encode(partial), qos=0)
+
+    def _tell(self, kind: str, payload: bytes, qos: int = 1, retain: bool = False) -> None:
+        carried = json_properties() if self._modern else None
+        self._client.publish(self._topics.own(kind), payload, qos, retain, carried)

@@ -1,7 +1,7 @@
 """The Unix socket: one JSON object a line both ways, several requests of a connection in flight at once.
 
 One thread polls every connection, because an asyncio loop costs 10 MB and 40 ms of the start. Replies come from the
-worker's thread, which sends them itself when the client keeps up, so that an answer waits for no other thread.
+scheduler's thread, which sends them itself when the client keeps up, so that an answer waits for no other thread.
 """
 
 import logging
@@ -13,15 +13,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from edge.client import connect
-from edge.worker import Worker
+from edge.scheduler import Scheduler
 from shared.errors import ConfigError, RequestError
 from shared.messages import (
     MAX_MESSAGE_BYTES,
-    GenerateRequest,
+    CancelRequest,
     HealthRequest,
     Partial,
     Reply,
@@ -43,20 +44,28 @@ ACCEPT_PAUSE_S: Final = 0.1
 HANG_UP: Final = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
+@dataclass(eq=False)
+class _Asked:
+    """A request in flight."""
+
+    id: str | None
+    cancelled: bool = False
+
+
 class _Connection:
     """One client: bytes in, bytes out, and whether it is still there. wake: has the polling thread look again."""
 
-    def __init__(self, sock: socket.socket, worker: Worker, wake: Callable[[], None]) -> None:
+    def __init__(self, sock: socket.socket, scheduler: Scheduler, wake: Callable[[], None]) -> None:
         sock.setblocking(False)
         self.gone = False  # the client closed, or we did: its requests are cancelled
         self._ended = False  # nothing more is read: the client sent its last line, or one that was too long
         self._sock = sock
-        self._worker = worker
+        self._scheduler = scheduler
         self._wake = wake
         self._inbox = bytearray()  # the polling thread's alone
         self._lock = threading.Lock()  # guards the two below and the sending
         self._outbox = bytearray()
-        self._in_flight = 0
+        self._in_flight: set[_Asked] = set()
 
     @property
     def events(self) -> int:
@@ -73,7 +82,7 @@ class _Connection:
     def finished(self) -> bool:
         """Whether all that was asked is answered, and nothing more will be asked."""
         with self._lock:
-            return self.gone or (self._ended and not self._inbox and not self._outbox and self._in_flight == 0)
+            return self.gone or (self._ended and not self._inbox and not self._outbox and not self._in_flight)
 
     def receive(self) -> None:
         """Read what is there. The last line needs no newline when the client shuts its writing side."""
@@ -107,23 +116,31 @@ class _Connection:
     def _answer(self, line: bytes) -> None:
         try:
             request = decode_line(line)
-            if isinstance(request, GenerateRequest) and request.response_topic is not None:
+            if not isinstance(request, HealthRequest) and request.response_topic is not None:
                 raise RequestError("bad_request", "`response_topic` is for MQTT: here the answer takes the way back")
         except RequestError as error:
             self._send(error_response(error, id_of(line)))
             return
         if isinstance(request, HealthRequest):
-            self._send(self._worker.health())
+            self._send(self._scheduler.health())
             return
         with self._lock:
-            self._in_flight += 1
-        self._worker.submit(request, self._reply, lambda: self.gone)
+            if isinstance(request, CancelRequest):
+                for asked in self._in_flight:
+                    asked.cancelled |= asked.id == request.id
+                return
+            asked = _Asked(request.id)
+            self._in_flight.add(asked)
+        client = f"socket {id(self)}"
+        self._scheduler.submit(
+            request, lambda reply: self._reply(asked, reply), lambda: asked.cancelled or self.gone, client
+        )
 
-    def _reply(self, reply: Reply) -> None:
+    def _reply(self, asked: _Asked, reply: Reply) -> None:
         self._send(reply)
         if isinstance(reply, Response):
             with self._lock:
-                self._in_flight -= 1
+                self._in_flight.discard(asked)
         if self._outbox or self._inbox or self._ended:
             self._wake()
 
@@ -158,11 +175,11 @@ class _Connection:
 
 
 class SocketServer:
-    """Serves a worker on a Unix socket. Raises ConfigError when the path cannot be taken."""
+    """Serves a scheduler on a Unix socket. Raises ConfigError when the path cannot be taken."""
 
-    def __init__(self, path: Path, worker: Worker) -> None:
+    def __init__(self, path: Path, scheduler: Scheduler) -> None:
         self._path = path
-        self._worker = worker
+        self._scheduler = scheduler
         self._listener = _listen(path)
         self._inode = path.lstat().st_ino
         self._connections: dict[int, _Connection] = {}
@@ -241,7 +258,7 @@ class SocketServer:
             log.warning("a client could not be accepted: %s", error.strerror)
             time.sleep(ACCEPT_PAUSE_S)  # out of file descriptors: the listener stays readable meanwhile
             return False
-        connection = _Connection(sock, self._worker, self._wake)
+        connection = _Connection(sock, self._scheduler, self._wake)
         if len(self._connections) >= MAX_CONNECTIONS:
             connection.refuse(RequestError("queue_full", f"{MAX_CONNECTIONS} clients are connected already"))
         else:

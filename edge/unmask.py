@@ -4,14 +4,14 @@ Backend-blind. `host.sampler` says the same in torch; a golden test holds the tw
 L: canvas length, M: open positions, K: candidates of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend
+from edge.backends import Backend, StepResult
 from edge.philox import ORDER_DOMAIN, gumbel, uniform
 from shared.manifest import Selection
 from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
@@ -47,6 +47,48 @@ class Sampling:
         return self.threshold is not None or (self.entropy_bound is None and self.selection == "confidence")
 
 
+class Row:
+    """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of those it is scored with."""
+
+    def __init__(self, canvas: Ids, fill: Bools, sampling: Sampling) -> None:
+        self.canvas = canvas
+        self.fill = fill
+        self.step = 0  # passes so far
+        self._sampling = sampling
+
+    @property
+    def left(self) -> int:
+        """Positions still open; the canvas is finished when there are none."""
+        return int(np.count_nonzero(self.fill & (self.canvas == MASK)))
+
+    def advance(self, scored: StepResult) -> None:
+        """Commit some of what one pass saw on this canvas: ids, logp (L', K), entropy (L',), L' up to its end."""
+        sampling, step, left = self._sampling, self.step, self.left
+        position = np.flatnonzero(self.fill & (self.canvas == MASK))
+        ids, logp, entropy = scored.ids[position], scored.logp[position], scored.entropy[position]
+        token = np.zeros_like(position, np.int32)  # (M,)
+        confidence = np.zeros_like(entropy)
+        if sampling.by_confidence:
+            token, confidence = draw(ids, logp, sampling, step, position)
+        order = rank(logp, entropy, confidence, sampling, step, position)
+        chosen = order[: how_many(order, entropy, confidence, sampling, step, left)]
+        if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
+            token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, position[chosen])
+        commit(self.canvas, position[chosen], token[chosen])
+        self.step += 1
+        if self.left >= left:
+            raise RuntimeError("the step graph proposes MASK, or an end left of visible text: nothing can be committed")
+
+
+def step_rows(backend: Backend, schedule: ScheduleName, rows: Sequence[Row], length: int) -> None:
+    """One pass over unfinished rows whose active_bucket is `length`; their number is one of the backend's batches."""
+    masked = [np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1) for row in rows]
+    t = np.array([time_of_masked_fraction(schedule, fraction) for fraction in masked], np.float32)
+    scored = backend.step(np.stack([row.canvas[:length] for row in rows]), t)
+    for i, row in enumerate(rows):
+        row.advance(StepResult(scored.ids[i], scored.logp[i], scored.entropy[i]))
+
+
 def unmask(
     backend: Backend,
     schedule: ScheduleName,
@@ -56,28 +98,11 @@ def unmask(
     on_step: Callable[[int, Ids], None],
 ) -> int:
     """Fill a canvas (L,) in place where `fill` is true; calls on_step(passes so far, canvas).  → passes made"""
-    step, before = 0, canvas.size
-    while (left := int(np.count_nonzero(open_now := fill & (canvas == MASK)))) > 0:
-        if left >= before:
-            raise RuntimeError("the step graph proposes MASK, or an end left of visible text: nothing can be committed")
-        before = left
-        length = active_bucket(canvas, backend.lengths)
-        t = time_of_masked_fraction(schedule, np.count_nonzero(canvas == MASK) / (canvas.size - 1))
-        scored = backend.step(canvas[None, :length], np.array([t], np.float32))
-        position = np.flatnonzero(open_now)
-        ids, logp, entropy = scored.ids[0, position], scored.logp[0, position], scored.entropy[0, position]
-        token = np.zeros_like(position, np.int32)  # (M,)
-        confidence = np.zeros_like(entropy)
-        if sampling.by_confidence:
-            token, confidence = draw(ids, logp, sampling, step, position)
-        order = rank(logp, entropy, confidence, sampling, step, position)
-        chosen = order[: how_many(order, entropy, confidence, sampling, step, left)]
-        if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
-            token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, position[chosen])
-        commit(canvas, position[chosen], token[chosen])
-        step += 1
-        on_step(step, canvas)
-    return step
+    row = Row(canvas, fill, sampling)
+    while row.left:
+        step_rows(backend, schedule, [row], active_bucket(canvas, backend.lengths))
+        on_step(row.step, canvas)
+    return row.step
 
 
 def active_bucket(canvas: Ids, lengths: tuple[int, ...]) -> int:

@@ -41,12 +41,14 @@ class BundleError(DiffusionLLMError):
 ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {
     "bad_request": (400, False),
     "bad_reply_topic": (403, False),
+    "conflict": (409, False),
     "too_large": (413, False),
     "queue_full": (429, True),
     "cancelled": (499, False),
     "internal": (500, True),
     "draining": (503, True),
     "timeout": (504, True),
+    "storage_full": (507, True),
 }
 """Reply code → (the HTTP status a reader may know, whether the same request may succeed later)."""
 

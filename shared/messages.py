@@ -3,7 +3,7 @@
 Every field is bounded here, so that a decoded message is a valid one; an unknown field is refused by name.
 """
 
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -63,6 +63,16 @@ class HealthRequest(Struct, frozen=True, forbid_unknown_fields=True, tag="health
     """Ask how the daemon is."""
 
 
+class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="cancel"):
+    """Stop the unfinished requests of that id; each is answered as `cancelled`.
+
+    response_topic: only the one that has its answer sent there (MQTT). On the Unix socket, those of the connection.
+    """
+
+    id: Id
+    response_topic: Annotated[str, Meta(max_length=1024)] | None = None
+
+
 class Usage(Struct, frozen=True, forbid_unknown_fields=True):
     """What a request cost. steps: passes of the network."""
 
@@ -113,14 +123,54 @@ class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     masked: int
 
 
+State = Literal["idle", "busy", "draining"]
+
+
 class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="health"):
-    """The daemon's answer to a HealthRequest."""
+    """The daemon's answer to a HealthRequest. queued: accepted requests that have no turns on the engine yet."""
 
     v: int = PROTOCOL_VERSION
-    state: Literal["idle", "busy", "draining"]
+    state: State
     queued: int
     model: str
     version: str
+
+
+class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="metrics"):
+    """Counters since the daemon started; answered: by "ok" or error code, refusals included.
+
+    active: requests that have their turns on the engine. resident_mb: megabytes of memory, 10^6 bytes each.
+    """
+
+    v: int = PROTOCOL_VERSION
+    uptime_s: float
+    accepted: int
+    answered: dict[str, int]
+    generated_tokens: int
+    steps: int
+    active: int
+    queued: int
+    resident_mb: float
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request must keep within. canvas_tokens: prompt and text together, and two more."""
+
+    message_bytes: int
+    canvas_tokens: int
+    steps: int
+    top_k: int
+    queue_size: int
+
+
+class Info(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="info"):
+    """What the daemon is and takes. schemas: JSON schema of each kind of request."""
+
+    v: int = PROTOCOL_VERSION
+    version: str
+    model: str
+    limits: Limits
+    schemas: dict[str, dict[str, Any]]
 
 
 Reply = Response | Partial | Health
@@ -155,12 +205,21 @@ def decode_request(payload: bytes) -> GenerateRequest:
     return _decode(payload, GenerateRequest)
 
 
-def decode_line(payload: bytes) -> GenerateRequest | HealthRequest:
+def decode_cancel(payload: bytes) -> CancelRequest:
+    """Decode a cancel request. Raises as decode_request does."""
+    return _decode(payload, CancelRequest)
+
+
+def decode_line(payload: bytes) -> GenerateRequest | CancelRequest | HealthRequest:
     """Decode one line of the Unix socket; its `type` is "generate" when left out. Raises as decode_request does."""
     kind = _decode(payload, _Kind).type
-    if kind not in ("generate", "health"):
-        raise RequestError("bad_request", f'unknown type {kind!r}: send "generate" or "health"')
-    return _decode(payload, GenerateRequest) if kind == "generate" else _decode(payload, HealthRequest)
+    if kind == "generate":
+        return _decode(payload, GenerateRequest)
+    if kind == "cancel":
+        return _decode(payload, CancelRequest)
+    if kind == "health":
+        return _decode(payload, HealthRequest)
+    raise RequestError("bad_request", f'unknown type {kind!r}: send "generate", "cancel" or "health"')
 
 
 def id_of(payload: bytes) -> str | None:

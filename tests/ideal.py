@@ -29,6 +29,7 @@ class Ideal:
         assert math.isclose(self.p.sum(), 1.0)
         self.config = SimpleNamespace(time_input=False)
         self.lengths: tuple[int, ...] = (self.canvases.shape[1],)
+        self.batches: tuple[int, ...] = (1,)
 
     def marginals(self, canvas: NDArray[np.int64]) -> NDArray[np.float64]:
         """p(token at each position | visible tokens).  (L,) → (L, V)"""

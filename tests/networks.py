@@ -23,6 +23,7 @@ class Noise:
     lengths: tuple[int, ...]
     spread: float = 1.0
     times: list[float] = field(default_factory=list)
+    batches: tuple[int, ...] = (1,)
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
         assert canvas.shape in {(1, n) for n in self.lengths}
@@ -49,6 +50,7 @@ class Constant:
     ids: NDArray[np.int32]  # (K,)
     logp: NDArray[np.float32]  # (K,)
     lengths: tuple[int, ...]
+    batches: tuple[int, ...] = (1,)
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
         shape = (1, canvas.shape[1], self.ids.size)

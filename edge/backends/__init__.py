@@ -29,8 +29,11 @@ class Backend(Protocol):
     lengths: tuple[int, ...]
     """Canvas lengths it serves, ascending; the last is the bundle's canvas length."""
 
+    batches: tuple[int, ...]
+    """Numbers of canvases it scores in one pass, ascending from 1. No canvas's scores depend on its neighbours."""
+
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """Score canvases (B, L) at times t (B,); L must be one of `lengths`."""
+        """Score canvases (B, L) at times t (B,); B one of `batches`, L one of `lengths`."""
 
     def close(self) -> None:
         """Free what it holds."""

@@ -15,6 +15,7 @@ class FakeBackend:
 
     def __init__(self, manifest: Manifest, step_ms: float = 0.0) -> None:
         self.lengths: tuple[int, ...] = (manifest.model.canvas_len,)
+        self.batches: tuple[int, ...] = (1, 2, 4, 8)
         self._step_s = step_ms / 1e3
         length, k = manifest.model.canvas_len, manifest.top_k
         text_ids = manifest.model.vocab_size - FIRST_TEXT_ID

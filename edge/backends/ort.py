@@ -49,6 +49,8 @@ class OrtBackend:
         self._top_k = manifest.top_k
         longest = manifest.model.canvas_len
         self.lengths: tuple[int, ...] = tuple(n for n in (longest // 4, longest // 2, longest) if n >= 16)
+        # INT8 graphs scale activations by what the whole batch holds: a neighbour would change the text.
+        self.batches: tuple[int, ...] = (1,)
         for length in self.lengths:
             self._warm_up(length, folder / graph.file)
 

@@ -9,11 +9,15 @@ from msgspec import Struct
 
 from shared import messages
 from shared.messages import (
+    CancelRequest,
     ErrorInfo,
     Gap,
     GenerateRequest,
     Health,
     HealthRequest,
+    Info,
+    Limits,
+    Metrics,
     Partial,
     Reply,
     Response,
@@ -40,6 +44,7 @@ EXAMPLES: tuple[Struct, ...] = (
         response_topic="edgelm/reply/me",
     ),
     GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(3), "."], entropy_bound=2.5),
+    CancelRequest(id="a-1", response_topic="edgelm/reply/me"),
     HealthRequest(),
     Usage(prompt_tokens=5, generated_tokens=40, steps=16),
     Timing(queue_ms=0.5, first_token_ms=20.25, total_ms=400.0),
@@ -56,6 +61,19 @@ EXAMPLES: tuple[Struct, ...] = (
         error=ErrorInfo("internal", "…"),
     ),
     Partial(id="a-1", seq=3, step=4, steps=16, text="Once ░░░", masked=3),
+    Metrics(
+        v=2,
+        uptime_s=60.5,
+        accepted=3,
+        answered={"ok": 2, "timeout": 1},
+        generated_tokens=400,
+        steps=96,
+        active=1,
+        queued=2,
+        resident_mb=92.5,
+    ),
+    Limits(message_bytes=65536, canvas_tokens=256, steps=1024, top_k=64, queue_size=32),
+    Info(v=2, version="0.1.0", model="tinystories@01", limits=Limits(1, 2, 3, 4, 5), schemas={"x": {"type": "object"}}),
     Health(v=2, state="busy", queued=2, model="tinystories@0123456789ab", version="0.1.0"),
 )
 """Two requests, because `prompt` excludes `segments` and `threshold` excludes `entropy_bound`."""

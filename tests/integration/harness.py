@@ -88,6 +88,7 @@ class Daemon:
         self.log = folder / "log"
         self._lines: list[Line] = []
         command = [sys.executable, "-m", "edge", "--bundle", str(bundle), "--socket", str(self.socket), *args]
+        settings = {"STATE": str(folder)} | settings
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=clean_environment(**settings), stdout=subprocess.PIPE, stderr=log, text=True

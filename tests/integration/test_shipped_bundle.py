@@ -1,16 +1,18 @@
 """The bundle in the repository: complete, small, honest about itself, and able to tell a story."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge.config import default_bundle
 from edge.engine import Engine
+from edge.scheduler import Scheduler
 from host.parity import passes
 from host.scoring import GraphScorer, load_graph
 from shared.manifest import TOKENIZER, find_graph, read_manifest, verified_bytes
-from shared.messages import OPEN_POSITION, Gap, GenerateRequest
+from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
 from shared.tokens import BOS, EOS, MASK, PAD
 
 README = Path(__file__).parents[2] / "README.md"
@@ -54,6 +56,26 @@ def test_it_fills_gaps_and_leaves_the_given_text_alone(engine: Engine) -> None:
     text = engine.run(engine.prepare(request)).text
     assert text.startswith("Tom had a ") and " and it was " in text and text.endswith(".")
     assert len(text) > len("Tom had a  and it was .")
+
+
+def test_a_text_does_not_show_what_was_computed_beside_it(engine: Engine) -> None:
+    """INT8 scales its activations by what a pass holds: neighbours in one pass would change them."""
+    asked: list[dict[str, Any]] = [
+        {"prompt": "Once upon a time", "steps": 6},
+        {"prompt": "Lily found a", "steps": 4, "max_tokens": 40},
+        {"prompt": "The dog", "steps": 5, "max_tokens": 90, "temperature": 1.2},
+        {"segments": ["Tom had a ", Gap(4), " and it was ", Gap(3), "."], "steps": 3},
+    ]
+    requests = [GenerateRequest(seed=seed, **fields) for seed, fields in enumerate(asked)]
+    alone = [engine.run(engine.prepare(request)).text for request in requests]
+    scheduler = Scheduler(engine, queue_size=16)
+    together: list[Reply] = []
+    for request in requests:
+        scheduler.submit(request, together.append)
+    scheduler.refuse_new()
+    scheduler.run()
+    texts = {reply.seed: reply.text for reply in together if isinstance(reply, Response)}
+    assert [texts[seed] for seed in range(4)] == alone
 
 
 def test_its_graphs_agree(engine: Engine) -> None:

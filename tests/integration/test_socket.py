@@ -189,3 +189,27 @@ def test_a_full_queue_says_when_to_come_again(start_daemon: Callable[..., Daemon
     refused = line.read() or {}
     assert refused["id"] == "refused" and refused["error"]["code"] == "queue_full"
     assert refused["error"]["retryable"] and refused["error"]["retry_after_ms"] >= 1
+
+
+def test_health_is_answered_during_a_step(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = start_daemon(backend="fake:3000")
+    busy, asking = daemon.line(), daemon.line()
+    busy.send(STORY | {"steps": 1})
+    until(lambda: is_busy(daemon), "the step to begin")
+    started_s = time.monotonic()
+    for _ in range(50):
+        assert asking.ask({"type": "health"})["state"] == "busy"  # all within the one step
+    assert time.monotonic() - started_s < 50 * 0.05
+    busy.close()
+
+
+def test_a_cancel_stops_the_connections_own_request_of_that_id(start_daemon: Callable[..., Daemon]) -> None:
+    daemon = slow_daemon(start_daemon)
+    mine, other = daemon.line(), daemon.line()
+    mine.send(STORY | {"id": "a"}, STORY | {"id": "b", "steps": 5})
+    other.send(STORY | {"id": "a", "steps": 5})
+    mine.send({"type": "cancel", "id": "a"})
+
+    cancelled = mine.read() or {}
+    assert (cancelled["id"], cancelled["status"], cancelled["error"]["code"]) == ("a", "cancelled", "cancelled")
+    assert (mine.read() or {})["status"] == (other.read() or {})["status"] == "ok"

@@ -7,9 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge.bench import Report
+from edge.bench import Report, parse_clients
+from edge.bench_clients import ClientsReport
 from host.model import ModelConfig
 from host.step_speed import StepSpeed, step_gflop
+from shared.errors import ConfigError
 
 
 def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
@@ -68,3 +70,20 @@ def test_a_users_mistake_is_one_sentence(options: list[str], status: int, senten
     assert done.returncode == status
     assert done.stderr.decode().startswith(sentence)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_clients_share_the_same_requests(debug_bundle: Path) -> None:
+    options = ["--bundle", str(debug_bundle), "--threads", "1", "--clients", "1,3", "--json"]
+    done = subprocess.run([sys.executable, "-m", "edge.bench", *options], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    report = msgspec.json.decode(done.stdout, type=ClientsReport)
+    assert [(row.length, row.clients) for row in report.loads] == [(64, 1), (64, 3), (256, 1), (256, 3)]
+    for row in report.loads:
+        assert row.tokens_per_s > 0 and 0 < row.p50_ms <= row.p99_ms
+    assert 10 < report.peak_mb < 1000
+
+
+@pytest.mark.parametrize("clients", ["", "0", "1,,2", "99", "many"])
+def test_impossible_clients_are_one_sentence(clients: str) -> None:
+    with pytest.raises(ConfigError, match="--clients takes numbers from 1 to 24"):
+        parse_clients(clients)

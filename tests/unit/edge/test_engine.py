@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from edge.engine import Engine
-from edge.worker import Worker
+from edge.scheduler import Scheduler
 from shared.errors import BundleError, RequestError
 from shared.manifest import MANIFEST, TOKENIZER
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
@@ -118,10 +118,10 @@ def test_without_a_seed_each_plan_has_its_own_and_it_reproduces_the_text(fp32: E
 
 
 def test_the_same_request_gives_the_same_text_alone_and_beside_others(engine: Engine) -> None:
-    """Through the worker, between requests that use other lengths, rules and seeds."""
+    """Through the scheduler, between requests that use other lengths, rules and seeds."""
     asked = [replace(REQUESTS[n], seed=7, id=n) for n in ("random", "short", "infill", "threshold")]
     alone = {request.id: engine.run(engine.prepare(request)).text for request in asked}
-    worker = Worker(engine, queue_size=16)
+    scheduler = Scheduler(engine, queue_size=16)
     replies: list[Reply] = []
     arrived = threading.Semaphore(0)
 
@@ -129,13 +129,13 @@ def test_the_same_request_gives_the_same_text_alone_and_beside_others(engine: En
         replies.append(message)
         arrived.release()
 
-    worker.start()
+    scheduler.start()
     try:
         for request in [*asked, *reversed(asked), asked[0], asked[0]]:
-            worker.submit(request, reply)
+            scheduler.submit(request, reply)
         assert all(arrived.acquire(timeout=60) for _ in range(10))
     finally:
-        worker.stop()
+        scheduler.stop()
     for message in replies:
         assert isinstance(message, Response)
         assert (message.status, message.text) == ("ok", alone[message.id])

@@ -122,7 +122,7 @@ def test_impossible_segments_are_refused_with_their_place(segments: list[Any], p
         (b'{"prompt": ' + b"[" * 60_000, "recursion"),
         (b'{"prompt": "x", "promt": "y"}', "the request has an unknown field `promt`"),
         (b'{"type": "health", "prompt": "x"}', "the request has an unknown field `prompt`"),
-        (b'{"type": "stop"}', 'unknown type \'stop\': send "generate" or "health"'),
+        (b'{"type": "stop"}', 'unknown type \'stop\': send "generate", "cancel" or "health"'),
         (b'{"type": 1}', "$.type"),
         (b"{}", "give exactly one of `prompt` and `segments`"),
         (b'{"prompt": "x", "segments": ["x"]}', "give exactly one of `prompt` and `segments`"),

@@ -1,0 +1,151 @@
+"""Many clients at once: `python -m edge.bench --clients 1,2,4,8,16`. One daemon process, each client on a socket.
+
+Every number of clients shares the same requests, so that the same texts are written and ratios are of time alone. A
+client asks again as soon as it is answered.
+"""
+
+import itertools
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from edge.client import ask
+from shared.errors import ConfigError
+from shared.manifest import read_manifest
+from shared.messages import GenerateRequest, Response
+
+PROMPT: Final = "Once upon a time"
+STEPS: Final = 16
+REQUESTS: Final = 32
+ROOM: Final = 16
+"""Positions of a short canvas that hold the prompt and both ends."""
+
+
+class Load(Struct):
+    """One number of clients at one canvas length. p50_ms, p99_ms: of a request's latency."""
+
+    clients: int
+    length: int
+    tokens_per_s: float
+    p50_ms: float
+    p99_ms: float
+
+
+class ClientsReport(Struct):
+    """Everything measured. peak_mb: the daemon's highest resident memory, 10^6 bytes each."""
+
+    bundle: str
+    threads: int
+    loads: list[Load]
+    peak_mb: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """A daemon that serves a bundle for as long as we need it."""
+
+    path: Path
+    process: "subprocess.Popen[bytes]"
+
+    def connect(self) -> socket.socket:
+        """A connection. Raises ConfigError when the daemon ended or does not listen."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and self.process.poll() is None:
+            connection = socket.socket(socket.AF_UNIX)
+            try:
+                connection.connect(str(self.path))
+                return connection
+            except OSError:
+                connection.close()
+                time.sleep(0.02)
+        self.process.kill()
+        raise ConfigError(f"the daemon did not start: {(self.process.communicate()[1] or b'').decode().strip()}")
+
+    def peak_mb(self) -> float:
+        """Its highest resident memory so far, in 10^6 bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
+@contextmanager
+def serving(bundle: Path, backend: str, threads: int) -> Iterator[Served]:
+    """A daemon process on a socket of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.sock"
+        flags = ["--bundle", str(bundle), "--backend", backend, "--socket", str(path)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge", *flags],
+            env=os.environ | {"EDGELM_THREADS": str(threads), "EDGELM_MQTT_HOST": ""},
+            stdout=subprocess.DEVNULL,  # its "ready" line is not part of our JSON
+            stderr=subprocess.PIPE,
+        )
+        try:
+            yield Served(path, process)
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) -> ClientsReport:
+    """Serve every number of clients at a quarter of the canvas and at the whole."""
+    longest = read_manifest(bundle).model.canvas_len
+    with serving(bundle, backend, threads) as daemon:
+        daemon.connect().close()
+        load(daemon, 1, longest, longest)  # once unmeasured
+        loads = [load(daemon, n, length, longest) for length in (longest // 4, longest) for n in clients]
+        return ClientsReport(str(bundle), threads, loads, daemon.peak_mb())
+
+
+def load(daemon: Served, clients: int, length: int, longest: int) -> Load:
+    """The same requests, shared among that many clients."""
+    asked = GenerateRequest(prompt=PROMPT, steps=STEPS, max_tokens=None if length == longest else length - ROOM)
+    seeds = itertools.count()
+    latencies_ms: list[float] = []
+    tokens: list[int] = []
+
+    def client() -> None:
+        with daemon.connect() as connection:
+            while (seed := next(seeds)) < REQUESTS:
+                started = time.perf_counter()
+                (response,) = ask(connection, replace(asked, seed=seed))
+                latencies_ms.append((time.perf_counter() - started) * 1e3)
+                assert isinstance(response, Response) and response.usage is not None, response
+                tokens.append(response.usage.generated_tokens)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
+    if len(tokens) < REQUESTS:
+        raise ConfigError(f"only {len(tokens)} of {REQUESTS} requests were answered")
+    percentiles = statistics.quantiles(latencies_ms, n=100, method="inclusive")
+    return Load(clients, length, sum(tokens) / seconds, percentiles[49], percentiles[98])
+
+
+def print_clients(report: ClientsReport) -> None:
+    """The table. of first: throughput as a part of the first row's of its length."""
+    print(f"{report.bundle}, {report.threads} threads, {STEPS} steps, {REQUESTS} requests a row")
+    print(f"{'length':>6} {'clients':>8} {'tokens/s':>9} {'of first':>9} {'p50, ms':>9} {'p99, ms':>9}")
+    first: dict[int, float] = {}
+    for row in report.loads:
+        share = row.tokens_per_s / first.setdefault(row.length, row.tokens_per_s)
+        print(
+            f"{row.length:6} {row.clients:8} {row.tokens_per_s:9.0f} {share:9.2f} {row.p50_ms:9.1f} {row.p99_ms:9.1f}"
+        )
+    print(f"the daemon's memory at its peak: {report.peak_mb:.0f} MB")

@@ -1,0 +1,231 @@
+"""What the daemon promised over MQTT, kept where neither a crash nor a power cut can take it: one SQLite file.
+
+A request is written before it is acknowledged, its answer before it is published. It is known by (reply address, id):
+asked again with the same payload it gets the stored answer, byte for byte; with another payload it is a conflict.
+The Unix socket needs none of this: its client is there until the answer, and hanging up cancels.
+"""
+
+import os
+import sqlite3
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shared.errors import ConfigError, RequestError
+
+KEEP_S: Final = 24 * 3600.0
+"""How long an answer can be had again."""
+KEEP_ROWS: Final = 10_000
+MAX_BYTES: Final = 64 << 20
+"""Size of the file above which new requests are refused until old answers have gone."""
+SPARE_BYTES: Final = 4 << 20
+"""Below this much free space new requests are refused, so that answers to accepted ones still find room."""
+RETRY_AFTER_MS: Final = 60_000
+MAX_ATTEMPTS: Final = 2
+MAX_COMPUTING: Final = 64
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS request (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again: the answer to an old one cannot meet a new one
+    address TEXT NOT NULL,
+    id TEXT,
+    payload_sha256 BLOB NOT NULL,
+    request BLOB NOT NULL,                  -- JSON with its seed
+    correlation BLOB,
+    bundle TEXT NOT NULL,
+    accepted_s REAL NOT NULL,               -- Unix time, as all times here
+    deadline_s REAL,
+    attempts INTEGER NOT NULL DEFAULT 0,    -- how often the process ended while it computed this
+    answer BLOB,
+    answered_s REAL,
+    delivered INTEGER NOT NULL DEFAULT 0
+);
+CREATE UNIQUE INDEX IF NOT EXISTS identity ON request (address, id) WHERE id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS open ON request (seq) WHERE answer IS NULL;
+CREATE INDEX IF NOT EXISTS undelivered ON request (seq) WHERE answer IS NOT NULL AND NOT delivered;
+CREATE INDEX IF NOT EXISTS delivered ON request (seq) WHERE delivered;
+"""
+_VERSION: Final = 1
+_ENTRY: Final = "seq, address, id, payload_sha256, request, correlation, bundle, deadline_s, attempts, answer"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request of the journal. deadline_s: Unix time. answer: None while it is unfinished."""
+
+    seq: int
+    address: str
+    id: str | None
+    payload_sha256: bytes
+    request: bytes
+    correlation: bytes | None
+    bundle: str
+    deadline_s: float | None
+    attempts: int
+    answer: bytes | None
+
+
+class Journal:
+    """One file, owned by one daemon. Thread-safe. Raises ConfigError when it cannot be opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._db = _open(path)
+            self._computing = os.open(path.with_suffix(".computing"), os.O_RDWR | os.O_CREAT, 0o600)
+        except (sqlite3.Error, OSError) as error:
+            if "locked" in str(error):
+                raise ConfigError(f"journal {path} is used by another daemon; give each its own `device`") from None
+            raise ConfigError(f"journal {path} cannot be opened: {error}") from None
+        self._blame()
+
+    def find(self, address: str, id: str) -> Entry | None:
+        """The request known by that name."""
+        found = list(self._select("address = ? AND id = ?", address, id))
+        return found[0] if found else None
+
+    def accept(
+        self,
+        address: str,
+        id: str | None,
+        payload_sha256: bytes,
+        request: bytes,
+        correlation: bytes | None,
+        bundle: str,
+        deadline_s: float | None,
+    ) -> int:
+        """Write a request for good.  → its number. Raises RequestError `storage_full`."""
+        if _free_bytes(self._path) < SPARE_BYTES or self._bytes() > MAX_BYTES:
+            self.prune()  # makes room for the next one
+            raise storage_full()
+        row = (address, id, payload_sha256, request, correlation, bundle, time.time(), deadline_s)
+        try:
+            with self._transaction() as db:
+                columns = "address, id, payload_sha256, request, correlation, bundle, accepted_s, deadline_s"
+                done = db.execute(f"INSERT INTO request ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        except sqlite3.OperationalError:  # the disk is full, or fails
+            raise storage_full() from None
+        assert done.lastrowid is not None
+        return done.lastrowid
+
+    def record(self, answers: Iterable[tuple[int, bytes]] = (), delivered: Iterable[int] = ()) -> None:
+        """Write answers, and which were taken by their broker, in one transaction.
+
+        The first answer to a request stays. Raises sqlite3.OperationalError when the disk is full.
+        """
+        now = time.time()
+        with self._transaction() as db:
+            rows = [(answer, now, seq) for seq, answer in answers]
+            db.executemany("UPDATE request SET answer = ?, answered_s = ? WHERE seq = ? AND answer IS NULL", rows)
+            db.executemany("UPDATE request SET delivered = 1 WHERE seq = ?", [(seq,) for seq in delivered])
+
+    def unfinished(self) -> list[Entry]:
+        """Accepted and not answered, oldest first."""
+        return list(self._select("answer IS NULL"))
+
+    def undelivered(self) -> list[Entry]:
+        """Answered, and not known to have arrived, oldest first."""
+        return list(self._select("answer IS NOT NULL AND NOT delivered"))
+
+    def prune(self) -> None:
+        """Forget delivered answers that are too old or too many.
+
+        Never those still to be delivered: the clock of a device may jump by years when it finds a network. When
+        nothing else is left, new requests are refused.
+        """
+        try:
+            with self._transaction() as db:
+                db.execute("DELETE FROM request WHERE delivered AND answered_s < ?", (time.time() - KEEP_S,))
+                (rows,) = db.execute("SELECT count(*) FROM request").fetchone()
+                surplus = max(0, rows - KEEP_ROWS, rows // 4 if self._used_bytes() > MAX_BYTES // 2 else 0)
+                oldest = "SELECT seq FROM request WHERE delivered ORDER BY seq LIMIT ?"
+                db.execute(f"DELETE FROM request WHERE seq IN ({oldest})", (surplus,))
+        except sqlite3.OperationalError:  # a full disk forgets nothing
+            return
+
+    def computing(self, numbers: Iterable[int]) -> None:
+        """Note which requests are on the engine now, in a way that outlives the process but costs no sync."""
+        numbers = list(numbers)[:MAX_COMPUTING]
+        os.pwrite(self._computing, _pack(numbers), 0)
+
+    def close(self) -> None:
+        """Let go of the file, in an orderly way: whatever is unfinished is not to blame."""
+        self.computing([])
+        os.close(self._computing)
+        with self._lock:
+            self._db.close()
+
+    def _blame(self) -> None:
+        """Charge an attempt to the requests during which the last process ended."""
+        noted = os.pread(self._computing, 8 * MAX_COMPUTING, 0).ljust(8 * MAX_COMPUTING, b"\0")
+        numbers = struct.unpack(f"<{MAX_COMPUTING}q", noted)
+        with self._transaction() as db:
+            db.executemany("UPDATE request SET attempts = attempts + 1 WHERE seq = ?", [(n,) for n in numbers if n])
+        self.computing([])
+
+    def _select(self, condition: str, *values: object) -> Iterator[Entry]:
+        with self._lock:
+            rows = self._db.execute(f"SELECT {_ENTRY} FROM request WHERE {condition} ORDER BY seq", values).fetchall()
+        return (Entry(*row) for row in rows)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLite itself has rolled back what it met a full disk in
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _bytes(self) -> int:
+        with self._lock:
+            return self._used_bytes()
+
+    def _used_bytes(self) -> int:
+        """Bytes in use, without pages that are free to take."""
+        pages, free, size = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+
+def storage_full() -> RequestError:
+    """The refusal of a request that could not be kept."""
+    return RequestError("storage_full", "no room is left to keep this request safe", retry_after_ms=RETRY_AFTER_MS)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.touch(0o600)  # prompts are in it
+    db = sqlite3.connect(path, timeout=0.5, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one daemon a journal, and no shared-memory file
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise sqlite3.DatabaseError(f"it is of version {version}, made by a later release")
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version = {_VERSION}")
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
+
+
+def _pack(numbers: list[int]) -> bytes:
+    return struct.pack(f"<{MAX_COMPUTING}q", *numbers, *[0] * (MAX_COMPUTING - len(numbers)))
+
+
+def _free_bytes(path: Path) -> int:
+    disk = os.statvfs(path.parent)
+    return disk.f_bavail * disk.f_frsize
