@@ -66,6 +66,7 @@ class _Backend:
 
     def __init__(self, scorer: "_Torch | GraphScorer", length: int, top_k: int) -> None:
         self.lengths: tuple[int, ...] = (length,)
+        self.batches: tuple[int, ...] = (1,)
         self._scorer = scorer
         self._top_k = top_k
 
