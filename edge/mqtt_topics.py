@@ -65,7 +65,8 @@ class Topics:
         if self.may_answer_on(asked):
             return asked, None
         below = ", ".join(self.reply_prefixes)
-        error = RequestError("bad_reply_topic", f"answers go to topics below {below}, not to {asked!r}")
+        rule = f"answers go to topics below {below} that no device uses for itself, but for its own response topics"
+        error = RequestError("bad_reply_topic", f"{rule}; not to {asked!r}")
         return self.own("response", id), error
 
 

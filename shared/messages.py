@@ -17,7 +17,10 @@ MAX_GAP: Final = 1024
 MAX_SEGMENTS: Final = 64
 MAX_DEADLINE_MS: Final = 600_000
 
-Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^/+#\x00-\x1f]+\Z")]
+_ID_PATTERN: Final = r"^[^/+#\x00-\x1f]+\Z"
+_ID_PATTERN_TOLD: Final = f"Expected `str` matching regex {_ID_PATTERN!r}"
+_ID_TOLD: Final = "Expected an id without `/`, `+`, `#` and control characters"
+Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=_ID_PATTERN)]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 
 
@@ -193,8 +196,11 @@ def _decode(payload: bytes, kind: type[T]) -> T:
         raise RequestError("too_large", f"a message may have {MAX_MESSAGE_BYTES} bytes; this one has {len(payload)}")
     try:
         return msgspec.json.decode(payload, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError("bad_request", str(error).replace("Object contains", "the request has an")) from None
+    except UnicodeDecodeError:
+        raise RequestError("bad_request", "the message is not UTF-8") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        told = str(error).replace("Object contains", "the request has an").replace(_ID_PATTERN_TOLD, _ID_TOLD)
+        raise RequestError("bad_request", told) from None
 
 
 def decode_request(payload: bytes) -> GenerateRequest:

@@ -118,7 +118,7 @@ def test_impossible_segments_are_refused_with_their_place(segments: list[Any], p
         (b'{"prompt": "x"} {}', "trailing characters"),
         (b"Once upon a time", "malformed"),
         (b"[]", "Expected `object`, got `array`"),
-        (b'{"prompt": "\xff"}', "can't decode byte 0xff"),
+        (b'{"prompt": "\xff"}', "the message is not UTF-8"),
         (b'{"prompt": ' + b"[" * 60_000, "recursion"),
         (b'{"prompt": "x", "promt": "y"}', "the request has an unknown field `promt`"),
         (b'{"type": "health", "prompt": "x"}', "the request has an unknown field `prompt`"),
