@@ -21,6 +21,7 @@ from shared.errors import ConfigError, DiffusionLLMError, run_main
 from shared.messages import GenerateRequest
 
 PROMPT: Final = "Once upon a time"
+STEPS: Final = 256  # about one a token, so that there is something to see
 START_S: Final = 60.0
 STOP_S: Final = 10.0
 
@@ -91,14 +92,14 @@ def _tell_story(socket: Path) -> None:
     if connection is None:
         raise ConfigError(f"the daemon said it was ready, but nothing listens at {socket}")
     with connection, View(sys.stdout) as view:
-        response = ask_daemon(connection, GenerateRequest(prompt=PROMPT, stream=True), view.show)
+        response = ask_daemon(connection, GenerateRequest(prompt=PROMPT, steps=STEPS, stream=True), view.show)
     seconds = time.monotonic() - started_s
     text = unwrap(response)
     assert response.usage is not None
     tokens, steps = response.usage.generated_tokens, response.usage.steps
     print(f"\n{printable(text)}\n")
     print(f"{tokens} tokens in {steps} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens a second")
-    print(f'again: python -m edge.generate "{PROMPT}" --stream --seed {response.seed}')
+    print(f'again: python -m edge.generate "{PROMPT}" --stream --steps {STEPS} --seed {response.seed}')
 
 
 if __name__ == "__main__":
