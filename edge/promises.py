@@ -98,6 +98,7 @@ class Promises:
             self._post(_letter(entry, entry.correlation))
         for entry in self._journal.unfinished():
             self._resume(entry)
+        self._journal.computing([])
         self._scheduler.watch = self._journal.computing
         self._thread.start()
 
