@@ -93,11 +93,6 @@ class Engine:
         self.backend = backend
         self._texts = texts
 
-    @property
-    def name(self) -> str:
-        """NAME@DIGEST of the bundle, as answers and health give it."""
-        return f"{self.manifest.name}@{self.digest[:12]}"
-
     @classmethod
     def load(cls, folder: Path, backend: str = "ort", threads: int = 0) -> "Engine":
         """Read, verify and warm up a bundle; raises BundleError or ConfigError in one sentence."""
@@ -112,6 +107,11 @@ class Engine:
             raise BundleError(f"{folder / TOKENIZER} has {sizes}")
         texts = Texts(tokenizer, manifest.model.canvas_len)
         return cls(folder, manifest, load_backend(backend, folder, manifest, threads), texts)
+
+    @property
+    def model(self) -> str:
+        """Name and digest, as answers and health state them."""
+        return f"{self.manifest.name}@{self.digest[:12]}"
 
     def prepare(self, request: GenerateRequest) -> Plan:
         """Check a request against the bundle and fix its seed; raises RequestError."""

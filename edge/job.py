@@ -32,7 +32,7 @@ class Job:
     started_s: float | None = None
     first_token_s: float | None = None
     engine_s: float = 0.0
-    alone: bool = False  # a pass with others failed: which of them was it?
+    alone: bool = False  # a pass with others failed, or ended the process: which of them was it?
     partials: int = 0
     last_partial_s: float = float("-inf")
 
@@ -76,5 +76,5 @@ class Job:
             seed=plan.seed,
             usage=Usage(plan.prompt_tokens, completion.generated_tokens, completion.steps),
             timing=Timing(*(round((t - self.accepted_s) * 1e3, 3) for t in times)),
-            model=self.engine.name,
+            model=self.engine.model,
         )

@@ -118,7 +118,7 @@ class Journal:
     def record(self, answers: Iterable[tuple[int, bytes]] = (), delivered: Iterable[int] = ()) -> None:
         """Write answers, and which were taken by their broker, in one transaction.
 
-        The first answer to a request stays. Raises sqlite3.OperationalError when the disk is full.
+        The first answer to a request stays. Raises sqlite3.Error, when the disk is full for one.
         """
         now = time.time()
         with self._transaction() as db:
@@ -147,7 +147,7 @@ class Journal:
                 surplus = max(0, rows - KEEP_ROWS, rows // 4 if self._used_bytes() > MAX_BYTES // 2 else 0)
                 oldest = "SELECT seq FROM request WHERE delivered ORDER BY seq LIMIT ?"
                 db.execute(f"DELETE FROM request WHERE seq IN ({oldest})", (surplus,))
-        except sqlite3.OperationalError:  # a full disk forgets nothing
+        except sqlite3.Error:  # a full disk forgets nothing
             return
 
     def computing(self, numbers: Iterable[int]) -> None:

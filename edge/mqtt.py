@@ -213,12 +213,15 @@ class MqttTransport:
         id = id_of(payload) if request is None else request.id
         address, wrong_topic = self._topics.address(asked_topic, id)
         refusal = refusal or wrong_topic
-        if request is None or refusal is not None:
-            assert refusal is not None
-            self._promises.refuse(address, correlation, error_response(refusal, id), acknowledge)
-        else:
+        if request is not None and refusal is None:
             expiry_s = sent_with(message, "MessageExpiryInterval")
-            self._promises.accept(address, correlation, request, expiry_s, acknowledge)
+            try:
+                self._promises.accept(address, correlation, request, expiry_s, acknowledge)
+            except Exception:  # a journal that cannot be read, for one: its sender must hear of it
+                log.exception("a request could not be accepted")
+                refusal = RequestError("internal", "the daemon failed on this request; its log has the details")
+        if refusal is not None:
+            self._promises.refuse(address, correlation, error_response(refusal, id), acknowledge)
 
     def _on_cancel(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
         acknowledge()
@@ -260,5 +263,6 @@ class MqttTransport:
             self._tell(f"stream/{id}", encode(partial), qos=0)
 
     def _tell(self, kind: str, payload: bytes, qos: int = 1, retain: bool = False) -> None:
-        carried = json_properties() if self._modern else None
-        self._client.publish(self._topics.own(kind), payload, qos, retain, carried)
+        if self._client.is_connected():  # paho would keep what it cannot send, and old news is no use
+            carried = json_properties() if self._modern else None
+            self._client.publish(self._topics.own(kind), payload, qos, retain, carried)

@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -97,6 +98,7 @@ class Promises:
             self._post(_letter(entry, entry.correlation))
         for entry in self._journal.unfinished():
             self._resume(entry)
+        self._journal.computing([])
         self._scheduler.watch = self._journal.computing
         self._thread.start()
 
@@ -183,8 +185,12 @@ class Promises:
             self._post(_letter(known, correlation))
 
     def _resume(self, entry: Entry) -> None:
-        request = decode_request(entry.request)
         opened = self._open[entry.seq] = _Open(entry.address, entry.id, entry.correlation)
+        try:
+            request = decode_request(entry.request)
+        except RequestError as error:  # written by another release
+            self._reply(entry.seq, error_response(error, entry.id))
+            return
         if entry.attempts >= MAX_ATTEMPTS:
             message = f"the daemon ended {entry.attempts} times while it worked on this request; it is not tried again"
             self._reply(entry.seq, error_response(RequestError("internal", message), entry.id))
@@ -194,7 +200,13 @@ class Promises:
             within_s = min(max(0.0, entry.deadline_s - time.time()), MAX_DEADLINE_MS / 1e3)
         self._journal.computing([entry.seq])  # preparing it may be what ends the process
         self._submit(
-            request, lambda reply: self._reply(entry.seq, reply), opened, lambda plan: entry.seq, within_s, True
+            request,
+            lambda reply: self._reply(entry.seq, reply),
+            opened,
+            lambda plan: entry.seq,
+            within_s,
+            resumed=True,
+            alone=entry.attempts > 0,
         )
 
     def _submit(
@@ -204,10 +216,10 @@ class Promises:
         opened: _Open,
         commit: Callable[[Plan], int],
         within_s: float | None,
-        resumed: bool = False,
+        **more: bool,
     ) -> None:
         client = "/".join(opened.address.split("/")[:3])  # edgelm/reply/<client>/…
-        self._scheduler.submit(request, reply, lambda: opened.cancelled, client, commit, within_s, resumed)
+        self._scheduler.submit(request, reply, lambda: opened.cancelled, client, commit, within_s, **more)
 
     def _reply(self, seq: int, reply: Reply) -> None:
         with self._lock:
@@ -225,17 +237,21 @@ class Promises:
     def _run(self) -> None:
         while not (self._stopping and self._work.empty() and not self._under_way and not self._unstored):
             try:
-                self._work.get(timeout=RETRY_S if self._unstored or self._unmarked else PRUNE_S)()
-                while not self._work.empty():  # all there is, for one transaction
-                    self._work.get()()
-            except queue.Empty:
-                pass
+                self._take_work()
+                self._store()
+                if time.monotonic() - self._pruned_s > PRUNE_S:
+                    self._pruned_s = time.monotonic()
+                    self._journal.prune()
             except Exception:  # the thread must live on
                 log.exception("an answer could not be handed on")
-            self._store()
-            if time.monotonic() - self._pruned_s > PRUNE_S:
-                self._pruned_s = time.monotonic()
-                self._journal.prune()
+
+    def _take_work(self) -> None:
+        """Wait for work, and do all there is, for one transaction."""
+        waits = self._unstored or self._unmarked
+        with suppress(queue.Empty):
+            self._work.get(timeout=RETRY_S if waits else PRUNE_S)()
+        while not self._work.empty():
+            self._work.get()()
 
     def _store(self) -> None:
         """Keep answers and arrivals in one transaction, then publish the answers. On a full disk they wait."""
@@ -243,14 +259,14 @@ class Promises:
             return
         try:
             self._journal.record(self._unstored, self._unmarked)
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             log.warning("%d answers wait to be stored: %s", len(self._unstored), error)
             return
-        for seq, payload in self._unstored:
+        stored, self._unstored, self._unmarked = self._unstored, [], []
+        for seq, payload in stored:
             with self._lock:
                 opened = self._open.pop(seq)
-            self._publish(Letter(opened.address, opened.correlation, payload, seq))
-        self._unstored, self._unmarked = [], []
+            self._post(Letter(opened.address, opened.correlation, payload, seq))
 
     def _publish(self, letter: Letter) -> None:
         self._under_way[self._send(letter)] = letter

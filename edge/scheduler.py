@@ -49,7 +49,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, queue_size: int) -> None:
         self.watch: Callable[[Sequence[int]], None] = _nowhere
-        self.progress = 0
+        self.steps_done = 0
         """Passes made so far: a watchdog sees by it that a busy scheduler moves."""
         self._limit = queue_size + 1
         self._started_s = time.monotonic()
@@ -90,7 +90,7 @@ class Scheduler:
     @property
     def model(self) -> str:
         """NAME@DIGEST of the bundle that new requests are accepted for."""
-        return self._engine.name
+        return self._engine.model
 
     @property
     def busy(self) -> bool:
@@ -113,7 +113,7 @@ class Scheduler:
                 accepted=self._accepted,
                 answered=dict(self._answered),
                 generated_tokens=self._tokens,
-                steps=self.progress,
+                steps=self.steps_done,
                 active=self._load.total() - len(self._waiting),
                 queued=len(self._waiting),
                 resident_mb=round(resident_pages * mmap.PAGESIZE / 1e6, 1),
@@ -128,13 +128,14 @@ class Scheduler:
         commit: Callable[[Plan], int] | None = None,
         within_s: float | None = None,
         resumed: bool = False,
+        alone: bool = False,
     ) -> None:
         """Accept a request, or refuse it with an error reply (`queue_full`, `draining`, or what is wrong with it).
 
         gone: tells that nobody waits for the answer any more; asked at every pass. client: whom to be fair to.
         commit: makes the acceptance last, and returns the tag to `watch` for; a RequestError from it refuses.
         within_s: seconds that are left, instead of the request's own deadline. resumed: accepted before, so there is
-        room for it.
+        room for it. alone: shares no pass with others.
         """
         now = time.monotonic()
         if within_s is None:
@@ -154,7 +155,9 @@ class Scheduler:
                 self._release(client, engine)
             _deliver(reply, error_response(error, request.id))
             return
-        job = Job(request, reply, gone, client, number, tag, engine, engine.begin(plan), now, now + within_s)
+        job = Job(
+            request, reply, gone, client, number, tag, engine, engine.begin(plan), now, now + within_s, alone=alone
+        )
         with self._changed:
             self._waiting.append(job)
             self._changed.notify_all()
@@ -255,7 +258,7 @@ class Scheduler:
             if len(batch) == 1:
                 self._finish(batch[0], error_response(_internal(), batch[0].request.id))
             return
-        self.progress += 1
+        self.steps_done += 1
         now = time.monotonic()
         for job in batch:
             job.engine_s += (now - started_s) / len(batch)

@@ -141,6 +141,13 @@ def no_password_file(folder: Path) -> list[str]:
     return ["--config", str(folder / "edgelm.toml")]
 
 
+def no_state_folder(folder: Path) -> list[str]:
+    (folder / "taken").write_text("precious")
+    text = f'state = "{folder}/taken"\n[mqtt]\nhost = "127.0.0.1"'
+    (folder / "edgelm.toml").write_text(text)
+    return ["--config", str(folder / "edgelm.toml")]
+
+
 def no_certificates(folder: Path) -> list[str]:
     (folder / "edgelm.toml").write_text('[mqtt]\nhost = "127.0.0.1"\nca_file = "edgelm.toml"')
     return ["--config", str(folder / "edgelm.toml")]
@@ -157,6 +164,7 @@ def no_certificates(folder: Path) -> list[str]:
         (unknown_backend, 78, "abacus"),
         (no_password_file, 78, "password_file"),
         (no_certificates, 78, "ca_file"),
+        (no_state_folder, 78, "journal"),
     ],
 )
 def test_what_it_cannot_start_on_it_says_in_one_line(

@@ -188,3 +188,25 @@ def test_retained_requests_are_not_served(serve: StartDaemon, broker: Broker, li
     daemon.signal(signal.SIGTERM)
     assert daemon.exit_code() == 0
     old.close()
+
+
+def test_an_answer_that_did_not_arrive_is_published_by_the_next_daemon(
+    serve: StartDaemon, broker: Broker, listen: Listen
+) -> None:
+    """To a broker of the old version, which drops the first attempt."""
+    daemon = serve(backend="fake:50")
+    listener = listen(broker)
+    listener.publish(REQUEST, {"id": "a", "prompt": "Once", "steps": 10, "stream": True})
+    listener.next("edgelm/dev/stream/a")
+    broker.stop()
+    line = daemon.line()
+    until(lambda: line.ask({"type": "health"})["state"] == "idle", "the story to end")
+    daemon.signal(signal.SIGTERM)
+    assert daemon.exit_code() == 0
+    broker.start()
+    old = OldBroker(broker.port)
+    second = listen(broker)
+    serve(address=old.address).signal(signal.SIGTERM)
+    answer = second.next("edgelm/dev/response/a")
+    assert json.loads(answer.payload)["status"] == "ok" and old.refused == 1
+    old.close()

@@ -10,7 +10,7 @@ from edge.backends import Backend, StepResult
 from edge.engine import Engine
 from edge.scheduler import ACTIVE, Scheduler
 from shared.messages import GenerateRequest
-from tests.mailbox import submit
+from tests.mailbox import Mailbox, submit
 
 
 class Recorder:
@@ -82,6 +82,16 @@ def test_a_text_is_the_same_in_a_batch_and_alone(debug_bundle: Path) -> None:
         assert max(batch for batch, _ in recorder.shapes) == batches[-1]
         texts.append([mailbox.response().text for mailbox in mailboxes])
     assert texts[0] == texts[1]
+
+
+def test_a_suspect_of_an_earlier_crash_shares_no_pass(debug_bundle: Path) -> None:
+    engine, recorder = recorded(debug_bundle, 1, 2, 4)
+    scheduler = Scheduler(engine, queue_size=16)
+    suspect = GenerateRequest(prompt="Once", max_tokens=2, steps=1)
+    scheduler.submit(suspect, Mailbox(), resumed=True, alone=True)
+    others = [submit(scheduler, max_tokens=2, steps=1) for _ in range(2)]
+    serve_all(scheduler)
+    assert recorder.shapes == [(1, 16), (2, 16)] and all(mailbox.answered for mailbox in others)
 
 
 def test_of_a_batch_that_fails_only_the_culprit_is_given_up(debug_bundle: Path) -> None:

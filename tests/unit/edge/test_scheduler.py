@@ -230,12 +230,12 @@ def test_a_scheduler_serves_in_the_callers_thread_as_well(engine: GatedEngine) -
     assert mailbox.answered and mailbox.response().status == "ok"
 
 
-def test_progress_counts_passes(scheduler: Scheduler, engine: GatedEngine) -> None:
-    assert scheduler.progress == 0
+def test_a_watchdog_can_see_the_passes(scheduler: Scheduler, engine: GatedEngine) -> None:
+    assert scheduler.steps_done == 0
     submit_running(scheduler, engine, steps=4)
     engine.may_step.release(2)
     assert engine.at_step.acquire(timeout=20) and engine.at_step.acquire(timeout=20)
-    assert scheduler.progress == 2  # the third is held
+    assert scheduler.steps_done == 2  # the third is held
 
 
 def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, engine: GatedEngine) -> None:
@@ -264,5 +264,5 @@ def test_metrics_count_what_was_done(scheduler: Scheduler, engine: GatedEngine) 
     submit(scheduler, prompt="time " * 5000).response()
     metrics = scheduler.metrics()
     assert (metrics.accepted, metrics.answered) == (2, {"ok": 1, "too_large": 1})
-    assert metrics.generated_tokens == 4 and metrics.steps == scheduler.progress >= 1
+    assert metrics.generated_tokens == 4 and metrics.steps == scheduler.steps_done >= 1
     assert (metrics.active, metrics.queued) == (0, 0) and metrics.resident_mb > 10
