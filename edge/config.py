@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta, Struct, field
 
+from edge.systemd import credential
 from shared.errors import ConfigError
 
 PREFIX: Final = "EDGELM_"
@@ -21,6 +22,7 @@ FILE_VARIABLE: Final = "EDGELM_CONFIG"
 VARIABLES: Final[dict[str, str]] = {
     "EDGELM_BUNDLE": "bundle",
     "EDGELM_SOCKET": "socket",
+    "EDGELM_SOCKET_GROUP": "socket_group",
     "EDGELM_BACKEND": "backend",
     "EDGELM_THREADS": "threads",
     "EDGELM_QUEUE_SIZE": "queue_size",
@@ -81,12 +83,13 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything the daemon can be told.
 
-    threads: of the runtime, 0 lets it choose. queue_size: requests that may wait. drain_s: seconds that accepted
-    requests get to finish in when the daemon is asked to stop.
+    socket_group: whose members alone may use the socket. threads: of the runtime, 0 lets it choose. queue_size:
+    requests that may wait. drain_s: seconds that accepted requests get to finish in when the daemon is asked to stop.
     """
 
     bundle: Path = field(default_factory=default_bundle)
     socket: Path = field(default_factory=default_socket)
+    socket_group: Text | None = None
     backend: Text = "ort"
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
     queue_size: Annotated[int, Meta(ge=1, le=1024)] = 32
@@ -129,13 +132,17 @@ def parse_broker(text: str) -> dict[str, str]:
 
 
 def read_password(mqtt: MqttConfig) -> str | None:
-    """The password in the password file, without its final line break. Raises ConfigError."""
-    if mqtt.password_file is None:
+    """The password in the password file, without its final line break. Raises ConfigError.
+
+    Without such a file, the credential `mqtt.password` that systemd loads for the unit (LoadCredential=) stands in.
+    """
+    file = mqtt.password_file or (credential("mqtt.password") if mqtt.username else None)
+    if file is None:
         return None
     try:
-        return mqtt.password_file.read_text("utf-8").rstrip("\r\n")
+        return file.read_text("utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"mqtt.password_file {mqtt.password_file} cannot be read: {error}") from None
+        raise ConfigError(f"mqtt.password_file {file} cannot be read: {error}") from None
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

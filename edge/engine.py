@@ -80,6 +80,11 @@ class Engine:
         texts = Texts(tokenizer, manifest.model.canvas_len)
         return cls(folder, manifest, load_backend(backend, folder, manifest, threads), texts)
 
+    @property
+    def model(self) -> str:
+        """Name and digest, as answers and health state them."""
+        return f"{self.manifest.name}@{self.digest[:12]}"
+
     def prepare(self, request: GenerateRequest) -> Plan:
         """Check a request against the bundle and fix its seed; raises RequestError."""
         layout = self._texts.lay_out(request)

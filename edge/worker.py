@@ -33,6 +33,7 @@ class _Job:
     """An accepted request. Times are seconds of the monotonic clock."""
 
     request: GenerateRequest
+    engine: Engine  # which checked the request, and so has to run it
     plan: Plan
     reply: Callable[[Reply], None]
     gone: Callable[[], bool]
@@ -60,8 +61,9 @@ class Worker:
     """
 
     def __init__(self, engine: Engine, queue_size: int) -> None:
-        self.model = f"{engine.manifest.name}@{engine.digest[:12]}"
+        self.steps_done = 0  # passes of the network since the start: it grows while the worker is alive and busy
         self._engine = engine
+        self._retired: list[Engine] = []  # replaced, with requests still to run
         self._queue_size = queue_size
         self._queue: deque[_Job] = deque()
         self._changed = threading.Condition()  # guards the queue and the three fields below
@@ -82,6 +84,26 @@ class Worker:
             with self._changed:
                 self._running = None
             _deliver(job.reply, response)
+            self._close_retired()
+
+    @property
+    def engine(self) -> Engine:
+        """What requests accepted now are run by."""
+        return self._engine
+
+    @property
+    def model(self) -> str:
+        """Name and digest of the bundle that requests accepted now are answered from."""
+        return self._engine.model
+
+    def replace_engine(self, engine: Engine) -> None:
+        """Requests from now on are for this engine; the one before finishes what it accepted, and is closed then."""
+        with self._changed:
+            self._retired.append(self._engine)
+            self._engine = engine
+            idle = self._running is None and not self._queue
+        if idle:
+            self._close_retired()
 
     @property
     def busy(self) -> bool:
@@ -109,9 +131,12 @@ class Worker:
         """
         now = time.monotonic()
         try:
-            plan = self._engine.prepare(request)
             deadline_s = float("inf") if request.deadline_ms is None else now + request.deadline_ms / 1e3
-            self._accept(_Job(request, plan, reply, gone, now, deadline_s))
+            accepted = False
+            while not accepted:  # once more when the engine is replaced meanwhile
+                engine = self._engine
+                plan = engine.prepare(request)
+                accepted = self._accept(_Job(request, engine, plan, reply, gone, now, deadline_s))
         except RequestError as error:
             _deliver(reply, error_response(error, request.id))
         except Exception:
@@ -130,8 +155,11 @@ class Worker:
         self._stopping = True
         self._thread.join(STOP_GRACE_S)
 
-    def _accept(self, job: _Job) -> None:
+    def _accept(self, job: _Job) -> bool:
+        """Take a job into the queue; False when its engine was replaced. Raises RequestError to refuse it."""
         with self._changed:
+            if job.engine is not self._engine:
+                return False
             if self._draining:
                 raise RequestError("draining", "the daemon is shutting down")
             if len(self._queue) >= self._queue_size:
@@ -139,6 +167,7 @@ class Worker:
                 raise RequestError("queue_full", waiting, retry_after_ms=max(1, round(self._mean_ms)))
             self._queue.append(job)
             self._changed.notify_all()
+            return True
 
     def _next(self) -> _Job | None:
         """The next job; None when the queue is empty and stays so."""
@@ -152,7 +181,7 @@ class Worker:
         job.started_s = time.monotonic()
         try:
             self._check(job)
-            completion = self._engine.run(job.plan, lambda snapshot: self._on_step(job, snapshot))
+            completion = job.engine.run(job.plan, lambda snapshot: self._on_step(job, snapshot))
         except RequestError as error:
             return error_response(error, job.request.id)
         except Exception:
@@ -172,11 +201,21 @@ class Worker:
             seed=job.plan.seed,
             usage=Usage(job.plan.prompt_tokens, completion.generated_tokens, completion.steps),
             timing=timing,
-            model=self.model,
+            model=job.engine.model,
         )
+
+    def _close_retired(self) -> None:
+        with self._changed:
+            running = [] if self._running is None else [self._running]
+            in_use = [job.engine for job in (*running, *self._queue)]
+            unused = [engine for engine in self._retired if engine not in in_use]
+            self._retired = [engine for engine in self._retired if engine in in_use]
+        for engine in unused:
+            engine.close()
 
     def _on_step(self, job: _Job, snapshot: Snapshot) -> None:
         now = time.monotonic()
+        self.steps_done += 1
         if job.first_token_s is None:
             job.first_token_s = now
         self._check(job)

@@ -261,3 +261,37 @@ def test_a_worker_serves_in_the_callers_thread_as_well(engine: GatedEngine) -> N
     worker.refuse_new()
     worker.run()
     assert mailbox.answered and mailbox.response().status == "ok"
+
+
+def test_a_replaced_engine_finishes_what_it_accepted_and_is_closed_then(
+    worker: Worker, engine: GatedEngine, debug_bundle: Path
+) -> None:
+    closed = threading.Event()
+    engine.close = closed.set  # type: ignore[method-assign]
+    running, waiting = submit_running(worker, engine), submit(worker)
+    successor = GatedEngine(Engine.load(debug_bundle, "fake"))
+    successor.digest = "successor" * 8
+    successor.go()
+    worker.replace_engine(successor)
+    new = submit(worker)
+    assert not closed.is_set()
+
+    engine.go()
+    assert new.response().model == successor.model
+    assert (running.response().model, waiting.response().model) == (engine.model, engine.model)
+    assert closed.wait(20)
+    assert worker.health().model == successor.model
+
+
+def test_an_idle_engine_is_closed_when_it_is_replaced(worker: Worker, engine: GatedEngine, debug_bundle: Path) -> None:
+    closed = threading.Event()
+    engine.close = closed.set  # type: ignore[method-assign]
+    worker.replace_engine(Engine.load(debug_bundle, "fake"))
+    assert closed.is_set()
+
+
+def test_steps_are_counted_while_they_are_made(worker: Worker, engine: GatedEngine) -> None:
+    before = worker.steps_done
+    engine.go()
+    usage = submit(worker).response().usage
+    assert usage is not None and worker.steps_done == before + usage.steps
