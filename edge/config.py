@@ -132,7 +132,7 @@ def parse_broker(text: str) -> dict[str, str]:
 
 
 def read_password(mqtt: MqttConfig) -> str | None:
-    """The password in the password file, without its final line break. Raises ConfigError.
+    """The password in the password file, without its final line break; an empty one is none. Raises ConfigError.
 
     Without such a file, the credential `mqtt.password` that systemd loads for the unit (LoadCredential=) stands in.
     """
@@ -140,7 +140,7 @@ def read_password(mqtt: MqttConfig) -> str | None:
     if file is None:
         return None
     try:
-        return file.read_text("utf-8").rstrip("\r\n")
+        return file.read_text("utf-8").rstrip("\r\n") or None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"mqtt.password_file {file} cannot be read: {error}") from None
 

@@ -131,9 +131,6 @@ class JournalFormatter(logging.Formatter):
 
 
 def credential(name: str) -> Path | None:
-    """The file of a credential that the unit loads, if it is there and holds something."""
+    """The file of a credential, if the unit loads one of that name."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    if not folder:
-        return None
-    file = Path(folder) / name
-    return file if file.is_file() and file.stat().st_size > 0 else None
+    return Path(folder) / name if folder and (Path(folder) / name).is_file() else None

@@ -268,7 +268,7 @@ def test_with_a_group_only_its_members_are_served(services: list[Service], debug
             command = [sys.executable, "-c", ASK_AS, str(services[0].path), *map(str, (uid, gid, *groups))]
             asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
             reply = json.loads(asked.stdout)
-            return reply["error"]["code"] if "error" in reply else reply["status"]
+            return reply["error"]["code"] if reply["error"] else reply["status"]
 
         assert status(stranger, other) == "forbidden"
         assert status(stranger, other, 1, 2) == "forbidden"
