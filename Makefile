@@ -13,21 +13,26 @@ EDGE := $(VENV)/.installed-edge
 ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean venv
-.SILENT: help demo test clean venv $(EDGE) $(ALL)
+.PHONY: help demo test test-systemd check clean venv
+.SILENT: help demo test test-systemd clean venv $(EDGE) $(ALL)
 
 help:
 	echo "make demo    install the edge, and watch the shipped model write a story"
 	echo "make test    install everything, and run the tests; those of MQTT need mosquitto"
+	echo "make test-systemd   the installed service on a booted systemd; needs root and systemd-container"
 	echo "make check   formatting, types, import boundaries, file sizes"
 	echo "make clean   remove .venv and caches; data, runs and bundles stay"
 
 demo: $(EDGE)
 	$(BIN)/python -m edge.demo
 
-# One thread a process: pytest already runs as many processes as there are cores.
+# One thread a process: pytest already runs as many processes as there are cores. Tests of one group share a process.
 test: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+# A part of `make test`, where it is skipped with its reason when it cannot run.
+test-systemd: $(ALL)
+	$(BIN)/python -m pytest tests/systemd -s $(PYTEST_ARGS)
 
 check: $(ALL)
 	$(BIN)/ruff check

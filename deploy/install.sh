@@ -196,6 +196,7 @@ install_it() {
     for folder in "$OPT"/releases/*; do # two are kept
         [[ ! -d $folder || $folder == */"$release" || $folder == */"${before:-$release}" ]] || run rm -rf "$folder"
     done
+    [[ ! $dry ]] || { say "nothing was done: --dry-run" && return; }
     say "$release runs; settings: $ETC/edgelm.toml; clients of the socket join the group $GROUP"
 }
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from edge.client import ask, connect
-from edge.config import FILE_VARIABLE, Config, load_config
+from edge.config import FILE_VARIABLE, STORE, Config, load_config
 from edge.store import Links, Store, check_files, check_signature
 from shared.errors import BundleError, ConfigError, RequestError, run_main
 from shared.manifest import bundle_digest, read_manifest
 from shared.messages import GenerateRequest, Response
 
-STORE: Final = Path("/opt/edgelm/bundles")
 KEY: Final = Path("/etc/edgelm/minisign.pub")
 CONFIG: Final = Path("/etc/edgelm/edgelm.toml")
 UNIT: Final = "edgelm.service"

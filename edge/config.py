@@ -37,6 +37,8 @@ VARIABLES: Final[dict[str, str]] = {
 """Environment variable → the key it overrides. An empty variable counts as unset."""
 
 SYSTEM_SOCKET: Final = Path("/run/edgelm.sock")
+STORE: Final = Path("/opt/edgelm/bundles")
+"""Where a device keeps its bundles."""
 
 Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -44,8 +46,9 @@ ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z"
 
 
 def default_bundle() -> Path:
-    """The bundle that ships beside the packages."""
-    return Path(__file__).resolve().parent.parent / "bundle" / "tinystories"
+    """The bundle that ships beside the packages; where they are installed without one, the device's current one."""
+    shipped = Path(__file__).resolve().parent.parent / "bundle" / "tinystories"
+    return shipped if shipped.is_dir() else STORE / "current"
 
 
 def socket_candidates() -> tuple[Path, ...]:

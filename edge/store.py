@@ -52,7 +52,7 @@ def check_signature(folder: Path, key: Path) -> None:
     program = shutil.which("minisign")
     if program is None:
         raise BundleError(f"{key} asks for signatures, but minisign is not installed: apt install minisign")
-    command = [program, "-V", "-q", "-m", str(folder / MANIFEST), "-x", str(signature), "-p", str(key)]
+    command = [program, "-V", "-m", str(folder / MANIFEST), "-x", str(signature), "-p", str(key)]
     checked = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if checked.returncode != 0:
         why = " ".join((checked.stderr or checked.stdout).split()) or f"minisign ends with {checked.returncode}"
