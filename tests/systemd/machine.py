@@ -90,9 +90,11 @@ class Machine:
         (etc / "nsswitch.conf").write_text("passwd: files systemd\ngroup: files systemd\nhosts: files\n")
         (etc / "systemd/system/default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
         for name in ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl"):
-            if Path("/etc", name).exists():
-                copy = shutil.copytree if Path("/etc", name).is_dir() else shutil.copy
-                copy(Path("/etc", name), etc / name, **({"symlinks": True} if copy is shutil.copytree else {}))
+            source = Path("/etc", name)
+            if source.is_dir():
+                shutil.copytree(source, etc / name, symlinks=True)
+            elif source.exists():
+                shutil.copy(source, etc)
         for user, number in (("alice", 1000), ("bob", 1001)):
             home = self.root / "home" / user
             home.mkdir(parents=True)
@@ -114,7 +116,7 @@ class Machine:
         # Without this variable and BPF, DeviceAllow and IPAddressDeny would silently not be enforced.
         environment = {"PATH": PATH, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
         command = [
-            *("systemd-nspawn", "--quiet", f"--directory={self._tree}", f"--machine={self._tree.name}", "--boot"),
+            *("systemd-nspawn", "--quiet", f"--directory={self._tree}", f"--machine=edgelm-{os.getpid()}", "--boot"),
             *("--volatile=overlay", "--bind-ro=/usr", "--private-network"),
             *("--register=no", "--keep-unit", "--console=pipe"),
             *("--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON", "--system-call-filter=bpf"),

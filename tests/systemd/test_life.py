@@ -336,6 +336,22 @@ def test_the_network_is_reached_only_where_it_is_allowed(device: Machine) -> Non
     assert probe(device)["reach the network"] == "can"
 
 
+def test_a_jetson_gets_what_it_has_and_starts(device: Machine) -> None:
+    device.write("/etc/nv_tegra_release", ["# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"])
+    said = device.run(INSTALL, environment=OFFLINE).stdout
+    assert "Jetson with JetPack 6" in said
+    drop_in = (device.root / "etc/systemd/system/edgelm.service.d/10-jetson.conf").read_text()
+    assert "\nSupplementaryGroups=video\n" in drop_in  # `render` does not exist here, and would be the end of the start
+    assert served(device) == BEFORE and device.show("PrivateDevices") == "no"
+
+
+def test_a_jetson_too_old_is_refused(device: Machine) -> None:
+    device.write("/etc/nv_tegra_release", ["# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref"])
+    refused = device.run(INSTALL, environment=OFFLINE, check=False)
+    (device.root / "etc/nv_tegra_release").unlink()
+    assert refused.returncode == 1 and "L4T R35" in refused.stderr
+
+
 def test_uninstalling_leaves_settings_and_nothing_else(device: Machine) -> None:
     device.run(INSTALL, "--uninstall")
     left = [path for name in ("opt", "etc", "run", "var/cache") for path in (device.root / name).rglob("edgelm*")]
