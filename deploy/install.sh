@@ -189,6 +189,7 @@ install_it() {
         [[ $before && $before != "$release" ]] || fail "the service does not start; journalctl -u edgelm has the details"
         swap "releases/$before" "$OPT/current"
         place_units "$before"
+        run rm -rf "$OPT/releases/$release"
         start_service || fail "neither $release nor $before starts; journalctl -u edgelm has the details"
         fail "$release does not start, and $before runs again; journalctl -u edgelm has the details"
     fi

@@ -75,12 +75,13 @@ class Service:
     """The daemon as systemd's unit. Without systemd, or with the unit stopped, there is nothing to tell."""
 
     def __init__(self, config: Config) -> None:
+        self._bundle = config.bundle
         self._socket = config.socket
 
-    @property
-    def running(self) -> bool:
-        """Whether it has to be told of a new bundle. One that failed may have failed for the old one."""
-        return Path("/run/systemd/system").is_dir() and self._show("ActiveState") not in ("inactive", "")
+    def serves(self, store: Store) -> bool:
+        """Whether it runs on this store, and so has to be told. One that failed may have failed for the old bundle."""
+        own = self._bundle == store.folder / "current" and Path("/run/systemd/system").is_dir()
+        return own and self._show("ActiveState") not in ("inactive", "")
 
     def serve(self, model: str) -> None:
         """Reload, and wait until it answers a request of ten steps with that model. Raises BundleError."""
@@ -127,8 +128,8 @@ def switch(store: Store, links: Links, service: Service) -> str:
     assert links.current is not None
     before = store.links
     store.point(links)
-    if not service.running:
-        return f"{links.current} is current; the daemon is not running, and serves it when it starts"
+    if not service.serves(store):
+        return f"{links.current} is current; no service runs on this store, and the next to start serves it"
     try:
         service.serve(model_of(store.folder / links.current))
     except (BundleError, ConfigError) as error:
@@ -152,6 +153,8 @@ def install(store: Store, source: Path, service: Service, check: Callable[[Path]
         try:
             check(staged)
             name = store.admit(staged)
+        except BundleError as error:  # the copy's name tells the user nothing
+            raise BundleError(str(error).replace(str(staged), str(source))) from None
         finally:
             store.discard(staged)
         links = store.links

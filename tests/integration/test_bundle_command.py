@@ -104,6 +104,7 @@ def test_a_bundle_that_is_not_right_is_refused_and_leaves_nothing(
 
     said = refusal(bundle_command(store, "install", bad))
     assert {"manifest": "manifest.json", "tokenizer": "tokenizer.json"}.get(damage, graph["file"]) in said
+    assert str(bad) in said and ".partial" not in said
     assert links(store) == (before, None) and contents(store) == {before}
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.systemd.device import INSTALL, OFFLINE
 from tests.systemd.machine import Machine, fetch_wheels, why_not
-
-INSTALL = "/srv/checkout/deploy/install.sh"
-OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/srv/wheels"}
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +51,21 @@ def drop_in(device: Machine) -> Iterator[Path]:
     file.unlink(missing_ok=True)
     device.run("systemctl", "daemon-reload")
     device.run("systemctl", "restart", "edgelm.service")
+
+
+@pytest.fixture
+def settings(device: Machine) -> Iterator[Path]:
+    """The settings file, put back at the end with a restart."""
+    file = device.root / "etc/edgelm/edgelm.toml"
+    kept = file.read_text()
+    yield file
+    file.write_text(kept)
+    device.run("systemctl", "restart", "edgelm.service")
+
+
+@pytest.fixture
+def on_mqtt(device: Machine, settings: Path) -> Path:
+    """Served through the broker of this machine."""
+    settings.write_text(settings.read_text().replace("# host = ", "host = ").replace("broker.local", "127.0.0.1"))
+    device.run("systemctl", "restart", "edgelm.service")
+    return settings
