@@ -26,11 +26,11 @@ help:
 demo: $(EDGE)
 	$(BIN)/python -m edge.demo
 
-# One thread a process: pytest already runs as many processes as there are cores. Tests of one group share a process.
+# One thread a process: pytest already runs as many processes as there are cores.
 test: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore=tests/systemd $(PYTEST_ARGS)
 
-# A part of `make test`, where it is skipped with its reason when it cannot run.
+# By itself, in one process: every process would boot a machine of its own. Skipped, with the reason, where none can be.
 test-systemd: $(ALL)
 	$(BIN)/python -m pytest tests/systemd -s $(PYTEST_ARGS)
 

@@ -53,8 +53,8 @@ def broker(make_broker: Callable[..., Broker], certificates: Path, tmp_path: Pat
         text = text.replace(shipped, here)
     settings = [line for line in text.splitlines() if not line.startswith(("listener", "allow_anonymous"))]
     broker = make_broker()
-    user = ["user root"] if os.getuid() == 0 else []
-    lines = [f"listener {broker.port} 127.0.0.1", "allow_anonymous false", *user, *settings, ""]
+    as_root = ["user root"] if os.getuid() == 0 else []
+    lines = [f"listener {broker.port} 127.0.0.1", "allow_anonymous false", *as_root, *settings, ""]
     broker._config.write_text("\n".join(lines))
     return broker.start()
 

@@ -5,7 +5,7 @@ import pytest
 from tests.systemd.device import INSTALL
 from tests.systemd.machine import Machine
 
-pytestmark = [pytest.mark.xdist_group("systemd"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_uninstalling_leaves_settings_and_nothing_else(device: Machine) -> None:
