@@ -13,12 +13,13 @@ EDGE := $(VENV)/.installed-edge
 ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean venv
-.SILENT: help demo test clean venv $(EDGE) $(ALL)
+.PHONY: help demo test test-systemd check clean venv
+.SILENT: help demo test test-systemd clean venv $(EDGE) $(ALL)
 
 help:
 	echo "make demo    install the edge, and watch the shipped model write a story"
 	echo "make test    install everything, and run the tests; those of MQTT need mosquitto"
+	echo "make test-systemd   the installed service on a booted systemd; needs root and systemd-container"
 	echo "make check   formatting, types, import boundaries, file sizes"
 	echo "make clean   remove .venv and caches; data, runs and bundles stay"
 
@@ -27,7 +28,11 @@ demo: $(EDGE)
 
 # One thread a process: pytest already runs as many processes as there are cores.
 test: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore=tests/systemd $(PYTEST_ARGS)
+
+# By itself, in one process: every process would boot a machine of its own. Skipped, with the reason, where none can be.
+test-systemd: $(ALL)
+	$(BIN)/python -m pytest tests/systemd -s $(PYTEST_ARGS)
 
 check: $(ALL)
 	$(BIN)/ruff check

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta, Struct, field
 
+from edge.systemd import credential
 from shared.errors import ConfigError
 
 PREFIX: Final = "EDGELM_"
@@ -22,6 +23,7 @@ VARIABLES: Final[dict[str, str]] = {
     "EDGELM_BUNDLE": "bundle",
     "EDGELM_SOCKET": "socket",
     "EDGELM_STATE": "state",
+    "EDGELM_SOCKET_GROUP": "socket_group",
     "EDGELM_BACKEND": "backend",
     "EDGELM_THREADS": "threads",
     "EDGELM_QUEUE_SIZE": "queue_size",
@@ -36,6 +38,8 @@ VARIABLES: Final[dict[str, str]] = {
 """Environment variable → the key it overrides. An empty variable counts as unset."""
 
 SYSTEM_SOCKET: Final = Path("/run/edgelm.sock")
+STORE: Final = Path("/opt/edgelm/bundles")
+"""Where a device keeps its bundles."""
 
 Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -43,10 +47,10 @@ ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z"
 
 
 def default_bundle() -> Path:
-    """The bundle that ships: beside the packages in a checkout, below the environment's share/ once installed."""
+    """The bundle of a checkout; else what is current on this device; else what was installed with the packages."""
     checkout = Path(__file__).resolve().parent.parent / "bundle" / "tinystories"
     installed = Path(sys.prefix) / "share" / "diffusion-llm" / "tinystories"
-    return checkout if checkout.is_dir() else installed
+    return next((path for path in (checkout, STORE / "current") if path.is_dir()), installed)
 
 
 def socket_candidates() -> tuple[Path, ...]:
@@ -91,13 +95,15 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything the daemon can be told.
 
-    state: folder of what must outlive the process: with a broker, the journal of accepted requests. threads: of the
-    runtime, 0 takes every processor this process may use. queue_size: requests that may wait while one is computed.
-    drain_s: seconds that accepted requests get to finish in when the daemon is asked to stop.
+    socket_group: whose members alone may use the socket. state: folder of what must outlive the process: with a
+    broker, the journal of accepted requests. threads: of the runtime, 0 takes every processor this process may use.
+    queue_size: requests that may wait while one is computed. drain_s: seconds that accepted requests get to finish in
+    when the daemon is asked to stop.
     """
 
     bundle: Path = field(default_factory=default_bundle)
     socket: Path = field(default_factory=default_socket)
+    socket_group: Text | None = None
     state: Path = field(default_factory=default_state)
     backend: Text = "ort"
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
@@ -141,13 +147,17 @@ def parse_broker(text: str) -> dict[str, str]:
 
 
 def read_password(mqtt: MqttConfig) -> str | None:
-    """The password in the password file, without its final line break. Raises ConfigError."""
-    if mqtt.password_file is None:
+    """The password in the password file, without its final line break; an empty one is none. Raises ConfigError.
+
+    Without such a file, the credential `mqtt.password` that systemd loads for the unit (LoadCredential=) stands in.
+    """
+    file = mqtt.password_file or (credential("mqtt.password") if mqtt.username else None)
+    if file is None:
         return None
     try:
-        return mqtt.password_file.read_text("utf-8").rstrip("\r\n")
+        return file.read_text("utf-8").rstrip("\r\n") or None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"mqtt.password_file {mqtt.password_file} cannot be read: {error}") from None
+        raise ConfigError(f"mqtt.password_file {file} cannot be read: {error}") from None
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

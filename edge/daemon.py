@@ -1,4 +1,4 @@
-"""The daemon: an engine, its scheduler, and the transports that feed it, from start to drain."""
+"""The daemon: an engine, its worker, and the transports that feed it, from start to drain."""
 
 import argparse
 import logging
@@ -7,44 +7,54 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import msgspec
+
+from edge import systemd
 from edge.config import Config, load_config, parse_broker
 from edge.engine import Engine
 from edge.scheduler import Scheduler
+from edge.systemd import JournalFormatter
 from edge.unix_socket import SocketServer
+from shared.errors import DiffusionLLMError
 
 if TYPE_CHECKING:
     from edge.mqtt import MqttTransport
 
 log = logging.getLogger("edgelm")
 
+RELOADED: Final = ("bundle", "backend", "threads", "drain_s")
+"""What SIGHUP changes. The rest belongs to open sockets and connections, which answers are still owed to."""
+FAREWELL_S: Final = 15.0
+"""What a stop may take beyond the drain: a last step, the transports' last answers."""
+
 EPILOG = """examples:
   python -m edge                                   the shipped bundle on the default socket
   python -m edge --mqtt broker.local               also through a broker
   python -m edge --config /etc/edgelm/edgelm.toml  everything else is set there; deploy/edgelm.toml explains it
 
-Environment variables such as EDGELM_BUNDLE override the file, flags override both."""
+Environment variables such as EDGELM_BUNDLE override the file, flags override both.
+SIGHUP reads the file and the bundle again."""
 
 
-class StopSignals:
-    """SIGTERM and Ctrl-C as something to wait for, which no lock of the interrupted code can deadlock with."""
+class Signals:
+    """SIGTERM, Ctrl-C and SIGHUP as something to wait for, which no lock of the interrupted code can deadlock with."""
 
     def __init__(self) -> None:
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether a signal came before the time was up."""
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """The number of the next signal; None when the time was up first."""
         came = bool(select.select([self._reader], [], [], timeout_s)[0])
-        if came:
-            os.read(self._reader, 1)
-        return came
+        return os.read(self._reader, 1)[0] if came else None
 
 
 def seconds_since_start() -> float:
@@ -53,18 +63,20 @@ def seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
 
 
-def serve(config: Config) -> None:
+def serve(read_config: Callable[[], Config]) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what was accepted; a second signal cuts that short.
 
-    Raises ConfigError or BundleError when it cannot start.
+    SIGHUP reads the configuration again, and the bundle. Raises ConfigError or BundleError when it cannot start.
     """
+    config = read_config()
+    inherited = systemd.activated_socket()
+    path = config.socket if inherited is None else Path(inherited.getsockname())
     with ExitStack() as stack:
-        engine = Engine.load(config.bundle, config.backend, config.threads)
-        stack.callback(engine.close)
-        worker = Scheduler(engine, config.queue_size)
-        signals = StopSignals()
+        worker = Scheduler(_load(config), config.queue_size)
+        stack.callback(lambda: worker.engine.close())
+        signals = Signals()
         mqtt = _make_mqtt(config, worker)
-        socket = SocketServer(config.socket, worker)
+        socket = SocketServer(path, worker, inherited, config.socket_group)
         socket.start()
         stack.callback(socket.close)
         if mqtt is not None:
@@ -72,9 +84,42 @@ def serve(config: Config) -> None:
             stack.callback(mqtt.close)
         worker.start()
         stack.callback(worker.stop)
-        print(_ready_line(config, worker, mqtt), flush=True)
-        signals.wait()
+        watchdog = systemd.Watchdog(lambda: worker.steps_done, lambda: worker.busy)
+        watchdog.start()
+        stack.callback(watchdog.stop)
+        print(_ready_line(path, worker, mqtt), flush=True)
+        systemd.ready(f"serving {worker.model}")
+        while signals.wait() == signal.SIGHUP:
+            config = _reload(config, read_config, worker)
         _drain(config, worker, signals)
+
+
+def _load(config: Config) -> Engine:
+    # Where a link leads is decided once: files of two bundles must not mix when it is swapped meanwhile.
+    return Engine.load(config.bundle.resolve(), config.backend, config.threads)
+
+
+def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler) -> Config:
+    """Serve what the configuration says now; when that cannot be, go on as before and say why in one sentence."""
+    systemd.reloading()
+    try:
+        found = read_config()
+        worker.replace_engine(_load(found))
+    except DiffusionLLMError as error:
+        log.error("the reload failed, and %s serves on: %s", worker.model, error)
+        systemd.ready(f"serving {worker.model}; the last reload failed: {error}")
+        return config
+    except Exception:
+        log.exception("the reload failed, and %s serves on", worker.model)
+        systemd.ready(f"serving {worker.model}; the last reload failed: the log has the details")
+        return config
+    merged = msgspec.structs.replace(config, **{key: getattr(found, key) for key in RELOADED})
+    later = [key for key in Config.__struct_fields__ if getattr(found, key) != getattr(merged, key)]
+    if later:
+        log.warning("changes of %s take effect at the next start", ", ".join(f"`{key}`" for key in later))
+    log.info("reloaded: serving %s", worker.model)
+    systemd.ready(f"serving {worker.model}")
+    return merged
 
 
 def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
@@ -85,17 +130,19 @@ def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
     return MqttTransport(config, worker)
 
 
-def _ready_line(config: Config, worker: Scheduler, mqtt: "MqttTransport | None") -> str:
+def _ready_line(path: Path, worker: Scheduler, mqtt: "MqttTransport | None") -> str:
     broker = "off" if mqtt is None else f"connecting to {mqtt.broker}"
-    return f"ready in {seconds_since_start():.2f} s: socket {config.socket}, mqtt {broker}, bundle {worker.model}"
+    return f"ready in {seconds_since_start():.2f} s: socket {path}, mqtt {broker}, bundle {worker.model}"
 
 
-def _drain(config: Config, worker: Scheduler, signals: StopSignals) -> None:
+def _drain(config: Config, worker: Scheduler, signals: Signals) -> None:
+    systemd.stopping(config.drain_s + FAREWELL_S)
     log.info("stopping: finishing what was accepted, for at most %g s", config.drain_s)
     worker.refuse_new()
     give_up_s = time.monotonic() + config.drain_s
-    while worker.busy and time.monotonic() < give_up_s and not signals.wait(0.02):
-        pass
+    while worker.busy and time.monotonic() < give_up_s:
+        if signals.wait(0.02) in (signal.SIGTERM, signal.SIGINT):
+            return
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,6 +161,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     given = {key: value for key in ("bundle", "socket", "backend") if (value := getattr(args, key)) is not None}
     broker = {} if args.mqtt is None else parse_broker(args.mqtt)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(message)s")
-    serve(load_config(args.config, given | broker))
+    handler = logging.StreamHandler(sys.stderr)
+    to_journal = systemd.on_journal()
+    handler.setFormatter(JournalFormatter() if to_journal else logging.Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        serve(lambda: load_config(args.config, given | broker))
+    except DiffusionLLMError as error:
+        if not to_journal:
+            raise
+        log.error("%s", error)
+        return error.exit_code
     return 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from edge.client import connect
+from edge.peers import group_id, is_member
 from edge.scheduler import Scheduler
 from shared.errors import ConfigError, RequestError
 from shared.messages import (
@@ -175,13 +176,21 @@ class _Connection:
 
 
 class SocketServer:
-    """Serves a scheduler on a Unix socket. Raises ConfigError when the path cannot be taken."""
+    """Serves a scheduler on a Unix socket. Raises ConfigError when the path cannot be taken.
 
-    def __init__(self, path: Path, scheduler: Scheduler) -> None:
+    inherited: a listening socket opened by systemd, which is served instead and outlives this process. group: whose
+    members alone may connect, beside root and this daemon's user.
+    """
+
+    def __init__(
+        self, path: Path, scheduler: Scheduler, inherited: socket.socket | None = None, group: str | None = None
+    ) -> None:
         self._path = path
         self._scheduler = scheduler
-        self._listener = _listen(path)
-        self._inode = path.lstat().st_ino
+        self._group = None if group is None else group_id(group)
+        self._listener = _listen(path, self._group) if inherited is None else inherited
+        self._listener.setblocking(False)
+        self._inode = path.lstat().st_ino if inherited is None else None
         self._connections: dict[int, _Connection] = {}
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -202,7 +211,7 @@ class SocketServer:
             connection.close()
         self._listener.close()
         with suppress(FileNotFoundError):
-            if self._path.lstat().st_ino == self._inode:
+            if self._inode is not None and self._path.lstat().st_ino == self._inode:
                 self._path.unlink()
 
     def _wake(self) -> None:
@@ -259,22 +268,25 @@ class SocketServer:
             time.sleep(ACCEPT_PAUSE_S)  # out of file descriptors: the listener stays readable meanwhile
             return False
         connection = _Connection(sock, self._scheduler, self._wake)
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if self._group is not None and not is_member(sock, self._group):
+            connection.refuse(RequestError("forbidden", "this socket serves the members of its group alone"))
+        elif len(self._connections) >= MAX_CONNECTIONS:
             connection.refuse(RequestError("queue_full", f"{MAX_CONNECTIONS} clients are connected already"))
         else:
             self._connections[sock.fileno()] = connection
         return True
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(path: Path, gid: int | None) -> socket.socket:
     _clear_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(listener.fileno(), 0o660)  # the file is born with it: no moment in which others could connect
         listener.bind(str(path))
+        if gid is not None:
+            os.chown(path, -1, gid)
         path.chmod(0o660)  # a strict umask may have taken the group's half
         listener.listen(MAX_CONNECTIONS)
-        listener.setblocking(False)
     except OSError as error:
         listener.close()
         raise ConfigError(f"socket {path} cannot be opened: {error.strerror or error}") from None

@@ -41,6 +41,7 @@ class BundleError(DiffusionLLMError):
 ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {
     "bad_request": (400, False),
     "bad_reply_topic": (403, False),
+    "forbidden": (403, False),
     "conflict": (409, False),
     "too_large": (413, False),
     "queue_full": (429, True),

@@ -1,0 +1,230 @@
+#!/usr/bin/env bash
+# Installs the daemon as a systemd service from this checkout, or brings an installed one up to it.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: deploy/install.sh [--lan] [--dry-run]      install, or upgrade; doing it twice changes nothing
+       deploy/install.sh --uninstall [--dry-run]
+
+  --lan        let the daemon reach a broker in the local network, not only on this machine
+  --dry-run    print what would be done, and do nothing
+  --uninstall  remove the service, the program and the bundles; settings and state stay
+
+PYTHON names the interpreter (default: python3). pip's own variables work, such as PIP_INDEX_URL, or
+PIP_NO_INDEX=1 PIP_FIND_LINKS=/media/wheels on a device without a network.
+
+What goes where:
+  /opt/edgelm/releases/VERSION-HASH   virtual environments; /opt/edgelm/current leads to the one that runs
+  /opt/edgelm/bundles                 models; see: python -m edge.bundle --help
+  /etc/edgelm/edgelm.toml             settings, written once and then yours
+  /etc/systemd/system/edgelm.*        the units
+END
+}
+
+readonly OPT=/opt/edgelm ETC=/etc/edgelm UNITS=/etc/systemd/system GROUP=edgelm
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly here
+python=${PYTHON:-python3}
+lan='' dry='' uninstall=''
+umask 022
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+say() { echo "install: $*"; }
+
+# Everything that changes the system goes through here.
+run() {
+    if [[ $dry ]]; then
+        printf 'would run:'
+        printf ' %q' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+# put MODE FROM TO: a file as a whole, or not at all. Notes in `changed` whether it is another than before.
+put() {
+    cmp -s "$2" "$3" && return
+    changed=yes
+    run install -D -m "$1" "$2" "$3.new"
+    run mv -f "$3.new" "$3"
+}
+
+# swap TARGET LINK: a link that is whole at every moment.
+swap() {
+    run ln -sfn "$1" "$2.new"
+    run mv -fT "$2.new" "$2"
+}
+
+check_machine() {
+    [[ $dry ]] || ((EUID == 0)) || fail "this needs root: sudo $0"
+    [[ $dry || -d /run/systemd/system ]] || fail "systemd does not run here, and the daemon is installed as its service"
+    command -v "$python" >/dev/null || fail "$python is not installed: install Python 3.10 or newer, or set PYTHON"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$("$python" --version) is too old: install 3.10 or newer, or set PYTHON"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot make virtual environments: apt install python3-venv"
+    # ProtectHome= hides it from the service.
+    case $(readlink -f "$(command -v "$python")") in
+        /home/* | /root/* | /run/user/*) fail "$python lies in a home folder, which the service cannot read; set PYTHON" ;;
+    esac
+}
+
+# jetpack: the major version, or nothing on other machines. extras: for pip. visible: flag of venv.
+detect_machine() {
+    jetpack='' extras='' visible=''
+    local release tensorrt='not found'
+    if [[ -r /etc/nv_tegra_release ]]; then
+        release=$(sed -n 's/^# R\([0-9]*\) .*/\1/p' /etc/nv_tegra_release)
+        case $release in
+            36) jetpack=6 extras='[cuda12]' ;;
+            38 | 39) jetpack=7 extras='[cuda13]' ;;
+            *) fail "/etc/nv_tegra_release names L4T R$release: JetPack 6 (R36) or newer is needed" ;;
+        esac
+    fi
+    if "$python" -c 'import tensorrt' 2>/dev/null; then
+        tensorrt=found visible=--system-site-packages # apt's TensorRT: it belongs to the driver, and pip has no other
+    else
+        extras=''
+    fi
+    say "${jetpack:+Jetson with JetPack $jetpack, }Python $("$python" -c 'import platform; print(platform.python_version())'), TensorRT $tensorrt"
+}
+
+# release: the folder's name, from the version and a hash of everything that goes into it.
+name_release() {
+    local version hash
+    version=$(sed -n 's/^version = "\([^"]*\)".*/\1/p' "$here/pyproject.toml")
+    hash=$(cd "$here" && {
+        find edge shared host systemd -type f ! -path '*/__pycache__/*' -print0
+        printf '%s\0' pyproject.toml deploy/edgelm.toml
+    } | LC_ALL=C sort -z | xargs -0 sha256sum | cat - <(echo "$extras $visible" && "$python" -VV) | sha256sum | head -c 12)
+    release=$version-$hash
+}
+
+# A virtual environment in its final place, because it cannot be moved; the last file written says that it is whole.
+make_release() {
+    local folder=$OPT/releases/$release source
+    if [[ -e $folder/complete ]]; then
+        return
+    fi
+    say "making $folder"
+    run rm -rf "$folder"
+    run mkdir -p "$OPT/releases"
+    run "$python" -m venv ${visible:+"$visible"} "$folder"
+    # A copy: building leaves files behind, and the checkout may be read-only.
+    source=/tmp/edgelm-source
+    [[ $dry ]] || source=$(mktemp -d)
+    # shellcheck disable=SC2064 # the folder's name as it is now
+    trap "rm -rf '$source'" EXIT
+    run cp -r "$here"/{pyproject.toml,README.md,LICENSE,edge,shared,host} "$source"
+    run "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$source$extras"
+    run cp -r "$here/systemd" "$folder/systemd"
+    run install -m 644 "$here/deploy/edgelm.toml" "$folder/edgelm.toml"
+    run chmod -R go=rX "$folder"
+    run touch "$folder/complete"
+}
+
+# As deploy/edgelm.toml, with what this layout needs filled in. Never written over.
+write_settings() {
+    [[ -e $ETC/edgelm.toml ]] && return
+    run install -D -m 644 <(sed -e "s|^# bundle = .*|bundle = \"$OPT/bundles/current\"|" \
+        -e 's|^# socket = .*|socket = "/run/edgelm.sock"|' \
+        -e "s|^# socket_group = .*|socket_group = \"$GROUP\"|" "$here/deploy/edgelm.toml") "$ETC/edgelm.toml"
+}
+
+# place_units RELEASE: its units, and the drop-ins that this machine needs.
+place_units() {
+    local from=$OPT/releases/$1/systemd group groups='' drop_in
+    [[ -d $from ]] || from=$here/systemd # a dry run
+    if [[ -e $UNITS/edgelm.socket ]] && ! cmp -s "$from/edgelm.socket" "$UNITS/edgelm.socket"; then
+        run systemctl stop edgelm.socket edgelm.service # to be opened anew
+    fi
+    put 644 "$from/edgelm.service" "$UNITS/edgelm.service"
+    put 644 "$from/edgelm.socket" "$UNITS/edgelm.socket"
+    if [[ $jetpack ]]; then
+        for group in video render; do
+            getent group "$group" >/dev/null && groups+="${groups:+ }$group"
+        done
+        drop_in=$(mktemp)
+        sed "s|^SupplementaryGroups=.*|SupplementaryGroups=$groups|" "$from/jetson.conf" >"$drop_in"
+        put 644 "$drop_in" "$UNITS/edgelm.service.d/10-jetson.conf"
+        rm -f "$drop_in"
+    fi
+    if [[ $lan ]]; then
+        put 644 "$from/lan.conf" "$UNITS/edgelm.service.d/20-lan.conf"
+    fi
+    run systemctl daemon-reload
+}
+
+start_service() {
+    run systemctl enable --quiet edgelm.socket edgelm.service
+    run systemctl start edgelm.socket
+    run systemctl restart edgelm.service # back when it is ready, or has failed
+}
+
+install_it() {
+    local before='' changed=''
+    check_machine
+    detect_machine
+    name_release
+    [[ -L $OPT/current ]] && before=$(basename "$(readlink "$OPT/current")")
+    make_release
+    getent group "$GROUP" >/dev/null || run groupadd --system "$GROUP"
+    write_settings
+    if [[ ! -e $OPT/bundles/current ]]; then
+        run "$OPT/releases/$release/bin/python" -m edge.bundle install "$here/bundle/tinystories"
+    fi
+    place_units "$release"
+    if [[ $before == "$release" && ! $changed ]] && systemctl --quiet is-active edgelm.service; then
+        say "$release is installed and runs already"
+        return
+    fi
+    [[ $before == "$release" ]] || swap "releases/$release" "$OPT/current"
+    if ! start_service; then
+        [[ $before && $before != "$release" ]] || fail "the service does not start; journalctl -u edgelm has the details"
+        swap "releases/$before" "$OPT/current"
+        place_units "$before"
+        run rm -rf "$OPT/releases/$release"
+        start_service || fail "neither $release nor $before starts; journalctl -u edgelm has the details"
+        fail "$release does not start, and $before runs again; journalctl -u edgelm has the details"
+    fi
+    local folder
+    for folder in "$OPT"/releases/*; do # two are kept
+        [[ ! -d $folder || $folder == */"$release" || $folder == */"${before:-$release}" ]] || run rm -rf "$folder"
+    done
+    [[ ! $dry ]] || { say "nothing was done: --dry-run" && return; }
+    say "$release runs; settings: $ETC/edgelm.toml; clients of the socket join the group $GROUP"
+}
+
+uninstall_it() {
+    [[ $dry ]] || ((EUID == 0)) || fail "this needs root: sudo $0 --uninstall"
+    if [[ -e $UNITS/edgelm.service ]]; then
+        run systemctl disable --quiet --now edgelm.socket edgelm.service
+        run rm -f "$UNITS"/edgelm.{service,socket} "$UNITS"/edgelm.service.d/{10-jetson,20-lan}.conf
+        [[ ! -d $UNITS/edgelm.service.d ]] || run rmdir --ignore-fail-on-non-empty "$UNITS/edgelm.service.d"
+        run systemctl daemon-reload
+    fi
+    run rm -rf "$OPT" /var/cache/edgelm /var/cache/private/edgelm
+    ! getent group "$GROUP" >/dev/null || run groupdel "$GROUP"
+    say "removed; settings and state stay: rm -r $ETC /var/lib/private/edgelm /var/lib/edgelm"
+}
+
+for argument in "$@"; do
+    case $argument in
+        --lan) lan=yes ;;
+        --dry-run) dry=yes ;;
+        --uninstall) uninstall=yes ;;
+        -h | --help)
+            usage
+            exit
+            ;;
+        *) fail "unknown argument $argument; deploy/install.sh --help lists them" ;;
+    esac
+done
+[[ ! $uninstall || ! $lan ]] || fail "--lan means nothing with --uninstall"
+if [[ $uninstall ]]; then uninstall_it; else install_it; fi

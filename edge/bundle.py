@@ -1,0 +1,240 @@
+"""`python -m edge.bundle`: install, list, roll back and verify the bundles of a device.
+
+A bundle is served only after its files fit their hashes, its signature fits the device's key, and it ran ten steps, in
+a process of its own; and it stays only if the reloaded daemon answers with it. Otherwise the one before serves again.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from edge.client import ask, connect
+from edge.config import FILE_VARIABLE, STORE, Config, load_config
+from edge.store import Links, Store, check_files, check_signature
+from shared.errors import BundleError, ConfigError, RequestError, run_main
+from shared.manifest import bundle_digest, read_manifest
+from shared.messages import GenerateRequest, Response
+
+KEY: Final = Path("/etc/edgelm/minisign.pub")
+CONFIG: Final = Path("/etc/edgelm/edgelm.toml")
+UNIT: Final = "edgelm.service"
+TEST: Final = GenerateRequest(prompt="", seed=1, steps=10)
+TEST_S: Final = 300.0
+"""How long the ten steps may take, the runtime's own preparations included; and then the daemon's to serve them."""
+POLL_S: Final = 0.2
+
+EPILOG = """examples:
+  python -m edge.bundle install bundles/tinystories   verify, test, serve; or say why not, and serve on as before
+  python -m edge.bundle rollback                      back to the bundle before
+  python -m edge.bundle verify                        is what is served still what was installed?
+
+With a minisign key at /etc/edgelm/minisign.pub every bundle must be signed by it (sign the manifest:
+minisign -Sm NAME/manifest.json); without one, signatures are not asked for."""
+
+
+def self_test(folder: Path, config: Config) -> None:
+    """Run ten steps, twice, to the same text. Raises BundleError."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the engine imports ONNX Runtime
+    from edge.engine import Engine  # not at the top: listing and rolling back need no runtime
+
+    engine = Engine.load(folder, config.backend, config.threads)
+    try:
+        first, second = (engine.run(engine.prepare(TEST)) for _ in range(2))
+    finally:
+        engine.close()
+    if not 1 <= first.steps <= 10 or first.text != second.text:
+        raise BundleError(f"{folder} fails its self-test: two runs of one request differ, or take {first.steps} steps")
+
+
+def verify(folder: Path, key: Path | None, config: Config) -> None:
+    """Files, signature if there is a key, ten steps. Raises BundleError or ConfigError in one sentence."""
+    check_files(folder)
+    if key is not None:
+        check_signature(folder, key)
+    self_test(folder, config)
+
+
+def verify_apart(folder: Path, arguments: list[str]) -> None:
+    """`verify` in a process of its own, whose crash or hang is the bundle's fault and not ours. Raises BundleError."""
+    command = [sys.executable, "-m", "edge.bundle", "verify", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TEST_S, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise BundleError(f"the bundle did not finish its self-test within {TEST_S:g} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.splitlines() or [f"the self-test ended with status {done.returncode}"]
+        raise BundleError(lines[-1].removeprefix("error: "))
+
+
+class Service:
+    """The daemon as systemd's unit. Without systemd, or with the unit stopped, there is nothing to tell."""
+
+    def __init__(self, config: Config) -> None:
+        self._bundle = config.bundle
+        self._socket = config.socket
+
+    def serves(self, store: Store) -> bool:
+        """Whether it runs on this store, and so has to be told. One that failed may have failed for the old bundle."""
+        own = self._bundle == store.folder / "current" and Path("/run/systemd/system").is_dir()
+        return own and self._show("ActiveState") not in ("inactive", "")
+
+    def serve(self, model: str) -> None:
+        """Reload, and wait until it answers a request of ten steps with that model. Raises BundleError."""
+        before = self._show("StatusText")
+        verb = "reload" if self._show("ActiveState") in ("active", "reloading") else "restart"
+        told = subprocess.run(["systemctl", verb, UNIT], capture_output=True, text=True)
+        if told.returncode != 0:
+            raise BundleError(f"{UNIT} cannot {verb}; `journalctl -u {UNIT}` has the details")
+        give_up_s = time.monotonic() + TEST_S
+        while time.monotonic() < give_up_s:
+            if self._answers(model):
+                return
+            status = self._show("StatusText")
+            if status != before and "the last reload failed" in status:
+                raise BundleError(f"the daemon refused it: {status.partition('failed: ')[2]}")
+            time.sleep(POLL_S)
+        raise BundleError(f"the daemon did not answer with {model} within {TEST_S:g} s")
+
+    def _answers(self, model: str) -> bool:
+        """Whether it does now. Raises BundleError when the model fails."""
+        connection = connect(self._socket)
+        if connection is None:
+            return False
+        try:
+            with connection:
+                connection.settimeout(TEST_S)
+                response = next(reply for reply in ask(connection, TEST) if isinstance(reply, Response))
+        except RequestError:  # it restarts just now
+            return False
+        if response.error is not None and not response.error.retryable:
+            raise BundleError(f"the daemon could not answer: {response.error.message}")
+        return response.error is None and response.model == model
+
+    def _show(self, property_name: str) -> str:
+        command = ["systemctl", "show", "--value", f"--property={property_name}", UNIT]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def switch(store: Store, links: Links, service: Service) -> str:
+    """Point the links there and have the daemon serve it, or put everything back.  → what to tell the user
+
+    Raises BundleError when it was put back.
+    """
+    assert links.current is not None
+    before = store.links
+    store.point(links)
+    if not service.serves(store):
+        return f"{links.current} is current; no service runs on this store, and the next to start serves it"
+    try:
+        service.serve(model_of(store.folder / links.current))
+    except (BundleError, ConfigError) as error:
+        store.point(before)
+        if before.current is None:
+            raise
+        service.serve(model_of(store.folder / before.current))
+        raise BundleError(f"{before.current} serves again, because {links.current} did not work: {error}") from None
+    return f"{links.current} is served"
+
+
+def model_of(folder: Path) -> str:
+    """Name and digest, as the daemon's answers state them."""
+    return f"{read_manifest(folder).name}@{bundle_digest(folder)[:12]}"
+
+
+def install(store: Store, source: Path, service: Service, check: Callable[[Path], None]) -> str:
+    """Copy, check the copy, serve it.  → what to tell the user. Raises BundleError; then nothing has changed."""
+    with store.locked():
+        staged = store.stage(source)
+        try:
+            check(staged)
+            name = store.admit(staged)
+        except BundleError as error:  # the copy's name tells the user nothing
+            raise BundleError(str(error).replace(str(staged), str(source))) from None
+        finally:
+            store.discard(staged)
+        links = store.links
+        previous = links.previous if links.current == name else links.current
+        try:
+            return switch(store, Links(name, previous), service)
+        finally:
+            store.prune()
+
+
+def rollback(store: Store, service: Service) -> str:
+    """Swap current and previous.  → what to tell the user. Raises BundleError."""
+    with store.locked():
+        links = store.links
+        if links.previous is None:
+            raise BundleError(f"{store.folder} has no previous bundle to roll back to")
+        check_files(store.folder / links.previous)
+        return switch(store, Links(links.previous, links.current), service)
+
+
+def describe(store: Store) -> list[str]:
+    """One line a bundle: which link shows it, its name, megabytes, graphs."""
+    links = store.links
+    lines = []
+    for name in store.names():
+        folder = store.folder / name
+        role = "current" if name == links.current else "previous" if name == links.previous else "-"
+        megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        try:
+            graphs = ", ".join(f"{graph.precision} {graph.target}" for graph in read_manifest(folder).graphs)
+        except BundleError as error:
+            graphs = f"damaged: {error}"
+        lines.append(f"{role:9}{name}  {megabytes:.1f} MB  {graphs}")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and do it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edge.bundle",
+        description="The bundles of this device.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--store", type=Path, default=STORE, metavar="DIR", help=f"where they lie (default: {STORE})")
+    shared.add_argument("--config", type=Path, metavar="FILE", help=f"the daemon's (default: {CONFIG}, if it is there)")
+    checked = argparse.ArgumentParser(add_help=False)
+    checked.add_argument("--key", type=Path, metavar="FILE", help=f"minisign key (default: {KEY}, if it is there)")
+    found = commands.add_parser("install", parents=[shared, checked], help="verify a bundle, and serve it")
+    found.add_argument("folder", type=Path, metavar="DIR")
+    commands.add_parser("list", parents=[shared], help="what is installed, and what is served")
+    commands.add_parser("rollback", parents=[shared], help="serve the bundle before")
+    found = commands.add_parser("verify", parents=[shared, checked], help="check hashes and signature, run ten steps")
+    found.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: the one that is current")
+    args = parser.parse_args(argv)
+    store = Store(args.store)
+    file = args.config or (CONFIG if CONFIG.is_file() and FILE_VARIABLE not in os.environ else None)
+    config = load_config(file)
+    if args.command == "list":
+        print("\n".join(describe(store)) or f"no bundles in {store.folder}")
+    elif args.command == "rollback":
+        print(rollback(store, Service(config)))
+    elif args.command == "verify":
+        folder = args.folder or store.folder / "current"
+        verify(folder, key_for(args.key), config)
+        print(f"{folder} is whole and works" + ("" if key_for(args.key) else "; its signature was not asked for"))
+    else:
+        passed_on = [f"--{name}={value}" for name in ("key", "config") if (value := getattr(args, name)) is not None]
+        print(install(store, args.folder, Service(config), lambda staged: verify_apart(staged, passed_on)))
+    return 0
+
+
+def key_for(asked: Path | None) -> Path | None:
+    """The key to hold signatures to; none by default on a device without one. Raises ConfigError."""
+    if asked is not None and not asked.is_file():
+        raise ConfigError(f"--key {asked}: there is no such file")
+    return asked or (KEY if KEY.is_file() else None)
+
+
+if __name__ == "__main__":
+    run_main(main)

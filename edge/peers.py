@@ -1,0 +1,37 @@
+"""Who is at the other end of the Unix socket: the kernel's word for it, which no client can forge."""
+
+import grp
+import os
+import socket
+import struct
+from typing import Final
+
+from shared.errors import ConfigError
+
+SO_PEERGROUPS: Final = 59  # asm-generic/socket.h, Linux 4.13; Python has no name for it
+CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
+MOST_GROUPS_BYTES: Final = 1024  # the most that Python asks the kernel for: 256 groups
+
+
+def group_id(name: str) -> int:
+    """The number of a group. Raises ConfigError when there is none of that name."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(f"socket_group {name!r} does not exist; create it with: groupadd --system {name}") from None
+
+
+def is_member(peer: socket.socket, gid: int) -> bool:
+    """Whether a connected client is root, this daemon's own user, or in the group, first or supplementary.
+
+    As it was when the client connected. Inside a user namespace (PrivateUsers=) the kernel shows foreign groups as
+    nobody's, so the unit has to run with this group as its own.
+    """
+    _, uid, first = CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+    if uid in (0, os.geteuid()) or first == gid:
+        return True
+    try:
+        packed = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, MOST_GROUPS_BYTES)
+    except OSError:  # in more groups than fit: only the first counts
+        return False
+    return gid in struct.unpack(f"{len(packed) // 4}I", packed)

@@ -1,0 +1,79 @@
+"""deploy/install.sh on a booted systemd: first, again, newer, broken, on a Jetson."""
+
+import pytest
+
+from tests.systemd.device import INSTALL, OFFLINE, SHIPPED_MODEL, ask, served
+from tests.systemd.machine import Machine
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_it_installs_starts_and_answers(device: Machine) -> None:
+    assert device.show("ActiveState") == "active"
+    assert device.run("systemctl", "is-enabled", "edgelm.service", "edgelm.socket").stdout == "enabled\nenabled\n"
+    assert ask(device)["status"] == "ok"
+    assert device.show("StatusText").startswith("serving tinystories@")
+    assert any(line.startswith("ready in ") for line in device.journal())
+
+
+def test_systemd_itself_finds_nothing_wrong_and_little_exposed(device: Machine) -> None:
+    assert device.run("systemd-analyze", "verify", "edgelm.service", "edgelm.socket").stderr == ""
+    assert device.run("systemd-analyze", "security", "--threshold=10", "edgelm.service").returncode == 0
+
+
+def test_installing_again_changes_nothing(device: Machine) -> None:
+    process = device.show("MainPID")
+    assert "runs already" in device.run(INSTALL, environment=OFFLINE).stdout
+    assert device.show("MainPID") == process
+
+
+def test_a_dry_run_changes_nothing(device: Machine) -> None:
+    before = sorted(device.root.glob("opt/edgelm/**"))
+    (device.root / "srv/checkout/edge/further.py").write_text("# another release\n")
+    said = device.run(INSTALL, "--dry-run", "--lan").stdout
+    (device.root / "srv/checkout/edge/further.py").unlink()
+    assert "would run: systemctl restart edgelm.service" in said and "20-lan.conf" in said
+    assert sorted(device.root.glob("opt/edgelm/**")) == before
+
+
+def test_a_newer_program_runs_and_the_one_before_is_kept(device: Machine) -> None:
+    before, process = (device.root / "opt/edgelm/current").readlink(), device.show("MainPID")
+    device.write("/srv/checkout/edge/newer.py", ["# another release"])
+    device.run(INSTALL, environment=OFFLINE)
+    after = (device.root / "opt/edgelm/current").readlink()
+    assert after != before and device.show("MainPID") != process
+    assert sorted(path.name for path in (device.root / "opt/edgelm/releases").iterdir()) == sorted(
+        (before.name, after.name)
+    )
+    assert served(device) == SHIPPED_MODEL
+
+
+def test_a_program_that_does_not_start_is_taken_back(device: Machine) -> None:
+    before = (device.root / "opt/edgelm/current").readlink()
+    daemon = device.root / "srv/checkout/edge/daemon.py"
+    kept = daemon.read_text()
+    daemon.write_text("import nothing_of_that_name\n" + kept)
+    done = device.run(INSTALL, environment=OFFLINE, check=False)
+    daemon.write_text(kept)
+    assert done.returncode == 1 and f"{before.name} runs again" in done.stderr
+    assert (device.root / "opt/edgelm/current").readlink() == before
+    assert served(device) == SHIPPED_MODEL
+
+
+def test_a_jetson_gets_what_it_has_and_starts(device: Machine) -> None:
+    device.write("/etc/nv_tegra_release", ["# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"])
+    said = device.run(INSTALL, environment=OFFLINE).stdout
+    assert "Jetson with JetPack 6" in said
+    drop_in = (device.root / "etc/systemd/system/edgelm.service.d/10-jetson.conf").read_text()
+    assert "\nSupplementaryGroups=video\n" in drop_in  # `render` does not exist here, and would be the end of the start
+    assert served(device) == SHIPPED_MODEL and device.show("PrivateDevices") == "no"
+    device.run("rm", "/etc/systemd/system/edgelm.service.d/10-jetson.conf")
+    device.run("systemctl", "daemon-reload")
+    device.run("systemctl", "restart", "edgelm.service")
+
+
+def test_a_jetson_too_old_is_refused(device: Machine) -> None:
+    device.write("/etc/nv_tegra_release", ["# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref"])
+    refused = device.run(INSTALL, environment=OFFLINE, check=False)
+    (device.root / "etc/nv_tegra_release").unlink()
+    assert refused.returncode == 1 and "L4T R35" in refused.stderr
