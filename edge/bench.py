@@ -12,17 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
-from edge.backends import Backend, StepResult
+from edge.backends import AnyBackend, LoopBackend
 from edge.config import default_bundle
 from edge.engine import Engine
+from edge.unmask import Row, Sampling
 from shared.errors import ConfigError, run_main
 from shared.messages import MAX_STEPS, GenerateRequest, Response, encode
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
@@ -55,24 +56,27 @@ class Report(Struct):
     reference: dict[str, float] | None  # from `host.bench step`; None where the host is not installed
 
 
-class TimedBackend:
-    """Adds up the time spent in another backend."""
+class Stopwatch:
+    """Adds up the time spent in a backend's own method, `step` or `advance`, while it is attached."""
 
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-        self.lengths = inner.lengths
+    def __init__(self, backend: AnyBackend) -> None:
+        self._backend, self._name = backend, "advance" if isinstance(backend, LoopBackend) else "step"
         self.seconds = 0.0
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """The inner backend's step, timed."""
-        started = time.perf_counter()
-        result = self.inner.step(canvas, t)
-        self.seconds += time.perf_counter() - started
-        return result
+    def __enter__(self) -> "Stopwatch":
+        inner: Callable[..., object] = getattr(self._backend, self._name)
 
-    def close(self) -> None:
-        """Close the inner backend."""
-        self.inner.close()
+        def timed(*arguments: object) -> object:
+            started = time.perf_counter()
+            result = inner(*arguments)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        setattr(self._backend, self._name, timed)  # hides the class's method
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        delattr(self._backend, self._name)
 
 
 def median_step_ms(engine: Engine, repeats: int = 40) -> float:
@@ -80,10 +84,14 @@ def median_step_ms(engine: Engine, repeats: int = 40) -> float:
     model = engine.manifest.model
     canvas = np.arange(model.canvas_len, dtype=np.int32) % (model.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
     canvas[::2], canvas[0] = MASK, BOS
-    times = []
+    fill, sampling = canvas == MASK, Sampling(0, 64, "random", 1.0, engine.manifest.top_k, 1.0)
+    backend, times = engine.backend, []
     for _ in range(repeats + 5):
         started = time.perf_counter()
-        engine.backend.step(canvas[None], np.full(1, 0.5, np.float32))
+        if isinstance(backend, LoopBackend):
+            backend.advance([Row(canvas.copy(), fill, sampling)], canvas.size)
+        else:
+            backend.step(canvas[None], np.full(1, 0.5, np.float32))
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times[5:])
 
@@ -110,8 +118,6 @@ def generation(engine: Engine, steps: int) -> Generation:
     rows = []
     for seed in range(REPEATS):
         plan = engine.prepare(GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps))
-        timed = TimedBackend(engine.backend)
-        engine.backend = timed
         first_s = 0.0
         started = time.perf_counter()
 
@@ -119,10 +125,10 @@ def generation(engine: Engine, steps: int) -> Generation:
             nonlocal first_s
             first_s = first_s or time.perf_counter() - started
 
-        completion = engine.run(plan, on_step)
+        with Stopwatch(engine.backend) as inside:
+            completion = engine.run(plan, on_step)
         total_s = time.perf_counter() - started
-        engine.backend = timed.inner
-        loop_ms = (total_s - timed.seconds) / completion.steps * 1e3
+        loop_ms = (total_s - inside.seconds) / completion.steps * 1e3
         rows.append((completion.generated_tokens / total_s, first_s * 1e3, total_s * 1e3, loop_ms))
     return Generation(steps, *(statistics.median(column) for column in zip(*rows, strict=True)))
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge.backends import Backend, load_backend
+from edge.backends import AnyBackend, load_backend
 from edge.text import Layout, Texts
 from edge.unmask import Sampling, unmask
 from shared.errors import BundleError, RequestError
@@ -59,7 +59,7 @@ class Completion:
 class Engine:
     """One bundle on one backend. Not thread-safe, except for `prepare`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, texts: Texts) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: AnyBackend, texts: Texts) -> None:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
         self.backend = backend

@@ -4,14 +4,14 @@ Backend-blind. `host.sampler` says the same in torch; a golden test holds the tw
 L: canvas length, M: open positions, K: candidates of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend
+from edge.backends import AnyBackend, LoopBackend
 from edge.philox import ORDER_DOMAIN, gumbel, uniform
 from shared.manifest import Selection
 from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
@@ -39,8 +39,22 @@ class Sampling:
     entropy_bound: float | None = None
 
 
+@dataclass(eq=False)
+class Row:
+    """One request on its way: what a pass changes, and what it needs to know. Its identity is the request's."""
+
+    canvas: Ids  # (L,)
+    fill: Bools  # (L,) where the request wants text
+    sampling: Sampling
+    step: int = 0  # passes made
+
+    def left(self) -> int:
+        """How many positions are open."""
+        return int(np.count_nonzero(self.fill & (self.canvas == MASK)))
+
+
 def unmask(
-    backend: Backend,
+    backend: AnyBackend,
     schedule: ScheduleName,
     canvas: Ids,
     fill: Bools,
@@ -48,23 +62,33 @@ def unmask(
     on_step: Callable[[int, Ids], None],
 ) -> int:
     """Fill a canvas (L,) in place where `fill` is true; calls on_step(passes so far, canvas).  → passes made"""
-    step, before = 0, canvas.size
-    while (left := int(np.count_nonzero(open_now := fill & (canvas == MASK)))) > 0:
+    row, before = Row(canvas, fill, sampling), canvas.size
+    while (left := row.left()) > 0:
         if left >= before:
             raise RuntimeError("the step graph proposes MASK, or an end left of visible text: nothing can be committed")
         before = left
-        length = active_bucket(canvas, backend.lengths)
-        t = time_of_masked_fraction(schedule, np.count_nonzero(canvas == MASK) / (canvas.size - 1))
-        scored = backend.step(canvas[None, :length], np.array([t], np.float32))
-        position = np.flatnonzero(open_now)
-        ids, logp, entropy = scored.ids[0, position], scored.logp[0, position], scored.entropy[0, position]
+        advance(backend, schedule, [row], active_bucket(canvas, backend.lengths))
+        on_step(row.step, canvas)
+    return row.step
+
+
+def advance(backend: AnyBackend, schedule: ScheduleName, rows: Sequence[Row], length: int) -> None:
+    """One pass over rows whose canvases are scored up to `length`, on the device if that is where the loop runs."""
+    if isinstance(backend, LoopBackend):
+        backend.advance(rows, length)
+        return
+    canvas = np.stack([row.canvas[:length] for row in rows])
+    masked = [np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1) for row in rows]
+    scored = backend.step(canvas, np.array([time_of_masked_fraction(schedule, m) for m in masked], np.float32))
+    for b, row in enumerate(rows):
+        sampling, step = row.sampling, row.step
+        position = np.flatnonzero(row.fill & (row.canvas == MASK))
+        ids, logp, entropy = scored.ids[b, position], scored.logp[b, position], scored.entropy[b, position]
         token, confidence = draw(ids, logp, sampling, step, position)
         order = rank(logp, entropy, confidence, sampling, step, position)
-        count = how_many(order, entropy, confidence, sampling, step, left)
-        commit(canvas, position[order[:count]], token[order[:count]])
-        step += 1
-        on_step(step, canvas)
-    return step
+        count = how_many(order, entropy, confidence, sampling, step, position.size)
+        commit(row.canvas, position[order[:count]], token[order[:count]])
+        row.step += 1
 
 
 def active_bucket(canvas: Ids, lengths: tuple[int, ...]) -> int:

@@ -13,6 +13,7 @@ from host.graph import step_graph
 from host.model import Denoiser, config_named
 from host.quantize import quantize
 from host.untrained import untrained
+from tests.emulator import Emulator, build
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
 
@@ -57,3 +58,9 @@ def exported_int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def debug_bundle(exported: Exported) -> Path:
     """A folder that any edge can load."""
     return exported.folder
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The device's kernels on this processor, 64 threads a block."""
+    return build(tmp_path_factory.mktemp("emulator"), threads=64)
