@@ -46,6 +46,9 @@ class LoopBackend(Protocol):
     batches: tuple[int, ...]
     """Numbers of rows that it has a program for, ascending; fewer rows run in the next larger one."""
 
+    failure: str | None
+    """Why the device is out of service; None while it is healthy."""
+
     def advance(self, rows: "Sequence[Row]", length: int) -> None:
         """One pass over at most `batches[-1]` rows, each cut to its first `length` positions; one of `lengths`.
 
@@ -77,13 +80,24 @@ def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) ->
     return FakeBackend(manifest, step_ms=float(argument or 0))
 
 
-_LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {"ort": _load_ort, "fake": _load_fake}
+def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> AnyBackend:
+    from edge.backends import trt
+
+    return trt.load(folder, manifest, argument)
+
+
+_LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {
+    "ort": _load_ort,
+    "trt": _load_trt,
+    "fake": _load_fake,
+}
 
 
 def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
-    """The backend of that name, warmed up: "ort", or "fake" ("fake:20" takes 20 ms a step).
+    """The backend of that name, warmed up: "ort", "trt" ("trt:pycuda" takes its memory from pycuda), or "fake"
+    ("fake:20" takes 20 ms a step).
 
-    threads: how many to compute with; 0 takes every processor this process may use.
+    threads: how many to compute with on the CPU; 0 takes every processor this process may use.
     """
     kind, _, argument = name.partition(":")
     if kind not in _LOADERS:

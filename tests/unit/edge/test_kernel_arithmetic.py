@@ -54,7 +54,7 @@ def test_philox_of_any_counter_and_key(emulator: Emulator) -> None:
     for key in (0, 1, 2**32, 2**63 - 1, 0xDEADBEEF12345678):
         words = np.zeros_like(counters)
         emulator.call("philox_words", counters, key, len(counters), words)
-        ours = np.stack(philox(tuple(counters.T), key), 1)  # type: ignore[arg-type]
+        ours = np.stack(philox(tuple(counters.T), key), 1)
         np.testing.assert_array_equal(words, ours)
 
 
@@ -126,5 +126,5 @@ def test_the_reveal_grid(emulator: Emulator, steps: int) -> None:
 def test_the_time_of_the_next_pass(emulator: Emulator, schedule: int) -> None:
     for positions in (15, 255, 1023):
         for masked in range(positions + 1):
-            expected = time_of_masked_fraction(SCHEDULES[schedule], masked / positions)  # type: ignore[arg-type]
+            expected = time_of_masked_fraction(SCHEDULES[schedule], masked / positions)
             assert emulator.time_at(schedule, masked, positions) == pytest.approx(expected, rel=3e-7)
