@@ -72,7 +72,7 @@ class Gpu:
         try:
             self.call(name, *arguments)
         except DeviceError as error:
-            log.warning("while freeing the GPU: %s", error)
+            log.warning("while freeing the GPU: %s", str(error))
 
     def use(self) -> None:
         """Make the context the calling thread's own, if another thread was the last to call."""

@@ -215,7 +215,7 @@ class TrtBackend:
                 graph = call("cuStreamEndCapture", self._stream)
             bucket.graph = call("cuGraphInstantiate", graph, 0)
         except DeviceError as error:
-            log.warning("no CUDA graph for %s, its passes are enqueued one by one: %s", name, error)
+            log.warning("no CUDA graph for %s, its passes are enqueued one by one: %s", name, str(error))
         finally:
             if graph is not None:
                 self._gpu.release("cuGraphDestroy", graph)
@@ -261,7 +261,7 @@ class TrtBackend:
                 raise DeviceError("the engine's logits are not all numbers: FP16 overflows in this network")
         except DeviceError as error:
             self.failure = str(error)
-            log.error("the TensorRT backend is out of service: %s", error)
+            log.error("the TensorRT backend is out of service: %s", str(error))
             raise
         for i, row in enumerate(rows):
             row.canvas[:length] = bucket.canvas[i]
@@ -331,7 +331,7 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     try:
         return open_engine(gpu)
     except EngineRejected as error:
-        log.warning("%s: building it once more, which takes minutes", error)
+        log.warning("%s: building it once more, which takes minutes", str(error))
     order = build.Order(str(folder.absolute()), str(place.parent), build.WORKSPACE_MIB, force=True)
     build.run_build(order, log.info)
     return open_engine(Gpu())
