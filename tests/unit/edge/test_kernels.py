@@ -16,6 +16,8 @@ from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.emulator import Emulator
 from tests.emulator.reference import committed, drawn, reduce_logits
 
+pytestmark = pytest.mark.proof("the kernels, thread by thread on a CPU, choose numpy's tokens")
+
 TOLERANCE = 1e-5
 K = 16
 PLAIN = Sampling(seed=3, steps=8, selection="random", temperature=1.0, top_k=K, top_p=1.0)

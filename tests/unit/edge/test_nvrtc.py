@@ -7,8 +7,12 @@ import pytest
 from edge import kernels
 from shared.errors import DeviceError
 
-if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-    pytest.skip("cuda-bindings and NVRTC are not installed (pip: diffusion-llm[trtcheck])", allow_module_level=True)
+PRESENT = bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
+
+pytestmark = [
+    pytest.mark.proof("NVRTC compiles the kernels for sm_87 and sm_90"),
+    pytest.mark.skipif(not PRESENT, reason="cuda-bindings is not installed (pip: diffusion-llm[trtcheck])"),
+]
 
 
 @pytest.mark.parametrize("architecture", ["sm_87", "sm_90"])

@@ -27,6 +27,8 @@ from tests.emulator import Emulator
 from tests.emulator.fakes import MAKES, FakeDriver, FakeTensorRT, Result
 from tests.emulator.reference import reduce_logits
 
+pytestmark = pytest.mark.proof("the TensorRT backend over a recording driver")
+
 ALLOCATES = re.compile(
     r"cu(Mem|Stream|Event|Graph)\w*(Alloc|Create|Instantiate|BeginCapture)|cuModuleLoad\w*|cuMemFree"
 )
@@ -167,6 +169,7 @@ def test_a_device_that_also_fails_to_free_is_left_all_the_same(bench: Bench, cap
     assert "while freeing the GPU: cuMemFree failed" in caplog.text
     assert set(MAKES.values()) - {"cuGraphDestroy"} <= set(bench.driver.calls)
     bench.driver.live.clear()
+    bench.driver.graphs.clear()
 
 
 def test_a_gpu_without_room_says_how_much_it_has(bench: Bench) -> None:
