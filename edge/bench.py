@@ -21,10 +21,13 @@ import numpy as np
 from msgspec import Struct
 
 from edge.backends import AnyBackend, LoopBackend
+from edge.backends.trt import BATCHES
 from edge.config import default_bundle
 from edge.engine import Engine
+from edge.roofline import BOARDS, floor
 from edge.unmask import Row, Sampling
 from shared.errors import ConfigError, run_main
+from shared.manifest import find_graph, read_manifest
 from shared.messages import MAX_STEPS, GenerateRequest, Response, encode
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
@@ -213,6 +216,20 @@ def print_report(r: Report) -> None:
         print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
 
 
+def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
+    """The floor under a pass of the CUDA graph, for each batch that engines are built for."""
+    manifest = read_manifest(bundle)
+    size = (bundle / find_graph(bundle, manifest, "cuda").file).stat().st_size
+    floors = [floor(board, manifest.model, size, batch) for batch in BATCHES]
+    if as_json:
+        print(msgspec.json.encode([msgspec.structs.asdict(f) | {"floor_ms": f.floor_ms} for f in floors]).decode())
+        return
+    print(f"{board}, {manifest.model.canvas_len} positions: an ESTIMATE from published peaks, not a measurement")
+    print(f"{'batch':>6} {'GFLOP':>8} {'MB':>8} {'compute, ms':>12} {'memory, ms':>11} {'floor, ms':>10}")
+    for f in floors:
+        print(f"{f.batch:6} {f.gflop:8.2f} {f.mbytes:8.1f} {f.compute_ms:12.3f} {f.memory_ms:11.3f} {f.floor_ms:10.3f}")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -225,7 +242,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--steps", type=int, nargs="+", default=STEP_COUNTS, help="passes a text (default: 8 to 128)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--roofline", metavar="BOARD", help=f"only estimate the floor on {', '.join(BOARDS)}")
     args = parser.parse_args()
+    if args.roofline is not None:
+        print_roofline(args.bundle, args.roofline, args.json)
+        return
     if args.threads < 1:
         raise ConfigError("--threads must be at least 1")
     if not all(1 <= steps <= MAX_STEPS for steps in args.steps):

@@ -132,7 +132,7 @@ class CudaMemory:
         """As the protocol says."""
         host = int(self._gpu.call("cuMemHostAlloc", size, self._gpu.driver.CU_MEMHOSTALLOC_DEVICEMAP))
         self._owned.callback(self._gpu.release, "cuMemFreeHost", host)
-        view = np.frombuffer((ctypes.c_uint8 * size).from_address(host), np.uint8)
+        view = np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(host)), np.uint8)
         view[:] = 0
         return view, int(self._gpu.call("cuMemHostGetDevicePointer", host, 0))
 

@@ -115,7 +115,7 @@ class TrtBackend:
         """
         check_servable(manifest)
         self.lengths = length_buckets(manifest.model.canvas_len)
-        self.batches = BATCHES
+        self.batches: tuple[int, ...] = BATCHES
         self.failure: str | None = None
         self._gpu, self._manifest, self._trt = gpu, manifest, trt
         self._owned = ExitStack()
@@ -148,16 +148,16 @@ class TrtBackend:
         self._owned.callback(self._drop_trt_objects)
 
         self._owned.callback(memory.free)
-        places, rows = BATCHES[-1] * model.canvas_len, BATCHES[-1]
+        most, rows = BATCHES[-1] * model.canvas_len, BATCHES[-1]
         self._ratio_stride = max(MAX_STEPS, model.canvas_len)
         canvas, fill, records, ratios, t = (
-            memory.mapped(size) for size in (places * 4, places, rows * kernels.ROW.itemsize,
+            memory.mapped(size) for size in (most * 4, most, rows * kernels.ROW.itemsize,
                                              rows * self._ratio_stride * 8, rows * 4)
         )  # fmt: skip
         self._at = Addresses(
             canvas[1], fill[1], records[1], ratios[1], t[1],
-            logits=memory.device(places * model.vocab_size * 2),
-            candidates=memory.device(places * kernels.CANDIDATE.itemsize),
+            logits=memory.device(most * model.vocab_size * 2),
+            candidates=memory.device(most * kernels.CANDIDATE.itemsize),
             scratch=memory.device(max(256, loaded.device_memory_size_v2)),
         )  # fmt: skip
         self._rows = records[0].view(kernels.ROW)
@@ -168,10 +168,11 @@ class TrtBackend:
         self._buckets: dict[tuple[int, int], Bucket] = {}
         self._owned.callback(self._drop_buckets)
         for profile, (batch, length) in enumerate(buckets(self._manifest)):
-            views = (a[0].view(kind)[: batch * length].reshape(batch, length)
-                     for a, kind in ((canvas, np.int32), (fill, np.uint8)))  # fmt: skip
+            places = batch * length
+            seen_canvas = canvas[0].view(np.int32)[:places].reshape(batch, length)
+            seen_fill = fill[0][:places].reshape(batch, length)
             context = self._context(profile, batch, length)
-            self._buckets[batch, length] = Bucket(batch, length, context, *views)
+            self._buckets[batch, length] = Bucket(batch, length, context, seen_canvas, seen_fill)
         for bucket in self._buckets.values():
             self._warm_up(bucket, capture=memory.graphs)
 
@@ -228,11 +229,11 @@ class TrtBackend:
         if not bucket.context.execute_async_v3(int(self._stream)):
             raise DeviceError(f"TensorRT cannot run {bucket.batch} × {bucket.length}; its words are in the log")
         at, model = self._at, self._manifest.model
-        pointers = (at.logits, at.canvas, at.fill, at.rows, at.candidates)
-        self._launch(self._draw, (bucket.length, bucket.batch), pointers, (bucket.length, model.vocab_size))
-        pointers = (at.canvas, at.fill, at.rows, at.ratios, at.candidates, at.t)
+        drawing = (at.logits, at.canvas, at.fill, at.rows, at.candidates)
+        self._launch(self._draw, (bucket.length, bucket.batch), drawing, (bucket.length, model.vocab_size))
+        committing = (at.canvas, at.fill, at.rows, at.ratios, at.candidates, at.t)
         numbers = (bucket.length, self._ratio_stride, model.canvas_len, SCHEDULES.index(self._manifest.schedule))
-        self._launch(self._commit, (bucket.batch, 1), pointers, numbers)
+        self._launch(self._commit, (bucket.batch, 1), committing, numbers)
 
     def _launch(self, kernel: Any, grid: tuple[int, int], pointers: tuple[int, ...], numbers: tuple[int, ...]) -> None:
         kinds = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(numbers)
@@ -311,7 +312,7 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     argument: "" for memory from the driver, "pycuda" for memory from pycuda. An engine that TensorRT no longer takes is
     built once more. Raises ConfigError, BundleError or DeviceError.
     """
-    from edge import build, engines
+    from edge import build, build_engine, engines
     from edge.tensorrt_lookup import import_tensorrt
 
     if argument not in ("", "pycuda"):
@@ -332,6 +333,6 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
         return open_engine(gpu)
     except EngineRejected as error:
         log.warning("%s: building it once more, which takes minutes", str(error))
-    order = build.Order(str(folder.absolute()), str(place.parent), build.WORKSPACE_MIB, force=True)
+    order = build_engine.Order(str(folder.absolute()), str(place.parent), build.WORKSPACE_MIB, force=True)
     build.run_build(order, log.info)
     return open_engine(Gpu())

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from edge import kernels
 from tests.emulator import Emulator
@@ -46,7 +47,7 @@ MAKES = {
 """Function that makes something → function that must free it."""
 
 
-def array_at(address: int, dtype: Any, *shape: int) -> np.ndarray[Any, Any]:
+def array_at(address: int, dtype: Any, *shape: int) -> NDArray[Any]:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
 

@@ -1,7 +1,7 @@
 """The kernels' arithmetic, compiled for this processor, against numpy: bit for bit where it is whole numbers."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edge import kernels, unmask
 from edge.philox import ORDER_DOMAIN, TOKEN_DOMAIN, gumbel, philox, uniform
 from shared import tokens
-from shared.schedule import SCHEDULES, reveal_count, time_of_masked_fraction
+from shared.schedule import SCHEDULES, ScheduleName, reveal_count, time_of_masked_fraction
 from tests.emulator import Emulator
 from tests.emulator.reference import reduce_logits
 from tests.unit.edge.test_philox import KNOWN
@@ -124,9 +124,9 @@ def test_the_reveal_grid(emulator: Emulator, steps: int) -> None:
             assert emulator.call("reveal", masked, float(table[step])) == reveal_count(masked, step, steps)
 
 
-@pytest.mark.parametrize("schedule", range(len(SCHEDULES)))
-def test_the_time_of_the_next_pass(emulator: Emulator, schedule: int) -> None:
+@pytest.mark.parametrize("schedule", get_args(ScheduleName))
+def test_the_time_of_the_next_pass(emulator: Emulator, schedule: ScheduleName) -> None:
     for positions in (15, 255, 1023):
         for masked in range(positions + 1):
-            expected = time_of_masked_fraction(SCHEDULES[schedule], masked / positions)
-            assert emulator.time_at(schedule, masked, positions) == pytest.approx(expected, rel=3e-7)
+            expected = time_of_masked_fraction(schedule, masked / positions)
+            assert emulator.time_at(SCHEDULES.index(schedule), masked, positions) == pytest.approx(expected, rel=3e-7)

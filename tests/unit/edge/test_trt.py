@@ -218,7 +218,8 @@ class SameLogits:
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
         names = [i.name for i in self._session.get_inputs()]
         (logits,) = self._session.run(["logits"], {n: v for n, v in (("canvas", canvas), ("t", t)) if n in names})
-        return StepResult(*(np.stack([part]) for part in reduce_logits(logits[0], self.k)))
+        ids, logp, entropy = reduce_logits(logits[0], self.k)
+        return StepResult(ids[None], logp[None], entropy[None])
 
     def close(self) -> None:
         """Nothing to free."""
