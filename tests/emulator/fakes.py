@@ -85,7 +85,7 @@ class FakeDriver:
                 if name == "cuStreamEndCapture":
                     self.capturing = None
                 return (code, None)
-            values = work(*arguments)
+            values: Any = work(*arguments)
             if name in MAKES:
                 self.live.setdefault(MAKES[name], set()).add(int(values[0]))
             if name in MAKES.values():

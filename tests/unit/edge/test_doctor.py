@@ -95,7 +95,7 @@ def pycuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def free(self) -> None:
             freed.append("device")
 
-    class Pinned(np.ndarray):  # type: ignore[type-arg]
+    class Pinned(np.ndarray):
         pass
 
     def pagelocked_zeros(size: int, dtype: Any, mem_flags: int) -> Any:
