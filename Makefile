@@ -64,7 +64,7 @@ $(EDGE): pyproject.toml $(VENV_MADE)
 	touch $@
 
 $(ALL): pyproject.toml constraints.txt $(VENV_MADE)
-	$(call install,everything the tests need,-e '.[host$(comma)dev]' -c constraints.txt)
+	$(call install,everything the tests need,-e '.[host$(comma)dev$(comma)trtcheck]' -c constraints.txt)
 	touch $(EDGE) $@
 
 comma := ,

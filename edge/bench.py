@@ -12,20 +12,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
-from edge.backends import Backend, StepResult
+from edge.backends import AnyBackend, LoopBackend
+from edge.backends.trt import BATCHES
 from edge.bench_clients import measure, print_clients, serving
 from edge.config import default_bundle
 from edge.engine import Engine
+from edge.roofline import BOARDS, floor
+from edge.unmask import Row, Sampling
 from shared.errors import ConfigError, run_main
-from shared.manifest import MAX_STEPS
+from shared.manifest import MAX_STEPS, find_graph, read_manifest
 from shared.messages import GenerateRequest, Response, encode
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
@@ -69,25 +72,27 @@ class Report(Struct):
     reference: dict[str, float] | None  # from `host.bench step`; None where the host is not installed
 
 
-class TimedBackend:
-    """Adds up the time spent in another backend."""
+class Stopwatch:
+    """Adds up the time spent in a backend's own method, `step` or `advance`, while it is attached."""
 
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-        self.lengths = inner.lengths
-        self.batches = inner.batches
+    def __init__(self, backend: AnyBackend) -> None:
+        self._backend, self._name = backend, "advance" if isinstance(backend, LoopBackend) else "step"
         self.seconds = 0.0
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """The inner backend's step, timed."""
-        started = time.perf_counter()
-        result = self.inner.step(canvas, t)
-        self.seconds += time.perf_counter() - started
-        return result
+    def __enter__(self) -> "Stopwatch":
+        inner: Callable[..., object] = getattr(self._backend, self._name)
 
-    def close(self) -> None:
-        """Close the inner backend."""
-        self.inner.close()
+        def timed(*arguments: object) -> object:
+            started = time.perf_counter()
+            result = inner(*arguments)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        setattr(self._backend, self._name, timed)  # hides the class's method
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        delattr(self._backend, self._name)
 
 
 def median_step_ms(engine: Engine, repeats: int = 40) -> float:
@@ -95,10 +100,14 @@ def median_step_ms(engine: Engine, repeats: int = 40) -> float:
     model = engine.manifest.model
     canvas = np.arange(model.canvas_len, dtype=np.int32) % (model.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
     canvas[::2], canvas[0] = MASK, BOS
-    times = []
+    fill, sampling = canvas == MASK, Sampling(0, 64, "random", 1.0, engine.manifest.top_k, 1.0)
+    backend, times = engine.backend, []
     for _ in range(repeats + 5):
         started = time.perf_counter()
-        engine.backend.step(canvas[None], np.full(1, 0.5, np.float32))
+        if isinstance(backend, LoopBackend):
+            backend.advance([Row(canvas.copy(), fill, sampling)], canvas.size)
+        else:
+            backend.step(canvas[None], np.full(1, 0.5, np.float32))
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times[5:])
 
@@ -125,8 +134,6 @@ def generation(engine: Engine, steps: int) -> Generation:
     rows = []
     for seed in range(REPEATS):
         plan = engine.prepare(GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps))
-        timed = TimedBackend(engine.backend)
-        engine.backend = timed
         first_s = 0.0
         started = time.perf_counter()
 
@@ -134,10 +141,10 @@ def generation(engine: Engine, steps: int) -> Generation:
             nonlocal first_s
             first_s = first_s or time.perf_counter() - started
 
-        completion = engine.run(plan, on_step)
+        with Stopwatch(engine.backend) as inside:
+            completion = engine.run(plan, on_step)
         total_s = time.perf_counter() - started
-        engine.backend = timed.inner
-        loop_ms = (total_s - timed.seconds) / completion.steps * 1e3
+        loop_ms = (total_s - inside.seconds) / completion.steps * 1e3
         rows.append((completion.generated_tokens / total_s, first_s * 1e3, total_s * 1e3, loop_ms))
     return Generation(steps, *(statistics.median(column) for column in zip(*rows, strict=True)))
 
@@ -213,6 +220,20 @@ def parse_clients(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
+def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
+    """The floor under a pass of the CUDA graph, for each batch that engines are built for."""
+    manifest = read_manifest(bundle)
+    size = (bundle / find_graph(bundle, manifest, "cuda").file).stat().st_size
+    floors = [floor(board, manifest.model, size, batch) for batch in BATCHES]
+    if as_json:
+        print(msgspec.json.encode([msgspec.structs.asdict(f) | {"floor_ms": f.floor_ms} for f in floors]).decode())
+        return
+    print(f"{board}, {manifest.model.canvas_len} positions: an ESTIMATE from published peaks, not a measurement")
+    print(f"{'batch':>6} {'GFLOP':>8} {'MB':>8} {'compute, ms':>12} {'memory, ms':>11} {'floor, ms':>10}")
+    for f in floors:
+        print(f"{f.batch:6} {f.gflop:8.2f} {f.mbytes:8.1f} {f.compute_ms:12.3f} {f.memory_ms:11.3f} {f.floor_ms:10.3f}")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -226,7 +247,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=STEP_COUNTS, help="passes a text (default: 8 to 128)")
     parser.add_argument("--clients", metavar="N,N", help="measure that many clients at once, and nothing else")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--roofline", metavar="BOARD", help=f"only estimate the floor on {', '.join(BOARDS)}")
     args = parser.parse_args()
+    if args.roofline is not None:
+        print_roofline(args.bundle, args.roofline, args.json)
+        return
     if args.threads < 1:
         raise ConfigError("--threads must be at least 1")
     if not all(1 <= steps <= MAX_STEPS for steps in args.steps):

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge.backends import Backend, load_backend
+from edge.backends import AnyBackend, load_backend
 from edge.text import Layout, Texts
-from edge.unmask import Row, Sampling, active_bucket, step_rows
+from edge.unmask import Row, Sampling, active_bucket, advance
 from shared.errors import BundleError, RequestError
 from shared.manifest import TOKENIZER, Manifest, bundle_digest, read_manifest, verified_bytes
 from shared.messages import GenerateRequest
@@ -87,7 +87,7 @@ class Run:
 class Engine:
     """One bundle on one backend. Not thread-safe, except for `prepare`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, texts: Texts) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: AnyBackend, texts: Texts) -> None:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
         self.backend = backend
@@ -142,7 +142,7 @@ class Engine:
 
     def step(self, runs: Sequence["Run"]) -> None:
         """One pass over unfinished runs of one bucket; their number is one of the backend's batches."""
-        step_rows(self.backend, self.manifest.schedule, [run.row for run in runs], self.bucket(runs[0]))
+        advance(self.backend, self.manifest.schedule, [run.row for run in runs], self.bucket(runs[0]))
 
     def run(self, plan: Plan, on_step: Callable[[Snapshot], None] | None = None) -> Completion:
         """Unmask a plan's canvas; an exception raised by on_step ends the run and comes out here."""

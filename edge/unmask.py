@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, StepResult
+from edge.backends import AnyBackend, LoopBackend, StepResult
 from edge.philox import ORDER_DOMAIN, gumbel, uniform
 from shared.manifest import Selection
 from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
@@ -47,23 +47,23 @@ class Sampling:
         return self.threshold is not None or (self.entropy_bound is None and self.selection == "confidence")
 
 
+@dataclass(eq=False)
 class Row:
-    """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of those it is scored with."""
+    """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of its neighbours."""
 
-    def __init__(self, canvas: Ids, fill: Bools, sampling: Sampling) -> None:
-        self.canvas = canvas
-        self.fill = fill
-        self.step = 0  # passes so far
-        self._sampling = sampling
+    canvas: Ids
+    fill: Bools
+    sampling: Sampling
+    step: int = 0  # passes so far
 
     @property
     def left(self) -> int:
         """Positions still open; the canvas is finished when there are none."""
         return int(np.count_nonzero(self.fill & (self.canvas == MASK)))
 
-    def advance(self, scored: StepResult) -> None:
+    def commit(self, scored: StepResult) -> None:
         """Commit some of what one pass saw on this canvas: ids, logp (L', K), entropy (L',), L' up to its end."""
-        sampling, step, left = self._sampling, self.step, self.left
+        sampling, step, left = self.sampling, self.step, self.left
         position = np.flatnonzero(self.fill & (self.canvas == MASK))
         ids, logp, entropy = scored.ids[position], scored.logp[position], scored.entropy[position]
         token = np.zeros_like(position, np.int32)  # (M,)
@@ -80,17 +80,23 @@ class Row:
             raise RuntimeError("the step graph proposes MASK, or an end left of visible text: nothing can be committed")
 
 
-def step_rows(backend: Backend, schedule: ScheduleName, rows: Sequence[Row], length: int) -> None:
-    """One pass over unfinished rows whose active_bucket is `length`; their number is one of the backend's batches."""
+def advance(backend: AnyBackend, schedule: ScheduleName, rows: Sequence[Row], length: int) -> None:
+    """One pass over unfinished rows whose active_bucket is `length`, on the device if that is where the loop runs.
+
+    Their number is one of the backend's batches.
+    """
+    if isinstance(backend, LoopBackend):
+        backend.advance(rows, length)
+        return
     masked = [np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1) for row in rows]
     t = np.array([time_of_masked_fraction(schedule, fraction) for fraction in masked], np.float32)
     scored = backend.step(np.stack([row.canvas[:length] for row in rows]), t)
     for i, row in enumerate(rows):
-        row.advance(StepResult(scored.ids[i], scored.logp[i], scored.entropy[i]))
+        row.commit(StepResult(scored.ids[i], scored.logp[i], scored.entropy[i]))
 
 
 def unmask(
-    backend: Backend,
+    backend: AnyBackend,
     schedule: ScheduleName,
     canvas: Ids,
     fill: Bools,
@@ -100,7 +106,7 @@ def unmask(
     """Fill a canvas (L,) in place where `fill` is true; calls on_step(passes so far, canvas).  → passes made"""
     row = Row(canvas, fill, sampling)
     while row.left:
-        step_rows(backend, schedule, [row], active_bucket(canvas, backend.lengths))
+        advance(backend, schedule, [row], active_bucket(canvas, backend.lengths))
         on_step(row.step, canvas)
     return row.step
 

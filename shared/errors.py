@@ -4,6 +4,7 @@ DiffusionLLMError           one sentence naming the field, file or value; printe
 ├── ConfigError             configuration file, environment or command line
 ├── DataError               training or evaluation text
 ├── BundleError             manifest, hashes, versions, shapes
+├── DeviceError             GPU, driver, TensorRT or engine: absent, unfit, or failed
 └── RequestError            a refused or failed request; carries the typed `code` of the reply
 """
 
@@ -36,6 +37,12 @@ class BundleError(DiffusionLLMError):
     """A bundle that is missing, damaged, or made for another version."""
 
     exit_code = 66
+
+
+class DeviceError(DiffusionLLMError):
+    """The GPU or what drives it is absent, does not fit, or has failed."""
+
+    exit_code = 69
 
 
 ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {

@@ -33,13 +33,17 @@ def time_of_masked_fraction(schedule: ScheduleName, fraction: float) -> float:
     return fraction if schedule == "linear" else 2 / math.pi * math.acos(1.0 - fraction)
 
 
-def reveal_count(masked: int, step: int, num_steps: int) -> int:
-    """How many of the `masked` positions pass `step` (counted from 0) commits: few early, many late, at least one.
+def reveal_ratio(step: int, num_steps: int) -> float:
+    """What part of the masked positions is still masked after pass `step` (counted from 0, not the last).
 
     The masked fraction follows cos(πk/2n) after k of n passes (MaskGIT, arXiv 2202.04200). Only the ratio of two
     neighbours enters, so that the grid goes on from wherever an early EOS or a deferred position has left the canvas.
     """
+    return math.cos(math.pi / 2 * (step + 1) / num_steps) / math.cos(math.pi / 2 * step / num_steps)
+
+
+def reveal_count(masked: int, step: int, num_steps: int) -> int:
+    """How many of the `masked` positions pass `step` commits: few early, many late, at least one, all in the last."""
     if step >= num_steps - 1:
         return masked
-    ratio = math.cos(math.pi / 2 * (step + 1) / num_steps) / math.cos(math.pi / 2 * step / num_steps)
-    return max(1, masked - math.floor(masked * ratio + 0.5))
+    return max(1, masked - math.floor(masked * reveal_ratio(step, num_steps) + 0.5))

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a real bundle of the debug configuration, untrained."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from host.model import Denoiser, config_named
 from host.precision import TOP_K
 from host.quantize import quantize
 from host.untrained import untrained
+from tests.emulator import Emulator, build
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
 
@@ -57,3 +59,34 @@ def exported_int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def debug_bundle(exported: Exported) -> Path:
     """A folder that any edge can load."""
     return exported.folder
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The device's kernels on this processor, 64 threads a block."""
+    return build(tmp_path_factory.mktemp("emulator"), threads=64)
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Keep the name of the proof that a test belongs to; user properties travel from xdist's workers too."""
+    for mark in item.iter_markers("proof"):
+        if call.when == "setup":
+            item.user_properties.append(("proof", mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tally of what was proved about the GPU path: tests run, skipped and why."""
+    tally: dict[str, Counter[str]] = {}
+    reasons: dict[str, set[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for proof in {value for name, value in report.user_properties if name == "proof"}:
+                tally.setdefault(str(proof), Counter())[outcome] += 1
+                if outcome == "skipped":
+                    reasons.setdefault(str(proof), set()).add(report.longrepr[2].removeprefix("Skipped: "))
+    if not tally:
+        return
+    terminalreporter.section("proofs about the GPU path")
+    for proof, counts in sorted(tally.items()):
+        why = f" ({'; '.join(sorted(reasons[proof]))})" if proof in reasons else ""
+        terminalreporter.line(f"{proof}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}{why}")

@@ -1,15 +1,18 @@
 """What runs the step graph: a protocol of few methods, and an explicit table of its implementations."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ConfigError
 from shared.manifest import Manifest
+
+if TYPE_CHECKING:
+    from edge.unmask import Row
 
 
 class StepResult(NamedTuple):
@@ -39,6 +42,34 @@ class Backend(Protocol):
         """Free what it holds."""
 
 
+@runtime_checkable
+class LoopBackend(Protocol):
+    """A backend that draws and commits where the logits lie: they never come to Python. Not thread-safe either."""
+
+    lengths: tuple[int, ...]
+    """As of a Backend."""
+
+    batches: tuple[int, ...]
+    """Numbers of rows that it has a program for, ascending; fewer rows run in the next larger one."""
+
+    failure: str | None
+    """Why the device is out of service; None while it is healthy."""
+
+    def advance(self, rows: "Sequence[Row]", length: int) -> None:
+        """One pass over at most `batches[-1]` rows, each cut to its first `length` positions; one of `lengths`.
+
+        Changes canvas and step of every row in place, exactly as `unmask.advance` would. A row that comes again is
+        known by its identity: between two passes nobody else may write to it. Raises DeviceError; from then on the
+        backend is unhealthy, and every call raises.
+        """
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+AnyBackend = Backend | LoopBackend
+
+
 def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
     from edge.backends.ort import OrtBackend
 
@@ -55,13 +86,24 @@ def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) ->
     return FakeBackend(manifest, step_ms=float(argument or 0))
 
 
-_LOADERS: dict[str, Callable[[Path, Manifest, int, str], Backend]] = {"ort": _load_ort, "fake": _load_fake}
+def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> AnyBackend:
+    from edge.backends import trt
+
+    return trt.load(folder, manifest, argument)
 
 
-def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> Backend:
-    """The backend of that name, warmed up: "ort", or "fake" ("fake:20" takes 20 ms a step).
+_LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {
+    "ort": _load_ort,
+    "trt": _load_trt,
+    "fake": _load_fake,
+}
 
-    threads: how many to compute with; 0 takes every processor this process may use.
+
+def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
+    """The backend of that name, warmed up: "ort", "trt" ("trt:pycuda" takes its memory from pycuda), or "fake"
+    ("fake:20" takes 20 ms a step).
+
+    threads: how many to compute with on the CPU; 0 takes every processor this process may use.
     """
     kind, _, argument = name.partition(":")
     if kind not in _LOADERS:

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge.backends import Backend, load_backend
+from edge.backends import Backend, LoopBackend, load_backend
 from shared.errors import ConfigError
 from shared.manifest import read_manifest
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
 
 def loaded(bundle: Path, name: str) -> Backend:
-    return load_backend(name, bundle, read_manifest(bundle), threads=1)
+    backend = load_backend(name, bundle, read_manifest(bundle), threads=1)
+    assert not isinstance(backend, LoopBackend)
+    return backend
 
 
 @pytest.mark.parametrize("name", ["ort", "fake"])
@@ -68,6 +70,7 @@ def test_an_argument_that_means_nothing_is_named(debug_bundle: Path, name: str) 
 @pytest.mark.parametrize("name", ["fake", "fake:", "fake:1", "fake:0.5"])
 def test_the_fake_needs_no_graph(debug_bundle: Path, tmp_path: Path, name: str) -> None:
     backend = load_backend(name, tmp_path, read_manifest(debug_bundle), threads=1)
+    assert not isinstance(backend, LoopBackend)
     length = backend.lengths[-1]
     first = backend.step(np.zeros((1, length), np.int32), np.ones(1, np.float32))
     again = backend.step(np.full((1, length), MASK, np.int32), np.zeros(1, np.float32))

@@ -1,0 +1,338 @@
+"""TensorRT, with the whole unmasking loop on the GPU: the engine makes logits, two kernels of ours draw and commit.
+
+One pass = one CUDA graph: engine, draw, commit. The host writes a request's row once, when it joins, then launches,
+waits on one event and reads the canvas from memory that both sides see. B: rows, L: length, V: vocabulary.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge import kernels
+from edge.cuda import CudaMemory, Gpu, Memory, PycudaMemory
+from edge.unmask import Row
+from shared.errors import BundleError, ConfigError, DeviceError
+from shared.manifest import Manifest
+from shared.messages import MAX_STEPS
+from shared.schedule import SCHEDULES, time_of_masked_fraction
+from shared.tokens import MASK
+
+log = logging.getLogger("edgelm")
+
+BATCHES: Final = (1, 2, 4, 8)
+
+
+class EngineRejected(DeviceError):
+    """TensorRT does not take the file: made by another version or on another GPU, or damaged."""
+
+
+def length_buckets(canvas_len: int) -> tuple[int, ...]:
+    """The lengths an engine is built for."""
+    return tuple(n for n in (canvas_len // 4, canvas_len // 2, canvas_len) if n >= 16 or n == canvas_len)
+
+
+def buckets(manifest: Manifest) -> list[tuple[int, int]]:
+    """(batch, length) of each optimization profile, in the engine's order."""
+    return [(batch, length) for length in length_buckets(manifest.model.canvas_len) for batch in BATCHES]
+
+
+def check_servable(manifest: Manifest) -> None:
+    """Raise BundleError when the kernels cannot serve this bundle."""
+    limits = (
+        ("canvas_len", manifest.model.canvas_len, kernels.MAX_LENGTH),
+        ("vocab_size", manifest.model.vocab_size, kernels.MAX_VOCAB),
+        ("top_k", manifest.top_k, kernels.THREADS),
+    )
+    for name, value, most in limits:
+        if value > most:
+            raise BundleError(f"the TensorRT backend serves bundles with {name} up to {most}; this one has {value}")
+
+
+def make_logger(trt: ModuleType, keep: Callable[[str, str], None]) -> Any:
+    """A TensorRT logger that hands (severity, message) of warnings and errors to `keep`."""
+    base: Any = trt.ILogger
+    kinds = trt.ILogger.Severity
+
+    class Logger(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)  # the bindings insist on it, and on this spelling
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (kinds.WARNING, kinds.ERROR, kinds.INTERNAL_ERROR):
+                keep(str(getattr(severity, "name", severity)), message)
+
+    return Logger()
+
+
+def log_messages(severity: str, message: str) -> None:
+    """Pass TensorRT's words on to our log."""
+    log.log(logging.WARNING if severity == "WARNING" else logging.ERROR, "TensorRT: %s", message)
+
+
+@dataclass(eq=False)
+class Bucket:
+    """One shape's program. The arrays are views of the mapped memory that all buckets share."""
+
+    batch: int
+    length: int
+    context: Any
+    canvas: NDArray[np.int32]  # (B, L)
+    fill: NDArray[np.uint8]  # (B, L)
+    graph: Any = None  # an executable CUDA graph; None: the same three launches, one by one
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the kernels find everything, on the device."""
+
+    canvas: int
+    fill: int
+    rows: int
+    ratios: int
+    t: int
+    logits: int
+    candidates: int
+    scratch: int
+
+
+class TrtBackend:
+    """A LoopBackend. All memory is taken at the start; the loop allocates nothing and never waits but on its event."""
+
+    def __init__(
+        self, trt: ModuleType, gpu: Gpu, memory: Memory, manifest: Manifest, engine: bytes, cubin: bytes
+    ) -> None:
+        """Load an engine built for `buckets(manifest)` and the compiled kernels, and warm every bucket up.
+
+        Raises EngineRejected when TensorRT does not take the engine, DeviceError for everything else that fails.
+        """
+        check_servable(manifest)
+        self.lengths = length_buckets(manifest.model.canvas_len)
+        self.batches: tuple[int, ...] = BATCHES
+        self.failure: str | None = None
+        self._gpu, self._manifest, self._trt = gpu, manifest, trt
+        self._owned = ExitStack()
+        try:
+            self._load(memory, engine, cubin)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, memory: Memory, engine: bytes, cubin: bytes) -> None:
+        gpu, driver, model = self._gpu, self._gpu.driver, self._manifest.model
+        self._owned.callback(gpu.close)
+        self._stream = gpu.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        self._owned.callback(gpu.release, "cuStreamDestroy", self._stream)
+        flags = driver.CUevent_flags  # blocking: the CPU sleeps while the GPU works
+        self._event = gpu.call("cuEventCreate", flags.CU_EVENT_BLOCKING_SYNC | flags.CU_EVENT_DISABLE_TIMING)
+        self._owned.callback(gpu.release, "cuEventDestroy", self._event)
+        module = gpu.call("cuModuleLoadData", cubin)
+        self._owned.callback(gpu.release, "cuModuleUnload", module)
+        self._draw = gpu.call("cuModuleGetFunction", module, kernels.DRAW.encode())
+        self._commit = gpu.call("cuModuleGetFunction", module, kernels.COMMIT.encode())
+
+        logger = make_logger(self._trt, log_messages)
+        runtime = self._trt.Runtime(logger)
+        loaded = runtime.deserialize_cuda_engine(engine)
+        if loaded is None:
+            raise EngineRejected(f"TensorRT {self._trt.__version__} does not take the cached engine")
+        self._engine: Any = loaded
+        self._trt_objects: list[Any] = [logger, runtime, loaded]  # each must outlive those after it
+        self._owned.callback(self._drop_trt_objects)
+
+        self._owned.callback(memory.free)
+        most, rows = BATCHES[-1] * model.canvas_len, BATCHES[-1]
+        self._ratio_stride = max(MAX_STEPS, model.canvas_len)
+        canvas, fill, records, ratios, t = (
+            memory.mapped(size) for size in (most * 4, most, rows * kernels.ROW.itemsize,
+                                             rows * self._ratio_stride * 8, rows * 4)
+        )  # fmt: skip
+        self._at = Addresses(
+            canvas[1], fill[1], records[1], ratios[1], t[1],
+            logits=memory.device(most * model.vocab_size * 2),
+            candidates=memory.device(most * kernels.CANDIDATE.itemsize),
+            scratch=memory.device(max(256, loaded.device_memory_size_v2)),
+        )  # fmt: skip
+        self._rows = records[0].view(kernels.ROW)
+        self._ratios = ratios[0].view(np.float64).reshape(rows, self._ratio_stride)
+        self._t = t[0].view(np.float32)
+        self._placed: list[Row | None] = [None] * rows
+        self._current: Bucket | None = None
+        self._buckets: dict[tuple[int, int], Bucket] = {}
+        self._owned.callback(self._drop_buckets)
+        for profile, (batch, length) in enumerate(buckets(self._manifest)):
+            places = batch * length
+            seen_canvas = canvas[0].view(np.int32)[:places].reshape(batch, length)
+            seen_fill = fill[0][:places].reshape(batch, length)
+            context = self._context(profile, batch, length)
+            self._buckets[batch, length] = Bucket(batch, length, context, seen_canvas, seen_fill)
+        for bucket in self._buckets.values():
+            self._warm_up(bucket, capture=memory.graphs)
+
+    def _context(self, profile: int, batch: int, length: int) -> Any:
+        """An execution context for one shape; all share one scratch memory, since one runs at a time."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise DeviceError(f"TensorRT makes no execution context for {batch} × {length}")
+        context.set_device_memory(self._at.scratch, max(256, self._engine.device_memory_size_v2))
+        addresses = {"canvas": self._at.canvas, "logits": self._at.logits}
+        shapes: dict[str, tuple[int, ...]] = {"canvas": (batch, length)}
+        if self._manifest.model.time_input:
+            addresses["t"], shapes["t"] = self._at.t, (batch,)
+        done = [("set_optimization_profile_async", context.set_optimization_profile_async(profile, int(self._stream)))]
+        done += [(f"set_input_shape {name}", context.set_input_shape(name, shape)) for name, shape in shapes.items()]
+        done += [(f"set_tensor_address {n}", context.set_tensor_address(n, at)) for n, at in addresses.items()]
+        for what, worked in done:
+            if not worked:
+                raise DeviceError(f"TensorRT refuses {what} for {batch} × {length}")
+        if missing := context.infer_shapes():
+            raise DeviceError(f"the engine has inputs that nobody gives: {', '.join(missing)}")
+        wanted = (batch, length, self._manifest.model.vocab_size)
+        if (found := tuple(context.get_tensor_shape("logits"))) != wanted:
+            raise DeviceError(f"the engine gives logits of shape {found}, not {wanted}")
+        return context
+
+    def _warm_up(self, bucket: Bucket, capture: bool) -> None:
+        """Run the bucket once plainly (TensorRT loads lazily), then record it; a bucket that cannot be stays plain."""
+        self._enqueue(bucket)
+        self._wait()
+        if not capture:
+            return
+        call, name = self._gpu.call, f"{bucket.batch} × {bucket.length}"
+        graph = None
+        try:
+            call("cuStreamBeginCapture", self._stream, self._capture_mode())
+            try:
+                self._enqueue(bucket)
+            finally:
+                graph = call("cuStreamEndCapture", self._stream)
+            bucket.graph = call("cuGraphInstantiate", graph, 0)
+        except DeviceError as error:
+            log.warning("no CUDA graph for %s, its passes are enqueued one by one: %s", name, str(error))
+        finally:
+            if graph is not None:
+                self._gpu.release("cuGraphDestroy", graph)
+
+    def _capture_mode(self) -> Any:
+        return self._gpu.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+
+    def _enqueue(self, bucket: Bucket) -> None:
+        """Engine, draw, commit, in the stream's order."""
+        if not bucket.context.execute_async_v3(int(self._stream)):
+            raise DeviceError(f"TensorRT cannot run {bucket.batch} × {bucket.length}; its words are in the log")
+        at, model = self._at, self._manifest.model
+        drawing = (at.logits, at.canvas, at.fill, at.rows, at.candidates)
+        self._launch(self._draw, (bucket.length, bucket.batch), drawing, (bucket.length, model.vocab_size))
+        committing = (at.canvas, at.fill, at.rows, at.ratios, at.candidates, at.t)
+        numbers = (bucket.length, self._ratio_stride, model.canvas_len, SCHEDULES.index(self._manifest.schedule))
+        self._launch(self._commit, (bucket.batch, 1), committing, numbers)
+
+    def _launch(self, kernel: Any, grid: tuple[int, int], pointers: tuple[int, ...], numbers: tuple[int, ...]) -> None:
+        kinds = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(numbers)
+        arguments = ((*pointers, *numbers), kinds)
+        self._gpu.call("cuLaunchKernel", kernel, *grid, 1, kernels.THREADS, 1, 1, 0, self._stream, arguments, 0)
+
+    def _wait(self) -> None:
+        self._gpu.call("cuEventRecord", self._event, self._stream)
+        self._gpu.call("cuEventSynchronize", self._event)
+
+    def advance(self, rows: Sequence[Row], length: int) -> None:
+        """One pass over up to eight rows; see LoopBackend."""
+        if self.failure is not None:
+            raise DeviceError(f"the GPU has failed before: {self.failure}")
+        batch = next(b for b in BATCHES if b >= len(rows))
+        bucket = self._buckets[batch, length]
+        try:
+            self._gpu.use()
+            self._place(rows, bucket)
+            if bucket.graph is not None:
+                self._gpu.call("cuGraphLaunch", bucket.graph, self._stream)
+            else:
+                self._enqueue(bucket)
+            self._wait()
+            if self._rows["broken"][: len(rows)].any():
+                raise DeviceError("the engine's logits are not all numbers: FP16 overflows in this network")
+        except DeviceError as error:
+            self.failure = str(error)
+            log.error("the TensorRT backend is out of service: %s", str(error))
+            raise
+        for i, row in enumerate(rows):
+            row.canvas[:length] = bucket.canvas[i]
+            row.step = int(self._rows["step"][i])
+
+    def _place(self, rows: Sequence[Row], bucket: Bucket) -> None:
+        """Write the rows that are not in their places already, and empty the places that nobody has."""
+        if bucket is not self._current:  # another shape lays the same memory out anew
+            self._current, self._placed = bucket, [None] * BATCHES[-1]
+            bucket.fill[:] = 0
+        for i in range(bucket.batch):
+            row = rows[i] if i < len(rows) else None
+            if row is self._placed[i]:
+                continue
+            self._placed[i] = row
+            if row is None:
+                bucket.fill[i] = 0
+                continue
+            bucket.canvas[i] = row.canvas[: bucket.length]
+            bucket.fill[i] = row.fill[: bucket.length]
+            self._rows[i] = kernels.row_of(row.sampling, row.step)
+            table = kernels.ratios(row.sampling.steps)
+            self._ratios[i, : table.size] = table
+            masked = np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1)
+            self._t[i] = time_of_masked_fraction(self._manifest.schedule, masked)
+
+    def _drop_buckets(self) -> None:
+        for bucket in self._buckets.values():
+            if bucket.graph is not None:
+                self._gpu.release("cuGraphExecDestroy", bucket.graph)
+        self._buckets.clear()  # contexts before the engine
+        self._placed.clear()
+
+    def _drop_trt_objects(self) -> None:
+        self._engine = None
+        while self._trt_objects:
+            self._trt_objects.pop()
+
+    def close(self) -> None:
+        """Free everything, in the reverse order of its making."""
+        self._owned.close()
+
+
+def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
+    """The backend on this machine's GPU, with the engine that `edge.build` has made.
+
+    argument: "" for memory from the driver, "pycuda" for memory from pycuda. An engine that TensorRT no longer takes is
+    built once more. Raises ConfigError, BundleError or DeviceError.
+    """
+    from edge import build, build_engine, engines
+    from edge.tensorrt_lookup import import_tensorrt
+
+    if argument not in ("", "pycuda"):
+        raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' behind its colon; found {argument!r}")
+    check_servable(manifest)
+    gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so
+    trt = import_tensorrt()
+    facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest))
+    place = engines.find(facts, engines.cache_folders())
+    if place is None:
+        raise DeviceError(f"no engine for this bundle on this device yet: run python -m edge.build --bundle {folder}")
+
+    def open_engine(gpu: Gpu) -> TrtBackend:
+        memory: Memory = PycudaMemory() if argument else CudaMemory(gpu)
+        return TrtBackend(trt, gpu, memory, manifest, *engines.load(place))
+
+    try:
+        return open_engine(gpu)
+    except EngineRejected as error:
+        log.warning("%s: building it once more, which takes minutes", str(error))
+    order = build_engine.Order(str(folder.absolute()), str(place.parent), build.WORKSPACE_MIB, force=True)
+    build.run_build(order, log.info)
+    return open_engine(Gpu())

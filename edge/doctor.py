@@ -1,0 +1,224 @@
+"""What this device has, what it lacks, and what to do first: `python -m edge.doctor`. Works without a GPU too."""
+
+import argparse
+import grp
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from edge import engines
+from edge.backends import AnyBackend, load_backend
+from edge.backends.trt import buckets
+from edge.config import default_bundle
+from edge.cuda import Gpu
+from edge.tensorrt_lookup import import_tensorrt
+from edge.unmask import Row, Sampling, advance
+from shared.errors import DeviceError, DiffusionLLMError, run_main
+from shared.manifest import Manifest, find_graph, read_manifest
+from shared.tokens import BOS, MASK
+
+STEPS: Final = 10
+MIN_AGREEMENT: Final = 0.8
+"""Of committed tokens, pass by pass: precision decides close draws differently, a broken engine decides all so."""
+NODES: Final = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap")
+
+
+class Finding(Struct, frozen=True):
+    """One line of the report. fix: what to do; None where all is well or nothing can be said."""
+
+    name: str
+    value: str
+    fix: str | None = None
+
+
+def system() -> list[Finding]:
+    """Python, board, power mode, device nodes."""
+    release = Path("/etc/nv_tegra_release")
+    jetpack = release.read_text("utf-8").splitlines()[0] if release.is_file() else "no Jetson Linux"
+    found = [
+        Finding("python", f"{platform.python_version()} on {platform.machine()}"),
+        Finding("jetson linux", jetpack),
+    ]
+    if shutil.which("nvpmodel"):
+        done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, check=False, timeout=10)
+        found.append(Finding("power mode", " ".join(done.stdout.split()) or done.stderr.strip()))
+    else:
+        found.append(Finding("power mode", "no nvpmodel"))
+    return [*found, *device_nodes([Path(node) for node in NODES])]
+
+
+def device_nodes(nodes: list[Path]) -> list[Finding]:
+    """Which of them exist, and whether this user may open them."""
+    there = [node for node in nodes if node.exists()]
+    if not there:
+        return [Finding("device nodes", "none")]
+    shut = [node for node in there if not os.access(node, os.R_OK | os.W_OK)]
+    if not shut:
+        return [Finding("device nodes", ", ".join(map(str, there)))]
+    group = shut[0].group()
+    members = [grp.getgrgid(g).gr_name for g in os.getgroups()]
+    fix = f"{shut[0]} is closed to this user (groups: {', '.join(members)}): sudo usermod -aG {group} $USER"
+    return [Finding("device nodes", f"{len(shut)} of {len(there)} are closed", fix)]
+
+
+def watts(hwmon: Path = Path("/sys/class/hwmon")) -> Finding:
+    """Power of each rail of an INA3221 sensor, found by label: the order differs between boards."""
+    for chip in sorted(hwmon.glob("hwmon*")):
+        try:
+            if (chip / "name").read_text().strip() != "ina3221":
+                continue
+            rails = {}
+            for label in sorted(chip.glob("in*_label")):
+                n = label.name.removeprefix("in").removesuffix("_label")
+                if (chip / f"curr{n}_input").is_file():
+                    milliwatts = (
+                        int((chip / f"in{n}_input").read_text()) * int((chip / f"curr{n}_input").read_text()) / 1e3
+                    )
+                    rails[label.read_text().strip()] = milliwatts / 1e3
+        except (OSError, ValueError) as error:
+            return Finding("power", f"{chip} cannot be read: {error}")
+        return Finding("power", ", ".join(f"{name} {value:.2f} W" for name, value in rails.items()))
+    return Finding("power", "no INA3221 sensor")
+
+
+def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], bool]:
+    """Driver, GPU, TensorRT, engine.  → findings, whether the TensorRT backend can be tried"""
+    found: list[Finding] = []
+    try:
+        gpu = Gpu()
+        free, total = gpu.free_memory()
+        found.append(Finding("gpu", f"{gpu.name}, {gpu.architecture}, CUDA {gpu.cuda_version}"))
+        found.append(Finding("gpu memory", f"{free >> 20} of {total >> 20} MiB free"))
+    except DeviceError as error:
+        return [Finding("gpu", "absent", str(error)), _tensorrt_only()], False
+    try:
+        trt = import_tensorrt()
+        found.append(Finding("tensorrt", trt.__version__))
+        if manifest is None:
+            return found, False
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest))
+        place = engines.find(facts, engines.cache_folders())
+        fix = None if place else f"python -m edge.build --bundle {folder}"
+        found.append(Finding("engine", str(place or "not built yet"), fix))
+        return found, place is not None
+    except DiffusionLLMError as error:
+        found.append(Finding("tensorrt", "unusable", str(error)))
+        return found, False
+    finally:
+        gpu.close()
+
+
+def _tensorrt_only() -> Finding:
+    """Without a GPU, importing TensorRT says little; its absence is worth a line."""
+    from importlib.util import find_spec
+
+    return Finding("tensorrt", "installed" if find_spec("tensorrt") else "absent")
+
+
+def self_test(folder: Path, manifest: Manifest, with_gpu: bool) -> list[Finding]:
+    """Ten seeded passes on the processor, and on the GPU from the same canvases: step times, agreement."""
+    found = []
+    cpu = load_backend("ort", folder, manifest, 0)
+    gpu = load_backend("trt", folder, manifest, 0) if with_gpu else None
+    try:
+        timed: dict[str, list[float]] = {"cpu": [], "gpu": []}
+        same = total = 0
+        row = _open_row(manifest)
+        for _ in range(STEPS):
+            twin = Row(row.canvas.copy(), row.fill, row.sampling, row.step)
+            before = row.canvas.copy()
+            _timed(timed["cpu"], cpu, manifest, row)
+            if gpu is not None:
+                _timed(timed["gpu"], gpu, manifest, twin)
+                changed = (before == MASK) & ((row.canvas != MASK) | (twin.canvas != MASK))
+                same += int(np.count_nonzero(changed & (row.canvas == twin.canvas)))
+                total += int(np.count_nonzero(changed))
+        for name, times in timed.items():
+            if times:
+                found.append(Finding(f"step on the {name}", f"{statistics.median(times):.2f} ms"))
+        if total:
+            share = same / total
+            fix = None if share >= MIN_AGREEMENT else "the engine disagrees with the CPU: python -m edge.build --force"
+            found.append(Finding("self-test", f"{share:.0%} of {total} tokens agree with the CPU", fix))
+        elif gpu is None:
+            found.append(Finding("self-test", "the CPU's loop runs; no GPU to compare it with"))
+    finally:
+        cpu.close()
+        if gpu is not None:
+            gpu.close()
+    return found
+
+
+def _open_row(manifest: Manifest) -> Row:
+    canvas = np.full(manifest.model.canvas_len, MASK, np.int32)
+    canvas[0] = BOS
+    sampling = Sampling(1, 2 * STEPS, "confidence", 1.0, manifest.top_k, 1.0)
+    return Row(canvas, canvas == MASK, sampling)
+
+
+def _timed(times: list[float], backend: AnyBackend, manifest: Manifest, row: Row) -> None:
+    started = time.perf_counter()
+    advance(backend, manifest.schedule, [row], backend.lengths[-1])
+    times.append((time.perf_counter() - started) * 1e3)
+
+
+def examine(folder: Path) -> list[Finding]:
+    """The whole report; whatever fails becomes a finding."""
+    found = system()
+    manifest = None
+    try:
+        manifest = read_manifest(folder)
+        precisions = ", ".join(f"{g.target} {g.precision}" for g in manifest.graphs)
+        found.append(Finding("bundle", f"{manifest.name}: {precisions}"))
+        find_graph(folder, manifest, "cuda")
+    except DiffusionLLMError as error:
+        found.append(Finding("bundle", "unusable on a GPU", str(error)))
+    findings, with_gpu = gpu_and_engine(folder, manifest)
+    found += findings
+    if manifest is not None:
+        found += _guarded("self-test", lambda: self_test(folder, manifest, with_gpu))
+    return [*found, watts()]
+
+
+def _guarded(name: str, work: Callable[[], list[Finding]]) -> list[Finding]:
+    try:
+        return work()
+    except DiffusionLLMError as error:
+        return [Finding(name, "failed", str(error))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the report; the exit status is 0 when nothing is to be fixed for the GPU, else 69."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edge.doctor",
+        description=__doc__,
+        epilog="exit codes: 0 all is well, 69 something is to be fixed",
+    )
+    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="folder (default: the shipped one)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    args = parser.parse_args(argv)
+    found = examine(args.bundle)
+    fixes = [finding.fix for finding in found if finding.fix]
+    if args.json:
+        print(msgspec.json.encode({"findings": found, "fix_first": fixes[0] if fixes else None}).decode())
+    else:
+        for finding in found:
+            print(f"{'✗' if finding.fix else ' '} {finding.name:16} {finding.value}")
+        if fixes:
+            print(f"fix first: {fixes[0]}", file=sys.stderr)
+    return DeviceError.exit_code if fixes else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

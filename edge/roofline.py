@@ -1,0 +1,63 @@
+"""The floor under a pass on a Jetson Orin Nano: what its arithmetic or its memory cannot go below. An estimate.
+
+Shapes come from the manifest, whose hash of the graph ties the two together, and the weights' bytes are the graph's own
+size: the edge imports no onnx. A test counts the same products in the graph itself.
+"""
+
+from typing import Final
+
+from msgspec import Struct
+
+from shared.errors import ConfigError
+from shared.manifest import ModelSpec
+
+
+class Board(Struct, frozen=True):
+    """Peaks of one power mode: dense tensor-core rate in FP16 (10¹² operations a second), bandwidth (10⁹ bytes)."""
+
+    fp16_tops: float
+    bandwidth_gbs: float
+
+
+BOARDS: Final = {
+    "orin-nano-15w": Board(10.0, 68.0),
+    "orin-nano-25w": Board(15.0, 102.0),
+    "orin-nano-maxn": Board(17.0, 102.0),
+}
+
+
+class Floor(Struct, frozen=True):
+    """Of one pass over `batch` canvases of full length. The larger of the two times is the floor."""
+
+    board: str
+    batch: int
+    gflop: float
+    mbytes: float
+    compute_ms: float
+    memory_ms: float
+
+    @property
+    def floor_ms(self) -> float:
+        """No pass can be faster."""
+        return max(self.compute_ms, self.memory_ms)
+
+
+def matmul_flops(model: ModelSpec, batch: int) -> int:
+    """Two for each multiply-add of QKV, attention, projection, feed-forward and head; the rest does not count."""
+    tokens, d = batch * model.canvas_len, model.d_model
+    linear = 2 * tokens * d * (12 * d * model.layers + model.vocab_size)
+    attention = 4 * tokens * model.canvas_len * d * model.layers
+    time = 4 * batch * d * d if model.time_input else 0
+    return linear + attention + time
+
+
+def floor(board: str, model: ModelSpec, graph_bytes: int, batch: int = 1) -> Floor:
+    """graph_bytes: size of the CUDA graph's file. Logits are written once and read once. Raises ConfigError."""
+    if board not in BOARDS:
+        raise ConfigError(f"--roofline {board}: choose one of {', '.join(BOARDS)}")
+    peak = BOARDS[board]
+    flops = matmul_flops(model, batch)
+    moved = graph_bytes + 2 * 2 * batch * model.canvas_len * model.vocab_size
+    return Floor(
+        board, batch, flops / 1e9, moved / 1e6, flops / peak.fp16_tops / 1e9, moved / peak.bandwidth_gbs / 1e6
+    )  # fmt: skip

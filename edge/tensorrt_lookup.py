@@ -1,0 +1,48 @@
+"""TensorRT, or one sentence about why Python does not find it."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from shared.errors import DeviceError
+
+SYSTEM_PACKAGES: Final = (Path("/usr/lib/python3/dist-packages"), Path("/usr/lib/python3.10/dist-packages"))
+TEGRA: Final = (Path("/etc/nv_tegra_release"), Path("/proc/device-tree/model"))
+OLDEST: Final = (10, 3)
+
+
+def on_jetson() -> bool:
+    """Whether this is one of NVIDIA's boards."""
+    if TEGRA[0].exists():
+        return True
+    try:
+        return b"NVIDIA" in TEGRA[1].read_bytes()
+    except OSError:
+        return False
+
+
+def why_absent() -> str:
+    """What to do about a TensorRT that cannot be imported."""
+    if any((folder / "tensorrt").is_dir() for folder in SYSTEM_PACKAGES):
+        return (
+            "TensorRT is installed for the system's Python, but this virtual environment does not see it: "
+            "make it again with python3 -m venv --system-site-packages"
+        )
+    if on_jetson():
+        return "TensorRT is not installed: sudo apt install python3-libnvinfer (a part of nvidia-jetpack)"
+    return "TensorRT is not installed: pip install 'diffusion-llm[tensorrt]', or take the backend 'ort'"
+
+
+def import_tensorrt() -> ModuleType:
+    """The module, of a version we know. Raises DeviceError."""
+    try:
+        trt = importlib.import_module("tensorrt")
+    except ModuleNotFoundError:
+        raise DeviceError(why_absent()) from None
+    except (ImportError, OSError) as error:  # the bindings are there, their libraries are not
+        raise DeviceError(f"TensorRT cannot be imported: {error}") from None
+    found = tuple(int(part) for part in trt.__version__.split(".")[:2])
+    if found < OLDEST:
+        raise DeviceError(f"TensorRT {trt.__version__} is too old: 10.3 (JetPack 6.2) is the first that fits")
+    return trt

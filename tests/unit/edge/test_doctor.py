@@ -1,0 +1,148 @@
+"""`edge.doctor` and the roofline: what they say on a machine without a GPU, and figures that can be counted."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from edge import doctor
+from edge.cuda import CudaMemory, Gpu, Memory, PycudaMemory
+from edge.roofline import BOARDS, floor, matmul_flops
+from shared.errors import ConfigError, DeviceError
+from shared.manifest import find_graph, read_manifest
+from tests.emulator import Emulator
+from tests.emulator.fakes import FakeDriver, array_at
+
+
+def test_without_a_gpu_the_report_says_what_is_absent(debug_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--bundle", str(debug_bundle), "--json"]) == DeviceError.exit_code
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    found = {line["name"]: line["value"] for line in report["findings"]}
+    assert found["gpu"] == "absent"
+    assert found["bundle"] == "debug: cpu fp32, cuda fp16"
+    assert found["step on the cpu"].endswith(" ms")
+    assert "cuda-python is not installed" in report["fix_first"] or "no NVIDIA driver" in report["fix_first"]
+
+
+def test_a_broken_bundle_is_the_first_thing_to_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--bundle", str(tmp_path)]) == DeviceError.exit_code
+    assert "fix first: " in (err := capsys.readouterr().err)
+    assert "is not a bundle" in err
+
+
+def test_watts_are_found_by_label(tmp_path: Path) -> None:
+    assert doctor.watts(tmp_path).value == "no INA3221 sensor"
+    chip = tmp_path / "hwmon3"
+    chip.mkdir()
+    rails = {"1": ("VDD_IN", 5000, 900), "2": ("VDD_CPU_GPU_CV", 5000, 200)}
+    (chip / "name").write_text("ina3221\n")
+    for n, (label, millivolts, milliamperes) in rails.items():
+        (chip / f"in{n}_label").write_text(label)
+        (chip / f"in{n}_input").write_text(str(millivolts))
+        (chip / f"curr{n}_input").write_text(str(milliamperes))
+    assert doctor.watts(tmp_path).value == "VDD_IN 4.50 W, VDD_CPU_GPU_CV 1.00 W"
+
+
+def test_the_manifests_shape_gives_the_products_that_stand_in_the_graph(debug_bundle: Path) -> None:
+    manifest = read_manifest(debug_bundle)
+    model = manifest.model
+    graph = onnx.load(debug_bundle / find_graph(debug_bundle, manifest, "cuda").file).graph
+    weights = {w.name: list(w.dims) for w in graph.initializer}
+    counted = 0
+    for node in graph.node:
+        if node.op_type == "MatMul":
+            if node.input[1] in weights:
+                rows = 1 if node.input[1].startswith("time_mlp") else model.canvas_len
+                counted += 2 * rows * int(np.prod(weights[node.input[1]]))
+            else:  # scores, values
+                counted += 2 * model.canvas_len * model.canvas_len * model.d_model
+    # The time's first layer takes the d_model sinusoids, as its second takes d_model.
+    assert matmul_flops(model, 1) == counted
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_memory(debug_bundle: Path) -> None:
+    model = read_manifest(debug_bundle).model
+    for board, peak in BOARDS.items():
+        found = floor(board, model, graph_bytes=102_000_000, batch=2)
+        assert found.compute_ms == pytest.approx(matmul_flops(model, 2) / peak.fp16_tops / 1e9)
+        assert found.memory_ms > 102e6 / peak.bandwidth_gbs / 1e6
+        assert found.floor_ms == max(found.compute_ms, found.memory_ms)
+    with pytest.raises(ConfigError, match="--roofline thor: choose one of orin-nano-15w"):
+        floor("thor", model, 1)
+
+
+# --- both kinds of memory keep the protocol ---------------------------------------------------------------------------
+
+
+def pycuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """pycuda's few calls, on this process's memory."""
+    freed: list[str] = []
+    cuda, whole, context = ModuleType("pycuda.driver"), ModuleType("pycuda"), ModuleType("pycuda.autoprimaryctx")
+
+    class Allocation:
+        def __init__(self, size: int) -> None:
+            self.array = np.zeros(size, np.uint8)
+
+        def __int__(self) -> int:
+            return int(self.array.ctypes.data)
+
+        def free(self) -> None:
+            freed.append("device")
+
+    class Pinned(np.ndarray):
+        pass
+
+    def pagelocked_zeros(size: int, dtype: Any, mem_flags: int) -> Any:
+        assert (dtype, mem_flags) == (np.uint8, 2)
+        array: NDArray[np.uint8] = np.zeros(size, dtype)
+        base = SimpleNamespace(get_device_pointer=lambda: array.ctypes.data, free=lambda: freed.append("mapped"))
+        view = array.view(Pinned)
+        return SimpleView(view, base)
+
+    class SimpleView:
+        def __init__(self, view: Any, base: Any) -> None:
+            self.view_, self.base = view, base
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.view_, name)
+
+    cuda.mem_alloc, cuda.pagelocked_zeros = Allocation, pagelocked_zeros  # type: ignore[attr-defined]
+    cuda.host_alloc_flags = SimpleNamespace(DEVICEMAP=2)  # type: ignore[attr-defined]
+    whole.driver, whole.autoprimaryctx = cuda, context  # type: ignore[attr-defined]
+    for module in (whole, cuda, context):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return freed
+
+
+@pytest.mark.parametrize("kind", ["driver", "pycuda"])
+def test_memory_keeps_the_protocol(kind: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[str] = []
+    if kind == "driver":
+        driver = FakeDriver(emulator)
+        memory: Memory = CudaMemory(Gpu(driver))  # type: ignore[arg-type]
+    else:
+        freed = pycuda_stand_in(monkeypatch)
+        memory = PycudaMemory()
+    assert memory.graphs == (kind == "driver")
+    assert memory.device(1000) > 0
+    view, address = memory.mapped(64)
+    assert view.nbytes == 64
+    view.view(np.int32)[:] = 7
+    assert (array_at(address, np.int32, 16) == 7).all()
+    memory.free()
+    if kind == "pycuda":
+        assert sorted(freed) == ["device", "mapped"]
+    else:
+        assert not driver.live["cuMemFree"] | driver.live["cuMemFreeHost"]
+
+
+def test_an_absent_pycuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(DeviceError, match="pycuda is not installed"):
+        PycudaMemory()
