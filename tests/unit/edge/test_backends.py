@@ -57,7 +57,7 @@ def test_the_real_graph_forbids_what_cannot_stand(debug_bundle: Path) -> None:
 
 
 def test_an_unknown_backend_is_named_with_those_there_are(debug_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown backend 'tpu': choose one of ort, fake"):
+    with pytest.raises(ConfigError, match="unknown backend 'tpu': choose one of ort, trt, fake"):
         loaded(debug_bundle, "tpu")
 
 
