@@ -20,8 +20,7 @@ from edge import kernels
 from edge.cuda import CudaMemory, Gpu, Memory, PycudaMemory
 from edge.unmask import Row
 from shared.errors import BundleError, ConfigError, DeviceError
-from shared.manifest import Manifest
-from shared.messages import MAX_STEPS
+from shared.manifest import MAX_STEPS, Manifest
 from shared.schedule import SCHEDULES, time_of_masked_fraction
 from shared.tokens import MASK
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import Backend, StepResult
+from edge.backends.fake import FakeBackend
 from edge.engine import Engine
 from edge.scheduler import ACTIVE, Scheduler
 from shared.messages import GenerateRequest
@@ -39,6 +40,7 @@ class Recorder:
 
 def recorded(folder: Path, *batches: int) -> tuple[Engine, Recorder]:
     engine = Engine.load(folder, "fake")
+    assert isinstance(engine.backend, FakeBackend)
     recorder = Recorder(engine.backend, batches)
     engine.backend = recorder
     return engine, recorder
