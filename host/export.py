@@ -47,6 +47,9 @@ def parse_arguments() -> argparse.Namespace:
         "--stories", type=int, default=STORIES, help=f"measure on at most so many, the first (default: {STORIES})"
     )
     parser.add_argument("--steps", type=int, default=SamplingDefaults().steps, help="passes a request gets by default")
+    parser.add_argument(
+        "--temperature", type=float, default=SamplingDefaults().temperature, help="what a request gets by default"
+    )
     parser.add_argument("--report", action="store_true", help="also print each layer's error and every graph's figures")
     return parser.parse_args()
 
@@ -76,12 +79,15 @@ def main() -> None:
     wanted = wanted_graphs(args)
     if not 1 <= args.steps <= MAX_STEPS or args.stories < 1:
         raise ConfigError(f"--stories must be at least 1, --steps from 1 to {MAX_STEPS}")
+    if not 0 <= args.temperature <= 10:
+        raise ConfigError(f"--temperature must be a number from 0 to 10, not {args.temperature}")
+    defaults = SamplingDefaults(steps=args.steps, temperature=args.temperature)
     if args.untrained:
         if args.report or args.source or args.stories != STORIES:
             raise ConfigError("--report, --source and --stories measure a trained network: not with --untrained")
         out = args.out or Path("bundles") / f"untrained-{args.untrained}"
         check_replaceable(out)
-        export_untrained(args.untrained, out, wanted, args.steps)
+        export_untrained(args.untrained, out, wanted, defaults)
         return
     run = args.run or newest_run()
     out = args.out or Path("bundles") / run.resolve().name
@@ -109,17 +115,16 @@ def main() -> None:
         print_report(measured, graphs)
     write_bundle(
         out, model, progress, tokenizer, graphs, top_k, evaluations, parities,
-        calibration, SamplingDefaults(steps=args.steps),
+        calibration, defaults,
     )  # fmt: skip
     say_what_was_written(out, graphs)
 
 
-def export_untrained(config: str, out: Path, wanted: Wanted, steps: int) -> None:
+def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingDefaults) -> None:
     """A bundle of random weights with a tokenizer of random words."""
     model, progress, tokenizer = untrained(config_named(config))
     graphs = build_untrained(wanted, model)
     with tokenizer as path:
-        defaults = SamplingDefaults(steps=steps)
         write_bundle(out, model, progress, path, graphs, min(TOP_K, model.config.vocab_size), defaults=defaults)
     say_what_was_written(out, graphs)
 

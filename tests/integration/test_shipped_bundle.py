@@ -26,7 +26,7 @@ def engine() -> Engine:
 def test_it_is_complete_and_small() -> None:
     folder = default_bundle()
     manifest = read_manifest(folder)
-    assert {(g.target, g.precision) for g in manifest.graphs} == {("cpu", "int8"), ("cuda", "fp16")}
+    assert {(g.target, g.precision) for g in manifest.graphs} == {("cpu", "int8"), ("cuda", "fp16"), ("cuda", "int8")}
     for graph in manifest.graphs:
         verified_bytes(folder, graph.file, graph.sha256)
     verified_bytes(folder, TOKENIZER, manifest.tokenizer_sha256)

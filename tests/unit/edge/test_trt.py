@@ -212,7 +212,8 @@ class SameLogits:
     """The processor's loop on the very logits that the kernels read: the CUDA graph, then the reduction in numpy."""
 
     def __init__(self, graph: bytes, lengths: tuple[int, ...], k: int) -> None:
-        self.lengths, self.batches, self.k = lengths, (1,), k
+        self.lengths, self.k = lengths, k
+        self.batches: tuple[int, ...] = (1,)
         self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:

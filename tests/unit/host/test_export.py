@@ -65,14 +65,14 @@ def test_a_run_becomes_a_bundle_with_its_figures(
     """The newest run, by default into bundles/NAME-OF-RUN."""
     shutil.copytree(trained, tmp_path / "runs" / "stories")
     monkeypatch.chdir(tmp_path)
-    call(export.main, "--int8", "--fp16", "--steps", 32, "--report")
+    call(export.main, "--int8", "--fp16", "--steps", 32, "--temperature", 0.8, "--report")
     printed = capsys.readouterr().out
     manifest = read_manifest(Path("bundles/stories"))
     model, progress = load_model(trained / BEST)
     assert manifest.name == "stories"
     assert manifest.model.parameters == count_parameters(model.config) == sum(p.numel() for p in model.parameters())
     assert (manifest.model.vocab_size, manifest.top_k, manifest.schedule) == (300, 64, "linear")
-    assert manifest.defaults.steps == 32
+    assert (manifest.defaults.steps, manifest.defaults.temperature) == (32, 0.8)
     assert (manifest.data.name, manifest.data.stories) == ("stories.jsonl", 396)
     assert manifest.data.tokens_seen == progress.tokens_seen > 0
     assert (Path("bundles/stories") / TOKENIZER).read_bytes() == (trained / TOKENIZER).read_bytes()
@@ -211,6 +211,7 @@ def test_figures_can_come_from_other_text(trained: Path, corpus: Path, tmp_path:
         (["--untrained", "debug", "--target", "cpu", "--fp16"], 78, "--fp16 is the precision of the CUDA graph"),
         (["--run", "{trained}", "--steps", 0], 78, "--stories must be at least 1, --steps from 1 to 1024"),
         (["--run", "{trained}", "--steps", 1025], 78, "--stories must be at least 1, --steps from 1 to 1024"),
+        (["--run", "{trained}", "--temperature", "nan"], 78, "--temperature must be a number from 0 to 10, not nan"),
         (["--run", "{trained}", "--stories", -3], 78, "--stories must be at least 1, --steps from 1 to 1024"),
     ],
     ids=lambda value: " ".join(map(str, value)) or "no runs" if isinstance(value, list) else None,
