@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: a real bundle of the debug configuration, untrained."""
 
+import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -80,7 +81,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The tally of what was proved about the GPU path: tests run, skipped and why."""
+    """The tally of what was proved about the GPU path, and on a booted systemd: tests run, skipped and why."""
+    if booted := os.environ.get("BOOTED_SYSTEMD"):
+        terminalreporter.section("the service on a booted systemd")
+        terminalreporter.line(booted.strip())
     tally: dict[str, Counter[str]] = {}
     reasons: dict[str, set[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
