@@ -13,7 +13,7 @@ from host.checkpoint import find_checkpoint, load_model, newest_run
 from host.precision import TOP_K
 from host.sampler import Settings, sample
 from host.tokenizer import load_tokenizer
-from shared.errors import RequestError, run_main
+from shared.errors import ConfigError, RequestError, run_main
 from shared.manifest import TOKENIZER, SamplingDefaults
 from shared.messages import GenerateRequest, decode_request
 
@@ -52,6 +52,8 @@ def main() -> None:
     requests = [checked_request(args, seed) for seed in args.seed]
     run = args.run or newest_run()
     model, progress = load_model(find_checkpoint(run))
+    if progress.objective == "ar":
+        raise ConfigError(f"{run} is an autoregressive run: this samples diffusion runs, and host.evaluate judges both")
     texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
     layout = texts.lay_out(requests[0])
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)

@@ -1,0 +1,41 @@
+"""`python -m host.generate`: the reference sampler on the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from host import generate
+from tests.commands import call, refusal
+
+
+def test_a_seed_gives_its_text_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for _ in range(2):
+        call(generate.main, "the", "--run", trained, "--seed", 1, 2, "--steps", 4)
+        printed = capsys.readouterr().out
+        assert printed.count("passes") == 2
+        texts.append([line for line in printed.splitlines() if not line.startswith("—")])
+    assert texts[0] == texts[1]
+    assert texts[0][0].startswith("the")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--steps", 0], "`$.steps`"),
+        (["--temperature", "nan"], "`temperature` must be a number, not nan"),
+        (["--top-p", 2], "`$.top_p`"),
+        (["--max-tokens", -5], "`$.max_tokens`"),
+        (["--seed", 10**23], "`$.seed`"),
+    ],
+)
+def test_what_no_request_may_say_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str], flags: list[object], named: str
+) -> None:
+    code, sentence = refusal(capsys, generate.main, "the", "--run", trained, *flags)
+    assert code == 1
+    assert named in sentence
+
+
+def test_a_prompt_that_is_not_text_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not UTF-8" in refusal(capsys, generate.main, "caf\udce9", "--run", trained)[1]
