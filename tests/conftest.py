@@ -1,7 +1,6 @@
 """Fixtures shared by all tests: a real bundle of the debug configuration, untrained."""
 
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from hypothesis.configuration import set_hypothesis_home_dir
 
 from host.bundle import StepGraph, write_bundle
 from host.graph import step_graph
@@ -24,9 +22,6 @@ torch.set_num_threads(1)  # debug networks are too small to share, and tests run
 # No deadline: a busy machine is no failure. No database: a test leaves nothing behind. Same commit, same examples.
 hypothesis.settings.register_profile("suite", database=None, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
-# Its table of characters is a file: processes that share one read it half-written, and then refuse a plain `text()`.
-_HYPOTHESIS_HOME = tempfile.TemporaryDirectory(prefix="hypothesis-")
-set_hypothesis_home_dir(_HYPOTHESIS_HOME.name)
 
 
 @dataclass(frozen=True)
