@@ -45,6 +45,13 @@ class Gpu:
             raise DeviceError("the NVIDIA driver finds no GPU: may this user open /dev/nvidia* and /dev/nvhost*?")
         self._device = self.call("cuDeviceGet", 0)
         self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
+        try:
+            self._learn()
+        except DeviceError:
+            self.release("cuDevicePrimaryCtxRelease", self._device)
+            raise
+
+    def _learn(self) -> None:
         self.use()
         self.name = bytes(self.call("cuDeviceGetName", 128, self._device)).split(b"\0")[0].decode()
         attribute = self.driver.CUdevice_attribute

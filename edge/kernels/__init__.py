@@ -90,7 +90,9 @@ def compile_kernels(architecture: str) -> bytes:
         if program is None:
             return ""
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        text = b" " * size
+        if size <= 1:  # nothing but the final NUL, and NVRTC would write it into the b" " that all of Python shares
+            return ""
+        text = bytes(size)
         nvrtc.nvrtcGetProgramLog(program, text)
         return str(text.rstrip(b"\0 \n"), "utf-8", "replace")
 
@@ -103,7 +105,7 @@ def compile_kernels(architecture: str) -> bytes:
         raise DeviceError(f"the CUDA compiler warns about the kernels:\n{text}")
     size = checked(nvrtc.nvrtcGetCUBINSize(program))
     assert isinstance(size, int)
-    cubin = b" " * size
+    cubin = bytes(size)
     checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return cubin

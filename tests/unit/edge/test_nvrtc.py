@@ -23,6 +23,8 @@ def test_the_kernels_compile(architecture: str) -> None:
     assert architecture.encode() in cubin
     for name in (kernels.DRAW, kernels.COMMIT):
         assert name.encode() in cubin
+    every = [chr(code) for code in range(128)]
+    assert [letter.encode().decode() for letter in every] == every, "NVRTC wrote into a byte that Python shares"
 
 
 def test_an_error_says_what_the_compiler_says(monkeypatch: pytest.MonkeyPatch) -> None:

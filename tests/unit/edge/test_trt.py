@@ -106,8 +106,6 @@ def test_whatever_fails_while_loading_is_named_and_the_rest_freed(bench: Bench) 
         with pytest.raises(DeviceError, match=f"{name} failed: CUDA_ERROR_LAUNCH_FAILED"):
             bench.open()
         bench.driver.fails = {}
-        if "cuDevicePrimaryCtxRelease" in bench.driver.live:  # a Gpu that failed half way holds nothing else
-            bench.driver.live["cuDevicePrimaryCtxRelease"].clear()
 
 
 @pytest.mark.parametrize("name", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
