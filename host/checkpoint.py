@@ -32,6 +32,7 @@ class Progress:
     step: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0  # of this process and all its threads
     best_nats: float | None = None
     tokenizer_sha256: str = ""
     data_source: str = ""

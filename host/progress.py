@@ -10,7 +10,7 @@ from tqdm import tqdm
 from shared.errors import ConfigError, DiffusionLLMError
 
 LOG_FILE = "log.csv"
-LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s")
+LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "processor_s")
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class TrainConfig:
     valid_every: int = 500  # steps; also how often a checkpoint is saved
     valid_stories: int = 256  # in each of two samples
     seed: int = 0
+    init: Path | None = None  # the run whose weights it began with
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,6 +118,7 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
         lr=args.lr,
         valid_every=args.valid_every,
         seed=args.seed,
+        init=args.init,
     )
     model = replace(
         config_named(args.config),

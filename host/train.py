@@ -195,21 +195,25 @@ class Trainer:
             self._preparer,
         ):
             while not stopped and self.fraction_done() < 1.0:
-                started = time.perf_counter()
+                started, worked = time.perf_counter(), time.process_time()
                 loss, norm, tokens = self.step()
                 # One clock and one decision for all processes, or they would part at the next exchange.
                 elapsed, stop = self.ranks.largest(time.perf_counter() - started, self.stopping)
                 stopped = stop > 0
                 p = self.progress
                 self.progress = replace(
-                    p, step=p.step + 1, tokens_seen=p.tokens_seen + tokens, seconds=p.seconds + elapsed
+                    p,
+                    step=p.step + 1,
+                    tokens_seen=p.tokens_seen + tokens,
+                    seconds=p.seconds + elapsed,
+                    processor_seconds=p.processor_seconds + time.process_time() - worked,
                 )
                 due = self.progress.step % c.valid_every == 0 or self.fraction_done() >= 1.0
                 valid = self.validate_and_save() if due else None
                 row: tuple[int | str, ...] = (
                        self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
                        "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
-                       f"{norm:.3f}", f"{tokens / elapsed:.0f}")  # fmt: skip
+                       f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.processor_seconds:.1f}")  # fmt: skip
                 log(row)
                 if self.wandb is not None:
                     self.wandb({k: float(v) for k, v in zip(LOG_COLUMNS, row, strict=True) if v != ""})
