@@ -15,11 +15,13 @@ from host.data import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.diffusion import Weighting
 from host.model import CONFIGS, config_named
 from host.optim import OptimizerName
-from host.shards import load_data
+from host.shards import DataFolder, load_data
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER
 
 CONFIG_FILE = "config.json"
+VALIDATION_SEED = 0x5EED
+VALIDATION_DRAWS = 2
 ABOVE_ZERO = ("steps", "minutes", "batch_size", "micro_size", "valid_every", "lr")
 CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
 
@@ -134,13 +136,18 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
         data_licence=data.meta.licence,
         data_stories=len(data.train),
     )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(data.tokenizer_path, out / TOKENIZER)
-        (out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    write_config(config, data)
     return config, progress
+
+
+def write_config(config: TrainConfig, data: DataFolder) -> None:
+    """Make the run folder, with its settings and tokenizer; ConfigError when it cannot be written."""
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data.tokenizer_path, config.out / TOKENIZER)
+        (config.out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
+    except OSError as error:
+        raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
 
 
 def read_config(run: Path) -> TrainConfig:

@@ -34,11 +34,9 @@ from host.optim import Ema, build_optimizers, learning_rate_factor
 from host.plots import plot_curves
 from host.progress import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
 from host.ranks import Ranks, joined_ranks
-from host.runs import TrainConfig, new_run, parse_arguments, resumed_run
+from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, new_run, parse_arguments, resumed_run
 from host.shards import DataFolder, Split, load_data
 from shared.errors import ConfigError, DataError, DiffusionLLMError, run_main
-
-VALIDATION_SEED = 0x5EED
 
 
 class NonFiniteLoss(DiffusionLLMError):
@@ -169,7 +167,7 @@ class Trainer:
         self.model.load_state_dict(self.ema.shadow)
         n = min(self.config.valid_stories, len(self.data.valid))
         nats, tokens = 0.0, 0
-        for draw in range(2):
+        for draw in range(VALIDATION_DRAWS):
             batch = self.batch_at(self.data.valid, VALIDATION_SEED, draw, n)
             nats += sum(float(self.summed_loss(part)) for part in batch.parts)
             tokens += batch.tokens

@@ -3,6 +3,7 @@
 Tokens are real ones, text and EOS; work done on padding counts for neither loop.
 """
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -15,16 +16,14 @@ import msgspec
 import numpy as np
 import torch
 
-from host.batches import Batch, story_indices
+from host.batches import Batch
 from host.checkpoint import Progress
-from host.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.model import ModelConfig
 from host.runs import TrainConfig
 from host.shards import DataFolder
-from host.textbook import Textbook, textbook_step
+from host.textbook import TextbookLoop
 from host.train import Trainer
 
-TEXTBOOK_ROWS: Final = 16  # of a textbook step
 PEAK_SIZE: Final = 1024
 PEAK_SIZE_CUDA: Final = 8192  # a data-centre GPU is not busy with less
 
@@ -59,7 +58,11 @@ def measure_training(
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = replace(config, vocab_size=data.meta.vocab_size)
-    textbook = _textbook_loop(model, data, device)
+    theirs, numbers = TextbookLoop(model, data, device), itertools.count()
+
+    def textbook() -> int:
+        return theirs.step(next(numbers))[2]
+
     with tempfile.TemporaryDirectory(prefix="host-bench-") as out:
         trainer = Trainer(replace(settings, out=Path(out)), Progress(model, "diffusion", "linear"), data, device)
 
@@ -72,37 +75,17 @@ def measure_training(
             loop()
         rates: list[tuple[float, float]] = [(_rate(ours, device), _rate(textbook, device)) for _ in range(steps)]
         batches = [trainer.batch_at(data.train, settings.seed, step, settings.batch_size) for step in range(steps)]
-    mine, theirs = (statistics.median(column) for column in zip(*rates, strict=True))
+    our_rate, their_rate = (statistics.median(column) for column in zip(*rates, strict=True))
     return TrainSpeed(
         config=config.name,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         threads=threads,
-        tokens_per_s=mine,
-        textbook_tokens_per_s=theirs,
+        tokens_per_s=our_rate,
+        textbook_tokens_per_s=their_rate,
         gflop_per_token=statistics.mean(batch_gflop(model, batch) / batch.tokens for batch in batches),
         fp32_gflops=matmul_gflops(device, torch.float32),
         bf16_gflops=matmul_gflops(device, torch.bfloat16),
     )
-
-
-def _textbook_loop(config: ModelConfig, data: DataFolder, device: torch.device) -> Callable[[], int]:
-    model = Textbook(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    state = np.random.default_rng(0)
-    steps = 0
-
-    def step() -> int:
-        nonlocal steps
-        rows = data.train.take(story_indices(1, steps, TEXTBOOK_ROWS, len(data.train)))
-        x0 = torch.from_numpy(rows.astype(np.int64))
-        t = low_discrepancy_times(TEXTBOOK_ROWS, float(state.random()))
-        keep = torch.from_numpy(state.random(x0.shape, dtype=np.float32))
-        xt = corrupt(x0, keep, t, "linear").xt
-        textbook_step(model, optimizer, x0.to(device), xt.to(device), torch.tensor(t, device=device))
-        steps += 1
-        return int(counted_tokens(x0).sum())
-
-    return step
 
 
 def _rate(loop: Callable[[], int], device: torch.device) -> float:

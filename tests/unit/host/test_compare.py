@@ -1,0 +1,100 @@
+"""`python -m host.textbook` and `host.compare`: yardsticks at equal hours, charged for what they began with."""
+
+import csv
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from host import compare, textbook, train
+from host.checkpoint import find_checkpoint, read_progress
+from host.compare import Curve, Point
+from host.model import ModelConfig
+from host.shards import load_data
+from host.textbook import TextbookLoop
+from tests.commands import call, refusal
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An autoregressive run, a diffusion run that began with it, and the textbook's."""
+    out = tmp_path_factory.mktemp("yardsticks")
+    common = ("--config", "debug", "--data", data, "--valid-every", 2)
+    call(train.main, *common, "--batch-size", 8, "--steps", 4, "--objective", "ar", "--out", out / "ar")
+    call(train.main, *common, "--batch-size", 8, "--steps", 6, "--init", out / "ar", "--out", out / "ours")
+    call(textbook.main, *common, "--steps", 4, "--out", out / "textbook")
+    return out
+
+
+def test_one_table_and_one_picture(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "picture.png"
+    call(compare.main, *(f"{name}={runs / name}" for name in ("ours", "textbook", "ar")), "--out", picture)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    head, _, *rows = lines
+    assert head[:5] == ["run", "processor-hours", "million tokens", "epochs", "bits a byte"]
+    assert [row[0] for row in rows] == ["ours", "textbook", "ar"]
+    assert all(0 < float(row[4]) < 20 for row in rows)
+    assert matplotlib.image.imread(picture).std() > 0.05
+
+
+def test_a_run_is_charged_for_the_one_it_began_with(runs: Path) -> None:
+    parent = read_progress(find_checkpoint(runs / "ar"))
+    with (runs / "ours" / "log.csv").open(newline="") as file:
+        logged = [row for row in csv.DictReader(file) if row["valid"]]
+    points = compare.read_curve("ours", runs / "ours").points
+    assert parent.processor_seconds > 0
+    assert [p.processor_s for p in points] == pytest.approx(
+        [parent.processor_seconds + float(row["processor_s"]) for row in logged]
+    )
+    assert [p.tokens for p in points] == [parent.tokens_seen + int(row["tokens"]) for row in logged]
+
+
+def test_bits_a_byte_at_a_time_lie_on_the_line_between_measurements() -> None:
+    curve = Curve("c", [Point(10, 1, 4.0), Point(20, 2, 2.0)], 1)
+    assert [curve.at(s) for s in (9, 10, 15, 20, 21)] == [None, 4.0, 3.0, 2.0, None]
+
+
+def test_the_textbook_learns(data: Path) -> None:
+    """On sixteen stories over and over; an untrained one of 300 words is near log 300 = 5.7 nats."""
+    loop = TextbookLoop(
+        ModelConfig("test", d_model=64, layers=1, heads=2, vocab_size=300), load_data(data), torch.device("cpu")
+    )
+    before = loop.nelbo(8)
+    for number in range(30):
+        loop.step(number)
+    assert loop.nelbo(8) < 0.8 * before
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "words"),
+    [
+        (["runs/ours"], 78, "'runs/ours' is not NAME=RUN, for instance ours=runs/tinystories"),
+        (["ours=nowhere"], 65, "nowhere/config.json cannot be read"),
+        (["old={tmp}"], 65, "log.csv counts no processor time: it was written by an older version"),
+        (["ours={runs}/ours", "--out", "nowhere/a.png"], 78, "--out nowhere/a.png cannot be written"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    runs: Path, tmp_path: Path, given: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((runs / "ours" / "config.json").read_bytes())
+    (tmp_path / "log.csv").write_text("step,tokens,valid\n1,2,3.0\n")
+    found, sentence = refusal(capsys, compare.main, *(word.format(tmp=tmp_path, runs=runs) for word in given))
+    assert found == code
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [(("--steps", 0), "must be above 0"), (("--out", "{runs}/textbook"), "exists: choose another --out")],
+)
+def test_a_yardstick_that_cannot_be_trained_is_refused(
+    runs: Path, data: Path, changed: tuple[object, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [str(flag).format(runs=runs) for flag in changed]
+    code, sentence = refusal(
+        capsys, textbook.main, "--data", data, "--steps", 2, "--out", "unused", "--config", "debug", *flags
+    )
+    assert code == 78
+    assert words in sentence
