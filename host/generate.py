@@ -1,4 +1,7 @@
-"""Text from a trained run by the torch reference sampler: slow, for looking at a model before it is exported."""
+"""Text from a trained run by the torch reference sampler: slow, for looking at a model before it is exported.
+
+An autoregressive run writes token by token, from the whole vocabulary.
+"""
 
 import argparse
 import math
@@ -11,11 +14,13 @@ import torch
 from edge.text import Texts
 from host.checkpoint import find_checkpoint, load_model, newest_run
 from host.precision import TOP_K
+from host.sample_many import sample_autoregressive
 from host.sampler import Settings, sample
 from host.tokenizer import load_tokenizer
 from shared.errors import ConfigError, RequestError, run_main
 from shared.manifest import TOKENIZER, SamplingDefaults
 from shared.messages import GenerateRequest, decode_request
+from shared.tokens import FIRST_TEXT_ID
 
 
 def checked_request(args: argparse.Namespace, seed: int) -> GenerateRequest:
@@ -36,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m host.generate",
         description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='example: python -m host.generate "Once upon a time" --seed 1 2 3 --steps 128',
     )
     parser.add_argument("prompt", nargs="?", default="", help="how the text begins (default: nothing)")
@@ -52,10 +58,18 @@ def main() -> None:
     requests = [checked_request(args, seed) for seed in args.seed]
     run = args.run or newest_run()
     model, progress = load_model(find_checkpoint(run))
-    if progress.objective == "ar":
-        raise ConfigError(f"{run} is an autoregressive run: this samples diffusion runs, and host.evaluate judges both")
     texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
     layout = texts.lay_out(requests[0])
+    if progress.objective == "ar":
+        for name in ("steps", "selection", "top_p", "max_tokens"):
+            if getattr(args, name) != parser.get_default(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} does not go with {run}: an autoregressive run draws one token at a time")
+        prompt = layout.canvas[1:][~layout.fill[1:]].tolist()
+        for seed in args.seed:
+            (written,) = sample_autoregressive(model, [seed], args.temperature, prompt=prompt).numpy()
+            print(f"{texts.read(layout, written)}\n— seed {seed}, {(written >= FIRST_TEXT_ID).sum()} tokens\n")
+        return
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)
     for seed in args.seed:
         settings = Settings(

@@ -62,14 +62,18 @@ def _scores(
 
 @torch.no_grad()
 def sample_autoregressive(
-    model: Denoiser, seeds: Sequence[int], temperature: float = 1.0, dtype: torch.dtype | None = None
+    model: Denoiser,
+    seeds: Sequence[int],
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    prompt: Sequence[int] = (),
 ) -> Tensor:
-    """One canvas for each seed, token by token from the whole vocabulary.  → (len(seeds), L)"""
+    """One canvas for each seed, token by token from the whole vocabulary, behind `prompt`.  → (len(seeds), L)"""
     length = model.config.canvas_len
     canvases = torch.full((len(seeds), length), PAD)
-    canvases[:, 0] = BOS
+    canvases[:, : 1 + len(prompt)] = torch.tensor([BOS, *prompt])
     vocabulary = torch.arange(model.config.vocab_size)
-    for i in range(1, length):
+    for i in range(1 + len(prompt), length):
         rows = (canvases != EOS).all(1).nonzero()[:, 0]
         for part in rows.split(ROWS):
             at = torch.arange(len(part)) * (i + 1) + i

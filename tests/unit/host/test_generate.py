@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from host import generate
+from host import generate, train
 from tests.commands import call, refusal
 
 
@@ -39,3 +39,21 @@ def test_what_no_request_may_say_is_refused(
 
 def test_a_prompt_that_is_not_text_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not UTF-8" in refusal(capsys, generate.main, "caf\udce9", "--run", trained)[1]
+
+
+def test_an_autoregressive_run_writes_token_by_token(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "ar"
+    call(
+        train.main,
+        *("--config", "debug", "--data", data, "--out", run, "--objective", "ar", "--steps", 2, "--batch-size", 8),
+    )
+    printed = []
+    for prompt in ("the", "the", ""):
+        capsys.readouterr()
+        call(generate.main, prompt, "--run", run, "--seed", 3)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+    assert printed[0].startswith("the") and " tokens" in printed[0].splitlines()[-2]
+    assert "--steps does not go with" in refusal(capsys, generate.main, "the", "--run", run, "--steps", 7)[1]
