@@ -24,7 +24,7 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "Muon": ("--optimizer", "muon"),
     "cosine schedule": ("--schedule", "cosine"),
     "flat weighting": ("--weighting", "flat"),
-    "no time input": ("--no-time-input",),
+    "time input": ("--time-input",),
 }
 """Flags of host.train that each variant adds. Averaged and raw weights are two columns of every row."""
 DRAWS: Final = 4

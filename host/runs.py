@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--weighting", choices=["nelbo", "flat"], default=TrainConfig.weighting, help="of masked tokens, over time"
     )
-    parser.add_argument("--no-time-input", action="store_true", help="let the network read the time off the canvas")
+    parser.add_argument("--time-input", action="store_true", help="tell the network the time, which the canvas shows")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer)
     parser.add_argument("--lr", type=float, default=TrainConfig.lr, help="peak learning rate")
     parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="canvases in a step")
@@ -125,7 +125,7 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
     model = replace(
         config_named(args.config),
         vocab_size=data.meta.vocab_size,
-        time_input=not (args.no_time_input or args.objective == "ar"),
+        time_input=args.time_input and args.objective == "diffusion",
     )
     progress = Progress(
         model=model,
