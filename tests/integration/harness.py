@@ -81,13 +81,15 @@ class Line:
 
 
 class Daemon:
-    """`python -m edge` as a process."""
+    """`python -m edge` as a process. program: stands for `-m edge`."""
 
-    def __init__(self, folder: Path, bundle: Path, *args: str, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, bundle: Path, *args: str, program: tuple[str, ...] = ("-m", "edge"), **settings: str
+    ) -> None:
         self.socket = folder / "s"
         self.log = folder / "log"
         self._lines: list[Line] = []
-        command = [sys.executable, "-m", "edge", "--bundle", str(bundle), "--socket", str(self.socket), *args]
+        command = [sys.executable, *program, "--bundle", str(bundle), "--socket", str(self.socket), *args]
         settings = {"STATE": str(folder)} | settings
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
