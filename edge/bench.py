@@ -21,11 +21,11 @@ import numpy as np
 from msgspec import Struct
 
 from edge.backends import AnyBackend, LoopBackend
-from edge.backends.trt import BATCHES
 from edge.bench_clients import measure, print_clients, serving
 from edge.config import default_bundle
 from edge.engine import Engine
 from edge.roofline import BOARDS, floor
+from edge.shapes import BATCHES
 from edge.unmask import Row, Sampling
 from shared.errors import ConfigError, run_main
 from shared.manifest import MAX_STEPS, find_graph, read_manifest

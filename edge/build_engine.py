@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Struct
 
 from edge import engines, kernels
-from edge.backends.trt import EngineRejected, buckets, check_servable, make_logger
 from edge.cuda import Gpu
-from edge.tensorrt_lookup import import_tensorrt
+from edge.shapes import buckets, check_servable
+from edge.tensorrt_lookup import import_tensorrt, make_logger
 from shared.errors import DeviceError, DiffusionLLMError
 from shared.manifest import Manifest, find_graph, read_manifest, verified_bytes
 
@@ -115,7 +115,7 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     folder, cache = Path(order.bundle), Path(order.cache)
     check_servable(manifest)
     graph = find_graph(folder, manifest, "cuda")
-    shapes = buckets(manifest)
+    shapes = buckets(manifest, gpu.processors)
     facts = engines.facts_of(folder, manifest, trt.__version__, gpu, shapes)
     if (place := engines.find(facts, (cache,))) is not None and not order.force:
         return place
@@ -128,7 +128,7 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     progress = _throttled(lambda phase, done, of: say(phase=phase, done=done, of=of))
     engine, timings = build(trt, logger, content, shapes, order.workspace_mib, timings, progress)
     if trt.Runtime(logger).deserialize_cuda_engine(engine) is None:
-        raise EngineRejected(f"TensorRT {trt.__version__} does not take the engine that it has just built")
+        raise DeviceError(f"TensorRT {trt.__version__} does not take the engine that it has just built")
     place = engines.store(facts, engines.Built(engine, cubin), cache)
     fresh = timing_file.with_suffix(".new")
     engines.write_durably(fresh, timings)

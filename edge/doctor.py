@@ -19,9 +19,9 @@ from msgspec import Struct
 
 from edge import engines
 from edge.backends import AnyBackend, load_backend
-from edge.backends.trt import buckets
 from edge.config import default_bundle
 from edge.cuda import Gpu
+from edge.shapes import buckets
 from edge.tensorrt_lookup import import_tensorrt
 from edge.unmask import Row, Sampling, advance
 from shared.errors import DeviceError, DiffusionLLMError, run_main
@@ -107,7 +107,7 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
         found.append(Finding("tensorrt", trt.__version__))
         if manifest is None:
             return found, False
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest))
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest, gpu.processors))
         place = engines.find(facts, engines.cache_folders())
         fix = None if place else f"python -m edge.build --bundle {folder}"
         found.append(Finding("engine", str(place or "not built yet"), fix))
