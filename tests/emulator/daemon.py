@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import edge.backends
-from edge.backends.trt import TrtBackend, buckets
+from edge.backends.trt import TrtBackend
 from edge.cuda import CudaMemory, Gpu
 from edge.daemon import main
+from edge.shapes import buckets
 from shared.errors import run_main
 from shared.manifest import Manifest, find_graph
 from tests.emulator import Emulator
-from tests.emulator.fakes import FakeDriver, FakeTensorRT, Result
+from tests.emulator.fakes import PROCESSORS, FakeDriver, FakeTensorRT, Result
 
 
 class FailingDriver(FakeDriver):
@@ -38,7 +39,7 @@ def load_failing(folder: Path, manifest: Manifest, threads: int, argument: str) 
     driver = FailingDriver(Emulator(ctypes.CDLL(library)), int(passes) or sys.maxsize)
     gpu = Gpu(driver)  # type: ignore[arg-type]
     graph = (folder / find_graph(folder, manifest, "cuda").file).read_bytes()
-    trt = FakeTensorRT(driver, buckets(manifest))
+    trt = FakeTensorRT(driver, buckets(manifest, PROCESSORS))
     return TrtBackend(trt, gpu, CudaMemory(gpu), manifest, graph, b"cubin")  # type: ignore[arg-type]
 
 

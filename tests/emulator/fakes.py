@@ -38,6 +38,8 @@ class Attribute(IntEnum):
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 
 
+PROCESSORS = 8  # as an Orin Nano has, and the major version of its architecture, too
+
 MAKES = {
     "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease", "cuStreamCreate": "cuStreamDestroy",
     "cuEventCreate": "cuEventDestroy", "cuModuleLoadData": "cuModuleUnload", "cuMemAlloc": "cuMemFree",
@@ -118,7 +120,7 @@ class FakeDriver:
         return (b"Orin".ljust(size, b"\0"),)
 
     def _cuDeviceGetAttribute(self, which: Attribute, device: int) -> tuple[int]:
-        return (7 if which is Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR else 8,)
+        return ({Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: 7}.get(which, PROCESSORS),)  # sm_87
 
     def _cuDriverGetVersion(self) -> tuple[int]:
         return (12060,)
