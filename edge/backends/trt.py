@@ -297,20 +297,21 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
         raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' behind its colon; found {argument!r}")
     check_servable(manifest)
     gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so
-    trt = import_tensorrt()
-    facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest, gpu.processors))
-    place = engines.find(facts, engines.cache_folders())
-    if place is None:
-        raise DeviceError(f"no engine for this bundle on this device yet: run python -m edge.build --bundle {folder}")
-
-    def open_engine(gpu: Gpu) -> TrtBackend:
+    with ExitStack() as on_failure:
+        on_failure.callback(gpu.close)
+        trt = import_tensorrt()
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest, gpu.processors))
+        place = engines.find(facts, engines.cache_folders())
+        if place is None:
+            raise DeviceError(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
         memory: Memory = PycudaMemory() if argument else CudaMemory(gpu)
-        return TrtBackend(trt, gpu, memory, manifest, *engines.load(place))
-
+        built = engines.load(place)
+        on_failure.pop_all()  # the backend's from here on
     try:
-        return open_engine(gpu)
+        return TrtBackend(trt, gpu, memory, manifest, *built)
     except EngineRejected as error:
         log.warning("%s: building it once more, which takes minutes", str(error))
     order = build_engine.Order(str(folder.absolute()), str(place.parent), build.WORKSPACE_MIB, force=True)
     build.run_build(order, log.info)
-    return open_engine(Gpu())
+    gpu = Gpu()
+    return TrtBackend(trt, gpu, PycudaMemory() if argument else CudaMemory(gpu), manifest, *engines.load(place))

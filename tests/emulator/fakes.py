@@ -24,6 +24,7 @@ class Result(Enum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_NOT_SUPPORTED = 801
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
 
 
@@ -38,6 +39,7 @@ class Attribute(IntEnum):
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 
 
+STALE = b"an engine of another TensorRT"
 PROCESSORS = 8  # as an Orin Nano has, and the major version of its architecture, too
 
 MAKES = {
@@ -240,7 +242,7 @@ class FakeTensorRT:
 
         class Runtime(Counted):
             def deserialize_cuda_engine(self, engine: bytes) -> Any:
-                return None if "engine" in outer.refuses else Engine(engine)
+                return None if "engine" in outer.refuses or engine == STALE else Engine(engine)
 
         class Engine(Counted):
             device_memory_size_v2 = 4096
