@@ -113,7 +113,7 @@ def _median_ms(work: Callable[[], None], repeats: int) -> float:
 def _kernel_ms(backend: TrtBackend, launch: Callable[[], None], repeats: int, launches: int) -> float:
     gpu, stream = backend._gpu, backend._stream
     first, last = (gpu.call("cuEventCreate", 0) for _ in range(2))
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         gpu.call("cuEventRecord", first, stream)
         for _ in range(launches):

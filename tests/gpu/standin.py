@@ -123,13 +123,15 @@ class SameLogits:
     """The processor's loop on the logits of the same network, each canvas alone: what the backend's texts must be."""
 
     def __init__(self, network: Network, lengths: tuple[int, ...], k: int) -> None:
-        self.lengths, self.batches, self._network, self._k = lengths, (1,), network, k
+        self.lengths, self._network, self._k = lengths, network, k
+        self.batches: tuple[int, ...] = (1,)
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
         network = self._network
         times = torch.from_numpy(t).to(network.device) if network.timed else None
         logits = network(torch.from_numpy(canvas).to(network.device), times)
-        return StepResult(*(part[None] for part in reduce_logits(logits[0].cpu().numpy(), self._k)))
+        ids, logp, entropy = reduce_logits(logits[0].cpu().numpy(), self._k)
+        return StepResult(ids[None], logp[None], entropy[None])
 
     def close(self) -> None:
         """Nothing to free."""

@@ -70,7 +70,7 @@ def test_the_measurement_runs(backend: TrtBackend) -> None:
     """`python -m tests.gpu.measure`, with few repetitions: figures for every bucket, none of them judged here."""
     found = measure(backend, repeats=1, launches=2)
     assert [(step.batch, step.length) for step in found.steps] == list(backend._buckets)
-    assert all(step.graph_ms > 0 and step.plain_ms > 0 and step.draw_bytes > 0 for step in found.steps)
+    assert all(step.graph_ms and step.plain_ms and step.draw_bytes for step in found.steps)
 
 
 def test_the_real_thing_where_tensorrt_is_installed(

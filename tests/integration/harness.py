@@ -19,6 +19,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 ROOT = Path(__file__).resolve().parents[2]
+EDGE = ("-m", "edge")
 PATIENCE_S = 20.0  # for what takes a fraction of a second unless the machine is busy
 
 
@@ -84,7 +85,7 @@ class Daemon:
     """`python -m edge` as a process. program: stands for `-m edge`."""
 
     def __init__(
-        self, folder: Path, bundle: Path, *args: str, program: tuple[str, ...] = ("-m", "edge"), **settings: str
+        self, folder: Path, bundle: Path, *args: str, program: tuple[str, ...] = EDGE, **settings: str
     ) -> None:
         self.socket = folder / "s"
         self.log = folder / "log"

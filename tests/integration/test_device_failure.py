@@ -76,7 +76,7 @@ def test_a_broker_hears_of_it_and_what_was_accepted_is_answered_after_the_next_s
     assert daemon.exit_code() == DeviceError.exit_code
 
     start(0, "--mqtt", broker.address)
-    answers = {}
+    answers: dict[str, Any] = {}
     while len(answers) < 2:
         message = listener.heard.get(timeout=20)
         if message.topic.startswith("edgelm/dev/response"):

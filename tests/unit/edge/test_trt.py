@@ -28,7 +28,7 @@ from tests.emulator import Emulator
 from tests.emulator.fakes import MAKES, PROCESSORS, FakeDriver, FakeTensorRT, Result
 from tests.emulator.reference import reduce_logits
 
-pytestmark = pytest.mark.proof("the TensorRT backend over a recording driver")
+pytestmark = pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")
 
 ALLOCATES = re.compile(
     r"cu(Mem|Stream|Event|Graph)\w*(Alloc|Create|Instantiate|BeginCapture)|cuModuleLoad\w*|cuMemFree"

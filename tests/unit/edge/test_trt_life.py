@@ -1,7 +1,8 @@
-"""From a bundle to a backend that serves: built, kept, found again, built once more, examined; all but the GPU is real."""
+"""From a bundle to a backend that serves: built, kept, found again, built once more, examined."""
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +96,8 @@ def test_the_timing_cache_is_kept_and_used_again(jetson: Jetson) -> None:
 
 def test_a_builder_without_room_says_what_helps(jetson: Jetson) -> None:
     jetson.tensorrt.says = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
-    with pytest.raises(
-        DeviceError, match="TensorRT 10.3.0 ran out of memory: stop other .*less than --workspace-mib 256"
-    ):
+    helps = r"TensorRT 10\.3\.0 ran out of memory: stop other .*less than --workspace-mib 256"
+    with pytest.raises(DeviceError, match=helps):
         jetson.fulfil()
     jetson.tensorrt.says = "Error Code 10: Could not find any implementation for node"
     with pytest.raises(DeviceError, match="built no engine; its own words are above"):
@@ -117,7 +117,7 @@ def test_the_builders_process_tells_a_bundle_from_a_device(tmp_path: Path) -> No
     script = """import sys; print('{"error": "it does not fit"}'); sys.exit(66)"""
     order = Order(str(tmp_path), str(tmp_path), 512, False)
     with pytest.raises(BundleError, match="it does not fit"):
-        build.run_build(order, print, (build.sys.executable, "-c", script))
+        build.run_build(order, print, (sys.executable, "-c", script))
 
 
 @pytest.fixture
