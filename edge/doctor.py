@@ -23,7 +23,7 @@ from edge.backends import AnyBackend, load_backend
 from edge.config import default_bundle
 from edge.cuda import Gpu
 from edge.shapes import buckets
-from edge.tensorrt_lookup import TEGRA, import_tensorrt
+from edge.tensorrt_lookup import TEGRA, import_tensorrt, on_jetson
 from edge.unmask import Row, Sampling, advance
 from shared.errors import DeviceError, DiffusionLLMError, run_main
 from shared.manifest import Manifest, find_graph, read_manifest
@@ -65,7 +65,8 @@ def system() -> list[Finding]:
         found.append(Finding("power mode", " ".join(done.stdout.split()) or done.stderr.strip()))
     else:
         found.append(Finding("power mode", "no nvpmodel"))
-    return [*found, *device_nodes([Path(node) for node in NODES])]
+    nodes = NODES if on_jetson() else NODES[:2]  # elsewhere a render node may be another maker's
+    return [*found, *device_nodes([Path(node) for node in nodes])]
 
 
 def device_nodes(nodes: list[Path]) -> list[Finding]:
