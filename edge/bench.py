@@ -21,11 +21,11 @@ import numpy as np
 from msgspec import Struct
 
 from edge.backends import AnyBackend, LoopBackend
-from edge.backends.trt import BATCHES
 from edge.bench_clients import measure, print_clients, serving
 from edge.config import default_bundle
 from edge.engine import Engine
 from edge.roofline import BOARDS, floor
+from edge.shapes import BATCHES
 from edge.unmask import Row, Sampling
 from shared.errors import ConfigError, run_main
 from shared.manifest import MAX_STEPS, find_graph, read_manifest
@@ -221,17 +221,23 @@ def parse_clients(text: str) -> list[int]:
 
 
 def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
-    """The floor under a pass of the CUDA graph, for each batch that engines are built for."""
+    """The floor under a pass of each CUDA graph, for each batch."""
     manifest = read_manifest(bundle)
-    size = (bundle / find_graph(bundle, manifest, "cuda").file).stat().st_size
-    floors = [floor(board, manifest.model, size, batch) for batch in BATCHES]
+    find_graph(bundle, manifest, "cuda")  # says when there is none
+    floors = [
+        floor(board, manifest.model, graph.precision, (bundle / graph.file).stat().st_size, batch)
+        for graph in manifest.graphs
+        if graph.target == "cuda"
+        for batch in BATCHES
+    ]
     if as_json:
         print(msgspec.json.encode([msgspec.structs.asdict(f) | {"floor_ms": f.floor_ms} for f in floors]).decode())
         return
     print(f"{board}, {manifest.model.canvas_len} positions: an ESTIMATE from published peaks, not a measurement")
-    print(f"{'batch':>6} {'GFLOP':>8} {'MB':>8} {'compute, ms':>12} {'memory, ms':>11} {'floor, ms':>10}")
+    print(f"{'graph':6} {'batch':>5} {'GFLOP':>8} {'MB':>8} {'compute, ms':>12} {'memory, ms':>11} {'floor, ms':>10}")
     for f in floors:
-        print(f"{f.batch:6} {f.gflop:8.2f} {f.mbytes:8.1f} {f.compute_ms:12.3f} {f.memory_ms:11.3f} {f.floor_ms:10.3f}")
+        shape = f"{f.precision:6} {f.batch:5} {f.gflop:8.2f} {f.mbytes:8.1f}"
+        print(f"{shape} {f.compute_ms:12.3f} {f.memory_ms:11.3f} {f.floor_ms:10.3f}")
 
 
 def main() -> None:

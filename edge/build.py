@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import msgspec
 
-from edge.build_engine import Order
+from edge.build_engine import Order, no_room
 from edge.config import default_bundle
 from edge.engines import writable_cache
-from shared.errors import ConfigError, DeviceError, run_main
+from shared.errors import BundleError, ConfigError, DeviceError, run_main
 from shared.manifest import find_graph, read_manifest
 
 WORKSPACE_MIB: Final = 512
@@ -32,7 +32,7 @@ def run_build(order: Order, tell: Callable[[str], None], command: tuple[str, ...
     """Build in another process.  → the engine's folder
 
     tell: gets a line for the screen now and then. command: stands for `python -m edge.build_engine` in tests. Raises
-    DeviceError in one sentence.
+    DeviceError or BundleError in one sentence.
     """
     command = command or (sys.executable, "-m", "edge.build_engine")
     started = time.monotonic()
@@ -57,15 +57,14 @@ def run_build(order: Order, tell: Callable[[str], None], command: tuple[str, ...
         process.stdout.close()
     if "engine" in last:
         return Path(last["engine"])
-    raise DeviceError(str(last["error"]) if "error" in last else _died(status, order))
+    if "error" not in last:
+        raise DeviceError(_died(status, order))
+    raise (BundleError if status == BundleError.exit_code else DeviceError)(str(last["error"]))
 
 
 def _died(status: int, order: Order) -> str:
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return (
-            "the system ended the builder, most likely for want of memory: stop other programs, add swap, or give it "
-            f"less than --workspace-mib {order.workspace_mib}"
-        )
+        return no_room("the system ended the builder, most likely for want of memory", order.workspace_mib)
     if status < 0:
         return f"the builder crashed ({signal.Signals(-status).name}): its own words are above"
     return f"the builder ended with status {status} and no word; what it printed is above"

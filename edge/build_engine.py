@@ -4,6 +4,7 @@ On standard output it tells one JSON object a line: {"phase", "done", "of"}, {"s
 the last {"engine"} or {"error"}.
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +15,15 @@ import msgspec
 from msgspec import Struct
 
 from edge import engines, kernels
-from edge.backends.trt import EngineRejected, buckets, check_servable, make_logger
 from edge.cuda import Gpu
-from edge.tensorrt_lookup import import_tensorrt
+from edge.shapes import buckets, check_servable
+from edge.tensorrt_lookup import import_tensorrt, make_logger
 from shared.errors import DeviceError, DiffusionLLMError
 from shared.manifest import Manifest, find_graph, read_manifest, verified_bytes
 
 LEVEL: Final = 3  # TensorRT's default effort; 4 and 5 take several times as long
+NO_ROOM: Final = re.compile(r"out ?of ?memory|insufficient memory|memory allocation|cudaErrorMemory", re.IGNORECASE)
+"""How TensorRT's errors speak of it."""
 
 
 class Order(Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,6 +33,11 @@ class Order(Struct, frozen=True, forbid_unknown_fields=True):
     cache: str
     workspace_mib: int
     force: bool
+
+
+def no_room(what: str, workspace_mib: int) -> str:
+    """What happened, and what helps."""
+    return f"{what}: stop other programs, add swap, or give it less than --workspace-mib {workspace_mib}"
 
 
 def say(**words: object) -> None:
@@ -60,7 +68,8 @@ def build(
 ) -> tuple[bytes, bytes]:
     """Build an engine with one profile for each shape (batch, length).
 
-    timings: an earlier timing cache, or nothing.  → engine, timing cache. Raises DeviceError.
+    timings: an earlier timing cache, or nothing; one that does not fit is begun anew.  → engine, timing cache. Raises
+    DeviceError.
     """
     builder = trt.Builder(logger)
     network = parse(trt, builder, logger, graph)
@@ -69,7 +78,8 @@ def build(
     config.builder_optimization_level = LEVEL
     config.max_aux_streams = 0  # the whole pass is captured from one stream
     cache = config.create_timing_cache(timings)
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another device
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     if progress is not None:
         config.progress_monitor = _monitor(trt, progress)
     for batch, length in shapes:
@@ -115,20 +125,32 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     folder, cache = Path(order.bundle), Path(order.cache)
     check_servable(manifest)
     graph = find_graph(folder, manifest, "cuda")
-    shapes = buckets(manifest)
+    shapes = buckets(manifest, gpu.processors)
     facts = engines.facts_of(folder, manifest, trt.__version__, gpu, shapes)
     if (place := engines.find(facts, (cache,))) is not None and not order.force:
         return place
     content = verified_bytes(folder, graph.file, graph.sha256)
     say(phase="kernels", done=0, of=1)
     cubin = kernels.compile_kernels(gpu.architecture)
-    logger = make_logger(trt, lambda severity, message: say(severity=severity, message=message))
+    errors: list[str] = []
+
+    def hear(severity: str, message: str) -> None:
+        say(severity=severity, message=message)
+        if severity != "WARNING":
+            errors.append(message)
+
+    logger = make_logger(trt, hear)
     timing_file = _timing_cache(cache, facts)
     timings = timing_file.read_bytes() if timing_file.is_file() else b""
     progress = _throttled(lambda phase, done, of: say(phase=phase, done=done, of=of))
-    engine, timings = build(trt, logger, content, shapes, order.workspace_mib, timings, progress)
+    try:
+        engine, timings = build(trt, logger, content, shapes, order.workspace_mib, timings, progress)
+    except (DeviceError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(NO_ROOM.search(message) for message in errors):
+            raise DeviceError(no_room(f"TensorRT {trt.__version__} ran out of memory", order.workspace_mib)) from None
+        raise
     if trt.Runtime(logger).deserialize_cuda_engine(engine) is None:
-        raise EngineRejected(f"TensorRT {trt.__version__} does not take the engine that it has just built")
+        raise DeviceError(f"TensorRT {trt.__version__} does not take the engine that it has just built")
     place = engines.store(facts, engines.Built(engine, cubin), cache)
     fresh = timing_file.with_suffix(".new")
     engines.write_durably(fresh, timings)

@@ -6,7 +6,6 @@ still work. The primary context is used throughout, the one that TensorRT and py
 
 import ctypes
 import logging
-import threading
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any, Final, Protocol
@@ -22,6 +21,11 @@ NO_BINDINGS: Final = (
     "cuda-python is not installed: pip install 'diffusion-llm[cuda13]' ('diffusion-llm[cuda12]' on JetPack 6)"
 )
 NO_DRIVER: Final = "no NVIDIA driver can be loaded: this machine has no GPU, or its driver is not installed"
+CLOSED: Final = "this user may lack the groups of its device nodes, on a Jetson video and render (sudo usermod -aG)"
+
+
+class Uncallable(DeviceError):
+    """The bindings find no libcuda, or not this function in it."""
 
 
 class Gpu:
@@ -36,15 +40,16 @@ class Gpu:
                 raise DeviceError(NO_BINDINGS) from None
             driver = real
         self.driver: Any = driver
-        self._thread = 0
         try:
             self.call("cuInit", 0)
-        except (RuntimeError, DeviceError) as error:  # RuntimeError: the bindings find no libcuda
-            raise DeviceError(f"{NO_DRIVER} ({' '.join(str(error).split())})") from None
+        except Uncallable as error:
+            raise DeviceError(f"{NO_DRIVER} ({error})") from None
+        except DeviceError as error:
+            raise DeviceError(f"the NVIDIA driver does not start ({error}): {CLOSED}") from None
         if self.call("cuDeviceGetCount") == 0:
-            raise DeviceError("the NVIDIA driver finds no GPU: may this user open /dev/nvidia* and /dev/nvhost*?")
+            raise DeviceError(f"the NVIDIA driver finds no GPU: {CLOSED}")
         self._device = self.call("cuDeviceGet", 0)
-        self._context = self.call("cuDevicePrimaryCtxRetain", self._device)
+        self.context = self.call("cuDevicePrimaryCtxRetain", self._device)
         try:
             self._learn()
         except DeviceError:
@@ -69,7 +74,10 @@ class Gpu:
 
     def call(self, name: str, *arguments: object) -> Any:
         """Call a function of the driver.  → what it gives besides its code; raises DeviceError naming the two"""
-        code, *values = getattr(self.driver, name)(*arguments)
+        try:
+            code, *values = getattr(self.driver, name)(*arguments)
+        except RuntimeError as error:
+            raise Uncallable(f"{name} cannot be called: {' '.join(str(error).split())}") from None
         if code != self.driver.CUresult.CUDA_SUCCESS:
             raise DeviceError(f"{name} failed: {getattr(code, 'name', code)}")
         return values[0] if len(values) == 1 else tuple(values) or None
@@ -82,10 +90,8 @@ class Gpu:
             log.warning("while freeing the GPU: %s", str(error))
 
     def use(self) -> None:
-        """Make the context the calling thread's own, if another thread was the last to call."""
-        if self._thread != threading.get_ident():
-            self.call("cuCtxSetCurrent", self._context)
-            self._thread = threading.get_ident()
+        """Make the context the calling thread's own. Cheaper than to know whether it is, since threads come and go."""
+        self.call("cuCtxSetCurrent", self.context)
 
     def free_memory(self) -> tuple[int, int]:
         """→ bytes free, bytes in all"""
@@ -168,13 +174,19 @@ class PycudaMemory:
 
     def device(self, size: int) -> int:
         """As the protocol says."""
-        self._device.append(self._cuda.mem_alloc(size))
+        try:
+            self._device.append(self._cuda.mem_alloc(size))
+        except self._cuda.Error as error:
+            raise DeviceError(f"pycuda cannot give {size >> 20} MiB: {error}") from None
         return int(self._device[-1])
 
     def mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
         """As the protocol says."""
         flags = self._cuda.host_alloc_flags.DEVICEMAP
-        view: NDArray[np.uint8] = self._cuda.pagelocked_zeros(size, np.uint8, mem_flags=flags)
+        try:
+            view: NDArray[np.uint8] = self._cuda.pagelocked_zeros(size, np.uint8, mem_flags=flags)
+        except self._cuda.Error as error:
+            raise DeviceError(f"pycuda cannot give {size} mapped bytes: {error}") from None
         self._mapped.append(view)
         return view, int(view.base.get_device_pointer())  # type: ignore[union-attr]
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +20,7 @@ from edge.engine import Engine
 from edge.scheduler import Scheduler
 from edge.systemd import JournalFormatter
 from edge.unix_socket import SocketServer
-from shared.errors import DiffusionLLMError
+from shared.errors import DeviceError, DiffusionLLMError
 
 if TYPE_CHECKING:
     from edge.mqtt import MqttTransport
@@ -45,11 +45,16 @@ class Signals:
     """SIGTERM, Ctrl-C and SIGHUP as something to wait for, which no lock of the interrupted code can deadlock with."""
 
     def __init__(self) -> None:
-        self._reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
+
+    def wake(self) -> None:
+        """End a wait from another thread, as signal 0."""
+        with suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._writer, b"\0")
 
     def wait(self, timeout_s: float | None = None) -> int | None:
         """The number of the next signal; None when the time was up first."""
@@ -66,7 +71,8 @@ def seconds_since_start() -> float:
 def serve(read_config: Callable[[], Config]) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what was accepted; a second signal cuts that short.
 
-    SIGHUP reads the configuration again, and the bundle. Raises ConfigError or BundleError when it cannot start.
+    SIGHUP reads the configuration again, and the bundle. Raises ConfigError, BundleError or DeviceError when it cannot
+    start, and DeviceError when the device fails later: a new process may find it well, so systemd is to start one.
     """
     config = read_config()
     inherited = systemd.activated_socket()
@@ -75,6 +81,7 @@ def serve(read_config: Callable[[], Config]) -> None:
         worker = Scheduler(_load(config), config.queue_size)
         stack.callback(lambda: worker.engine.close())
         signals = Signals()
+        worker.on_failure = signals.wake
         mqtt = _make_mqtt(config, worker)
         socket = SocketServer(path, worker, inherited, config.socket_group)
         socket.start()
@@ -91,6 +98,9 @@ def serve(read_config: Callable[[], Config]) -> None:
         systemd.ready(f"serving {worker.model}")
         while signals.wait() == signal.SIGHUP:
             config = _reload(config, read_config, worker)
+        if worker.failure is not None:
+            systemd.stopping(FAREWELL_S, f"the device has failed: {worker.failure}")
+            raise DeviceError(f"the device has failed, and only a new start can use it again: {worker.failure}")
         _drain(config, worker, signals)
 
 

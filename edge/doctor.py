@@ -4,6 +4,7 @@ import argparse
 import grp
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,10 +20,10 @@ from msgspec import Struct
 
 from edge import engines
 from edge.backends import AnyBackend, load_backend
-from edge.backends.trt import buckets
 from edge.config import default_bundle
 from edge.cuda import Gpu
-from edge.tensorrt_lookup import import_tensorrt
+from edge.shapes import buckets
+from edge.tensorrt_lookup import TEGRA, import_tensorrt, on_jetson
 from edge.unmask import Row, Sampling, advance
 from shared.errors import DeviceError, DiffusionLLMError, run_main
 from shared.manifest import Manifest, find_graph, read_manifest
@@ -31,7 +32,9 @@ from shared.tokens import BOS, MASK
 STEPS: Final = 10
 MIN_AGREEMENT: Final = 0.8
 """Of committed tokens, pass by pass: precision decides close draws differently, a broken engine decides all so."""
-NODES: Final = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap")
+JETPACKS: Final = {36: 6, 38: 7, 39: 7}
+"""Major version of Jetson Linux → of JetPack."""
+NODES: Final = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dri/renderD128")
 
 
 class Finding(Struct, frozen=True):
@@ -42,20 +45,28 @@ class Finding(Struct, frozen=True):
     fix: str | None = None
 
 
+def jetpack(release: Path = TEGRA[0]) -> Finding:
+    """JetPack's major version goes with that of Jetson Linux: "# R36 (release), REVISION: 4.3, …" is JetPack 6."""
+    try:
+        line = release.read_text("utf-8").partition("\n")[0]
+    except OSError:
+        return Finding("jetpack", "no Jetson Linux")
+    told = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", line)
+    if told is None or (major := JETPACKS.get(int(told[1]))) is None:
+        return Finding("jetpack", line, "this Jetson Linux is not known to us: JetPack 6 (R36) is the oldest that fits")
+    return Finding("jetpack", f"{major} (Jetson Linux {told[1]}.{told[2]})")
+
+
 def system() -> list[Finding]:
     """Python, board, power mode, device nodes."""
-    release = Path("/etc/nv_tegra_release")
-    jetpack = release.read_text("utf-8").splitlines()[0] if release.is_file() else "no Jetson Linux"
-    found = [
-        Finding("python", f"{platform.python_version()} on {platform.machine()}"),
-        Finding("jetson linux", jetpack),
-    ]
+    found = [Finding("python", f"{platform.python_version()} on {platform.machine()}"), jetpack()]
     if shutil.which("nvpmodel"):
         done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, check=False, timeout=10)
         found.append(Finding("power mode", " ".join(done.stdout.split()) or done.stderr.strip()))
     else:
         found.append(Finding("power mode", "no nvpmodel"))
-    return [*found, *device_nodes([Path(node) for node in NODES])]
+    nodes = NODES if on_jetson() else NODES[:2]  # elsewhere a render node may be another maker's
+    return [*found, *device_nodes([Path(node) for node in nodes])]
 
 
 def device_nodes(nodes: list[Path]) -> list[Finding]:
@@ -107,7 +118,7 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
         found.append(Finding("tensorrt", trt.__version__))
         if manifest is None:
             return found, False
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest))
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest, gpu.processors))
         place = engines.find(facts, engines.cache_folders())
         fix = None if place else f"python -m edge.build --bundle {folder}"
         found.append(Finding("engine", str(place or "not built yet"), fix))

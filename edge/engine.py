@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge.backends import AnyBackend, load_backend
+from edge.backends import AnyBackend, LoopBackend, load_backend
 from edge.text import Layout, Texts
 from edge.unmask import Row, Sampling, active_bucket, advance
 from shared.errors import BundleError, RequestError
@@ -131,6 +131,11 @@ class Engine:
             entropy_bound=request.entropy_bound,
         )
         return Plan(layout, sampling)
+
+    @property
+    def failure(self) -> str | None:
+        """Why its device is out of service, for good; None while it is healthy, and for all that runs on processors."""
+        return self.backend.failure if isinstance(self.backend, LoopBackend) else None
 
     def begin(self, plan: Plan) -> "Run":
         """A plan's canvas, ready for its first pass."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -88,9 +87,9 @@ def writable_cache() -> Path:
 
 
 def find(facts: Facts, folders: tuple[Path, ...]) -> Path | None:
-    """The folder of a built engine, if there is one."""
+    """The folder of a built engine, if there is one that this user may read."""
     places = (folder / facts.key for folder in folders)
-    return next((place for place in places if (place / ENGINE).is_file()), None)
+    return next((place for place in places if os.access(place / ENGINE, os.R_OK)), None)
 
 
 def load(place: Path) -> Built:
@@ -134,8 +133,3 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def drop(place: Path) -> None:
-    """Remove an engine that proved useless."""
-    shutil.rmtree(place, ignore_errors=True)

@@ -155,9 +155,10 @@ class Journal:
         numbers = list(numbers)[:MAX_COMPUTING]
         os.pwrite(self._computing, _pack(numbers), 0)
 
-    def close(self) -> None:
-        """Let go of the file, in an orderly way: whatever is unfinished is not to blame."""
-        self.computing([])
+    def close(self, orderly: bool = True) -> None:
+        """Let go of the file. orderly: whatever is unfinished is not to blame."""
+        if orderly:
+            self.computing([])
         os.close(self._computing)
         with self._lock:
             self._db.close()

@@ -19,7 +19,7 @@ class Tell(Protocol):
 
 
 class Status:
-    """Looks at the scheduler twice a second and tells what changed; counters once a minute."""
+    """Looks at the scheduler twice a second and tells what changed; counters once a minute, and at the end."""
 
     def __init__(self, scheduler: Scheduler, queue_size: int, tell: Tell) -> None:
         self._scheduler = scheduler
@@ -39,7 +39,7 @@ class Status:
         self._all = True
 
     def close(self) -> None:
-        """Tell the last state."""
+        """Tell the last state and counters."""
         self._stop.set()
         self._thread.join()
 
@@ -52,7 +52,7 @@ class Status:
                 self._all, self._told, connected, metrics_s = False, None, True, float("-inf")
             if connected:
                 self._tell_changes()
-                if time.monotonic() - metrics_s >= METRICS_S:
+                if stopping or time.monotonic() - metrics_s >= METRICS_S:
                     metrics_s = time.monotonic()
                     self._tell("metrics", encode(self._scheduler.metrics()), qos=0)
             if stopping:

@@ -173,7 +173,7 @@ class Promises:
         self._work.put(lambda: None)
         self._thread.join(patience_s)
         if not self._thread.is_alive():
-            self._journal.close()
+            self._journal.close(orderly=self._scheduler.failure is None)
 
     def _again(self, known: Entry, correlation: bytes | None) -> None:
         """A request that was sent again: its answer goes out now, or when it is there."""

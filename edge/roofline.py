@@ -9,20 +9,21 @@ from typing import Final
 from msgspec import Struct
 
 from shared.errors import ConfigError
-from shared.manifest import ModelSpec
+from shared.manifest import ModelSpec, Precision
 
 
 class Board(Struct, frozen=True):
-    """Peaks of one power mode: dense tensor-core rate in FP16 (10¹² operations a second), bandwidth (10⁹ bytes)."""
+    """Peaks of one power mode: dense tensor-core rates (10¹² operations a second), bandwidth (10⁹ bytes a second)."""
 
     fp16_tops: float
+    int8_tops: float
     bandwidth_gbs: float
 
 
 BOARDS: Final = {
-    "orin-nano-15w": Board(10.0, 68.0),
-    "orin-nano-25w": Board(15.0, 102.0),
-    "orin-nano-maxn": Board(17.0, 102.0),
+    "orin-nano-15w": Board(10.0, 20.0, 68.0),
+    "orin-nano-25w": Board(15.0, 30.0, 102.0),
+    "orin-nano-maxn": Board(17.0, 33.0, 102.0),
 }
 
 
@@ -30,6 +31,7 @@ class Floor(Struct, frozen=True):
     """Of one pass over `batch` canvases of full length. The larger of the two times is the floor."""
 
     board: str
+    precision: str
     batch: int
     gflop: float
     mbytes: float
@@ -42,22 +44,28 @@ class Floor(Struct, frozen=True):
         return max(self.compute_ms, self.memory_ms)
 
 
-def matmul_flops(model: ModelSpec, batch: int) -> int:
-    """Two for each multiply-add of QKV, attention, projection, feed-forward and head; the rest does not count."""
+def matmul_flops(model: ModelSpec, batch: int) -> tuple[int, int]:
+    """Two for each multiply-add.  → of QKV, projection, feed-forward, head and time; of attention, never INT8"""
     tokens, d = batch * model.canvas_len, model.d_model
     linear = 2 * tokens * d * (12 * d * model.layers + model.vocab_size)
-    attention = 4 * tokens * model.canvas_len * d * model.layers
     time = 4 * batch * d * d if model.time_input else 0
-    return linear + attention + time
+    return linear + time, 4 * tokens * model.canvas_len * d * model.layers
 
 
-def floor(board: str, model: ModelSpec, graph_bytes: int, batch: int = 1) -> Floor:
+def floor(board: str, model: ModelSpec, precision: Precision, graph_bytes: int, batch: int = 1) -> Floor:
     """graph_bytes: size of the CUDA graph's file. Logits are written once and read once. Raises ConfigError."""
     if board not in BOARDS:
         raise ConfigError(f"--roofline {board}: choose one of {', '.join(BOARDS)}")
     peak = BOARDS[board]
-    flops = matmul_flops(model, batch)
+    linear, attention = matmul_flops(model, batch)
+    linear_tops = peak.int8_tops if precision == "int8" else peak.fp16_tops
     moved = graph_bytes + 2 * 2 * batch * model.canvas_len * model.vocab_size
     return Floor(
-        board, batch, flops / 1e9, moved / 1e6, flops / peak.fp16_tops / 1e9, moved / peak.bandwidth_gbs / 1e6
-    )  # fmt: skip
+        board=board,
+        precision=precision,
+        batch=batch,
+        gflop=(linear + attention) / 1e9,
+        mbytes=moved / 1e6,
+        compute_ms=(linear / linear_tops + attention / peak.fp16_tops) / 1e9,
+        memory_ms=moved / peak.bandwidth_gbs / 1e6,
+    )

@@ -40,15 +40,22 @@ def _nowhere(tags: Sequence[int]) -> None:
     pass
 
 
+def _nobody() -> None:
+    pass
+
+
 class Scheduler:
     """Serves requests on an engine. queue_size: how many may wait while one is computed.
 
     `reply` callbacks come from the scheduler's thread, or from the submitting one when the request is refused; they
-    must return at once. watch: told the tags of the requests on the engine whenever they change.
+    must return at once. watch: told the tags of the requests on the engine whenever they change. on_failure: called
+    when the device has failed for good: `failure` says why, what is accepted gets an error, and nothing more is taken.
     """
 
     def __init__(self, engine: Engine, queue_size: int) -> None:
         self.watch: Callable[[Sequence[int]], None] = _nowhere
+        self.on_failure: Callable[[], None] = _nobody
+        self.failure: str | None = None
         self.steps_done = 0
         """Passes made so far: a watchdog sees by it that a busy scheduler moves."""
         self._limit = queue_size + 1
@@ -102,7 +109,13 @@ class Scheduler:
         """How the daemon is. version: of the installed distribution."""
         with self._changed:
             state: State = "draining" if self._draining else "busy" if self._load.total() else "idle"
-            return Health(state=state, queued=len(self._waiting), model=self.model, version=version())
+            return Health(
+                state=state if self.failure is None else "error",
+                queued=len(self._waiting),
+                model=self.model,
+                version=version(),
+                failure=self.failure,
+            )
 
     def metrics(self) -> Metrics:
         """What was done so far."""
@@ -117,6 +130,7 @@ class Scheduler:
                 active=self._load.total() - len(self._waiting),
                 queued=len(self._waiting),
                 resident_mb=round(resident_pages * mmap.PAGESIZE / 1e6, 1),
+                failure=self.failure,
             )
 
     def submit(
@@ -186,7 +200,7 @@ class Scheduler:
         """A place, and the engine to fill it for.  → engine, number in the order of acceptance"""
         with self._changed:
             if self._draining:
-                raise RequestError("draining", "the daemon is shutting down")
+                raise RequestError("draining", self._farewell("the daemon is shutting down"))
             load, retry_after_ms = self._load.total(), max(1, round(self._mean_ms))
             if load >= self._limit and not resumed:
                 raise RequestError("queue_full", f"{load} requests are accepted already", retry_after_ms)
@@ -227,7 +241,8 @@ class Scheduler:
         with self._changed:
             jobs = [*self._turns.order(), *self._waiting]
         if self._stopping:
-            return [(job, RequestError("draining", "the daemon shut down before this was finished")) for job in jobs]
+            told = self._farewell("the daemon shut down before this was finished")
+            return [(job, RequestError("draining", told)) for job in jobs]
         return [(job, error) for job in jobs if (error := job.obstacle()) is not None]
 
     def _next_batch(self) -> list[Job]:
@@ -253,6 +268,9 @@ class Scheduler:
             batch[0].engine.step([job.run for job in batch])
         except Exception:
             log.exception("a pass over %d requests failed", len(batch))
+            if batch[0].engine.failure is not None:
+                self._give_up(batch[0].engine.failure)
+                return
             for job in batch:
                 job.alone = True
             if len(batch) == 1:
@@ -281,8 +299,17 @@ class Scheduler:
         self._release(job.client, job.engine)
         _deliver(job.reply, response)
 
+    def _give_up(self, failure: str) -> None:
+        """Only a new process can use the device again: what is accepted is answered as `draining` before that."""
+        with self._changed:
+            self.failure, self._draining, self._stopping = failure, True, True
+        self.on_failure()
+
+    def _farewell(self, usual: str) -> str:
+        return usual if self.failure is None else "the device has failed, and the daemon starts anew"
+
     def _tell(self, tags: list[int]) -> None:
-        if tags != self._watched:
+        if tags != self._watched and self.failure is None:  # what was on the device as it failed stays noted
             self._watched = tags
             self.watch(tags)
 

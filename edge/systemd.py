@@ -47,9 +47,9 @@ def reloading() -> None:
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
-def stopping(within_s: float) -> None:
-    """A drain begins, and may take so long even where TimeoutStopSec is shorter."""
-    notify("STOPPING=1", "STATUS=finishing what was accepted", f"EXTEND_TIMEOUT_USEC={round(within_s * 1e6)}")
+def stopping(within_s: float, status: str = "finishing what was accepted") -> None:
+    """The end begins, and may take so long even where TimeoutStopSec is shorter."""
+    notify("STOPPING=1", f"STATUS={status}", f"EXTEND_TIMEOUT_USEC={round(within_s * 1e6)}")
 
 
 def activated_socket() -> socket.socket | None:

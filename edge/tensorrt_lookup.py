@@ -1,11 +1,15 @@
-"""TensorRT, or one sentence about why Python does not find it."""
+"""TensorRT, or one sentence about why Python does not find it; and its words in our log."""
 
 import importlib
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 from shared.errors import DeviceError
+
+log = logging.getLogger("edgelm")
 
 SYSTEM_PACKAGES: Final = (Path("/usr/lib/python3/dist-packages"), Path("/usr/lib/python3.10/dist-packages"))
 TEGRA: Final = (Path("/etc/nv_tegra_release"), Path("/proc/device-tree/model"))
@@ -46,3 +50,24 @@ def import_tensorrt() -> ModuleType:
     if found < OLDEST:
         raise DeviceError(f"TensorRT {trt.__version__} is too old: 10.3 (JetPack 6.2) is the first that fits")
     return trt
+
+
+def make_logger(trt: ModuleType, keep: Callable[[str, str], None]) -> Any:
+    """A TensorRT logger that hands (severity, message) of warnings and errors to `keep`."""
+    base: Any = trt.ILogger
+    kinds = trt.ILogger.Severity
+
+    class Logger(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)  # the bindings insist on it, and on this spelling
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (kinds.WARNING, kinds.ERROR, kinds.INTERNAL_ERROR):
+                keep(str(getattr(severity, "name", severity)), message)
+
+    return Logger()
+
+
+def log_messages(severity: str, message: str) -> None:
+    """Pass TensorRT's words on to our log."""
+    log.log(logging.WARNING if severity == "WARNING" else logging.ERROR, "TensorRT: %s", message)

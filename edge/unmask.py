@@ -76,7 +76,11 @@ class Row:
             token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, position[chosen])
         commit(self.canvas, position[chosen], token[chosen])
         self.step += 1
-        if self.left >= left:
+        self.check_progress(left)
+
+    def check_progress(self, before: int) -> None:
+        """Raise RuntimeError when a pass has committed nothing: the loop would never end. before: `left` before it."""
+        if self.left >= before:
             raise RuntimeError("the step graph proposes MASK, or an end left of visible text: nothing can be committed")
 
 

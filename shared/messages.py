@@ -126,23 +126,28 @@ class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     masked: int
 
 
-State = Literal["idle", "busy", "draining"]
+State = Literal["idle", "busy", "draining", "error"]
 
 
 class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="health"):
-    """The daemon's answer to a HealthRequest. queued: accepted requests that have no turns on the engine yet."""
+    """The daemon's answer to a HealthRequest. queued: accepted requests that have no turns on the engine yet.
+
+    failure: why the device is out of service, in the state "error"; the daemon ends then, to be started anew.
+    """
 
     v: int = PROTOCOL_VERSION
     state: State
     queued: int
     model: str
     version: str
+    failure: str | None = None
 
 
 class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="metrics"):
     """Counters since the daemon started; answered: by "ok" or error code, refusals included.
 
-    active: requests that have their turns on the engine. resident_mb: megabytes of memory, 10^6 bytes each.
+    active: requests that have their turns on the engine. resident_mb: megabytes of memory, 10^6 bytes each. failure: as
+    in Health.
     """
 
     v: int = PROTOCOL_VERSION
@@ -154,6 +159,7 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     active: int
     queued: int
     resident_mb: float
+    failure: str | None = None
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):

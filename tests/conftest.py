@@ -91,6 +91,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not tally:
         return
     terminalreporter.section("proofs about the GPU path")
+    if absent := [str(number) for number in range(1, 8) if not any(proof.startswith(f"{number}.") for proof in tally)]:
+        terminalreporter.line(f"not in this run: {', '.join(absent)}")
     for proof, counts in sorted(tally.items()):
         why = f" ({'; '.join(sorted(reasons[proof]))})" if proof in reasons else ""
         terminalreporter.line(f"{proof}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}{why}")

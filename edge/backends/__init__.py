@@ -59,8 +59,8 @@ class LoopBackend(Protocol):
         """One pass over at most `batches[-1]` rows, each cut to its first `length` positions; one of `lengths`.
 
         Changes canvas and step of every row in place, exactly as `unmask.advance` would. A row that comes again is
-        known by its identity: between two passes nobody else may write to it. Raises DeviceError; from then on the
-        backend is unhealthy, and every call raises.
+        known by its identity: between two passes nobody else may write to it. Raises DeviceError: when `failure` is set
+        from then on, the device is out of service and every call raises; else these rows failed and others may not.
         """
 
     def close(self) -> None:

@@ -6,74 +6,31 @@ waits on one event and reads the canvas from memory that both sides see. B: rows
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge import kernels
 from edge.cuda import CudaMemory, Gpu, Memory, PycudaMemory
+from edge.shapes import BATCHES, batches_of, buckets, check_servable, length_buckets
+from edge.tensorrt_lookup import import_tensorrt, log_messages, make_logger
 from edge.unmask import Row
-from shared.errors import BundleError, ConfigError, DeviceError
+from shared.errors import ConfigError, DeviceError
 from shared.manifest import MAX_STEPS, Manifest
 from shared.schedule import SCHEDULES, time_of_masked_fraction
 from shared.tokens import MASK
 
 log = logging.getLogger("edgelm")
 
-BATCHES: Final = (1, 2, 4, 8)
-
 
 class EngineRejected(DeviceError):
     """TensorRT does not take the file: made by another version or on another GPU, or damaged."""
-
-
-def length_buckets(canvas_len: int) -> tuple[int, ...]:
-    """The lengths an engine is built for."""
-    return tuple(n for n in (canvas_len // 4, canvas_len // 2, canvas_len) if n >= 16 or n == canvas_len)
-
-
-def buckets(manifest: Manifest) -> list[tuple[int, int]]:
-    """(batch, length) of each optimization profile, in the engine's order."""
-    return [(batch, length) for length in length_buckets(manifest.model.canvas_len) for batch in BATCHES]
-
-
-def check_servable(manifest: Manifest) -> None:
-    """Raise BundleError when the kernels cannot serve this bundle."""
-    limits = (
-        ("canvas_len", manifest.model.canvas_len, kernels.MAX_LENGTH),
-        ("vocab_size", manifest.model.vocab_size, kernels.MAX_VOCAB),
-        ("top_k", manifest.top_k, kernels.THREADS),
-    )
-    for name, value, most in limits:
-        if value > most:
-            raise BundleError(f"the TensorRT backend serves bundles with {name} up to {most}; this one has {value}")
-
-
-def make_logger(trt: ModuleType, keep: Callable[[str, str], None]) -> Any:
-    """A TensorRT logger that hands (severity, message) of warnings and errors to `keep`."""
-    base: Any = trt.ILogger
-    kinds = trt.ILogger.Severity
-
-    class Logger(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            base.__init__(self)  # the bindings insist on it, and on this spelling
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (kinds.WARNING, kinds.ERROR, kinds.INTERNAL_ERROR):
-                keep(str(getattr(severity, "name", severity)), message)
-
-    return Logger()
-
-
-def log_messages(severity: str, message: str) -> None:
-    """Pass TensorRT's words on to our log."""
-    log.log(logging.WARNING if severity == "WARNING" else logging.ERROR, "TensorRT: %s", message)
 
 
 @dataclass(eq=False)
@@ -108,7 +65,7 @@ class TrtBackend:
     def __init__(
         self, trt: ModuleType, gpu: Gpu, memory: Memory, manifest: Manifest, engine: bytes, cubin: bytes
     ) -> None:
-        """Load an engine built for `buckets(manifest)` and the compiled kernels, and warm every bucket up.
+        """Load an engine built for this GPU's `buckets` and the compiled kernels, and warm every bucket up.
 
         Raises EngineRejected when TensorRT does not take the engine, DeviceError for everything else that fails.
         """
@@ -127,6 +84,7 @@ class TrtBackend:
     def _load(self, memory: Memory, engine: bytes, cubin: bytes) -> None:
         gpu, driver, model = self._gpu, self._gpu.driver, self._manifest.model
         self._owned.callback(gpu.close)
+        gpu.use()
         self._stream = gpu.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._owned.callback(gpu.release, "cuStreamDestroy", self._stream)
         flags = driver.CUevent_flags  # blocking: the CPU sleeps while the GPU works
@@ -147,7 +105,8 @@ class TrtBackend:
         self._owned.callback(self._drop_trt_objects)
 
         self._owned.callback(memory.free)
-        most, rows = BATCHES[-1] * model.canvas_len, BATCHES[-1]
+        shapes, rows = buckets(self._manifest, gpu.processors), BATCHES[-1]
+        most = max(batch * length for batch, length in shapes)
         self._ratio_stride = max(MAX_STEPS, model.canvas_len)
         canvas, fill, records, ratios, t = (
             memory.mapped(size) for size in (most * 4, most, rows * kernels.ROW.itemsize,
@@ -166,7 +125,7 @@ class TrtBackend:
         self._current: Bucket | None = None
         self._buckets: dict[tuple[int, int], Bucket] = {}
         self._owned.callback(self._drop_buckets)
-        for profile, (batch, length) in enumerate(buckets(self._manifest)):
+        for profile, (batch, length) in enumerate(shapes):
             places = batch * length
             seen_canvas = canvas[0].view(np.int32)[:places].reshape(batch, length)
             seen_fill = fill[0][:places].reshape(batch, length)
@@ -192,7 +151,11 @@ class TrtBackend:
         for what, worked in done:
             if not worked:
                 raise DeviceError(f"TensorRT refuses {what} for {batch} × {length}")
-        if missing := context.infer_shapes():
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:  # the bindings' own check of the call
+            raise DeviceError(f"TensorRT cannot infer the shapes of {batch} × {length}: {error}") from None
+        if missing:
             raise DeviceError(f"the engine has inputs that nobody gives: {', '.join(missing)}")
         wanted = (batch, length, self._manifest.model.vocab_size)
         if (found := tuple(context.get_tensor_shape("logits"))) != wanted:
@@ -227,12 +190,20 @@ class TrtBackend:
         """Engine, draw, commit, in the stream's order."""
         if not bucket.context.execute_async_v3(int(self._stream)):
             raise DeviceError(f"TensorRT cannot run {bucket.batch} × {bucket.length}; its words are in the log")
-        at, model = self._at, self._manifest.model
-        drawing = (at.logits, at.canvas, at.fill, at.rows, at.candidates)
-        self._launch(self._draw, (bucket.length, bucket.batch), drawing, (bucket.length, model.vocab_size))
-        committing = (at.canvas, at.fill, at.rows, at.ratios, at.candidates, at.t)
-        numbers = (bucket.length, self._ratio_stride, model.canvas_len, SCHEDULES.index(self._manifest.schedule))
-        self._launch(self._commit, (bucket.batch, 1), committing, numbers)
+        self._launch_draw(bucket)
+        self._launch_commit(bucket)
+
+    def _launch_draw(self, bucket: Bucket) -> None:
+        at, numbers = self._at, (bucket.length, self._manifest.model.vocab_size)
+        pointers = (at.logits, at.canvas, at.fill, at.rows, at.candidates)
+        self._launch(self._draw, (bucket.length, bucket.batch), pointers, numbers)
+
+    def _launch_commit(self, bucket: Bucket) -> None:
+        at, manifest = self._at, self._manifest
+        pointers = (at.canvas, at.fill, at.rows, at.ratios, at.candidates, at.t)
+        schedule = SCHEDULES.index(manifest.schedule)
+        numbers = (bucket.length, self._ratio_stride, manifest.model.canvas_len, schedule)
+        self._launch(self._commit, (bucket.batch, 1), pointers, numbers)
 
     def _launch(self, kernel: Any, grid: tuple[int, int], pointers: tuple[int, ...], numbers: tuple[int, ...]) -> None:
         kinds = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(numbers)
@@ -244,11 +215,16 @@ class TrtBackend:
         self._gpu.call("cuEventSynchronize", self._event)
 
     def advance(self, rows: Sequence[Row], length: int) -> None:
-        """One pass over up to eight rows; see LoopBackend."""
+        """One pass over up to eight rows, in turns where more of that length would not gain by it; see LoopBackend."""
         if self.failure is not None:
             raise DeviceError(f"the GPU has failed before: {self.failure}")
-        batch = next(b for b in BATCHES if b >= len(rows))
-        bucket = self._buckets[batch, length]
+        batches = batches_of(length, self._gpu.processors)
+        for first in range(0, len(rows), batches[-1]):
+            some = rows[first : first + batches[-1]]
+            self._pass(some, self._buckets[next(b for b in batches if b >= len(some)), length])
+
+    def _pass(self, rows: Sequence[Row], bucket: Bucket) -> None:
+        left = [row.left for row in rows]
         try:
             self._gpu.use()
             self._place(rows, bucket)
@@ -257,15 +233,18 @@ class TrtBackend:
             else:
                 self._enqueue(bucket)
             self._wait()
-            if self._rows["broken"][: len(rows)].any():
-                raise DeviceError("the engine's logits are not all numbers: FP16 overflows in this network")
         except DeviceError as error:
             self.failure = str(error)
             log.error("the TensorRT backend is out of service: %s", str(error))
             raise
+        if self._rows["broken"][: len(rows)].any():  # the request's fault or the network's, and the GPU is well
+            self._current = None  # what the kernels made of them is forgotten
+            raise DeviceError("the engine's logits are not all numbers: FP16 overflows in this network")
         for i, row in enumerate(rows):
-            row.canvas[:length] = bucket.canvas[i]
+            row.canvas[: bucket.length] = bucket.canvas[i]
             row.step = int(self._rows["step"][i])
+        for row, before in zip(rows, left, strict=True):
+            row.check_progress(before)
 
     def _place(self, rows: Sequence[Row], bucket: Bucket) -> None:
         """Write the rows that are not in their places already, and empty the places that nobody has."""
@@ -301,7 +280,8 @@ class TrtBackend:
             self._trt_objects.pop()
 
     def close(self) -> None:
-        """Free everything, in the reverse order of its making."""
+        """Free everything, in the reverse order of its making, from any thread."""
+        self._gpu.release("cuCtxSetCurrent", self._gpu.context)
         self._owned.close()
 
 
@@ -312,26 +292,26 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     built once more. Raises ConfigError, BundleError or DeviceError.
     """
     from edge import build, build_engine, engines
-    from edge.tensorrt_lookup import import_tensorrt
 
     if argument not in ("", "pycuda"):
         raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' behind its colon; found {argument!r}")
     check_servable(manifest)
     gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so
-    trt = import_tensorrt()
-    facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest))
-    place = engines.find(facts, engines.cache_folders())
-    if place is None:
-        raise DeviceError(f"no engine for this bundle on this device yet: run python -m edge.build --bundle {folder}")
-
-    def open_engine(gpu: Gpu) -> TrtBackend:
+    with ExitStack() as on_failure:
+        on_failure.callback(gpu.close)
+        trt = import_tensorrt()
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest, gpu.processors))
+        place = engines.find(facts, engines.cache_folders())
+        if place is None:
+            raise DeviceError(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
         memory: Memory = PycudaMemory() if argument else CudaMemory(gpu)
-        return TrtBackend(trt, gpu, memory, manifest, *engines.load(place))
-
+        built = engines.load(place)
+        on_failure.pop_all()  # the backend's from here on
     try:
-        return open_engine(gpu)
+        return TrtBackend(trt, gpu, memory, manifest, *built)
     except EngineRejected as error:
         log.warning("%s: building it once more, which takes minutes", str(error))
     order = build_engine.Order(str(folder.absolute()), str(place.parent), build.WORKSPACE_MIB, force=True)
     build.run_build(order, log.info)
-    return open_engine(Gpu())
+    gpu = Gpu()
+    return TrtBackend(trt, gpu, PycudaMemory() if argument else CudaMemory(gpu), manifest, *engines.load(place))

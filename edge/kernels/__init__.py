@@ -78,7 +78,14 @@ def compile_kernels(architecture: str) -> bytes:
 
     Needs the CUDA compiler library NVRTC, but no GPU and no driver.
     """
-    from cuda.bindings import nvrtc
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: the bindings find no library
+        remedy = "pip install 'diffusion-llm[cuda13]' ('diffusion-llm[cuda12]' on JetPack 6)"
+        told = " ".join(str(error).split())
+        raise DeviceError(f"the CUDA compiler NVRTC cannot be loaded: {remedy} ({told})") from None
 
     def checked(result: tuple[object, ...]) -> object:
         code, *values = result

@@ -15,20 +15,30 @@ from edge import kernels
 
 HERE = Path(__file__).parent
 COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared")
+# Symbolic: a process may hold the kernels twice, by themselves and in the driver, each with its own threads.
+FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared", "-Wl,-Bsymbolic")
 
 Array = NDArray[Any]
 
 
 def build(folder: Path, threads: int) -> "Emulator":
     """Compile the kernels for blocks of so many threads; skips where no C++ compiler is installed."""
+    library = folder / f"emulator-{threads}.so"
+    _compile("emulator.cpp", library, f"-DTHREADS={threads}")
+    return Emulator(ctypes.CDLL(str(library)))
+
+
+def build_driver(folder: Path) -> None:
+    """Compile a libcuda.so.1, for a process that finds it by LD_LIBRARY_PATH; skips as above."""
+    _compile("libcuda.cpp", folder / "libcuda.so.1", "-DTHREADS=64", "-Wl,-soname,libcuda.so.1", "-ldl")
+
+
+def _compile(source: str, library: Path, *flags: str) -> None:
     if COMPILER is None:
         pytest.skip("no C++ compiler is installed (apt: g++)")
-    library = folder / f"emulator-{threads}.so"
     include = Path(kernels.__file__).parent
-    command = [COMPILER, *FLAGS, f"-DTHREADS={threads}", f"-I{include}", str(HERE / "emulator.cpp"), "-o", str(library)]
+    command = [COMPILER, *FLAGS, f"-I{include}", str(HERE / source), "-o", str(library), *flags]
     subprocess.run(command, check=True)
-    return Emulator(ctypes.CDLL(str(library)))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Result(Enum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_LAUNCH_FAILED = 719
+    CUDA_ERROR_NOT_SUPPORTED = 801
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
 
 
@@ -37,6 +38,9 @@ class Attribute(IntEnum):
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 
+
+STALE = b"an engine of another TensorRT"
+PROCESSORS = 8  # as an Orin Nano has, and the major version of its architecture, too
 
 MAKES = {
     "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease", "cuStreamCreate": "cuStreamDestroy",
@@ -118,7 +122,7 @@ class FakeDriver:
         return (b"Orin".ljust(size, b"\0"),)
 
     def _cuDeviceGetAttribute(self, which: Attribute, device: int) -> tuple[int]:
-        return (7 if which is Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR else 8,)
+        return ({Attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: 7}.get(which, PROCESSORS),)  # sm_87
 
     def _cuDriverGetVersion(self) -> tuple[int]:
         return (12060,)
@@ -238,7 +242,7 @@ class FakeTensorRT:
 
         class Runtime(Counted):
             def deserialize_cuda_engine(self, engine: bytes) -> Any:
-                return None if "engine" in outer.refuses else Engine(engine)
+                return None if "engine" in outer.refuses or engine == STALE else Engine(engine)
 
         class Engine(Counted):
             device_memory_size_v2 = 4096

@@ -11,41 +11,35 @@ from numpy.typing import NDArray
 from edge import kernels
 from edge.cuda import CudaMemory, Gpu
 from edge.unmask import Row
-from shared.errors import DeviceError
 from tests.emulator import Emulator
 from tests.unit.edge.test_kernels import RULES, Device, network, some_canvas
 
-pytestmark = pytest.mark.proof("kernels and captured graph on a GPU")
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    try:
-        return Gpu()
-    except DeviceError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.proof("7. kernels, captured loop and backend on a GPU")
 
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_the_gpu_chooses_what_the_processor_chooses(gpu: Gpu, emulator: Emulator, rule: str, captured: bool) -> None:
-    length, vocab = 64, 8192
+def test_the_gpu_chooses_what_the_processor_chooses(
+    gpu: Gpu, cubin: bytes, emulator: Emulator, rule: str, captured: bool
+) -> None:
+    length, vocab = 64, 2048
     canvas, fill = some_canvas(1, length)
     row = Row(canvas, fill, replace(RULES[rule], seed=11))
     logits = network("usual", 1, length, vocab)
     wanted = Device(row)
     wanted.draw(emulator, logits)
     wanted.commit(emulator)
-    found = on_gpu(gpu, Device(row), logits, captured)
+    found = on_gpu(gpu, cubin, Device(row), logits, captured)
+    gpu.close()
     np.testing.assert_array_equal(found.canvas, wanted.canvas)
     np.testing.assert_array_equal(found.rows, wanted.rows)
 
 
-def on_gpu(gpu: Gpu, device: Device, logits: NDArray[np.float16], captured: bool) -> Device:
+def on_gpu(gpu: Gpu, cubin: bytes, device: Device, logits: NDArray[np.float16], captured: bool) -> Device:
     """One pass, everything in mapped memory; the arrays of `device` hold the result."""
     call, memory = gpu.call, CudaMemory(gpu)
     stream = call("cuStreamCreate", gpu.driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-    module = call("cuModuleLoadData", kernels.compile_kernels(gpu.architecture))
+    module = call("cuModuleLoadData", cubin)
     at: dict[str, int] = {}
     views: dict[str, NDArray[Any]] = {}
     held = {name: getattr(device, name) for name in ("canvas", "fill", "rows", "ratios", "candidates", "t")}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import Broker, Daemon, Listener
+from tests.integration.harness import EDGE, Broker, Daemon, Listener
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def start_daemon(tmp_path: Path, debug_bundle: Path) -> Iterator[Callable[..., D
     daemons: list[Daemon] = []
 
     def start(*args: str, backend: str = "fake", **settings: str) -> Daemon:
-        daemons.append(Daemon(tmp_path, debug_bundle, "--backend", backend, *args, **settings))
+        daemons.append(Daemon(tmp_path, debug_bundle, "--backend", backend, *args, program=EDGE, **settings))
         return daemons[-1]
 
     yield start

@@ -19,6 +19,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 ROOT = Path(__file__).resolve().parents[2]
+EDGE = ("-m", "edge")
 PATIENCE_S = 20.0  # for what takes a fraction of a second unless the machine is busy
 
 
@@ -81,13 +82,15 @@ class Line:
 
 
 class Daemon:
-    """`python -m edge` as a process."""
+    """`python -m edge` as a process. program: stands for `-m edge`."""
 
-    def __init__(self, folder: Path, bundle: Path, *args: str, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, bundle: Path, *args: str, program: tuple[str, ...] = EDGE, **settings: str
+    ) -> None:
         self.socket = folder / "s"
         self.log = folder / "log"
         self._lines: list[Line] = []
-        command = [sys.executable, "-m", "edge", "--bundle", str(bundle), "--socket", str(self.socket), *args]
+        command = [sys.executable, *program, "--bundle", str(bundle), "--socket", str(self.socket), *args]
         settings = {"STATE": str(folder)} | settings
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -10,7 +10,7 @@ import tomli
 
 from tests.packages import PIP
 
-pytestmark = [pytest.mark.proof("the edge's dependencies have wheels on aarch64"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.proof("6. the edge's dependencies have wheels on aarch64"), pytest.mark.timeout(120)]
 
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 

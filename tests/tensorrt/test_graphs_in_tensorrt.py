@@ -11,16 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from edge.config import default_bundle
+from host.qdq import activation_ranges, quantize_linears
 from shared.manifest import read_manifest
+from shared.tokens import BOS, MASK
 from tests.packages import installed
 
 pytestmark = [
-    pytest.mark.proof("TensorRT's parser and builder take the CUDA graphs"),
+    pytest.mark.proof("1. TensorRT's parser and builder take the CUDA graphs"),
     pytest.mark.timeout(400),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="tensorrt-rtx 1.4 has wheels for x86-64 alone"),
 ]
@@ -43,34 +46,36 @@ def unexpected(found: dict[str, Any]) -> list[str]:
     return [text for _, text in found["messages"] if not ALLOWED.match(text)]
 
 
-@pytest.fixture(params=["debug", "shipped"])
-def bundle(request: pytest.FixtureRequest, debug_bundle: Path) -> Path:
-    return debug_bundle if request.param == "debug" else default_bundle()
+@pytest.fixture(params=["debug-fp16", "debug-int8", "shipped-fp16", "shipped-int8"])
+def graph(request: pytest.FixtureRequest, debug_bundle: Path, tmp_path: Path) -> Path:
+    whose, precision = request.param.split("-")
+    bundle = debug_bundle if whose == "debug" else default_bundle()
+    files = {graph.precision: bundle / graph.file for graph in read_manifest(bundle).graphs if graph.target == "cuda"}
+    if precision not in files:  # the tests' bundle has no INT8 graph for CUDA
+        canvas = np.full(64, MASK, np.int32)
+        canvas[0] = BOS
+        half = onnx.load(files["fp16"])
+        files["int8"] = tmp_path / "int8.onnx"
+        onnx.save(quantize_linears(half, activation_ranges(half, [(canvas, 1.0)])["largest"], []), files["int8"])
+    quantized = {node.op_type for node in onnx.load(files[precision]).graph.node} & {"QuantizeLinear"}
+    assert bool(quantized) == (precision == "int8")
+    return files[precision]
 
 
-def cuda_graphs(bundle: Path) -> list[Path]:
-    graphs = [bundle / graph.file for graph in read_manifest(bundle).graphs if graph.target == "cuda"]
-    assert graphs
-    return graphs
+def test_the_newer_one_builds_an_engine(graph: Path) -> None:
+    found = tried(BUILDS, graph, [(1, 64), (2, 256)])
+    assert "error" not in found
+    assert unexpected(found) == []
+    assert found["engine"] > 100_000
+    assert found["timings"] > 0
+    assert found["phases"]
 
 
-def test_the_newer_one_builds_an_engine(bundle: Path) -> None:
-    length = read_manifest(bundle).model.canvas_len
-    for graph in cuda_graphs(bundle):
-        found = tried(BUILDS, graph, [(1, length // 4), (2, length)])
-        assert "error" not in found
-        assert unexpected(found) == []
-        assert found["engine"] > 100_000
-        assert found["timings"] > 0
-        assert found["phases"]
-
-
-def test_the_older_one_reads_the_graph(bundle: Path) -> None:
-    for graph in cuda_graphs(bundle):
-        found = tried(PARSES, graph, [])
-        assert "error" not in found
-        assert unexpected(found) == []
-        assert found["layers"] > 50
+def test_the_older_one_reads_the_graph(graph: Path) -> None:
+    found = tried(PARSES, graph, [])
+    assert "error" not in found
+    assert unexpected(found) == []
+    assert found["layers"] > 50
 
 
 def test_a_graph_that_breaks_the_typing_rules_is_refused_with_the_parsers_words(tmp_path: Path) -> None:

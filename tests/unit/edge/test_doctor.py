@@ -63,18 +63,21 @@ def test_the_manifests_shape_gives_the_products_that_stand_in_the_graph(debug_bu
             else:  # scores, values
                 counted += 2 * model.canvas_len * model.canvas_len * model.d_model
     # The time's first layer takes the d_model sinusoids, as its second takes d_model.
-    assert matmul_flops(model, 1) == counted
+    assert sum(matmul_flops(model, 1)) == counted
 
 
 def test_the_floor_is_the_slower_of_arithmetic_and_memory(debug_bundle: Path) -> None:
     model = read_manifest(debug_bundle).model
     for board, peak in BOARDS.items():
-        found = floor(board, model, graph_bytes=102_000_000, batch=2)
-        assert found.compute_ms == pytest.approx(matmul_flops(model, 2) / peak.fp16_tops / 1e9)
+        found = floor(board, model, "fp16", graph_bytes=102_000_000, batch=2)
+        linear, attention = matmul_flops(model, 2)
+        assert found.compute_ms == pytest.approx((linear + attention) / peak.fp16_tops / 1e9)
+        halved = floor(board, model, "int8", graph_bytes=102_000_000, batch=2)
+        assert halved.compute_ms == pytest.approx((linear / peak.int8_tops + attention / peak.fp16_tops) / 1e9)
         assert found.memory_ms > 102e6 / peak.bandwidth_gbs / 1e6
         assert found.floor_ms == max(found.compute_ms, found.memory_ms)
     with pytest.raises(ConfigError, match="--roofline thor: choose one of orin-nano-15w"):
-        floor("thor", model, 1)
+        floor("thor", model, "fp16", 1)
 
 
 # --- both kinds of memory keep the protocol ---------------------------------------------------------------------------

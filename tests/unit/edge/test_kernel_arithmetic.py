@@ -15,7 +15,7 @@ from tests.emulator import Emulator
 from tests.emulator.reference import reduce_logits
 from tests.unit.edge.test_philox import KNOWN
 
-pytestmark = pytest.mark.proof("the kernels' arithmetic is numpy's")
+pytestmark = pytest.mark.proof("3. the kernels' arithmetic is numpy's")
 
 ALL_HALVES = np.arange(65536, dtype=np.uint32).astype(np.uint16)
 

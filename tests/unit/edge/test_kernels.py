@@ -16,7 +16,7 @@ from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.emulator import Emulator
 from tests.emulator.reference import committed, drawn, reduce_logits
 
-pytestmark = pytest.mark.proof("the kernels, thread by thread on a CPU, choose numpy's tokens")
+pytestmark = pytest.mark.proof("3. the kernels, thread by thread on a CPU, choose numpy's tokens")
 
 TOLERANCE = 1e-5
 K = 16

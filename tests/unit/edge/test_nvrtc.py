@@ -10,7 +10,7 @@ from shared.errors import DeviceError
 PRESENT = bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
 
 pytestmark = [
-    pytest.mark.proof("NVRTC compiles the kernels for sm_87 and sm_90"),
+    pytest.mark.proof("3. NVRTC compiles the kernels for sm_87 and sm_90"),
     pytest.mark.skipif(not PRESENT, reason="cuda-bindings is not installed (pip: diffusion-llm[trtcheck])"),
 ]
 

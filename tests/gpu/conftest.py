@@ -1,0 +1,81 @@
+"""The GPU of this machine; or, in a process of test_emulated_driver, the emulated one below NVIDIA's own bindings."""
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge import kernels
+from edge.backends.trt import TrtBackend
+from edge.cuda import CudaMemory, Gpu
+from edge.unmask import Row, Sampling
+from host.model import CONFIGS
+from host.untrained import untrained
+from shared.errors import DeviceError
+from shared.manifest import Manifest, read_manifest
+from shared.tokens import BOS, FIRST_TEXT_ID, MASK
+from tests.conftest import Exported
+from tests.gpu.standin import EMULATED, Network, StandIn
+
+LENGTH = 64
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    """Skips where there is none. Each test closes it, or the backend that it gave it to; nothing may be left then."""
+    try:
+        made = Gpu()
+    except DeviceError as error:
+        pytest.skip(str(error))
+    yield made
+    if made.name == EMULATED:
+        assert ctypes.CDLL("libcuda.so.1").emulated_leaks() == 0
+
+
+@pytest.fixture(scope="session")
+def cubins() -> dict[str, bytes]:
+    """Architecture → kernels; the emulated driver has its own."""
+    return {}
+
+
+@pytest.fixture
+def cubin(gpu: Gpu, cubins: dict[str, bytes]) -> bytes:
+    """The kernels for this GPU."""
+    if gpu.name == EMULATED:
+        return b"\x7fELF"
+    if gpu.architecture not in cubins:
+        cubins[gpu.architecture] = kernels.compile_kernels(gpu.architecture)
+    return cubins[gpu.architecture]
+
+
+@pytest.fixture
+def manifest(exported: Exported) -> Manifest:
+    """The debug bundle's, with a shorter canvas."""
+    whole = read_manifest(exported.folder)
+    return msgspec.structs.replace(whole, model=msgspec.structs.replace(whole.model, canvas_len=LENGTH))
+
+
+@pytest.fixture
+def network(gpu: Gpu) -> Network:
+    """Of that shape, with random weights."""
+    return Network(untrained(replace(CONFIGS["debug"], canvas_len=LENGTH))[0], gpu)
+
+
+@pytest.fixture
+def backend(gpu: Gpu, cubin: bytes, manifest: Manifest, network: Network) -> Iterator[TrtBackend]:
+    """The real backend; torch in the engine's place."""
+    trt = StandIn(gpu, network, manifest.model.vocab_size)
+    made = TrtBackend(trt, gpu, CudaMemory(gpu), manifest, b"", cubin)  # type: ignore[arg-type]
+    yield made
+    made.close()
+
+
+def rows(count: int, sampling: Sampling) -> list[Row]:
+    """Canvases that begin alike, each with a seed of its own."""
+    canvas = np.full(LENGTH, MASK, np.int32)
+    canvas[:4] = [BOS, *range(FIRST_TEXT_ID + 6, FIRST_TEXT_ID + 9)]
+    fill = canvas == MASK
+    return [Row(canvas.copy(), fill, replace(sampling, seed=seed)) for seed in range(count)]
