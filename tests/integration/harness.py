@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -81,17 +82,24 @@ class Line:
 
 
 class Daemon:
-    """`python -m edge` as a process."""
+    """`python -m edge` as a process. environment: more variables for it; settings: its own, without EDGELM_."""
 
-    def __init__(self, folder: Path, bundle: Path, *args: str, **settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bundle: Path,
+        *args: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **settings: str,
+    ) -> None:
         self.socket = folder / "s"
         self.log = folder / "log"
         self._lines: list[Line] = []
         command = [sys.executable, "-m", "edge", "--bundle", str(bundle), "--socket", str(self.socket), *args]
-        settings = {"STATE": str(folder)} | settings
+        variables = clean_environment(**({"STATE": str(folder)} | settings)) | dict(environment)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=clean_environment(**settings), stdout=subprocess.PIPE, stderr=log, text=True
+                command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=log, text=True
             )
         assert self.process.stdout is not None
         self.ready = self.process.stdout.readline()
