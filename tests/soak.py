@@ -36,18 +36,18 @@ def resources(pid: int) -> Resources:
 
 
 def soak(daemon: Daemon, listener: Listener, requests: int, say: Callable[[str], None]) -> tuple[Resources, Resources]:
-    """Resources after SETTLE requests and after `requests`. Every second comes over MQTT, where it is kept in the
-    journal; on the socket, ten share a connection.
+    """Resources after SETTLE requests and after `requests`. Every fifth comes over MQTT, where it is kept in the
+    journal; on the socket, ten or so share a connection.
     """
     line = Line(daemon.socket)
     for asked in range(requests):
         request = {"prompt": "Once upon a time " * (asked % 7), "steps": 1 + asked % 3, "max_tokens": 20}
         request |= {"stream": asked % 3 == 0}
-        if asked % 2:
+        if asked % 5 == 4:
             listener.publish("edgelm/dev/request/generate", request | {"id": str(asked)})
             answer = json.loads(listener.next(f"edgelm/dev/response/{asked}").payload)
         else:
-            if asked % 20 == 0:
+            if asked % 10 == 0:
                 line.close()
                 line = Line(daemon.socket)
             answer = line.ask(request)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ def start_daemon(tmp_path: Path, debug_bundle: Path) -> Iterator[Callable[..., D
     """Start daemons with flags and EDGELM_ settings; all are stopped at the end."""
     daemons: list[Daemon] = []
 
-    def start(*args: str, backend: str = "fake", **settings: str) -> Daemon:
+    def start(*args: str, backend: str = "fake", **settings: Any) -> Daemon:
         daemons.append(Daemon(tmp_path, debug_bundle, "--backend", backend, *args, **settings))
         return daemons[-1]
 
