@@ -3,15 +3,15 @@
 import os
 import random
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import overload
 from tests.fuzz import fuzz_mqtt, fuzz_socket
-from tests.integration.harness import Broker, Daemon, Line, until
-from tests.soak import Resources, grown, resources, run
+from tests.integration.harness import Broker, Daemon, until
+from tests.soak import Resources, grown, run
 
 StartDaemon = Callable[..., Daemon]
 needs_mosquitto = pytest.mark.skipif(
@@ -49,25 +49,9 @@ def test_nor_does_a_message_over_mqtt(start_daemon: StartDaemon, broker: Broker)
     assert "Traceback" not in daemon.log.read_text()
 
 
-def test_overload_is_refused_with_advice_and_passes(start_daemon: StartDaemon) -> None:
-    daemon = start_daemon(backend="fake:5")
-    codes: list[str] = []
-
-    def client() -> None:
-        line = Line(daemon.socket)
-        line.send(*({"prompt": "Once", "steps": 8, "id": str(i)} for i in range(40)))
-        for _ in range(40):
-            reply = line.read() or {}
-            codes.append(reply["error"]["code"] if reply["error"] else "ok")
-            assert codes[-1] != "queue_full" or reply["error"]["retry_after_ms"] >= 1
-        line.close()
-
-    clients = [threading.Thread(target=client) for _ in range(10)]
-    before = resources(daemon.process.pid)
-    for thread in clients:
-        thread.start()
-    for thread in clients:
-        thread.join()
-    assert len(codes) == 400 and set(codes) == {"ok", "queue_full"} and codes.count("ok") >= 33
-    assert resources(daemon.process.pid).resident_kb <= before.resident_kb + 8 * 1024
-    assert daemon.line().ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
+@needs_mosquitto
+def test_overload_is_refused_with_advice_and_passes(debug_bundle: Path) -> None:
+    report = overload.run(5, "fake:20", debug_bundle)
+    print(report)
+    assert report.fault is None
+    assert report.answers["queue_full"] > report.answers["ok"] > 33
