@@ -179,6 +179,7 @@ place_units() {
 
 start_service() {
     run systemctl enable --quiet edgelm.socket edgelm.service
+    run systemctl reset-failed edgelm.socket edgelm.service || true # else one that failed too often would not start
     run systemctl start edgelm.socket
     run systemctl restart edgelm.service # back when it is ready, or has failed
 }

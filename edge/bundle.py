@@ -87,6 +87,8 @@ class Service:
         """Reload, and wait until it answers a request of ten steps with that model. Raises BundleError."""
         before = self._show("StatusText")
         verb = "reload" if self._show("ActiveState") in ("active", "reloading") else "restart"
+        if verb == "restart":  # systemd starts nothing that failed too often a moment ago
+            subprocess.run(["systemctl", "reset-failed", UNIT], capture_output=True)
         told = subprocess.run(["systemctl", verb, UNIT], capture_output=True, text=True)
         if told.returncode != 0:
             raise BundleError(f"{UNIT} cannot {verb}; `journalctl -u {UNIT}` has the details")
