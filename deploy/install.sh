@@ -9,7 +9,7 @@ usage: deploy/install.sh [--lan] [--dry-run]      install, or upgrade; doing it 
 
   --lan        let the daemon reach a broker in the local network, not only on this machine
   --dry-run    print what would be done, and do nothing
-  --uninstall  remove the service, the program and what it had cached; installed again, all is as it was before
+  --uninstall  remove the service, the program and what it had cached; settings, state, bundles and the group stay
   --purge      with --uninstall: remove settings, state, bundles and the group of the clients, too
 
 PYTHON names the interpreter (default: python3). pip's own variables work, such as PIP_INDEX_URL, or

@@ -89,7 +89,7 @@ class Store:
         except BlockingIOError:
             raise BundleError(f"another command is changing {self.folder}; try again when it is done") from None
         except OSError as error:
-            raise BundleError(f"the store {self.folder} cannot be written to: {error.strerror}") from None
+            raise BundleError(f"the store {self.folder} cannot be written to: {error.strerror or error}") from None
 
     @property
     def links(self) -> Links:
