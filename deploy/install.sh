@@ -5,11 +5,12 @@ set -euo pipefail
 usage() {
     cat <<'END'
 usage: deploy/install.sh [--lan] [--dry-run]      install, or upgrade; doing it twice changes nothing
-       deploy/install.sh --uninstall [--dry-run]
+       deploy/install.sh --uninstall [--purge] [--dry-run]
 
   --lan        let the daemon reach a broker in the local network, not only on this machine
   --dry-run    print what would be done, and do nothing
-  --uninstall  remove the service, the program and the bundles; settings and state stay
+  --uninstall  remove the service, the program and what it had cached; settings, state, bundles and the group stay
+  --purge      with --uninstall: remove settings, state, bundles and the group of the clients, too
 
 PYTHON names the interpreter (default: python3). pip's own variables work, such as PIP_INDEX_URL, or
 PIP_NO_INDEX=1 PIP_FIND_LINKS=/media/wheels on a device without a network.
@@ -19,6 +20,7 @@ What goes where:
   /opt/edgelm/bundles                 models; see: python -m edge.bundle --help
   /etc/edgelm/edgelm.toml             settings, written once and then yours
   /etc/systemd/system/edgelm.*        the units
+  /var/lib/edgelm, /var/cache/edgelm  state (requests and answers that are still owed), and engines that were built
 END
 }
 
@@ -26,7 +28,7 @@ readonly OPT=/opt/edgelm ETC=/etc/edgelm UNITS=/etc/systemd/system GROUP=edgelm
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly here
 python=${PYTHON:-python3}
-lan='' dry='' uninstall=''
+lan='' dry='' uninstall='' purge=''
 umask 022
 
 fail() {
@@ -47,10 +49,22 @@ run() {
     fi
 }
 
-# put MODE FROM TO: a file as a whole, or not at all. Notes in `changed` whether it is another than before.
+# `settled` names the release that came up, and is called `unsettled` while the system is about to change: a run that
+# was interrupted is finished by the next one, and still knows where to return to.
+unsettle() {
+    changed=yes
+    [[ ! -e $OPT/settled ]] || run mv -f "$OPT/settled" "$OPT/unsettled"
+}
+
+settle() {
+    run install -m 644 <(echo "$release") "$OPT/settled"
+    run rm -f "$OPT/unsettled"
+}
+
+# put MODE FROM TO: a file as a whole, or not at all.
 put() {
     cmp -s "$2" "$3" && return
-    changed=yes
+    unsettle
     run install -D -m "$1" "$2" "$3.new"
     run mv -f "$3.new" "$3"
 }
@@ -93,6 +107,8 @@ detect_machine() {
         extras=''
     fi
     say "${jetpack:+Jetson with JetPack $jetpack, }Python $("$python" -c 'import platform; print(platform.python_version())'), TensorRT $tensorrt"
+    [[ ! $jetpack || $visible ]] ||
+        say "until TensorRT is there the processor computes: apt install python3-libnvinfer, then run this again"
 }
 
 # release: the folder's name, from the version and a hash of everything that goes into it.
@@ -163,6 +179,7 @@ place_units() {
 
 start_service() {
     run systemctl enable --quiet edgelm.socket edgelm.service
+    run systemctl reset-failed edgelm.socket edgelm.service || true # else one that failed too often would not start
     run systemctl start edgelm.socket
     run systemctl restart edgelm.service # back when it is ready, or has failed
 }
@@ -172,7 +189,8 @@ install_it() {
     check_machine
     detect_machine
     name_release
-    [[ -L $OPT/current ]] && before=$(basename "$(readlink "$OPT/current")")
+    before=$(cat "$OPT/settled" 2>/dev/null || cat "$OPT/unsettled" 2>/dev/null || true)
+    [[ $before == "$release" && -e $OPT/settled ]] || unsettle
     make_release
     getent group "$GROUP" >/dev/null || run groupadd --system "$GROUP"
     write_settings
@@ -180,11 +198,11 @@ install_it() {
         run "$OPT/releases/$release/bin/python" -m edge.bundle install "$here/bundle/tinystories"
     fi
     place_units "$release"
-    if [[ $before == "$release" && ! $changed ]] && systemctl --quiet is-active edgelm.service; then
+    if [[ ! $changed ]] && systemctl --quiet is-active edgelm.service; then
         say "$release is installed and runs already"
         return
     fi
-    [[ $before == "$release" ]] || swap "releases/$release" "$OPT/current"
+    swap "releases/$release" "$OPT/current"
     if ! start_service; then
         [[ $before && $before != "$release" ]] || fail "the service does not start; journalctl -u edgelm has the details"
         swap "releases/$before" "$OPT/current"
@@ -193,6 +211,7 @@ install_it() {
         start_service || fail "neither $release nor $before starts; journalctl -u edgelm has the details"
         fail "$release does not start, and $before runs again; journalctl -u edgelm has the details"
     fi
+    settle
     local folder
     for folder in "$OPT"/releases/*; do # two are kept
         [[ ! -d $folder || $folder == */"$release" || $folder == */"${before:-$release}" ]] || run rm -rf "$folder"
@@ -201,17 +220,43 @@ install_it() {
     say "$release runs; settings: $ETC/edgelm.toml; clients of the socket join the group $GROUP"
 }
 
+# remove PATH...: those that are there, by name.
+remove() {
+    local path
+    for path in "$@"; do
+        [[ -e $path || -L $path ]] || continue
+        say "removing $path"
+        run rm -rf "$path"
+    done
+}
+
 uninstall_it() {
+    local path kept=''
     [[ $dry ]] || ((EUID == 0)) || fail "this needs root: sudo $0 --uninstall"
-    if [[ -e $UNITS/edgelm.service ]]; then
-        run systemctl disable --quiet --now edgelm.socket edgelm.service
-        run rm -f "$UNITS"/edgelm.{service,socket} "$UNITS"/edgelm.service.d/{10-jetson,20-lan}.conf
+    if [[ -e $UNITS/edgelm.service || -e $UNITS/edgelm.socket ]]; then
+        say "stopping and disabling edgelm.service and edgelm.socket"
+        run systemctl disable --quiet --now edgelm.socket edgelm.service || true
+        remove "$UNITS"/edgelm.{service,socket} "$UNITS"/edgelm.service.d/{10-jetson,20-lan}.conf
         [[ ! -d $UNITS/edgelm.service.d ]] || run rmdir --ignore-fail-on-non-empty "$UNITS/edgelm.service.d"
         run systemctl daemon-reload
     fi
-    run rm -rf "$OPT" /var/cache/edgelm /var/cache/private/edgelm
-    ! getent group "$GROUP" >/dev/null || run groupdel "$GROUP"
-    say "removed; settings and state stay: rm -r $ETC /var/lib/private/edgelm /var/lib/edgelm"
+    remove "$OPT"/{current,settled,unsettled,releases} /var/cache/{private/,}edgelm
+    if [[ $purge ]]; then
+        remove "$OPT" "$ETC" /var/lib/{private/,}edgelm
+        if getent group "$GROUP" >/dev/null; then
+            say "removing the group $GROUP"
+            run groupdel "$GROUP"
+        fi
+    else
+        [[ ! -d $OPT ]] || run rmdir --ignore-fail-on-non-empty "$OPT"
+        for path in "$ETC" /var/lib/{private/,}edgelm "$OPT/bundles"; do
+            [[ ! -e $path ]] || kept+=" $path"
+        done
+        ! getent group "$GROUP" >/dev/null || kept+=", the group $GROUP"
+        [[ ! $kept ]] || say "kept for the next installation:$kept; --uninstall --purge removes them, too"
+    fi
+    [[ ! $dry ]] || { say "nothing was done: --dry-run" && return; }
+    say "edgelm is uninstalled"
 }
 
 for argument in "$@"; do
@@ -219,6 +264,7 @@ for argument in "$@"; do
         --lan) lan=yes ;;
         --dry-run) dry=yes ;;
         --uninstall) uninstall=yes ;;
+        --purge) purge=yes ;;
         -h | --help)
             usage
             exit
@@ -227,4 +273,5 @@ for argument in "$@"; do
     esac
 done
 [[ ! $uninstall || ! $lan ]] || fail "--lan means nothing with --uninstall"
+[[ $uninstall || ! $purge ]] || fail "--purge means nothing without --uninstall"
 if [[ $uninstall ]]; then uninstall_it; else install_it; fi

@@ -87,6 +87,8 @@ class Service:
         """Reload, and wait until it answers a request of ten steps with that model. Raises BundleError."""
         before = self._show("StatusText")
         verb = "reload" if self._show("ActiveState") in ("active", "reloading") else "restart"
+        if verb == "restart":  # systemd starts nothing that failed too often a moment ago
+            subprocess.run(["systemctl", "reset-failed", UNIT], capture_output=True)
         told = subprocess.run(["systemctl", verb, UNIT], capture_output=True, text=True)
         if told.returncode != 0:
             raise BundleError(f"{UNIT} cannot {verb}; `journalctl -u {UNIT}` has the details")
@@ -149,11 +151,12 @@ def model_of(folder: Path) -> str:
 def install(store: Store, source: Path, service: Service, check: Callable[[Path], None]) -> str:
     """Copy, check the copy, serve it.  → what to tell the user. Raises BundleError; then nothing has changed."""
     with store.locked():
+        store.prune()  # what a killed command left may be the room that is missing now
         staged = store.stage(source)
         try:
             check(staged)
             name = store.admit(staged)
-        except BundleError as error:  # the copy's name tells the user nothing
+        except BundleError as error:  # as in `stage`
             raise BundleError(str(error).replace(str(staged), str(source))) from None
         finally:
             store.discard(staged)
@@ -169,7 +172,7 @@ def rollback(store: Store, service: Service) -> str:
     """Swap current and previous.  → what to tell the user. Raises BundleError."""
     with store.locked():
         links = store.links
-        if links.previous is None:
+        if links.previous in (None, links.current):
             raise BundleError(f"{store.folder} has no previous bundle to roll back to")
         check_files(store.folder / links.previous)
         return switch(store, Links(links.previous, links.current), service)

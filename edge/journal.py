@@ -19,7 +19,7 @@ from typing import Final
 from shared.errors import ConfigError, RequestError
 
 KEEP_S: Final = 24 * 3600.0
-"""How long an answer can be had again."""
+"""How long an answer can be had again, in the journal's own time."""
 KEEP_ROWS: Final = 10_000
 MAX_BYTES: Final = 64 << 20
 """Size of the file above which new requests are refused until old answers have gone."""
@@ -38,11 +38,11 @@ CREATE TABLE IF NOT EXISTS request (
     request BLOB NOT NULL,                  -- JSON with its seed
     correlation BLOB,
     bundle TEXT NOT NULL,
-    accepted_s REAL NOT NULL,               -- Unix time, as all times here
-    deadline_s REAL,
+    accepted_s REAL NOT NULL,               -- Unix time
+    deadline_s REAL,                        -- Unix time
     attempts INTEGER NOT NULL DEFAULT 0,    -- how often the process ended while it computed this
     answer BLOB,
-    answered_s REAL,
+    answered_s REAL,                        -- the journal's own time
     delivered INTEGER NOT NULL DEFAULT 0
 );
 CREATE UNIQUE INDEX IF NOT EXISTS identity ON request (address, id) WHERE id IS NOT NULL;
@@ -71,7 +71,11 @@ class Entry:
 
 
 class Journal:
-    """One file, owned by one daemon. Thread-safe. Raises ConfigError when it cannot be opened."""
+    """One file, owned by one daemon. Thread-safe. Raises ConfigError when it cannot be opened.
+
+    Its own time goes on while it is open, and from the last answer when it is opened again: a clock that is set, by
+    years perhaps when a device finds a network, makes no answer old.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -84,6 +88,8 @@ class Journal:
             if "locked" in str(error):
                 raise ConfigError(f"journal {path} is used by another daemon; give each its own `device`") from None
             raise ConfigError(f"journal {path} cannot be opened: {error}") from None
+        (last_s,) = self._db.execute("SELECT coalesce(max(answered_s), 0) FROM request").fetchone()
+        self._began_s: float = last_s - time.monotonic()
         self._blame()
 
     def find(self, address: str, id: str) -> Entry | None:
@@ -120,7 +126,7 @@ class Journal:
 
         The first answer to a request stays. Raises sqlite3.Error, when the disk is full for one.
         """
-        now = time.time()
+        now = self._now_s()
         with self._transaction() as db:
             rows = [(answer, now, seq) for seq, answer in answers]
             db.executemany("UPDATE request SET answer = ?, answered_s = ? WHERE seq = ? AND answer IS NULL", rows)
@@ -137,12 +143,11 @@ class Journal:
     def prune(self) -> None:
         """Forget delivered answers that are too old or too many.
 
-        Never those still to be delivered: the clock of a device may jump by years when it finds a network. When
-        nothing else is left, new requests are refused.
+        Never those still to be delivered. When nothing else is left, new requests are refused.
         """
         try:
             with self._transaction() as db:
-                db.execute("DELETE FROM request WHERE delivered AND answered_s < ?", (time.time() - KEEP_S,))
+                db.execute("DELETE FROM request WHERE delivered AND answered_s < ?", (self._now_s() - KEEP_S,))
                 (rows,) = db.execute("SELECT count(*) FROM request").fetchone()
                 surplus = max(0, rows - KEEP_ROWS, rows // 4 if self._used_bytes() > MAX_BYTES // 2 else 0)
                 oldest = "SELECT seq FROM request WHERE delivered ORDER BY seq LIMIT ?"
@@ -188,6 +193,9 @@ class Journal:
                     self._db.execute("ROLLBACK")
                 raise
 
+    def _now_s(self) -> float:
+        return self._began_s + time.monotonic()
+
     def _bytes(self) -> int:
         with self._lock:
             return self._used_bytes()
@@ -212,6 +220,7 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one daemon a journal, and no shared-memory file
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA cache_size = -256")  # KiB; whatever else is read lies in the kernel's cache
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
             raise sqlite3.DatabaseError(f"it is of version {version}, made by a later release")

@@ -8,9 +8,11 @@
 A link is swapped by renaming a new one over it, so that at every moment there is a whole one. Two bundles are kept.
 """
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -79,15 +81,15 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise BundleError(f"the store {self.folder} cannot be written to: {error.strerror}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield
+            finally:
+                os.close(handle)
         except BlockingIOError:
             raise BundleError(f"another command is changing {self.folder}; try again when it is done") from None
-        finally:
-            os.close(handle)
+        except OSError as error:
+            raise BundleError(f"the store {self.folder} cannot be written to: {error.strerror or error}") from None
 
     @property
     def links(self) -> Links:
@@ -102,20 +104,25 @@ class Store:
 
     def stage(self, source: Path) -> Path:
         """Copy what a bundle consists of, flushed to the disk.  → a folder that `admit` or `discard` takes over"""
-        manifest = read_manifest(source)
+        if not (source / MANIFEST).exists():
+            read_manifest(source)  # says so
         staged = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.folder))
-        files = [MANIFEST, TOKENIZER, *(graph.file for graph in manifest.graphs)]
-        files += [SIGNATURE] if (source / SIGNATURE).is_file() else []
+        file = MANIFEST
         try:
-            for file in files:
-                shutil.copyfile(source / file, staged / file)
-                (staged / file).chmod(0o644)  # whatever the umask: the daemon is another user
-                _flush(staged / file)
-        except OSError as error:
+            _copy(source / file, staged / file)
+            manifest = read_manifest(staged)
+            signature = [SIGNATURE] if (source / SIGNATURE).exists() else []
+            for file in (TOKENIZER, *(graph.file for graph in manifest.graphs), *signature):
+                _copy(source / file, staged / file)
+            staged.chmod(0o755)
+            _flush(staged)
+        except BaseException as error:
             self.discard(staged)
-            raise BundleError(f"{source / file} cannot be copied to {self.folder}: {error.strerror}") from None
-        staged.chmod(0o755)
-        _flush(staged)
+            if isinstance(error, OSError):
+                raise BundleError(f"{source / file} cannot be copied to {self.folder}: {error.strerror}") from None
+            if isinstance(error, BundleError):  # the copy's name tells the user nothing
+                raise BundleError(str(error).replace(str(staged), str(source))) from None
+            raise
         return staged
 
     def discard(self, staged: Path) -> None:
@@ -123,30 +130,32 @@ class Store:
         shutil.rmtree(staged, ignore_errors=True)
 
     def admit(self, staged: Path) -> str:
-        """Take a verified folder in; one that is there already stays if it is whole.  → its name"""
+        """Take a verified folder in; one of its name that is there is repaired, file by file.  → its name"""
         name = f"{read_manifest(staged).name}-{bundle_digest(staged)[:12]}"
         final = self.folder / name
-        try:
-            check_files(final)
-            return name
-        except BundleError:  # not there, or damaged since
-            if final.is_dir():
-                final.rename(Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.folder)) / name)
-        staged.rename(final)
+        if final.is_dir():  # the name says that the files are the same, or were
+            for file in staged.iterdir():
+                if not _same(file, final / file.name):
+                    file.rename(final / file.name)
+            _flush(final)
+        else:
+            staged.rename(final)
         _flush(self.folder)
         return name
 
     def point(self, links: Links) -> None:
-        """Set both links, `previous` first: a crash in between leaves the old one served."""
-        for link, name in (("previous", links.previous), ("current", links.current)):
-            path = self.folder / link
-            if name is None:
-                path.unlink(missing_ok=True)
-                continue
+        """Set both links, `previous` first: a crash leaves the old one served, a full disk changes none."""
+        targets = {"previous": links.previous, "current": links.current}
+        for link, name in targets.items():
             fresh = self.folder / f".{link}"
             fresh.unlink(missing_ok=True)
-            fresh.symlink_to(name)
-            fresh.rename(path)
+            if name is not None:
+                fresh.symlink_to(name)
+        for link, name in targets.items():
+            if name is None:
+                (self.folder / link).unlink(missing_ok=True)
+            else:
+                (self.folder / f".{link}").rename(self.folder / link)
         _flush(self.folder)
 
     def prune(self) -> None:
@@ -167,3 +176,25 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and not other.is_symlink() and sha256_of(one) == sha256_of(other)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a plain file, and nothing else: what a link leads to is not the bundle's to give, and a pipe never ends."""
+    try:
+        handle = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise BundleError(f"bundle file {source} is a link; `cp -rL` copies a bundle without links") from None
+        raise
+    with os.fdopen(handle, "rb") as readable:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise BundleError(f"bundle file {source} is not a plain file")
+        with target.open("wb") as writable:
+            shutil.copyfileobj(readable, writable, 1 << 20)
+            writable.flush()
+            os.fsync(writable.fileno())
+    target.chmod(0o644)  # whatever the umask: the daemon is another user

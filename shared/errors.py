@@ -14,6 +14,15 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
+MAX_SENTENCE: Final = 1000
+"""Characters of an error that quotes what a stranger sent: his value may be as long as a whole message."""
+
+
+def one_line(text: str) -> str:
+    """`text` as one line of bearable length that does nothing to a terminal."""
+    text = text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]}…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class DiffusionLLMError(Exception):
     """Root of every error meant for a user's eyes."""
@@ -37,6 +46,9 @@ class BundleError(DiffusionLLMError):
     """A bundle that is missing, damaged, or made for another version."""
 
     exit_code = 66
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class DeviceError(DiffusionLLMError):
@@ -68,7 +80,7 @@ class RequestError(DiffusionLLMError):
     """
 
     def __init__(self, code: str, message: str, retry_after_ms: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.code = code
         self.retryable = ERROR_CODES[code][1]
         self.retry_after_ms = retry_after_ms

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.integration.harness import EDGE, Broker, Daemon, Listener
+from tests.integration.harness import Broker, Daemon, Listener
 
 
 @pytest.fixture
@@ -13,8 +14,8 @@ def start_daemon(tmp_path: Path, debug_bundle: Path) -> Iterator[Callable[..., D
     """Start daemons with flags and EDGELM_ settings; all are stopped at the end."""
     daemons: list[Daemon] = []
 
-    def start(*args: str, backend: str = "fake", **settings: str) -> Daemon:
-        daemons.append(Daemon(tmp_path, debug_bundle, "--backend", backend, *args, program=EDGE, **settings))
+    def start(*args: str, backend: str = "fake", **settings: Any) -> Daemon:
+        daemons.append(Daemon(tmp_path, debug_bundle, "--backend", backend, *args, **settings))
         return daemons[-1]
 
     yield start

@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -82,19 +83,27 @@ class Line:
 
 
 class Daemon:
-    """`python -m edge` as a process. program: stands for `-m edge`."""
+    """`python -m edge` as a process. program: stands for `-m edge`. environment: more variables for it; settings: its
+    own, without EDGELM_.
+    """
 
     def __init__(
-        self, folder: Path, bundle: Path, *args: str, program: tuple[str, ...] = EDGE, **settings: str
+        self,
+        folder: Path,
+        bundle: Path,
+        *args: str,
+        program: tuple[str, ...] = EDGE,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **settings: str,
     ) -> None:
         self.socket = folder / "s"
         self.log = folder / "log"
         self._lines: list[Line] = []
         command = [sys.executable, *program, "--bundle", str(bundle), "--socket", str(self.socket), *args]
-        settings = {"STATE": str(folder)} | settings
+        variables = clean_environment(**({"STATE": str(folder)} | settings)) | dict(environment)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=clean_environment(**settings), stdout=subprocess.PIPE, stderr=log, text=True
+                command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=log, text=True
             )
         assert self.process.stdout is not None
         self.ready = self.process.stdout.readline()

@@ -25,7 +25,7 @@ def start(tmp_path: Path, debug_bundle: Path, emulator: Emulator) -> Iterator[St
     """Start a daemon whose GPU makes so many passes; all are stopped at the end."""
     daemons: list[Daemon] = []
 
-    def start(passes: int, *args: str, **settings: str) -> Daemon:
+    def start(passes: int, *args: str, **settings: Any) -> Daemon:
         program = ("-m", "tests.emulator.daemon", emulator.library._name, str(passes))
         daemons.append(Daemon(tmp_path, debug_bundle, *args, program=program, DEVICE="dev", **settings))
         return daemons[-1]

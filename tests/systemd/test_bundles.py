@@ -57,3 +57,14 @@ def test_a_bundle_that_the_daemon_refuses_is_taken_back(device: Machine, setting
     status, said = bundle_command(device, "install", newer(device, "refused"), "--config=/srv/works.toml")
     assert status == 66 and f"{before} serves again" in said and "unknown key `sokcet`" in said
     assert (served(device), current(device)) == (SHIPPED_MODEL, before)
+
+
+def test_a_service_that_gave_up_is_brought_back_by_an_installation(device: Machine, drop_in: Path) -> None:
+    drop_in.write_text("[Unit]\nStartLimitBurst=2\n")
+    device.run("systemctl", "daemon-reload")
+    (device.root / "opt/edgelm/bundles/current/tokenizer.json").write_text("{}")
+    device.run("systemctl", "restart", "edgelm.service", check=False)
+    device.until(lambda: device.show("ActiveState") == "failed", "systemd to give up")
+    status, said = bundle_command(device, "install", "/srv/checkout/bundle/tinystories")
+    assert (status, said) == (0, f"{current(device)} is served")
+    assert served(device) == SHIPPED_MODEL

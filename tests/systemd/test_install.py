@@ -3,7 +3,7 @@
 import pytest
 
 from tests.systemd.device import INSTALL, OFFLINE, SHIPPED_MODEL, ask, served
-from tests.systemd.machine import Machine
+from tests.systemd.machine import PATH, Machine
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -25,6 +25,23 @@ def test_installing_again_changes_nothing(device: Machine) -> None:
     process = device.show("MainPID")
     assert "runs already" in device.run(INSTALL, environment=OFFLINE).stdout
     assert device.show("MainPID") == process
+
+
+def test_an_interrupted_installation_is_finished_by_the_next(device: Machine) -> None:
+    """Killed with -9 before the service is restarted: everything is in place, and the program before still runs."""
+    process, before = device.show("MainPID"), (device.root / "opt/edgelm/current").readlink()
+    device.write("/srv/checkout/edge/interrupted.py", ["# another release"])
+    device.write("/srv/bin/systemctl", ["#!/bin/sh", '[ "$1" != enable ] || kill -9 $PPID', 'exec /bin/systemctl "$@"'])
+    device.run("chmod", "+x", "/srv/bin/systemctl")
+    killed = device.run(INSTALL, environment=OFFLINE | {"PATH": f"/srv/bin:{PATH}"}, check=False)
+    assert killed.returncode != 0 and (device.root / "opt/edgelm/current").readlink() != before
+    assert device.show("MainPID") == process
+    done = device.run(INSTALL, environment=OFFLINE).stdout
+    assert "runs already" not in done and " runs; " in done and device.show("MainPID") != process
+    assert before.name in {path.name for path in (device.root / "opt/edgelm/releases").iterdir()}
+    assert "runs already" in device.run(INSTALL, environment=OFFLINE).stdout
+    device.run("rm", "/srv/checkout/edge/interrupted.py")
+    device.run(INSTALL, environment=OFFLINE)
 
 
 def test_a_dry_run_changes_nothing(device: Machine) -> None:
@@ -70,6 +87,18 @@ def test_a_jetson_gets_what_it_has_and_starts(device: Machine) -> None:
     device.run("rm", "/etc/systemd/system/edgelm.service.d/10-jetson.conf")
     device.run("systemctl", "daemon-reload")
     device.run("systemctl", "restart", "edgelm.service")
+
+
+def test_the_tensorrt_of_the_system_is_visible_to_the_program(device: Machine) -> None:
+    """A stand-in for apt's package: what counts is whether the environment is made to see it."""
+    device.write("/etc/nv_tegra_release", ["# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"])
+    without = device.run(INSTALL, "--dry-run").stdout
+    device.write("/srv/apt/tensorrt.py", ["__version__ = '10.3.0'"])
+    said = device.run(INSTALL, "--dry-run", environment={"PYTHONPATH": "/srv/apt"}).stdout
+    (device.root / "etc/nv_tegra_release").unlink()
+    assert "TensorRT not found" in without and "apt install python3-libnvinfer" in without
+    assert "TensorRT found" in said and "apt install" not in said
+    assert "-m venv --system-site-packages /opt/edgelm/releases/" in said and "\\[cuda12\\]" in said
 
 
 def test_a_jetson_too_old_is_refused(device: Machine) -> None:

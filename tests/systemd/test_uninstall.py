@@ -2,17 +2,48 @@
 
 import pytest
 
-from tests.systemd.device import INSTALL
+from tests.systemd.device import INSTALL, OFFLINE, SHIPPED_MODEL, current, served
 from tests.systemd.machine import Machine
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_uninstalling_leaves_settings_and_nothing_else(device: Machine) -> None:
-    device.run(INSTALL, "--uninstall")
-    left = [path for name in ("opt", "etc", "run", "var/cache") for path in (device.root / name).rglob("edgelm*")]
-    assert [str(path.relative_to(device.root)) for path in left] == ["etc/edgelm", "etc/edgelm/edgelm.toml"]
+def left(device: Machine) -> set[str]:
+    """Everything of ours outside of the checkout."""
+    found = [path for name in ("opt", "etc", "run", "var") for path in (device.root / name).rglob("edgelm*")]
+    return {str(path.relative_to(device.root)) for path in found if "log" not in path.parts}
+
+
+def test_a_dry_run_says_what_would_go_and_removes_nothing(device: Machine) -> None:
+    before = left(device)
+    said = device.run(INSTALL, "--uninstall", "--purge", "--dry-run").stdout
+    assert "would run: rm -rf /opt/edgelm" in said and "would run: groupdel edgelm" in said
+    assert left(device) == before and served(device) == SHIPPED_MODEL
+
+
+def test_what_is_the_users_own_survives_and_serves_again(device: Machine) -> None:
+    settings = device.root / "etc/edgelm/edgelm.toml"
+    settings.write_text(settings.read_text() + "\n# mine\n")
+    bundle = current(device)
+    said = device.run(INSTALL, "--uninstall").stdout
+    assert "removing /opt/edgelm/releases" in said
+    kept = "/etc/edgelm /var/lib/private/edgelm /var/lib/edgelm /opt/edgelm/bundles, the group edgelm"
+    assert f"kept for the next installation: {kept}; --uninstall --purge removes them" in said
+    assert left(device) == {
+        *("opt/edgelm", "etc/edgelm", "etc/edgelm/edgelm.toml"),
+        *("var/lib/edgelm", "var/lib/private/edgelm"),
+    }
+    assert device.show("LoadState") == "not-found" and current(device) == bundle
+    assert device.run("systemctl", "is-system-running", check=False).stdout.strip() in ("running", "degraded")
+    assert "kept" in device.run(INSTALL, "--uninstall").stdout  # once more does no harm
+
+    device.run(INSTALL, environment=OFFLINE)
+    assert settings.read_text().endswith("# mine\n") and served(device) == SHIPPED_MODEL
+
+
+def test_a_purge_leaves_nothing(device: Machine) -> None:
+    device.run(INSTALL, "--uninstall", "--purge")
+    assert left(device) == set()
     assert device.show("LoadState") == "not-found"
     assert device.run("getent", "group", "edgelm", check=False).returncode == 2
-    assert device.run("systemctl", "is-system-running", check=False).stdout.strip() in ("running", "degraded")
-    device.run(INSTALL, "--uninstall")  # once more does no harm
+    assert device.run(INSTALL, "--uninstall", "--purge").stdout == "install: edgelm is uninstalled\n"

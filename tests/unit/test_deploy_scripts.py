@@ -32,7 +32,11 @@ def test_help_says_how(script: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--frobnicate"], "unknown argument --frobnicate"), (["--uninstall", "--lan"], "--lan means nothing")],
+    [
+        (["--frobnicate"], "unknown argument --frobnicate"),
+        (["--uninstall", "--lan"], "--lan means nothing"),
+        (["--purge"], "--purge means nothing"),
+    ],
 )
 def test_the_installer_refuses_what_it_does_not_know(arguments: list[str], said: str) -> None:
     done = run(DEPLOY / "install.sh", *arguments)

@@ -112,12 +112,30 @@ def test_nobody_is_blamed_for_an_orderly_end(path: Path) -> None:
 def test_old_answers_are_forgotten_when_they_were_delivered(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     delivered, undelivered, unfinished = accept(journal, "a"), accept(journal, "b"), accept(journal, "c")
     journal.record(answers=[(delivered, b"1"), (undelivered, b"2")], delivered=[delivered])
-    later = time.time() + edge.journal.KEEP_S + 1
-    monkeypatch.setattr(time, "time", lambda: later)
+    later = time.monotonic() + edge.journal.KEEP_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     journal.prune()
     assert journal.find("edgelm/reply/me", "a") is None
     assert [entry.seq for entry in journal.undelivered()] == [undelivered]
     assert [entry.seq for entry in journal.unfinished()] == [unfinished]
+
+
+def test_a_clock_that_is_set_makes_no_answer_old(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(path)
+    seq = accept(journal, "a")
+    journal.record(answers=[(seq, b"1")], delivered=[seq])
+    far = time.time() + 100 * edge.journal.KEEP_S
+    monkeypatch.setattr(time, "time", lambda: far)
+    journal.prune()
+    journal.close()
+    journal = Journal(path)
+    journal.prune()
+    assert journal.find("edgelm/reply/me", "a") is not None
+    later = time.monotonic() + edge.journal.KEEP_S + 1  # nor young for ever
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    journal.prune()
+    assert journal.find("edgelm/reply/me", "a") is None
+    journal.close()
 
 
 def test_there_is_a_bound_to_their_number(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:

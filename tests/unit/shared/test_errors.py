@@ -100,3 +100,14 @@ def test_a_request_error_knows_whether_to_try_again(code: str) -> None:
 def test_an_error_code_nobody_defined_is_our_bug() -> None:
     with pytest.raises(KeyError):
         RequestError("oops", "because")
+
+
+@pytest.mark.parametrize(
+    "error", [BundleError("it says 'a\nb\x1b[2J'"), RequestError("internal", "it says 'a\nb\x1b[2J'")]
+)
+def test_what_an_error_quotes_does_nothing_to_a_terminal(error: DiffusionLLMError) -> None:
+    assert str(error) == r"it says 'a\nb\x1b[2J'"
+
+
+def test_nor_does_it_fill_the_screen() -> None:
+    assert len(str(RequestError("bad_request", "x" * 60_000))) < 1100

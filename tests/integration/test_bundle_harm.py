@@ -1,0 +1,158 @@
+"""Bundles that mean harm, disks that fill up, and commands that are killed: the store stays as it was, and usable."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import edge.bundle
+from edge.bundle import Service
+from edge.config import Config
+from edge.store import Store, check_files, check_signature
+from shared.errors import BundleError
+from tests.integration.harness import ROOT, clean_environment
+from tests.integration.test_bundle_command import (
+    bundle_command,
+    contents,
+    install,
+    links,
+    needs_minisign,
+    refusal,
+    variant,
+)
+
+
+def graph_file(bundle: Path) -> Path:
+    return bundle / str(json.loads((bundle / "manifest.json").read_text())["graphs"][0]["file"])
+
+
+def refused(folder: Path, bundle: Path, key: Path | None = None) -> str:
+    """Why `edge.bundle install` refuses a bundle; but for the self-test, and in this process."""
+
+    def check(staged: Path) -> None:
+        check_files(staged)
+        if key is not None:
+            check_signature(staged, key)
+
+    with pytest.raises(BundleError) as caught:
+        edge.bundle.install(Store(folder), bundle, Service(Config()), check)
+    assert ".partial" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "graph"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_only_plain_files_are_taken(name: str, kind: str, debug_bundle: Path, tmp_path: Path) -> None:
+    """What a link leads to is read by root, and would be for everyone to read in the store; a pipe would never end."""
+    store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
+    file = graph_file(bad) if name == "graph" else bad / name
+    if kind == "link":
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")  # with the right content, even
+    else:
+        file.unlink()
+        (os.mkfifo if kind == "pipe" else os.mkdir)(file)
+    said = refused(store, bad)
+    assert str(file) in said
+    assert {"link": "is a link", "pipe": "is not a plain file", "folder": "Is a directory"}[kind] in said
+    assert contents(store) == set() and not (store / "current").is_symlink()
+
+
+@pytest.mark.parametrize("path", ["../../escaped", "/etc/hostname", "a/b", "..", ".hidden", ""])
+@pytest.mark.parametrize("field", ["name", "file"])
+def test_a_manifest_names_files_and_not_paths(field: str, path: str, debug_bundle: Path, tmp_path: Path) -> None:
+    store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
+    manifest = json.loads((bad / "manifest.json").read_text())
+    (manifest["graphs"][0] if field == "file" else manifest)[field] = path
+    (bad / "manifest.json").write_text(json.dumps(manifest))
+    said = refused(store, bad)
+    assert "manifest.json is damaged" in said and str(bad) in said
+    assert contents(store) == set() and {p.name for p in tmp_path.iterdir()} == {"store", "bad"}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "graph"])
+def test_a_file_that_was_cut_off_is_named(name: str, debug_bundle: Path, tmp_path: Path) -> None:
+    store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
+    file = graph_file(bad) if name == "graph" else bad / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert str(file) in refused(store, bad)
+    assert contents(store) == set()
+
+
+@needs_minisign
+@pytest.mark.parametrize("fault", ["another key's", "another bundle's", "cut off", "no signature", "no key"])
+def test_a_signature_that_is_not_right_is_refused(fault: str, debug_bundle: Path, tmp_path: Path) -> None:
+    store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
+    pairs = [(tmp_path / f"{n}.pub", tmp_path / f"{n}.key") for n in range(2)]
+    for public, secret in pairs:
+        subprocess.run(["minisign", "-G", "-W", "-p", str(public), "-s", str(secret)], check=True, capture_output=True)
+    (public, secret), (_, other) = pairs
+    signed = debug_bundle / "manifest.json" if fault == "another bundle's" else bad / "manifest.json"
+    signature = bad / "manifest.json.minisig"
+    key = other if fault == "another key's" else secret
+    command = ["minisign", "-S", "-s", key, "-m", signed, "-x", signature]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    if fault == "cut off":
+        signature.write_bytes(signature.read_bytes()[:80])
+    elif fault == "no signature":
+        signature.write_text("trust me")
+    elif fault == "no key":
+        public.write_text("no key")
+    said = refused(store, bad, public)
+    assert f"is not signed by {public}" in said and str(bad) in said
+    assert contents(store) == set()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, debug_bundle: Path) -> Iterator[Path]:
+    """A file system for one and a half bundles."""
+    size = sum(path.stat().st_size for path in debug_bundle.iterdir()) * 3 // 2
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)], check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
+def test_a_disk_that_fills_up_changes_nothing(small_disk: Path, debug_bundle: Path, tmp_path: Path) -> None:
+    store, second = small_disk / "store", variant(debug_bundle, tmp_path, "second")
+    first = install(store, debug_bundle)
+    said = refusal(bundle_command(store, "install", second))
+    assert said.endswith(f"cannot be copied to {store}: No space left on device")
+    assert links(store) == (first, None) and contents(store) == {first}
+    assert bundle_command(store, "verify").returncode == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
+def test_what_a_killed_command_left_makes_room_for_the_next(
+    small_disk: Path, debug_bundle: Path, tmp_path: Path
+) -> None:
+    store = small_disk / "store"
+    store.mkdir()
+    (store / ".partial-1").mkdir()
+    shutil.copytree(debug_bundle, store / ".partial-1/copy")
+    name = install(store, debug_bundle)
+    assert contents(store) == {name}
+
+
+def test_killed_at_any_step_it_leaves_a_whole_bundle_current(debug_bundle: Path, tmp_path: Path) -> None:
+    new = variant(debug_bundle, tmp_path, "new")
+    command = [sys.executable, "-m", "tests.killed", tmp_path / "store", debug_bundle, new]
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(line["whole"] for line in told)
+    names = {line["current"].rpartition("-")[0] for line in told}
+    assert names == {"debug", "new"}  # it was killed before the swap, and behind it
+    steps = [line["before"] for line in told]
+    assert any(step.startswith("os.rename .current") for step in steps) and len(steps) > 15
+    assert {tuple(line["left"]) for line in told} == {tuple(told[-1]["left"])} and told[-1]["survived"]
