@@ -125,7 +125,9 @@ def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) ->
     with serving(bundle, backend, threads) as daemon:
         load(daemon, 1, longest, long)  # once unmeasured
         loads = [
-            load(daemon, n, length, asked) for length, asked in ((longest // 4, short), (longest, long)) for n in clients
+            load(daemon, n, length, asked)
+            for length, asked in ((longest // 4, short), (longest, long))
+            for n in clients
         ]
         lone_ms = crowd(daemon, 0, short, long, 0.0).short_ms
         crowds = [crowd(daemon, n, short, long, lone_ms) for n in clients]

@@ -37,6 +37,8 @@ log = logging.getLogger("edgelm")
 RETRY_S: Final = 0.5
 """How long answers that found no room wait before they are tried again."""
 PRUNE_S: Final = 600.0
+SNAPSHOT_S: Final = 0.2
+"""From one snapshot to the next: every subscriber of the topic gets each."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,9 @@ class Promises:
         **more: bool,
     ) -> None:
         client = "/".join(opened.address.split("/")[:3])  # edgelm/reply/<client>/…
-        self._scheduler.submit(request, reply, lambda: opened.cancelled, client, commit, within_s, **more)
+        self._scheduler.submit(
+            request, reply, lambda: opened.cancelled, client, commit, within_s, partial_every_s=SNAPSHOT_S, **more
+        )
 
     def _reply(self, seq: int, reply: Reply) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from edge.text import Layout, Texts
 from host.tokenizer import train_tokenizer
 from shared.errors import RequestError
-from shared.messages import OPEN_POSITION, Gap, GenerateRequest
+from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Part
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD, SPECIAL_TOKENS
 
 LENGTH = 64
@@ -184,6 +184,21 @@ def test_a_snapshot_has_one_mark_for_each_open_position(texts: Texts, tokenizer:
     assert texts.read(layout, canvas) == f"Tom had a red{(open_now - 3) * OPEN_POSITION} and it was ░░░."
     prompt = texts.lay_out(GenerateRequest(prompt="Once", max_tokens=6))
     assert texts.read(prompt, prompt.canvas) == "Once░░░░░░"
+
+
+def test_a_snapshot_tells_what_is_committed_from_what_is_drafted(texts: Texts, tokenizer: Tokenizer) -> None:
+    red, big = (tokenizer.encode(word, add_special_tokens=False).ids for word in (" red", " big"))
+    layout = texts.lay_out(infill("Tom had a ", len(red) + 1, " and it was ", len(big), "."))
+    first, second = np.split(np.flatnonzero(layout.fill), [len(red) + 1])
+    canvas, draft = layout.canvas.copy(), np.full_like(layout.canvas, MASK)
+    canvas[second] = big
+    untold = [Part("Tom had a "), Part((len(red) + 1) * "░", draft=True), Part(" and it was big.")]
+    assert texts.parts(layout, canvas, draft) == untold
+    draft[first] = [*red, EOS]
+    told = [Part("Tom had a "), Part("red", draft=True), Part(" and it was big.")]
+    assert texts.parts(layout, canvas, draft) == told
+    canvas[first[:-1]] = red
+    assert texts.parts(layout, canvas, draft) == [Part("Tom had a red and it was big.")]
 
 
 def test_what_lies_behind_the_end_is_no_text(texts: Texts, tokenizer: Tokenizer) -> None:
