@@ -69,7 +69,7 @@ class Promises:
     """Accepts requests for a scheduler and sees to their answers.
 
     send: hands a letter to the transport and returns its number there, for `arrived`. show: takes
-    snapshots, as (id, partial). Both are called from threads of ours and must return at once.
+    snapshots, as (id, correlation data, partial). Both are called from threads of ours and must return at once.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Promises:
         journal: Journal,
         scheduler: Scheduler,
         send: Callable[[Letter], int],
-        show: Callable[[str, Partial], None],
+        show: Callable[[str, bytes | None, Partial], None],
     ) -> None:
         self._journal = journal
         self._scheduler = scheduler
@@ -183,6 +183,9 @@ class Promises:
             opened = self._open.get(known.seq)
             if opened is not None:
                 opened.correlation = correlation
+        if opened is None and known.answer is None:  # answered since it was looked up
+            assert known.id is not None
+            known = self._journal.find(known.address, known.id) or known
         if known.answer is not None:
             self._post(_letter(known, correlation))
 
@@ -230,7 +233,7 @@ class Promises:
             opened = self._open[seq]
         if isinstance(reply, Partial):
             if opened.id is not None:
-                self._show(opened.id, reply)
+                self._show(opened.id, opened.correlation, reply)
         elif isinstance(reply, Response) and (reply.error is None or reply.error.code != "draining"):
             self._work.put(lambda: self._unstored.append((seq, encode(reply))))
         # An accepted request that a drain cut off is finished after the next start.

@@ -32,6 +32,7 @@ class Texts:
         tokenizer.encode_special_tokens = True  # "<MASK>" in a prompt is seven characters, not a control token
         self._tokenizer = tokenizer
         self._canvas_len = canvas_len
+        self._most_bytes = canvas_len * max(map(len, tokenizer.get_vocab()))  # a byte is a letter of a token's name
 
     def lay_out(self, request: GenerateRequest) -> Layout:
         """Tokens of the given text, MASK in the gaps and in the open rest.
@@ -46,6 +47,10 @@ class Texts:
             raise RequestError("bad_request", "`max_tokens` goes with `prompt`: the gaps of `segments` have a length")
         if not open_end and not any(isinstance(s, Gap) for s in segments):
             raise RequestError("bad_request", '`segments` has no gap to fill: add one as {"gap": 4}, or use `prompt`')
+        given_bytes = sum(len(s.encode()) for s in segments if isinstance(s, str))
+        if given_bytes > self._most_bytes:  # said at once: cutting much text into tokens would hold others up
+            told = f"{given_bytes} bytes of text cannot fit on the canvas, which holds {self._canvas_len} tokens"
+            raise RequestError("too_large", told)
         ids, parts = [BOS], list[str | tuple[int, int]]()
         given = 0
         for i, segment in enumerate(segments):

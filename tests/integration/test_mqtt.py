@@ -92,7 +92,7 @@ def test_or_where_its_request_says(site: Site, listener: Listener) -> None:
 
 def test_snapshots_go_to_the_stream_topic_at_most_five_a_second(listener: Listener) -> None:
     started_s = time.monotonic()
-    listener.publish(REQUEST, {"id": "s", "prompt": "Once", "stream": True})
+    listener.publish(REQUEST, {"id": "s", "prompt": "Once", "stream": True}, CorrelationData=b"me")
 
     partials = []
     while (message := listener.heard.get(timeout=PATIENCE_S)).topic != "edgelm/dev/response/s":
@@ -100,6 +100,8 @@ def test_snapshots_go_to_the_stream_topic_at_most_five_a_second(listener: Listen
             partials.append(message)
     assert 1 <= len(partials) <= 1 + 5 * (time.monotonic() - started_s)
     assert all(partial.qos == 0 and not partial.retain for partial in partials)
+    assert carried(partials[0], "UserProperty") == [("v", "1"), ("seq", "1"), ("final", "false")]
+    assert all(carried(partial, "CorrelationData") == b"me" for partial in partials)
     first = body(partials[0])
     assert first["type"] == "partial" and first["text"].startswith("Once") and "░" in first["text"]
     assert first["parts"][0]["text"].startswith("Once") and any(part.get("draft") for part in first["parts"])

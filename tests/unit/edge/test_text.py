@@ -121,6 +121,14 @@ def test_segments_may_fill_the_canvas_and_no_more(texts: Texts) -> None:
     assert str(refused.value) == "the segments with their gaps take 64 tokens; at most 63 fit on the canvas"
 
 
+def test_text_that_cannot_fit_is_refused_without_cutting_it_into_tokens(texts: Texts) -> None:
+    longest = max(map(len, texts._tokenizer.get_vocab()))
+    for request in (GenerateRequest(prompt="x" * (LENGTH * longest + 1)), infill("ü" * (LENGTH * longest), 2, "x")):
+        with pytest.raises(RequestError, match=f"bytes of text cannot fit on the canvas, which holds {LENGTH}") as told:
+            texts.lay_out(request)
+        assert told.value.code == "too_large"
+
+
 def test_segments_without_a_gap_are_refused(texts: Texts) -> None:
     with pytest.raises(RequestError, match="no gap to fill") as refused:
         texts.lay_out(infill("Tom had a ball."))
