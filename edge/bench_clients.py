@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,15 @@ from msgspec.structs import replace
 from edge.client import ask
 from shared.errors import ConfigError
 from shared.manifest import read_manifest
-from shared.messages import GenerateRequest, Response
+from shared.messages import GenerateRequest, HealthRequest, Response, encode
 
 PROMPT: Final = "Once upon a time"
 STEPS: Final = 16
-REQUESTS: Final = 32
+REQUESTS: Final = 64
+SHORT_REQUESTS: Final = 9
+HEALTH_EVERY_S: Final = 0.01
+SETTLE_S: Final = 0.2
+"""Until everybody is at work."""
 ROOM: Final = 16
 """Positions of a short canvas that hold the prompt and both ends."""
 
@@ -44,12 +48,26 @@ class Load(Struct):
     p99_ms: float
 
 
+class Crowd(Struct):
+    """What others notice of so many active requests at full length. short_ms: median time of a short request.
+
+    fair_ms: what it may take beside the pass it came into, its lone time for each active request and itself.
+    """
+
+    active: int
+    short_ms: float
+    fair_ms: float
+    health_p50_ms: float
+    health_p99_ms: float
+
+
 class ClientsReport(Struct):
     """Everything measured. peak_mb: the daemon's highest resident memory, 10^6 bytes each."""
 
     bundle: str
     threads: int
     loads: list[Load]
+    crowds: list[Crowd]
     peak_mb: float
 
 
@@ -102,16 +120,22 @@ def serving(bundle: Path, backend: str, threads: int) -> Iterator[Served]:
 def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) -> ClientsReport:
     """Serve every number of clients at a quarter of the canvas and at the whole."""
     longest = read_manifest(bundle).model.canvas_len
+    short = GenerateRequest(prompt=PROMPT, steps=STEPS, max_tokens=longest // 4 - ROOM)
+    long = replace(short, max_tokens=None)
     with serving(bundle, backend, threads) as daemon:
-        daemon.connect().close()
-        load(daemon, 1, longest, longest)  # once unmeasured
-        loads = [load(daemon, n, length, longest) for length in (longest // 4, longest) for n in clients]
-        return ClientsReport(str(bundle), threads, loads, daemon.peak_mb())
+        load(daemon, 1, longest, long)  # once unmeasured
+        loads = [
+            load(daemon, n, length, asked)
+            for length, asked in ((longest // 4, short), (longest, long))
+            for n in clients
+        ]
+        lone_ms = crowd(daemon, 0, short, long, 0.0).short_ms
+        crowds = [crowd(daemon, n, short, long, lone_ms) for n in clients]
+        return ClientsReport(str(bundle), threads, loads, crowds, daemon.peak_mb())
 
 
-def load(daemon: Served, clients: int, length: int, longest: int) -> Load:
+def load(daemon: Served, clients: int, length: int, asked: GenerateRequest) -> Load:
     """The same requests, shared among that many clients."""
-    asked = GenerateRequest(prompt=PROMPT, steps=STEPS, max_tokens=None if length == longest else length - ROOM)
     seeds = itertools.count()
     latencies_ms: list[float] = []
     tokens: list[int] = []
@@ -119,23 +143,73 @@ def load(daemon: Served, clients: int, length: int, longest: int) -> Load:
     def client() -> None:
         with daemon.connect() as connection:
             while (seed := next(seeds)) < REQUESTS:
-                started = time.perf_counter()
-                (response,) = ask(connection, replace(asked, seed=seed))
-                latencies_ms.append((time.perf_counter() - started) * 1e3)
-                assert isinstance(response, Response) and response.usage is not None, response
-                tokens.append(response.usage.generated_tokens)
+                milliseconds, generated = timed(connection, replace(asked, seed=seed))
+                latencies_ms.append(milliseconds)
+                tokens.append(generated)
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with threads_of([client] * clients):
+        pass
     seconds = time.perf_counter() - started
     if len(tokens) < REQUESTS:
         raise ConfigError(f"only {len(tokens)} of {REQUESTS} requests were answered")
-    percentiles = statistics.quantiles(latencies_ms, n=100, method="inclusive")
-    return Load(clients, length, sum(tokens) / seconds, percentiles[49], percentiles[98])
+    p50_ms, p99_ms = percentiles(latencies_ms)
+    return Load(clients, length, sum(tokens) / seconds, p50_ms, p99_ms)
+
+
+def crowd(daemon: Served, active: int, short: GenerateRequest, long: GenerateRequest, lone_ms: float) -> Crowd:
+    """Short requests, one after the other, and questions for the health, beside so many long ones."""
+    over = threading.Event()
+    health_ms: list[float] = []
+
+    def busy() -> None:
+        with daemon.connect() as connection:
+            while not over.is_set():
+                timed(connection, long)
+
+    def nurse() -> None:
+        with daemon.connect() as connection, connection.makefile("rb") as answers:
+            while not over.wait(HEALTH_EVERY_S):
+                started = time.perf_counter()
+                connection.sendall(encode(HealthRequest()) + b"\n")
+                answers.readline()
+                health_ms.append((time.perf_counter() - started) * 1e3)
+
+    with threads_of([nurse, *[busy] * active]), daemon.connect() as connection:
+        try:
+            time.sleep(SETTLE_S)
+            times = [timed(connection, replace(short, seed=seed))[0] for seed in range(SHORT_REQUESTS)]
+        finally:
+            over.set()
+    return Crowd(active, statistics.median(times), (active + 1) * lone_ms, *percentiles(health_ms))
+
+
+def timed(connection: socket.socket, request: GenerateRequest) -> tuple[float, int]:
+    """Ask for one text.  → milliseconds, tokens"""
+    started = time.perf_counter()
+    (response,) = ask(connection, request)
+    milliseconds = (time.perf_counter() - started) * 1e3
+    assert isinstance(response, Response) and response.usage is not None, response
+    return milliseconds, response.usage.generated_tokens
+
+
+@contextmanager
+def threads_of(targets: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Threads beside the block, which ends when they have."""
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join()
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float]:
+    """p50, p99"""
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[49], cuts[98]
 
 
 def print_clients(report: ClientsReport) -> None:
@@ -148,4 +222,7 @@ def print_clients(report: ClientsReport) -> None:
         print(
             f"{row.length:6} {row.clients:8} {row.tokens_per_s:9.0f} {share:9.2f} {row.p50_ms:9.1f} {row.p99_ms:9.1f}"
         )
+    print(f"{'active':>6} {'short one, ms':>14} {'fair, ms':>9} {'health p50, ms':>15} {'p99, ms':>9}")
+    for c in report.crowds:
+        print(f"{c.active:6} {c.short_ms:14.1f} {c.fair_ms:9.1f} {c.health_p50_ms:15.2f} {c.health_p99_ms:9.2f}")
     print(f"the daemon's memory at its peak: {report.peak_mb:.0f} MB")

@@ -38,13 +38,15 @@ EPILOG = """examples:
   python -m edge --config /etc/edgelm/edgelm.toml  everything else is set there; deploy/edgelm.toml explains it
 
 Environment variables such as EDGELM_BUNDLE override the file, flags override both.
-SIGHUP reads the file and the bundle again."""
+SIGHUP reads the file and the bundle again. A daemon whose terminal is closed finishes what it accepted and ends,
+unless it was started with nohup."""
 
 
 class Signals:
     """SIGTERM, Ctrl-C and SIGHUP as something to wait for, which no lock of the interrupted code can deadlock with."""
 
     def __init__(self) -> None:
+        self._in_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # ignored: nohup
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -61,6 +63,19 @@ class Signals:
         came = bool(select.select([self._reader], [], [], timeout_s)[0])
         return os.read(self._reader, 1)[0] if came else None
 
+    def wait_for_reload(self) -> bool:
+        """Whether the next signal asks for a reload. SIGHUP also comes when a terminal closes: then it asks to end."""
+        return self.wait() == signal.SIGHUP and not (self._in_terminal and not has_terminal())
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal that is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
 
 def seconds_since_start() -> float:
     """Age of this process, imports and all. The kernel counts in hundredths."""
@@ -71,8 +86,9 @@ def seconds_since_start() -> float:
 def serve(read_config: Callable[[], Config]) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what was accepted; a second signal cuts that short.
 
-    SIGHUP reads the configuration again, and the bundle. Raises ConfigError, BundleError or DeviceError when it cannot
-    start, and DeviceError when the device fails later: a new process may find it well, so systemd is to start one.
+    SIGHUP reads the configuration again, and the bundle, unless it says that our terminal was closed. Raises
+    ConfigError, BundleError or DeviceError when it cannot start, and DeviceError when the device fails later: a new
+    process may find it well, so systemd is to start one.
     """
     config = read_config()
     inherited = systemd.activated_socket()
@@ -96,7 +112,7 @@ def serve(read_config: Callable[[], Config]) -> None:
         stack.callback(watchdog.stop)
         print(_ready_line(path, worker, mqtt), flush=True)
         systemd.ready(f"serving {worker.model}")
-        while signals.wait() == signal.SIGHUP:
+        while signals.wait_for_reload():
             config = _reload(config, read_config, worker)
         if worker.failure is not None:
             systemd.stopping(FAREWELL_S, f"the device has failed: {worker.failure}")

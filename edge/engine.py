@@ -14,7 +14,7 @@ from edge.text import Layout, Texts
 from edge.unmask import Row, Sampling, active_bucket, advance
 from shared.errors import BundleError, RequestError
 from shared.manifest import TOKENIZER, Manifest, bundle_digest, read_manifest, verified_bytes
-from shared.messages import GenerateRequest
+from shared.messages import GenerateRequest, Part
 from shared.tokens import PAD
 
 
@@ -38,12 +38,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The canvas between two passes; read the text before the next pass changes it."""
+    """The canvas between two passes; read text and parts before the next pass changes them."""
 
     step: int  # passes so far
     steps: int  # the most there can be
     masked: int  # positions of the request still open
     text: Callable[[], str]
+    parts: Callable[[], list[Part]]  # with what is drafted at the open positions
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Run:
     def snapshot(self) -> Snapshot:
         """How far it is."""
         row = self.row
-        return Snapshot(row.step, max(self._most, row.step), row.left, self._text)
+        return Snapshot(row.step, max(self._most, row.step), row.left, self._text, self._parts)
 
     def completion(self) -> Completion:
         """What came of it, once it is done."""
@@ -82,6 +83,9 @@ class Run:
 
     def _text(self) -> str:
         return self._texts.read(self.plan.layout, self.row.canvas)
+
+    def _parts(self) -> list[Part]:
+        return self._texts.parts(self.plan.layout, self.row.canvas, self.row.draft)
 
 
 class Engine:

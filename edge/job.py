@@ -3,20 +3,18 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from edge.engine import Engine, Run
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response, Timing, Usage
-
-PARTIAL_INTERVAL_S: Final = 0.2
 
 
 @dataclass(eq=False)
 class Job:
     """Times are seconds of the monotonic clock; engine_s is what it had of the engine.
 
-    gone: tells that nobody waits for the answer any more. tag: what the scheduler's `watch` calls it.
+    gone: tells that nobody waits for the answer any more. tag: what the scheduler's `watch` calls it. partial_every_s:
+    the least time from one snapshot to the next.
     """
 
     request: GenerateRequest
@@ -29,6 +27,7 @@ class Job:
     run: Run
     accepted_s: float
     deadline_s: float
+    partial_every_s: float
     started_s: float | None = None
     first_token_s: float | None = None
     engine_s: float = 0.0
@@ -51,7 +50,7 @@ class Job:
     def partial(self) -> Partial | None:
         """A snapshot, if it wants one now."""
         now = time.monotonic()
-        if not self.request.stream or now - self.last_partial_s < PARTIAL_INTERVAL_S:
+        if not self.request.stream or now - self.last_partial_s < self.partial_every_s:
             return None
         self.last_partial_s = now
         self.partials += 1
@@ -63,6 +62,7 @@ class Job:
             steps=seen.steps,
             text=seen.text(),
             masked=seen.masked,
+            parts=seen.parts(),
         )
 
     def answer(self) -> Response:

@@ -31,7 +31,15 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edge.config import Config, read_password
 from edge.journal import Journal
 from edge.mqtt_status import Status
-from edge.mqtt_topics import Topics, answer_properties, decode_generate, json_properties, properties, sent_with
+from edge.mqtt_topics import (
+    Topics,
+    answer_properties,
+    decode_generate,
+    json_properties,
+    partial_properties,
+    properties,
+    sent_with,
+)
 from edge.promises import Letter, Promises
 from edge.scheduler import Scheduler
 from shared.errors import ConfigError, RequestError
@@ -258,9 +266,10 @@ class MqttTransport:
         carried = answer_properties(letter.payload, letter.correlation) if self._modern else None
         return self._client.publish(letter.address, letter.payload, qos=1, properties=carried).mid
 
-    def _show(self, id: str, partial: Partial) -> None:
-        if not self._client.want_write():  # the broker is behind: a newer snapshot will serve better
-            self._tell(f"stream/{id}", encode(partial), qos=0)
+    def _show(self, id: str, correlation: bytes | None, partial: Partial) -> None:
+        if self._client.is_connected() and not self._client.want_write():  # else a newer one will serve better
+            carried = partial_properties(partial.seq, correlation) if self._modern else None
+            self._client.publish(self._topics.own("stream", id), encode(partial), properties=carried)
 
     def _tell(self, kind: str, payload: bytes, qos: int = 1, retain: bool = False) -> None:
         if self._client.is_connected():  # paho would keep what it cannot send, and old news is no use

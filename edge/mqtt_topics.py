@@ -87,6 +87,12 @@ def answer_properties(payload: bytes, correlation: bytes | None) -> Properties:
     return json_properties(UserProperty=told, **echo)
 
 
+def partial_properties(seq: int, correlation: bytes | None) -> Properties:
+    """What a snapshot carries: the same, and its number."""
+    echo = {} if correlation is None else {"CorrelationData": correlation}
+    return json_properties(UserProperty=[("v", str(PROTOCOL_VERSION)), ("seq", str(seq)), ("final", "false")], **echo)
+
+
 def json_properties(**more: Any) -> Properties:
     """Those of a JSON message."""
     return properties(PacketTypes.PUBLISH, ContentType="application/json", PayloadFormatIndicator=1, **more)

@@ -37,6 +37,8 @@ log = logging.getLogger("edgelm")
 RETRY_S: Final = 0.5
 """How long answers that found no room wait before they are tried again."""
 PRUNE_S: Final = 600.0
+SNAPSHOT_S: Final = 0.2
+"""From one snapshot to the next: every subscriber of the topic gets each."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Promises:
     """Accepts requests for a scheduler and sees to their answers.
 
     send: hands a letter to the transport and returns its number there, for `arrived`. show: takes
-    snapshots, as (id, partial). Both are called from threads of ours and must return at once.
+    snapshots, as (id, correlation data, partial). Both are called from threads of ours and must return at once.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Promises:
         journal: Journal,
         scheduler: Scheduler,
         send: Callable[[Letter], int],
-        show: Callable[[str, Partial], None],
+        show: Callable[[str, bytes | None, Partial], None],
     ) -> None:
         self._journal = journal
         self._scheduler = scheduler
@@ -181,6 +183,9 @@ class Promises:
             opened = self._open.get(known.seq)
             if opened is not None:
                 opened.correlation = correlation
+        if opened is None and known.answer is None:  # answered since it was looked up
+            assert known.id is not None
+            known = self._journal.find(known.address, known.id) or known
         if known.answer is not None:
             self._post(_letter(known, correlation))
 
@@ -219,14 +224,16 @@ class Promises:
         **more: bool,
     ) -> None:
         client = "/".join(opened.address.split("/")[:3])  # edgelm/reply/<client>/…
-        self._scheduler.submit(request, reply, lambda: opened.cancelled, client, commit, within_s, **more)
+        self._scheduler.submit(
+            request, reply, lambda: opened.cancelled, client, commit, within_s, partial_every_s=SNAPSHOT_S, **more
+        )
 
     def _reply(self, seq: int, reply: Reply) -> None:
         with self._lock:
             opened = self._open[seq]
         if isinstance(reply, Partial):
             if opened.id is not None:
-                self._show(opened.id, reply)
+                self._show(opened.id, opened.correlation, reply)
         elif isinstance(reply, Response) and (reply.error is None or reply.error.code != "draining"):
             self._work.put(lambda: self._unstored.append((seq, encode(reply))))
         # An accepted request that a drain cut off is finished after the next start.

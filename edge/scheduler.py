@@ -26,6 +26,8 @@ log = logging.getLogger("edgelm")
 
 ACTIVE: Final = 16
 """Requests that take turns. More would all be late: the rest waits for a place, but for a client that has none."""
+SNAPSHOT_S: Final = 1 / 30
+"""From one snapshot to the next: no eye sees more, and each takes a little of a pass."""
 FIRST_GUESS_MS: Final = 1000.0
 """A request's engine time before one was measured."""
 STOP_GRACE_S: Final = 5.0
@@ -143,13 +145,14 @@ class Scheduler:
         within_s: float | None = None,
         resumed: bool = False,
         alone: bool = False,
+        partial_every_s: float = SNAPSHOT_S,
     ) -> None:
         """Accept a request, or refuse it with an error reply (`queue_full`, `draining`, or what is wrong with it).
 
         gone: tells that nobody waits for the answer any more; asked at every pass. client: whom to be fair to.
         commit: makes the acceptance last, and returns the tag to `watch` for; a RequestError from it refuses.
         within_s: seconds that are left, instead of the request's own deadline. resumed: accepted before, so there is
-        room for it. alone: shares no pass with others.
+        room for it. alone: shares no pass with others. partial_every_s: the least time between two snapshots.
         """
         now = time.monotonic()
         if within_s is None:
@@ -169,9 +172,8 @@ class Scheduler:
                 self._release(client, engine)
             _deliver(reply, error_response(error, request.id))
             return
-        job = Job(
-            request, reply, gone, client, number, tag, engine, engine.begin(plan), now, now + within_s, alone=alone
-        )
+        run, deadline_s = engine.begin(plan), now + within_s
+        job = Job(request, reply, gone, client, number, tag, engine, run, now, deadline_s, partial_every_s, alone=alone)
         with self._changed:
             self._waiting.append(job)
             self._changed.notify_all()

@@ -1,13 +1,14 @@
 """Between a request's text and the canvas: tokens in, text out."""
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from shared.errors import RequestError
-from shared.messages import OPEN_POSITION, Gap, GenerateRequest
+from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Part
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 
 
@@ -31,6 +32,7 @@ class Texts:
         tokenizer.encode_special_tokens = True  # "<MASK>" in a prompt is seven characters, not a control token
         self._tokenizer = tokenizer
         self._canvas_len = canvas_len
+        self._most_bytes = canvas_len * max(map(len, tokenizer.get_vocab()))  # a byte is a letter of a token's name
 
     def lay_out(self, request: GenerateRequest) -> Layout:
         """Tokens of the given text, MASK in the gaps and in the open rest.
@@ -45,6 +47,10 @@ class Texts:
             raise RequestError("bad_request", "`max_tokens` goes with `prompt`: the gaps of `segments` have a length")
         if not open_end and not any(isinstance(s, Gap) for s in segments):
             raise RequestError("bad_request", '`segments` has no gap to fill: add one as {"gap": 4}, or use `prompt`')
+        given_bytes = sum(len(s.encode()) for s in segments if isinstance(s, str))
+        if given_bytes > self._most_bytes:  # said at once: cutting much text into tokens would hold others up
+            told = f"{given_bytes} bytes of text cannot fit on the canvas, which holds {self._canvas_len} tokens"
+            raise RequestError("too_large", told)
         ids, parts = [BOS], list[str | tuple[int, int]]()
         given = 0
         for i, segment in enumerate(segments):
@@ -83,22 +89,30 @@ class Texts:
 
     def read(self, layout: Layout, canvas: NDArray[np.int32]) -> str:
         """The text of a canvas: given text verbatim, filled gaps decoded, open positions as OPEN_POSITION."""
-        out = ""
-        for part in layout.parts:
-            if isinstance(part, str):
-                out += part
-                continue
-            filled = self._decode(canvas[part[0] : part[1]])
-            out += filled[1:] if out.endswith(" ") and filled.startswith(" ") else filled
-        return out
+        return "".join(part.text for part in self.parts(layout, canvas, canvas))
 
-    def _decode(self, ids: NDArray[np.int32]) -> str:
-        out, run = "", list[int]()
-        for token in [*ids.tolist(), MASK]:
-            if token >= FIRST_TEXT_ID:
-                run.append(token)
-                continue
-            out += self._tokenizer.decode(run) if run else ""
-            run = []
-            out += OPEN_POSITION if token == MASK else ""
-        return out[: -len(OPEN_POSITION)]
+    def parts(self, layout: Layout, canvas: NDArray[np.int32], draft: NDArray[np.int32]) -> list[Part]:
+        """The same with what `draft` (L,) has at open positions: committed and drafted text, in turns."""
+        found: list[Part] = []
+        for part in layout.parts:
+            pieces = [Part(part)] if isinstance(part, str) else self._decode(canvas[slice(*part)], draft[slice(*part)])
+            doubled = not isinstance(part, str) and found and found[-1].text.endswith(" ")
+            if doubled and pieces and pieces[0].text.startswith(" "):
+                pieces[0] = Part(pieces[0].text[1:], pieces[0].draft)
+            for piece in pieces:
+                if found and found[-1].draft == piece.draft:
+                    piece = Part(found.pop().text + piece.text, piece.draft)
+                if piece.text:
+                    found.append(piece)
+        return found
+
+    def _decode(self, ids: NDArray[np.int32], draft: NDArray[np.int32]) -> list[Part]:
+        is_open = ids == MASK
+        tokens = zip(np.where(is_open, draft, ids).tolist(), is_open.tolist(), strict=True)
+        pieces = []
+        for (is_draft, is_text, is_mask), run in groupby(tokens, lambda t: (t[1], t[0] >= FIRST_TEXT_ID, t[0] == MASK)):
+            stretch = [token for token, _ in run]
+            if is_text or is_mask:
+                text = self._tokenizer.decode(stretch) if is_text else OPEN_POSITION * len(stretch)
+                pieces.append(Part(text, is_draft))
+        return pieces

@@ -38,7 +38,7 @@ log = logging.getLogger("edgelm")
 
 MAX_CONNECTIONS: Final = 64
 OUTBOX_BYTES: Final = 256 * 1024
-"""A client that leaves this much unread is not read from either, until it catches up."""
+"""A client that leaves this much unread is not served either, until it catches up."""
 FLUSH_S: Final = 2.0
 """How long closing waits for clients to take their last replies."""
 ACCEPT_PAUSE_S: Final = 0.1
@@ -71,7 +71,7 @@ class _Connection:
     @property
     def events(self) -> int:
         """What to poll for; a hang-up is told in any case."""
-        reads = not self._ended and len(self._outbox) < OUTBOX_BYTES
+        reads = not self._ended and len(self._outbox) < OUTBOX_BYTES and len(self._inbox) <= MAX_MESSAGE_BYTES
         return (select.POLLIN if reads else 0) | (select.POLLOUT if self._outbox else 0)
 
     @property
@@ -99,20 +99,25 @@ class _Connection:
             self._ended = True
             self._inbox += b"\n" if self._inbox else b""
 
-    def answer_lines(self) -> None:
-        """Serve every complete line, as long as the client takes the replies."""
-        while not self.gone and len(self._outbox) < OUTBOX_BYTES:
-            end = self._inbox.find(b"\n")
-            line = bytes(self._inbox[:end] if end >= 0 else self._inbox)
-            if len(line) > MAX_MESSAGE_BYTES:
-                self._ended = True  # where the next line begins is anyone's guess: answer, then close
-                self._inbox.clear()
-            elif end < 0:
-                return
-            else:
-                del self._inbox[: end + 1]
-            if line.strip():
-                self._answer(line)
+    def answer_line(self) -> bool:
+        """Serve one complete line, if there is one and the client takes its replies.  → whether there was one
+
+        One: a client that sends thousands at once holds nobody up.
+        """
+        if self.gone or len(self._outbox) >= OUTBOX_BYTES:
+            return False
+        end = self._inbox.find(b"\n")
+        line = bytes(self._inbox[:end] if end >= 0 else self._inbox)
+        if len(line) > MAX_MESSAGE_BYTES:
+            self._ended = True  # where the next line begins is anyone's guess: answer, then close
+            self._inbox.clear()
+        elif end < 0:
+            return False
+        else:
+            del self._inbox[: end + 1]
+        if line.strip():
+            self._answer(line)
+        return True
 
     def _answer(self, line: bytes) -> None:
         try:
@@ -222,10 +227,12 @@ class SocketServer:
         poller = select.poll()
         poller.register(self._listener, select.POLLIN)
         poller.register(self._wake_reader, select.POLLIN)
+        lines_left = False
         while not self._closed():
             for fd, connection in self._connections.items():
                 poller.register(fd, connection.events)
-            for fd, event in poller.poll(None if self._close_by_s is None else FLUSH_S * 1e3 / 10):
+            patience_ms = None if self._close_by_s is None else FLUSH_S * 1e3 / 10
+            for fd, event in poller.poll(0 if lines_left else patience_ms):
                 if fd == self._listener.fileno():
                     self._accept_waiting()
                 elif fd == self._wake_reader:
@@ -234,8 +241,9 @@ class SocketServer:
                     self._connections[fd].gone = True
                 else:
                     self._serve(self._connections[fd], event)
+            lines_left = False
             for fd, connection in list(self._connections.items()):
-                connection.answer_lines()
+                lines_left |= connection.answer_line()
                 if connection.finished:
                     poller.unregister(fd)
                     del self._connections[fd]

@@ -5,7 +5,7 @@ L: canvas length, M: open positions, K: candidates of each.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -49,12 +49,20 @@ class Sampling:
 
 @dataclass(eq=False)
 class Row:
-    """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of its neighbours."""
+    """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of its neighbours.
+
+    draft (L,): what the last pass would have put at the positions that it left open: the candidate drawn, where every
+    one is drawn, else the likeliest. MASK where a device does not tell.
+    """
 
     canvas: Ids
     fill: Bools
     sampling: Sampling
     step: int = 0  # passes so far
+    draft: Ids = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draft = np.full_like(self.canvas, MASK)
 
     @property
     def left(self) -> int:
@@ -70,6 +78,7 @@ class Row:
         confidence = np.zeros_like(entropy)
         if sampling.by_confidence:
             token, confidence = draw(ids, logp, sampling, step, position)
+        self.draft[position] = token if sampling.by_confidence else ids[:, 0]
         order = rank(logp, entropy, confidence, sampling, step, position)
         chosen = order[: how_many(order, entropy, confidence, sampling, step, left)]
         if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only

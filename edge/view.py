@@ -4,9 +4,11 @@ import os
 import re
 import textwrap
 import time
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Final, TextIO
 
-from shared.messages import OPEN_POSITION, Partial
+from shared.messages import Part, Partial
 
 PLAIN_LINES: Final = 8
 CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -57,8 +59,7 @@ class View:
         size = os.get_terminal_size(self._out.fileno())
         # Rows scrolled off the top cannot be redrawn: show what fits above the status line.
         columns, rows = size.columns or 80, size.lines or 24  # some pseudo-terminals say 0
-        lines = wrap(printable(partial.text), columns)[: max(rows - 2, 1)]
-        lines = [re.sub(f"({OPEN_POSITION}+)", rf"{DIM}\1{RESET}", line) for line in lines]
+        lines = dimmed(partial.parts, columns)[: max(rows - 2, 1)]
         lines.append(f"{DIM}{self._status(partial)}{RESET}")
         frame = "".join(f"{line}\n" for line in lines)
         # Clipping keeps one line one row even where characters are two columns wide.
@@ -76,6 +77,22 @@ class View:
         seconds, tokens = now - self._first[0], self._first[1] - partial.masked
         speed = f", {tokens / seconds:.0f} tokens/s" if seconds and tokens else ""
         return f"step {partial.step}/{partial.steps}, {partial.masked} open{speed}"
+
+
+def dimmed(parts: Sequence[Part], columns: int) -> list[str]:
+    """Lines of at most `columns` characters, drafts dim."""
+    text = printable("".join(part.text for part in parts)).replace("\t", " ")
+    drafted = [part.draft for part in parts for _ in part.text]
+    lines, at = [], 0
+    for line in wrap(text, columns):
+        cells = []
+        for character in line:
+            at = text.index(character, at)  # wrapping leaves out spaces and line breaks
+            cells.append((drafted[at], character))
+            at += 1
+        runs = [(draft, "".join(c for _, c in run)) for draft, run in groupby(cells, lambda cell: cell[0])]
+        lines.append("".join(f"{DIM}{run}{RESET}" if draft else run for draft, run in runs))
+    return lines
 
 
 def wrap(text: str, columns: int) -> list[str]:

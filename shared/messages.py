@@ -115,8 +115,19 @@ class Response(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
     error: ErrorInfo | None = None
 
 
+class Part(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A stretch of a snapshot. draft: it is not committed, only what stands there by the best guess so far."""
+
+    text: str
+    draft: bool = False
+
+
 class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="partial"):
-    """A snapshot of the whole canvas: replaces the one before. text marks each open position with "░"."""
+    """A snapshot of the whole canvas: replaces the one before. text marks each open position with "░".
+
+    parts: the same canvas with what is drafted at the open positions, committed and draft told apart. Where the
+    device tells no draft it says "░", and nothing where the text is drafted to have ended.
+    """
 
     id: str | None
     seq: int
@@ -124,6 +135,7 @@ class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     steps: int
     text: str
     masked: int
+    parts: list[Part] = []
 
 
 State = Literal["idle", "busy", "draining", "error"]

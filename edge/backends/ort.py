@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +22,65 @@ def one_line(error: Exception) -> str:
 
 
 class OrtBackend:
-    """The bundle's CPU graph. One session serves every length: one for each would hold the weights three times."""
+    """The bundle's CPU graph. One session serves every length: one for each would hold the weights three times.
+
+    A canvas by itself gets every thread. As many canvases as there are threads get one each, from a second session:
+    threads that do not wait for each other do more. What a canvas scores is the same either way, to the bit.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, profile: Path | None = None) -> None:
         """profile: where to write ONNX Runtime's record of each node's time, for `edge.bench`."""
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # wheels from 1.29 on report home unless told before the import
-        import onnxruntime as ort
-
+        threads = threads or len(os.sched_getaffinity(0))
         graph = find_graph(folder, manifest, "cpu")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.log_severity_level = 3
-        options.add_free_dimension_override_by_name("batch", 1)
-        if profile is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(profile)
-        content = verified_bytes(folder, graph.file, graph.sha256)
-        try:
-            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises types of its own that share no public base
-            raise BundleError(f"{folder / graph.file} cannot be loaded by ONNX Runtime: {one_line(error)}") from None
+        file, content = folder / graph.file, verified_bytes(folder, graph.file, graph.sha256)
+        self._session = _open(file, content, threads, profile)
         found = tuple(i.name for i in self._session.get_inputs()), [o.name for o in self._session.get_outputs()]
         wanted = ("canvas", "t") if manifest.model.time_input else ("canvas",)
         if found != (wanted, OUTPUTS):
-            raise BundleError(f"{folder / graph.file} has inputs and outputs {found}, not {(wanted, OUTPUTS)}")
+            raise BundleError(f"{file} has inputs and outputs {found}, not {(wanted, OUTPUTS)}")
         self._timed = manifest.model.time_input
         self._top_k = manifest.top_k
         longest = manifest.model.canvas_len
         self.lengths: tuple[int, ...] = tuple(n for n in (longest // 4, longest // 2, longest) if n >= 16)
-        # INT8 graphs scale activations by what the whole batch holds: a neighbour would change the text.
-        self.batches: tuple[int, ...] = (1,)
         for length in self.lengths:
-            self._warm_up(length, folder / graph.file)
+            self._warm_up(length, file)
+        # Never several canvases in one run: INT8 graphs scale activations by all that a run holds, and a neighbour
+        # would change the text.
+        self.batches: tuple[int, ...] = tuple(sorted({1, threads}))
+        self._lane = self._session if threads == 1 else _open(file, content, 1)
+        self._others = ThreadPoolExecutor(max(1, threads - 1), "lane")  # starts a thread when it is first needed
 
     def _warm_up(self, length: int, file: Path) -> None:
         canvas = np.full((1, length), MASK, np.int32)
         canvas[:, 0] = BOS
         try:
-            found = [output.shape for output in self._run(canvas, np.ones(1, np.float32))]
-        except Exception as error:  # as above
+            found = [output.shape for output in self._run(self._session, canvas, np.ones(1, np.float32))]
+        except Exception as error:  # of onnxruntime, as below
             raise BundleError(f"{file} does not run at length {length}: {one_line(error)}") from None
         expected = [(length - 1, self._top_k), (length - 1, self._top_k), (length - 1,)]
         if found != expected:
             raise BundleError(f"{file} gives {OUTPUTS} of shapes {found}, not {expected}")
 
-    def _run(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> Any:
-        return self._session.run(OUTPUTS, {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas})
+    def _run(self, session: Any, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> Any:
+        return session.run(OUTPUTS, {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas})
 
     def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """One pass of the graph, which scores masked positions only."""
+        """One pass of the graph, which scores masked positions only, for each canvas."""
+        rows = canvas.shape[0]
         masked = canvas == MASK
         shape = (*canvas.shape, self._top_k)
         result = StepResult(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(canvas.shape, np.float32))
-        for whole, scored in zip(result, self._run(canvas, t), strict=True):
-            whole[masked] = scored
+        session = self._session if rows == 1 else self._lane
+
+        def score(row: int) -> None:
+            found = self._run(session, canvas[row : row + 1], t[row : row + 1])
+            for whole, scored in zip(result, found, strict=True):
+                whole[row][masked[row]] = scored
+
+        others = self._others.map(score, range(1, rows))
+        score(0)
+        list(others)  # waits, and raises what one of them raised
         return result
 
     def end_profile(self) -> Path:
@@ -82,5 +88,22 @@ class OrtBackend:
         return Path(self._session.end_profiling())
 
     def close(self) -> None:
-        """Drop the session and its memory."""
-        del self._session
+        """Drop the sessions and their memory."""
+        self._others.shutdown()
+        del self._session, self._lane
+
+
+def _open(file: Path, content: bytes, threads: int, profile: Path | None = None) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_free_dimension_override_by_name("batch", 1)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises types of its own that share no public base
+        raise BundleError(f"{file} cannot be loaded by ONNX Runtime: {one_line(error)}") from None

@@ -18,6 +18,7 @@ from shared.messages import (
     Info,
     Limits,
     Metrics,
+    Part,
     Partial,
     Reply,
     Response,
@@ -60,7 +61,8 @@ EXAMPLES: tuple[Struct, ...] = (
         model="tinystories@0123456789ab",
         error=ErrorInfo("internal", "…"),
     ),
-    Partial(id="a-1", seq=3, step=4, steps=16, text="Once ░░░", masked=3),
+    Partial(id="a-1", seq=3, step=4, steps=16, text="Once ░░░", masked=3, parts=[Part("Once "), Part("upon", True)]),
+    Part(text=" upon", draft=True),
     Metrics(
         v=2,
         uptime_s=60.5,

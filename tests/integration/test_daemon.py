@@ -1,15 +1,21 @@
 """The daemon's life: start, what it refuses to start on, and every way to stop."""
 
+import fcntl
+import os
+import pty
 import signal
 import socket as sockets
 import stat
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.harness import Daemon, Line, run_module, until
+from tests.integration.harness import PATIENCE_S, Daemon, Line, clean_environment, run_module, until
 
 STORY = {"prompt": "Once upon a time"}
 StartDaemon = Callable[..., Daemon]
@@ -79,6 +85,46 @@ def test_a_second_signal_cuts_the_drain_short(start_daemon: StartDaemon) -> None
 
     assert final(line)["error"]["code"] == "draining"
     assert daemon.exit_code() == 0
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_ends_what_was_started_in_it_and_no_other_hang_up_does(
+    tmp_path: Path, debug_bundle: Path, nohup: bool
+) -> None:
+    leader, follower = pty.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(follower, termios.TIOCSCTTY, 0)
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    log, path = tmp_path / "log", tmp_path / "s"
+    command = [sys.executable, "-m", "edge", "--backend", "fake", "--bundle", str(debug_bundle), "--socket", str(path)]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            command, env=clean_environment(), stdin=follower, stdout=subprocess.DEVNULL, stderr=stderr,
+            start_new_session=True, preexec_fn=take_terminal,
+        )  # fmt: skip
+    os.close(follower)
+    try:
+        until(path.exists, "the daemon to listen")
+        line = Line(path)
+        assert line.ask({"type": "health"})["state"] == "idle"
+        process.send_signal(signal.SIGHUP)
+        until(lambda: log.read_text().count("reloaded") == 1, "the reload")
+        line.send(STORY)
+        os.close(leader)
+        reply = line.read()
+        assert reply is not None and reply["status"] == "ok"
+        if nohup:
+            process.send_signal(signal.SIGHUP)
+            until(lambda: log.read_text().count("reloaded") >= 2, "the reload")
+            process.terminate()
+        assert process.wait(PATIENCE_S) == 0 and not path.exists()
+        line.close()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_socket_left_by_a_killed_daemon_is_replaced(start_daemon: StartDaemon) -> None:

@@ -140,7 +140,7 @@ def is_busy(daemon: Daemon) -> bool:
     return busy
 
 
-def test_snapshots_replace_each_other_at_most_five_a_second(start_daemon: Callable[..., Daemon]) -> None:
+def test_snapshots_replace_each_other_at_most_thirty_a_second(start_daemon: Callable[..., Daemon]) -> None:
     line = slow_daemon(start_daemon).line()
     line.send(STORY | {"id": "s", "stream": True, "steps": 40})
     started_s = time.monotonic()
@@ -149,13 +149,15 @@ def test_snapshots_replace_each_other_at_most_five_a_second(start_daemon: Callab
         partials.append(reply)
     seconds = time.monotonic() - started_s
 
-    assert 2 <= len(partials) <= 2 + 5 * seconds
+    assert 2 <= len(partials) <= 2 + 30 * seconds
     assert [p["seq"] for p in partials] == list(range(1, len(partials) + 1))
     open_positions = [p["masked"] for p in partials]
     assert open_positions == sorted(open_positions, reverse=True)
     for partial in partials:
         assert partial["id"] == "s" and partial["steps"] == 40
         assert partial["text"].startswith("Once upon a time") and partial["text"].count("░") == partial["masked"]
+        assert partial["parts"][0]["text"].startswith("Once upon a time") and "draft" not in partial["parts"][0]
+        assert any(part.get("draft") for part in partial["parts"])
     assert reply["status"] == "ok" and reply["usage"]["steps"] == 40
 
 

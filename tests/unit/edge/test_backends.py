@@ -12,6 +12,7 @@ from edge.backends import Backend, LoopBackend, load_backend
 from shared.errors import ConfigError
 from shared.manifest import read_manifest
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
+from tests.conftest import Exported
 
 
 def loaded(bundle: Path, name: str) -> Backend:
@@ -41,6 +42,25 @@ def test_a_step_gives_the_best_candidates_first(debug_bundle: Path, name: str) -
         assert (entropy >= 0).all()
         assert (entropy <= np.log(manifest.model.vocab_size)).all()
         assert all(len(set(row)) == len(row) for row in ids[0].tolist())
+    backend.close()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_canvases_side_by_side_score_as_each_does_alone_to_the_bit(exported_int8: Exported, threads: int) -> None:
+    manifest = read_manifest(exported_int8.folder)
+    backend = load_backend("ort", exported_int8.folder, manifest, threads)
+    assert not isinstance(backend, LoopBackend) and backend.batches == (1, threads)
+    rng = np.random.default_rng(0)
+    for length in backend.lengths:
+        canvas = rng.integers(FIRST_TEXT_ID, manifest.model.vocab_size, (threads, length)).astype(np.int32)
+        masked = rng.random(canvas.shape) < np.linspace(0.1, 0.9, threads)[:, None]
+        canvas[masked], canvas[:, 0], masked[:, 0] = MASK, BOS, False
+        t = np.linspace(0.3, 0.9, threads, dtype=np.float32)
+        together = backend.step(canvas, t)
+        for row in range(threads):
+            alone = backend.step(canvas[row : row + 1], t[row : row + 1])
+            for one, all_of_them in zip(alone, together, strict=True):
+                np.testing.assert_array_equal(one[0][masked[row]], all_of_them[row][masked[row]])
     backend.close()
 
 

@@ -80,6 +80,9 @@ def test_clients_share_the_same_requests(debug_bundle: Path) -> None:
     assert [(row.length, row.clients) for row in report.loads] == [(64, 1), (64, 3), (256, 1), (256, 3)]
     for row in report.loads:
         assert row.tokens_per_s > 0 and 0 < row.p50_ms <= row.p99_ms
+    assert [crowd.active for crowd in report.crowds] == [1, 3]
+    for crowd in report.crowds:
+        assert min(crowd.short_ms, crowd.fair_ms) > 0 and 0 < crowd.health_p50_ms <= crowd.health_p99_ms
     assert 10 < report.peak_mb < 1000
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from edge.engine import Engine, Plan, Run
-from edge.job import PARTIAL_INTERVAL_S
 from edge.scheduler import Scheduler
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response
@@ -177,15 +176,23 @@ def test_a_transport_that_fails_does_not_end_the_scheduler(scheduler: Scheduler,
 
 def test_snapshots_come_only_to_those_who_ask_and_not_too_often(scheduler: Scheduler, engine: GatedEngine) -> None:
     engine.go()
-    started_s = time.monotonic()
-    streamed, plain = submit(scheduler, stream=True, id="s"), submit(scheduler)
-    streamed.response()
-    allowed = 1 + (time.monotonic() - started_s) / PARTIAL_INTERVAL_S
+    plain = submit(scheduler)
     plain.response()
+    streams = {every_s: Mailbox() for every_s in (0.0, 0.05, 3600.0)}
+    started_s = time.monotonic()
+    for every_s, mailbox in streams.items():
+        request = GenerateRequest(prompt="Once", stream=True, steps=20)
+        scheduler.submit(request, mailbox, partial_every_s=every_s)
+    steps = [mailbox.response().usage for mailbox in streams.values()]
+    allowed = 1 + (time.monotonic() - started_s) / 0.05
 
-    partials = [reply for reply in streamed.replies if isinstance(reply, Partial)]
-    assert 1 <= len(partials) <= allowed
-    assert isinstance(streamed.replies[-1], Response)
+    for mailbox in streams.values():
+        assert isinstance(mailbox.replies[-1], Response)
+    every, some, one = (
+        [reply for reply in mailbox.replies if isinstance(reply, Partial)] for mailbox in streams.values()
+    )
+    assert steps[0] is not None and len(every) == steps[0].steps - 1 > 1
+    assert 1 <= len(some) <= allowed and len(one) == 1
     assert len(plain.replies) == 1
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from edge.text import Layout, Texts
 from host.tokenizer import train_tokenizer
 from shared.errors import RequestError
-from shared.messages import OPEN_POSITION, Gap, GenerateRequest
+from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Part
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD, SPECIAL_TOKENS
 
 LENGTH = 64
@@ -121,6 +121,14 @@ def test_segments_may_fill_the_canvas_and_no_more(texts: Texts) -> None:
     assert str(refused.value) == "the segments with their gaps take 64 tokens; at most 63 fit on the canvas"
 
 
+def test_text_that_cannot_fit_is_refused_without_cutting_it_into_tokens(texts: Texts) -> None:
+    longest = max(map(len, texts._tokenizer.get_vocab()))
+    for request in (GenerateRequest(prompt="x" * (LENGTH * longest + 1)), infill("ü" * (LENGTH * longest), 2, "x")):
+        with pytest.raises(RequestError, match=f"bytes of text cannot fit on the canvas, which holds {LENGTH}") as told:
+            texts.lay_out(request)
+        assert told.value.code == "too_large"
+
+
 def test_segments_without_a_gap_are_refused(texts: Texts) -> None:
     with pytest.raises(RequestError, match="no gap to fill") as refused:
         texts.lay_out(infill("Tom had a ball."))
@@ -184,6 +192,21 @@ def test_a_snapshot_has_one_mark_for_each_open_position(texts: Texts, tokenizer:
     assert texts.read(layout, canvas) == f"Tom had a red{(open_now - 3) * OPEN_POSITION} and it was ░░░."
     prompt = texts.lay_out(GenerateRequest(prompt="Once", max_tokens=6))
     assert texts.read(prompt, prompt.canvas) == "Once░░░░░░"
+
+
+def test_a_snapshot_tells_what_is_committed_from_what_is_drafted(texts: Texts, tokenizer: Tokenizer) -> None:
+    red, big = (tokenizer.encode(word, add_special_tokens=False).ids for word in (" red", " big"))
+    layout = texts.lay_out(infill("Tom had a ", len(red) + 1, " and it was ", len(big), "."))
+    first, second = np.split(np.flatnonzero(layout.fill), [len(red) + 1])
+    canvas, draft = layout.canvas.copy(), np.full_like(layout.canvas, MASK)
+    canvas[second] = big
+    untold = [Part("Tom had a "), Part((len(red) + 1) * "░", draft=True), Part(" and it was big.")]
+    assert texts.parts(layout, canvas, draft) == untold
+    draft[first] = [*red, EOS]
+    told = [Part("Tom had a "), Part("red", draft=True), Part(" and it was big.")]
+    assert texts.parts(layout, canvas, draft) == told
+    canvas[first[:-1]] = red
+    assert texts.parts(layout, canvas, draft) == [Part("Tom had a red and it was big.")]
 
 
 def test_what_lies_behind_the_end_is_no_text(texts: Texts, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge.backends import StepResult
 from edge.philox import gumbel
-from edge.unmask import Sampling, draw, how_many, rank, unmask
+from edge.unmask import Row, Sampling, draw, how_many, rank, unmask
 from shared.manifest import Selection
 from shared.schedule import SCHEDULES, ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
@@ -222,3 +222,24 @@ def test_a_network_that_proposes_the_impossible_is_an_error_and_no_endless_loop(
     canvas[15] = FIRST_TEXT_ID
     with pytest.raises(RuntimeError, match="nothing can be committed"):
         filled(impossible, canvas, replace(PLAIN, steps=4, top_k=2))
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_open_positions_are_drafted_by_what_was_drawn_or_else_by_the_likeliest(rule: str) -> None:
+    network, canvas = Noise(vocab=40, k=16, seed=5, lengths=(24,)), open_canvas(24)
+    row = Row(canvas, canvas == MASK, RULES[rule])
+    assert (row.draft == MASK).all()
+    seen = 0
+    while row.left:
+        scored = network.step(row.canvas[None], np.full(1, 0.5, np.float32))
+        ids, logp = scored.ids[0], scored.logp[0]
+        drawn, _ = draw(ids, logp, row.sampling, row.step, np.arange(24))
+        row.commit(StepResult(ids, logp, scored.entropy[0]))
+        still = row.canvas == MASK
+        expected = drawn if row.sampling.by_confidence else ids[:, 0]
+        np.testing.assert_array_equal(row.draft[still], expected[still])
+        seen += int(still.sum())
+    assert seen > 20

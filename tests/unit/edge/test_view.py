@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from edge.view import View, printable, wrap
-from shared.messages import Partial
+from edge.view import View, dimmed, printable, wrap
+from shared.messages import Part, Partial
 
 
 def snapshot(step: int, text: str, steps: int = 64) -> Partial:
-    return Partial(id=None, seq=step, step=step, steps=steps, text=text, masked=text.count("░"))
+    parts = [Part(piece, "░" in piece) for piece in re.split("(░+)", text) if piece]
+    return Partial(id=None, seq=step, step=step, steps=steps, text=text, masked=text.count("░"), parts=parts)
 
 
 class Screen:
@@ -108,6 +109,14 @@ def test_without_a_terminal_a_few_plain_lines_are_written() -> None:
     assert 4 <= len(lines) <= 9
     assert lines[0] == "step 1/64, 63 open: Once upon " + "░" * 63
     assert "\x1b" not in out.getvalue()
+
+
+def test_drafts_are_dim_whatever_the_wrapping_leaves_out() -> None:
+    parts = [Part("Once upon  a "), Part("time\tthere", draft=True), Part(" was\n\nan "), Part("ox.", draft=True)]
+    dim = "\x1b[2m{}\x1b[0m".format
+    assert dimmed(parts, 12) == ["Once upon  a", dim("time there"), "was", "", f"an {dim('ox.')}"]
+    assert dimmed(parts, 3)[:3] == ["Onc", "e u", "pon"]
+    assert dimmed([Part("a\x1b[2J", draft=True)], 20) == [dim("a\ufffd[2J")]
 
 
 def test_a_dumb_terminal_gets_plain_lines(
