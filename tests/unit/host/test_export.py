@@ -1,13 +1,14 @@
 """`python -m host.export`: a whole bundle that passed its gate, or nothing."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from host import export
+from host import bundle, export
 from host.checkpoint import BEST, LAST, load_model
 from host.evaluate import evaluate, held_out_split
 from host.model import count_parameters
@@ -165,6 +166,35 @@ def test_a_new_bundle_replaces_an_old_one(tmp_path: Path) -> None:
     call(export.main, "--untrained", "debug", "--out", out, "--int8")
     assert [g.file for g in read_manifest(out).graphs] == ["step.cpu.int8.onnx", "step.cuda.int8.onnx"]
     assert not (out / "step.cpu.fp32.onnx").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_at_no_moment_is_there_no_bundle(tmp_path: Path) -> None:
+    """Looked for at every call and return of the code that replaces it; two renames are caught between them."""
+    out = tmp_path / "bundle"
+    moments: list[bool] = []
+
+    def replace(content: str) -> None:
+        with bundle._swapped_in(out) as folder:
+            (folder / MANIFEST).write_text(content)
+
+    replace("old")
+    sys.setprofile(lambda *event: moments.append((out / MANIFEST).is_file()))
+    try:
+        replace("new")
+    finally:
+        sys.setprofile(None)
+    assert len(moments) > 50 and all(moments)
+    assert (out / MANIFEST).read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_disk_that_cannot_exchange_gets_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    call(export.main, "--untrained", "debug", "--out", out)
+    monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)  # there is no such disk here
+    call(export.main, "--untrained", "debug", "--out", out, "--fp16")
+    assert [g.file for g in read_manifest(out).graphs] == ["step.cuda.fp16.onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
