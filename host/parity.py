@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from host.evaluate import HeldOut, evaluate
 from host.model import Denoiser, ends_impossible
 from host.sampler import Settings, sample
-from host.scoring import GraphScorer, TorchScorer
+from host.scoring import Canvases, GraphScorer, TorchScorer
 from shared.manifest import Parity
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
@@ -46,7 +46,7 @@ def trajectories(
 
 
 @torch.no_grad()
-def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple[NDArray[np.int32], float]]) -> float:
+def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Canvases) -> float:
     """Share of masked positions whose likeliest token is the same in both."""
     same, total = 0, 0
     for canvas, t in canvases:
@@ -60,9 +60,7 @@ def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple
 
 
 @torch.no_grad()
-def dropped_mass(
-    model: Denoiser, canvases: Sequence[tuple[NDArray[np.int32], float]], top_k: int, temperature: float
-) -> float:
+def dropped_mass(model: Denoiser, canvases: Canvases, top_k: int, temperature: float) -> float:
     """Probability that sampling over the whole vocabulary would leave the top K; mean over masked positions."""
     dropped = []
     for canvas, t in canvases:
@@ -80,7 +78,7 @@ def measure(
     graph: GraphScorer,
     scheme: str,
     held_out: HeldOut,
-    canvases: Sequence[tuple[NDArray[np.int32], float]],
+    canvases: Canvases,
     kept_float: Sequence[str] = (),
 ) -> Parity:
     """NELBO on the same noise, and agreement on the reference's own canvases."""

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from host.quantize import step_feed
+from host.scoring import Canvases, input_names, step_feed
 
 Range = Literal["largest", "percentile"]
 RANGES: Final[tuple[Range, ...]] = ("largest", "percentile")
@@ -29,10 +29,8 @@ def linear_nodes(graph: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     return (n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in constants)
 
 
-def linear_inputs(
-    graph: onnx.ModelProto, canvases: Sequence[tuple[NDArray[np.int32], float]]
-) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """What the linear layers of an FP16 graph read on each canvas (L,) at t.  → value name → (1, L, K)"""
+def linear_inputs(graph: onnx.ModelProto, canvases: Canvases) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """What the linear layers of an FP16 graph read on each canvas.  → value name → (1, L, K)"""
     names = sorted({node.input[0] for node in linear_nodes(graph)})
     exposed = onnx.ModelProto()
     exposed.CopyFrom(graph)
@@ -40,16 +38,14 @@ def linear_inputs(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    timed = len(graph.graph.input) == 2
+    inputs = input_names(graph)
     for canvas, t in canvases:
-        values = session.run(names, step_feed(canvas, t, timed))
+        values = session.run(names, step_feed(inputs, canvas, t))
         yield {name: value.astype(np.float32) for name, value in zip(names, values, strict=True)}
 
 
-def activation_ranges(
-    graph: onnx.ModelProto, calibration: Sequence[tuple[NDArray[np.int32], float]]
-) -> dict[Range, dict[str, float]]:
-    """How large each linear layer's input gets on canvases (L,) at t, by both rules.  → rule → value name → range
+def activation_ranges(graph: onnx.ModelProto, calibration: Canvases) -> dict[Range, dict[str, float]]:
+    """How large each linear layer's input gets, by every rule.  → rule → value name → range
 
     The percentile is taken of each canvas and averaged: a single outlier should not cost every other value precision.
     """

@@ -41,40 +41,41 @@ class OrtBackend:
             self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises types of its own that share no public base
             raise BundleError(f"{folder / graph.file} cannot be loaded by ONNX Runtime: {one_line(error)}") from None
-        found = tuple(i.name for i in self._session.get_inputs()), [o.name for o in self._session.get_outputs()]
-        wanted = ("canvas", "t") if manifest.model.time_input else ("canvas",)
-        if found != (wanted, OUTPUTS):
-            raise BundleError(f"{folder / graph.file} has inputs and outputs {found}, not {(wanted, OUTPUTS)}")
-        self._timed = manifest.model.time_input
+        self._inputs = [i.name for i in self._session.get_inputs()]
+        found = self._inputs, [o.name for o in self._session.get_outputs()]
+        needed = ["canvas", "t", "wanted"] if manifest.model.time_input else ["canvas", "wanted"]
+        if found not in ((needed, OUTPUTS), (needed[:-1], OUTPUTS)):
+            raise BundleError(f"{folder / graph.file} has inputs and outputs {found}, not {(needed, OUTPUTS)}")
         self._top_k = manifest.top_k
         longest = manifest.model.canvas_len
-        self.lengths: tuple[int, ...] = tuple(n for n in (longest // 4, longest // 2, longest) if n >= 16)
+        self.lengths: tuple[int, ...] = tuple(range(2, longest + 1))  # it takes any; the shorter, the faster
         # INT8 graphs scale activations by what the whole batch holds: a neighbour would change the text.
         self.batches: tuple[int, ...] = (1,)
-        for length in self.lengths:
+        for length in (2, longest):
             self._warm_up(length, folder / graph.file)
 
     def _warm_up(self, length: int, file: Path) -> None:
         canvas = np.full((1, length), MASK, np.int32)
         canvas[:, 0] = BOS
         try:
-            found = [output.shape for output in self._run(canvas, np.ones(1, np.float32))]
+            found = [output.shape for output in self._run(canvas, np.ones(1, np.float32), canvas == MASK)]
         except Exception as error:  # as above
             raise BundleError(f"{file} does not run at length {length}: {one_line(error)}") from None
         expected = [(length - 1, self._top_k), (length - 1, self._top_k), (length - 1,)]
         if found != expected:
             raise BundleError(f"{file} gives {OUTPUTS} of shapes {found}, not {expected}")
 
-    def _run(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> Any:
-        return self._session.run(OUTPUTS, {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas})
+    def _run(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> Any:
+        feed = {"canvas": canvas, "t": t, "wanted": np.flatnonzero(wanted).astype(np.int32)}
+        return self._session.run(OUTPUTS, {name: feed[name] for name in self._inputs})
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """One pass of the graph, which scores masked positions only."""
-        masked = canvas == MASK
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        """One pass. The graph scores wanted positions only; that of an older bundle all that are masked."""
+        scored_at = wanted if "wanted" in self._inputs else canvas == MASK
         shape = (*canvas.shape, self._top_k)
         result = StepResult(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(canvas.shape, np.float32))
-        for whole, scored in zip(result, self._run(canvas, t), strict=True):
-            whole[masked] = scored
+        for whole, scored in zip(result, self._run(canvas, t, wanted), strict=True):
+            whole[scored_at] = scored
         return result
 
     def end_profile(self) -> Path:

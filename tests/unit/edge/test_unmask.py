@@ -199,9 +199,9 @@ def test_the_bucket_shrinks_behind_the_end() -> None:
     used = list[int]()
 
     class Recorder(Noise):
-        def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+        def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
             used.append(canvas.shape[1])
-            result = super().step(canvas, t)
+            result = super().step(canvas, t, wanted)
             if np.isin(canvas[0], [EOS, PAD]).any():
                 return result
             result.ids[0, 9, 0], result.logp[0, 9] = EOS, [0.0, *[NEVER] * 11]  # sure of an end at position 9
