@@ -1,5 +1,6 @@
 """How closely a quantized graph follows float32: the gate a bundle must pass."""
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -23,7 +24,7 @@ PROMPT_TOKENS: Final = 8
 def trajectories(
     model: Denoiser, schedule: ScheduleName, stories: NDArray[np.uint16], seed: int, steps: int = 16
 ) -> list[tuple[NDArray[np.int32], float]]:
-    """Canvases that sampling really visits, at every mask rate: runs the reference sampler from story beginnings.
+    """Canvases that sampling really visits: runs the reference sampler from story beginnings.
 
     stories (n, L): the first half of them give 8 tokens as a prompt, the rest only BOS.  → (canvas (L,), t) pairs
     """
@@ -43,6 +44,20 @@ def trajectories(
         settings = Settings(seed=seed + i, steps=steps, top_k=min(64, model.config.vocab_size))
         sample(model, schedule, canvas, canvas == MASK, settings, on_pass=remember)
     return visited
+
+
+def stratified(visited: Canvases, strata: int, each: int, seed: int) -> Canvases:
+    """Of canvases that sampling visits, `each` from every band of mask rates, drawn by chance.
+
+    Trajectories spend many passes where nearly all is masked, and leap over whole bands when an end is drawn. A band
+    with fewer canvases gives some of them more than once; one that was never visited gives none.
+    """
+    bands: list[list[tuple[NDArray[np.int32], float]]] = [[] for _ in range(strata)]
+    for canvas, t in visited:
+        masked = np.count_nonzero(canvas == MASK) / (canvas.size - 1)  # above 0, to 1
+        bands[math.ceil(masked * strata) - 1].append((canvas, t))
+    rng = np.random.default_rng(seed)
+    return [band[i] for band in bands if band for i in rng.choice(len(band), each, replace=len(band) < each)]
 
 
 @torch.no_grad()

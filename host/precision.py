@@ -19,7 +19,7 @@ from host.evaluate import HeldOut
 from host.layer_error import LayerError, layer_errors
 from host.lint import slow_shapes, violations
 from host.model import Denoiser
-from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, trajectories
+from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, stratified, trajectories
 from host.qdq import RANGES, activation_ranges, quantize_linears
 from host.quantize import SCHEMES, Scheme, quantize
 from host.scoring import Canvases, GraphScorer, input_names, step_feed
@@ -28,9 +28,13 @@ from shared.manifest import Parity
 
 TOP_K: Final = 64
 CALIBRATION_STORIES: Final = 8
+CALIBRATION_STEPS: Final = 64
+STRATA: Final = 8  # bands of mask rates, each of which gives as many calibration canvases
+CANVASES_OF_EACH: Final = 16
 PARITY_STORIES: Final = 8
 PARITY_NELBO_STORIES: Final = 128
 CALIBRATION_SEED, PARITY_SEED = 1_000, 2_000
+FP16: Final = "half precision"
 GATE: Final = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
 
 
@@ -68,7 +72,8 @@ class Built:
 def yardstick(model: Denoiser, progress: Progress, held_out: HeldOut) -> Yardstick:
     """Run the reference sampler: calibration starts from the first held-out stories, parity from the last."""
     stories = held_out.canvases
-    calibration = trajectories(model, progress.schedule, stories[:CALIBRATION_STORIES], CALIBRATION_SEED)
+    visited = trajectories(model, progress.schedule, stories[:CALIBRATION_STORIES], CALIBRATION_SEED, CALIBRATION_STEPS)
+    calibration = stratified(visited, STRATA, CANVASES_OF_EACH, CALIBRATION_SEED)
     canvases = trajectories(model, progress.schedule, stories[-PARITY_STORIES:], PARITY_SEED)
     return Yardstick(model, progress, held_out, canvases, calibration)
 
@@ -173,7 +178,7 @@ def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[P
     if wanted.cpu_fp32:
         graphs.append(StepGraph(cpu_graph(model, top_k), "fp32", "cpu"))
     if wanted.cuda_fp16:
-        built.append(held_to(yardstick, StepGraph(fp16, "fp16", "cuda"), "half precision"))
+        built.append(held_to(yardstick, StepGraph(fp16, "fp16", "cuda"), FP16))
         if not passes(built[-1].parity):
             raise BundleError(f"the FP16 graph misses {GATE}; nothing was written")
     if wanted.cuda_int8:
@@ -185,7 +190,7 @@ def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[P
 
 def calibration_record(built: Sequence[Built], yardstick: Yardstick) -> str:
     """Where the activation scales of each INT8 graph come from, in words."""
-    sampled = f"{len(yardstick.calibration)} canvases of sampling trajectories"
+    sampled = f"{len(yardstick.calibration)} canvases of sampling trajectories, equally many of every mask rate"
     records = []
     for b in built:
         if b.graph.precision == "int8":

@@ -11,18 +11,28 @@ from edge.backends import StepResult
 from edge.unmask import Sampling, unmask
 from host.bundle import StepGraph
 from host.cuda_graph import cuda_graph
+from host.evaluate import evaluate, print_table
 from host.layer_error import layer_errors
 from host.model import Denoiser, ends_impossible
-from host.precision import PARITY_SEED, PARITY_STORIES, TOP_K, Yardstick
+from host.precision import FP16, PARITY_SEED, PARITY_STORIES, TOP_K, Yardstick, held_to
 from host.scoring import GraphScorer
+from shared.manifest import Evaluation
 from shared.tokens import BOS, MASK, PAD
 
 STEPS: Final = 64
 
 
-def print_report(yardstick: Yardstick, graphs: Sequence[StepGraph]) -> None:
-    """The error of each layer alone, and the agreement of whole generations with float32."""
+def print_report(yardstick: Yardstick, graphs: Sequence[StepGraph], evaluations: Sequence[Evaluation]) -> None:
+    """The figures of every graph, the error of each layer alone, and how whole generations agree with float32.
+
+    Half precision is measured too where it is not shipped: it tells what INT8 itself costs.
+    """
     top_k = min(TOP_K, yardstick.model.config.vocab_size)
+    if all(graph.precision != "fp16" for graph in graphs):
+        graphs = [*graphs, held_to(yardstick, StepGraph(cuda_graph(yardstick.model), "fp16", "cuda"), FP16).graph]
+        scorer = GraphScorer(f"{graphs[-1].file}, not shipped", graphs[-1].model)
+        evaluations = [*evaluations, evaluate(scorer, yardstick.held_out, yardstick.progress.schedule)]
+    print_table(evaluations)
     print("\nerror of each linear layer alone in INT8, worst first")
     for error in layer_errors(cuda_graph(yardstick.model), yardstick.calibration[::8]):
         print(f"  {error.layer.removesuffix('.matmul'):30} {error.error:7.2%}")

@@ -85,9 +85,10 @@ def test_a_run_becomes_a_bundle_with_its_figures(
     for parity in manifest.parity:
         assert abs(parity.nelbo_ratio - 1) <= 0.01 and parity.top1_agreement >= 0.95
     parity = manifest.parity[0]
+    assert "not shipped" not in printed
     for scheme in ("dynamic", "static"):
         assert f"cpu int8 {scheme}: NELBO × " in printed  # both were tried
-    for rule in ("largest", "percentile"):
+    for rule in ("largest", "percentile", "entropy"):
         assert f"cuda int8 {rule}: NELBO × " in printed
     assert parity.scheme in ("dynamic", "static")
     assert ("step.cpu.int8.onnx: at run time, per pass" in manifest.calibration) == (parity.scheme == "dynamic")
@@ -148,13 +149,17 @@ def test_layers_that_int8_ruins_stay_in_float(
 ) -> None:
     run, out = tmp_path / "outliers", tmp_path / "mine"
     with_outliers(trained, run, INSIDE)
-    call(export.main, "--run", run, "--out", out, "--int8")
+    call(export.main, "--run", run, "--out", out, "--int8", "--report")
     ruined = {f"blocks.{i}.{layer}.out.matmul" for i in range(2) for layer in ("qkv", "up")}
     for parity in read_manifest(out).parity:
         assert set(parity.kept_float) == ruined
         assert parity.top1_agreement >= 0.95
     printed = capsys.readouterr().out
     assert ": fails the gate" in printed and "4 layers in float" in printed
+    table = [line for line in printed.splitlines() if " ± " in line]
+    measured = ["torch fp32", "step.cpu.int8.onnx", "step.cuda.int8.onnx", "step.cuda.fp16.onnx, not shipped"]
+    assert [line.split("  ")[0] for line in table] == measured  # half precision tells what INT8 itself costs
+    assert [e.graph for e in read_manifest(out).evaluations] == measured[:3]
     assert any(
         line.startswith("left in float: ") and "blocks.0.qkv.out.matmul" in line for line in printed.splitlines()
     )
