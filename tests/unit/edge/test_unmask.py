@@ -1,6 +1,6 @@
 """The unmasking loop: honest draws, sound canvases, and an end that always comes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from edge.backends import StepResult
 from edge.philox import gumbel
 from edge.unmask import Sampling, draw, how_many, rank, unmask
 from shared.manifest import Selection
-from shared.schedule import SCHEDULES, ScheduleName, time_of_masked_fraction
+from shared.schedule import SCHEDULES, ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.networks import NEVER, Constant, Noise, assert_sound, filled, open_canvas
 
@@ -192,6 +192,35 @@ def test_the_network_is_told_the_masked_fraction_of_the_canvas(schedule: Schedul
     _, left = filled(noise, start, replace(PLAIN, steps=9), schedule)
     masked = [27, *left[:-1]]
     assert noise.times == pytest.approx([time_of_masked_fraction(schedule, m / 31) for m in masked], rel=1e-6)
+
+
+@dataclass
+class Grudging(Noise):
+    """Scores what is wanted, and rubbish elsewhere; notes how much was wanted."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        self.asked.append(int(wanted.sum()))
+        assert (canvas[wanted] == MASK).all()
+        result = super().step(canvas, t, wanted)
+        result.ids[~wanted], result.logp[~wanted], result.entropy[~wanted] = -1, np.nan, np.nan
+        return result
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_is_read_that_was_not_wanted(rule: str) -> None:
+    for seed in range(5):
+        sampling = replace(RULES[rule], seed=seed)
+        plain, grudging = Noise(40, 16, seed, (48,)), Grudging(40, 16, seed, (48,))
+        expected, left = filled(plain, open_canvas(48), sampling)
+        found, _ = filled(grudging, open_canvas(48), sampling)
+        np.testing.assert_array_equal(found, expected)
+        if rule in ("random", "argmax"):  # chance decides: known before the pass, and little
+            assert sum(grudging.asked) <= 2 * 47
+            assert grudging.asked[0] == reveal_count(47, 0, sampling.steps)
+        else:
+            assert grudging.asked == [47, *left[:-1]]
 
 
 def test_the_bucket_shrinks_behind_the_end() -> None:
