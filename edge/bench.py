@@ -71,7 +71,7 @@ class Report(Struct):
     step_ms: float
     bare_step_ms: float | None  # without the reduction to top-K; None for backends without a profile
     reduction_ms: float | None
-    default_step_ms: float
+    default_step_ms: float | None  # None where the loop is on the device, which scores everything
     default_scored: int  # positions
     generations: list[Generation]
     daemon: DaemonCost
@@ -209,7 +209,8 @@ def print_report(r: Report) -> None:
     print(f"{'step, all that is masked scored':36} {r.step_ms:8.2f} ms")
     if r.bare_step_ms is not None:
         print(f"{'  the network':36} {r.bare_step_ms:8.2f} ms\n{'  reduction to top-K':36} {r.reduction_ms:8.2f} ms")
-    print(f"{f'step, the {r.default_scored} to commit scored':36} {r.default_step_ms:8.2f} ms")
+    if r.default_step_ms is not None:
+        print(f"{f'step, the {r.default_scored} to commit scored':36} {r.default_step_ms:8.2f} ms")
     if r.reference is not None:
         ref = r.reference
         print(f"{'torch float32, eager, same step':36} {ref['torch_ms']:8.2f} ms")
@@ -287,7 +288,7 @@ def main() -> None:
         step_ms=step_ms,
         bare_step_ms=None if share is None else step_ms * (1 - share),
         reduction_ms=None if share is None else step_ms * share,
-        default_step_ms=median_step_ms(engine, row.wanted()),
+        default_step_ms=None if isinstance(engine.backend, LoopBackend) else median_step_ms(engine, row.wanted()),
         default_scored=row.wanted().size,
         generations=[generation(engine, steps) for steps in args.steps],
         daemon=daemon_cost(engine, args.bundle, args.backend, args.threads),

@@ -25,6 +25,7 @@ def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
     assert report.bare_step_ms is not None
     assert report.reduction_ms is not None
     assert report.bare_step_ms + report.reduction_ms == pytest.approx(report.step_ms)
+    assert report.default_step_ms is not None
     assert min(report.bare_step_ms, report.reduction_ms, report.default_step_ms) > 0
     assert report.default_scored == reveal_count(127, 42, 64)  # of 127 masked, in pass 43 of the default 64
     assert report.daemon.start_s > 0 and report.daemon.peak_mb > 20
