@@ -70,12 +70,16 @@ class StepBuilder(GraphBuilder):
         """A parameter as it is."""
         return self.constant(name, self.weights[name].astype(self._dtype))
 
-    def linear(self, x: str, name: str, out: str, columns: slice = slice(None)) -> str:
-        """A linear layer, or some columns of its result."""
+    def parameters(self, name: str, columns: slice = slice(None)) -> tuple[str, str]:
+        """Weight (inputs × outputs) and bias of a linear layer, or those of some columns of its result."""
         part = "" if columns == slice(None) else f".{columns.start}"
         weight, bias = (self.weights[f"{name}.{kind}"][columns].T.astype(self._dtype) for kind in ("weight", "bias"))
-        product = self.op("MatMul", f"{out}.matmul", x, self.constant(f"{name}.weight{part}", weight))
-        return self.op("Add", out, product, self.constant(f"{name}.bias{part}", bias))
+        return self.constant(f"{name}.weight{part}", weight), self.constant(f"{name}.bias{part}", bias)
+
+    def linear(self, x: str, name: str, out: str, columns: slice = slice(None)) -> str:
+        """A linear layer, or some columns of its result."""
+        weight, bias = self.parameters(name, columns)
+        return self.op("Add", out, self.op("MatMul", f"{out}.matmul", x, weight), bias)
 
     def norm(self, x: str, name: str) -> str:
         """A LayerNorm."""

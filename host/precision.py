@@ -125,9 +125,8 @@ def first_to_pass(
 def cpu_int8(yardstick: Yardstick, top_k: int, worst_first: Sequence[LayerError]) -> Built:
     """The fastest of ONNX Runtime's schemes that passes the gate; BundleError when none does."""
 
-    whole = cpu_graph(yardstick.model, top_k)
-
     def made_by(scheme: Scheme) -> Callable[[Sequence[str]], StepGraph]:
+        whole = cpu_graph(yardstick.model, top_k, whole_attention=scheme == "dynamic")
         return lambda kept: StepGraph(quantize(whole, scheme, yardstick.calibration, kept), "int8", "cpu")
 
     found = [first_to_pass(made_by(scheme), worst_first, scheme, yardstick) for scheme in SCHEMES]

@@ -58,11 +58,12 @@ def session(graph: onnx.ModelProto) -> ort.InferenceSession:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("whole_attention", [True, False], ids=["Attention", "MultiHeadAttention"])
 @pytest.mark.parametrize("every", [1, 7], ids=["all masked", "some masked"])
-def test_cpu_graph_reduces_exactly(name: str, every: int) -> None:
+def test_cpu_graph_reduces_exactly(name: str, every: int, whole_attention: bool) -> None:
     """ids, log-probabilities over the full vocabulary and entropy of the wanted positions match torch's own."""
     model = NETWORKS[name]
-    runtime = session(cpu_graph(model, K))
+    runtime = session(cpu_graph(model, K, whole_attention))
     for canvas in canvases():
         t, wanted = 0.4, np.flatnonzero(canvas == MASK)[::every]
         feed = {"canvas": canvas[None], "wanted": wanted.astype(np.int32)}
