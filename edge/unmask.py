@@ -46,13 +46,18 @@ class Sampling:
         """Whether what is drawn decides what is committed; else only what is committed needs to be drawn."""
         return self.threshold is not None or (self.entropy_bound is None and self.selection == "confidence")
 
+    @property
+    def by_chance(self) -> bool:
+        """Whether what is committed is known before the pass; then only that needs to be scored."""
+        return self.threshold is None and self.entropy_bound is None and self.selection == "random"
+
 
 @dataclass(eq=False)
 class Row:
     """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of its neighbours.
 
     draft (L,): what the last pass would have put at the positions that it left open: the candidate drawn, where every
-    one is drawn, else the likeliest. MASK where a device does not tell.
+    one is drawn, else the likeliest. MASK where nobody looked (`Sampling.by_chance`), or a device does not tell.
     """
 
     canvas: Ids
@@ -69,18 +74,30 @@ class Row:
         """Positions still open; the canvas is finished when there are none."""
         return int(np.count_nonzero(self.fill & (self.canvas == MASK)))
 
-    def commit(self, scored: StepResult) -> None:
-        """Commit some of what one pass saw on this canvas: ids, logp (L', K), entropy (L',), L' up to its end."""
-        sampling, step, left = self.sampling, self.step, self.left
+    def wanted(self) -> NDArray[np.intp]:
+        """The open positions whose scores its next pass needs, ascending.  → (M,)"""
         position = np.flatnonzero(self.fill & (self.canvas == MASK))
+        if self.sampling.by_chance:
+            order = chance_order(self.sampling, self.step, position)
+            return np.sort(position[order[: on_grid(self.sampling, self.step, position.size)]])
+        return position
+
+    def commit(self, position: NDArray[np.intp], scored: StepResult) -> None:
+        """Commit some of what one pass saw on this canvas: ids, logp (L', K), entropy (L',), L' up to its end.
+
+        position: what `wanted` answered before the pass.
+        """
+        sampling, step, left = self.sampling, self.step, self.left
         ids, logp, entropy = scored.ids[position], scored.logp[position], scored.entropy[position]
         token = np.zeros_like(position, np.int32)  # (M,)
         confidence = np.zeros_like(entropy)
-        if sampling.by_confidence:
-            token, confidence = draw(ids, logp, sampling, step, position)
-        self.draft[position] = token if sampling.by_confidence else ids[:, 0]
-        order = rank(logp, entropy, confidence, sampling, step, position)
-        chosen = order[: how_many(order, entropy, confidence, sampling, step, left)]
+        chosen = np.arange(position.size)
+        if not sampling.by_chance:
+            if sampling.by_confidence:
+                token, confidence = draw(ids, logp, sampling, step, position)
+            self.draft[position] = token if sampling.by_confidence else ids[:, 0]
+            order = rank(logp, entropy, confidence, sampling, step, position)
+            chosen = order[: how_many(order, entropy, confidence, sampling, step, left)]
         if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
             token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, position[chosen])
         commit(self.canvas, position[chosen], token[chosen])
@@ -103,9 +120,13 @@ def advance(backend: AnyBackend, schedule: ScheduleName, rows: Sequence[Row], le
         return
     masked = [np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1) for row in rows]
     t = np.array([time_of_masked_fraction(schedule, fraction) for fraction in masked], np.float32)
-    scored = backend.step(np.stack([row.canvas[:length] for row in rows]), t)
-    for i, row in enumerate(rows):
-        row.commit(StepResult(scored.ids[i], scored.logp[i], scored.entropy[i]))
+    positions = [row.wanted() for row in rows]
+    wanted = np.zeros((len(rows), length), np.bool_)
+    for i, position in enumerate(positions):
+        wanted[i, position] = True
+    scored = backend.step(np.stack([row.canvas[:length] for row in rows]), t, wanted)
+    for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
+        row.commit(position, StepResult(scored.ids[i], scored.logp[i], scored.entropy[i]))
 
 
 def unmask(
@@ -124,10 +145,15 @@ def unmask(
     return row.step
 
 
-def active_bucket(canvas: Ids, lengths: tuple[int, ...]) -> int:
-    """The shortest length that holds everything up to the first visible EOS or PAD; what follows is certain."""
+def active_length(canvas: Ids) -> int:
+    """Positions up to the first visible EOS or PAD, with it; what follows is certain."""
     ends = np.flatnonzero((canvas == EOS) | (canvas == PAD))
-    active = int(ends[0]) + 1 if ends.size else canvas.size
+    return int(ends[0]) + 1 if ends.size else canvas.size
+
+
+def active_bucket(canvas: Ids, lengths: tuple[int, ...]) -> int:
+    """The shortest length that holds everything up to the first visible end."""
+    active = active_length(canvas)
     return next(length for length in lengths if length >= active)
 
 
@@ -163,7 +189,13 @@ def rank(
     elif sampling.selection == "margin":
         score = np.exp(logp[:, 0]) - np.exp(logp[:, 1])
     else:
-        score = uniform(sampling.seed, step, position.astype(np.uint32), np.zeros(1, np.uint32), ORDER_DOMAIN)
+        return chance_order(sampling, step, position)
+    return np.argsort(-score, kind="stable")
+
+
+def chance_order(sampling: Sampling, step: int, position: NDArray[np.intp]) -> NDArray[np.intp]:
+    """What `rank` answers where chance decides, which needs no scores.  → (M,)"""
+    score = uniform(sampling.seed, step, position.astype(np.uint32), np.zeros(1, np.uint32), ORDER_DOMAIN)
     return np.argsort(-score, kind="stable")
 
 
@@ -171,13 +203,17 @@ def how_many(
     order: NDArray[np.intp], entropy: Floats, confidence: Floats, sampling: Sampling, step: int, left: int
 ) -> int:
     """How many positions this pass commits: at least one, and all that are left in the last pass."""
-    if step >= sampling.steps - 1:
-        return left
-    if sampling.threshold is not None:
-        return max(1, int(np.count_nonzero(confidence >= np.log(np.float32(sampling.threshold)))))
-    if sampling.entropy_bound is not None:
-        return max(1, int(np.count_nonzero(np.cumsum(entropy[order]) <= sampling.entropy_bound)))
-    return reveal_count(left, step, sampling.steps)
+    if step < sampling.steps - 1:
+        if sampling.threshold is not None:
+            return max(1, int(np.count_nonzero(confidence >= np.log(np.float32(sampling.threshold)))))
+        if sampling.entropy_bound is not None:
+            return max(1, int(np.count_nonzero(np.cumsum(entropy[order]) <= sampling.entropy_bound)))
+    return on_grid(sampling, step, left)
+
+
+def on_grid(sampling: Sampling, step: int, left: int) -> int:
+    """How many positions the fixed number of steps commits in this pass: all that are left in the last."""
+    return left if step >= sampling.steps - 1 else reveal_count(left, step, sampling.steps)
 
 
 def commit(canvas: Ids, position: NDArray[np.intp], token: Ids) -> None:

@@ -1,5 +1,7 @@
-"""Write a bundle: graphs, tokenizer and manifest, in a temporary folder that is renamed when it is whole."""
+"""Write a bundle: graphs, tokenizer and manifest, in a temporary folder that takes its place when it is whole."""
 
+import ctypes
+import errno
 import os
 import platform
 import shutil
@@ -42,6 +44,8 @@ _DTYPES = {
     int(onnx.TensorProto.FLOAT16): "float16",
 }
 
+_HERE, _RENAME_EXCHANGE = -100, 2  # of Linux: AT_FDCWD, and renameat2's flag
+
 
 @dataclass(frozen=True)
 class StepGraph:
@@ -81,6 +85,20 @@ def check_replaceable(out: Path) -> None:
         raise ConfigError(f"--out {out}: a bundle's name is letters, digits, '.', '_' and '-', at most 100") from None
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step: whoever looks finds the old or the new, at every moment.
+
+    False where the file system cannot (some network shares): nothing has moved then. Raises OSError.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
 @contextmanager
 def _swapped_in(out: Path) -> Iterator[Path]:
     """A scratch folder beside `out` that takes its place when the block has ended well; else the old one stays."""
@@ -93,14 +111,15 @@ def _swapped_in(out: Path) -> Iterator[Path]:
             for path in folder.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-            if out.exists():
-                out.rename(replaced)
-            try:
+            if not out.exists():
                 folder.rename(out)
-            except OSError:
-                if replaced.exists():
+            elif not _exchange(folder, out):
+                out.rename(replaced)
+                try:
+                    folder.rename(out)
+                except OSError:
                     replaced.rename(out)
-                raise
+                    raise
     except OSError as error:
         raise DiffusionLLMError(f"the bundle {out} cannot be written: {error.strerror}") from None
 

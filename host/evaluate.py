@@ -6,7 +6,7 @@ likelihood. With --judge, samples are judged instead (`host.judge`), or the sett
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,14 +142,14 @@ def held_out_split(data: Path, stories: int | None = None) -> HeldOut:
     return HeldOut(f"{folder.meta.source}, validation split", folder.valid.take(np.arange(n)), lengths)
 
 
-def print_table(evaluations: list[Evaluation]) -> None:
+def print_table(evaluations: Sequence[Evaluation]) -> None:
     """One line a model: value ± standard error."""
-    print(f"{'graph':24} {'NELBO, nats a token':>22} {'bits a byte':>18} {'masked cross-entropy':>22}")
+    print(f"{'graph':32} {'NELBO, nats a token':>22} {'bits a byte':>18} {'masked cross-entropy':>22}")
     for e in evaluations:
         cells = [
             f"{f.value:.4f} ± {f.stderr:.4f}" for f in (e.nelbo_nats_per_token, e.bits_per_byte, e.masked_cross_entropy)
         ]
-        print(f"{e.graph:24} {cells[0]:>22} {cells[1]:>18} {cells[2]:>22}")
+        print(f"{e.graph:32} {cells[0]:>22} {cells[1]:>18} {cells[2]:>22}")
     e = evaluations[0]
     print(f"on {e.source}: {e.stories:,} stories, {e.text_tokens:,} tokens, {e.text_bytes:,} bytes")
 

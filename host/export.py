@@ -110,9 +110,10 @@ def main() -> None:
     for graph in graphs:
         if graph.target == "cpu" or args.report:
             evaluations.append(evaluate(GraphScorer(graph.file, graph.model), held_out, progress.schedule))
-    print_table(evaluations)
     if args.report:
-        print_report(measured, graphs)
+        print_report(measured, graphs, evaluations)
+    else:
+        print_table(evaluations)
     write_bundle(
         out, model, progress, tokenizer, graphs, top_k, evaluations, parities,
         calibration, defaults,

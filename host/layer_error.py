@@ -1,6 +1,5 @@
 """Which linear layers lose most to INT8: the order in which they are left in float when a graph misses its gate."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from host.qdq import LEVELS, linear_inputs, linear_nodes
+from host.scoring import Canvases
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class LayerError:
     error: float
 
 
-def layer_errors(fp16: onnx.ModelProto, canvases: Sequence[tuple[NDArray[np.int32], float]]) -> list[LayerError]:
+def layer_errors(fp16: onnx.ModelProto, canvases: Canvases) -> list[LayerError]:
     """Every linear layer alone, its input scaled by the tensor and its weights by the column; the worst first."""
     weights = {t.name: t for t in fp16.graph.initializer}
     layers = list(linear_nodes(fp16))

@@ -1,5 +1,6 @@
 """How closely a quantized graph follows float32: the gate a bundle must pass."""
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from host.evaluate import HeldOut, evaluate
 from host.model import Denoiser, ends_impossible
 from host.sampler import Settings, sample
-from host.scoring import GraphScorer, TorchScorer
+from host.scoring import Canvases, GraphScorer, TorchScorer
 from shared.manifest import Parity
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
@@ -23,7 +24,7 @@ PROMPT_TOKENS: Final = 8
 def trajectories(
     model: Denoiser, schedule: ScheduleName, stories: NDArray[np.uint16], seed: int, steps: int = 16
 ) -> list[tuple[NDArray[np.int32], float]]:
-    """Canvases that sampling really visits, at every mask rate: runs the reference sampler from story beginnings.
+    """Canvases that sampling really visits: runs the reference sampler from story beginnings.
 
     stories (n, L): the first half of them give 8 tokens as a prompt, the rest only BOS.  → (canvas (L,), t) pairs
     """
@@ -45,8 +46,22 @@ def trajectories(
     return visited
 
 
+def stratified(visited: Canvases, strata: int, each: int, seed: int) -> Canvases:
+    """Of canvases that sampling visits, `each` from every band of mask rates, drawn by chance.
+
+    Trajectories spend many passes where nearly all is masked, and leap over whole bands when an end is drawn. A band
+    with fewer canvases gives some of them more than once; one that was never visited gives none.
+    """
+    bands: list[list[tuple[NDArray[np.int32], float]]] = [[] for _ in range(strata)]
+    for canvas, t in visited:
+        masked = np.count_nonzero(canvas == MASK) / (canvas.size - 1)  # above 0, to 1
+        bands[math.ceil(masked * strata) - 1].append((canvas, t))
+    rng = np.random.default_rng(seed)
+    return [band[i] for band in bands if band for i in rng.choice(len(band), each, replace=len(band) < each)]
+
+
 @torch.no_grad()
-def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple[NDArray[np.int32], float]]) -> float:
+def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Canvases) -> float:
     """Share of masked positions whose likeliest token is the same in both."""
     same, total = 0, 0
     for canvas, t in canvases:
@@ -60,9 +75,7 @@ def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Sequence[tuple
 
 
 @torch.no_grad()
-def dropped_mass(
-    model: Denoiser, canvases: Sequence[tuple[NDArray[np.int32], float]], top_k: int, temperature: float
-) -> float:
+def dropped_mass(model: Denoiser, canvases: Canvases, top_k: int, temperature: float) -> float:
     """Probability that sampling over the whole vocabulary would leave the top K; mean over masked positions."""
     dropped = []
     for canvas, t in canvases:
@@ -80,7 +93,7 @@ def measure(
     graph: GraphScorer,
     scheme: str,
     held_out: HeldOut,
-    canvases: Sequence[tuple[NDArray[np.int32], float]],
+    canvases: Canvases,
     kept_float: Sequence[str] = (),
 ) -> Parity:
     """NELBO on the same noise, and agreement on the reference's own canvases."""

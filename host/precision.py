@@ -13,26 +13,29 @@ from numpy.typing import NDArray
 
 from host.bundle import StepGraph
 from host.checkpoint import Progress
+from host.cpu_graph import cpu_graph
+from host.cuda_graph import cuda_graph
 from host.evaluate import HeldOut
-from host.graph import step_graph
 from host.layer_error import LayerError, layer_errors
 from host.lint import slow_shapes, violations
 from host.model import Denoiser
-from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, trajectories
+from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, stratified, trajectories
 from host.qdq import RANGES, activation_ranges, quantize_linears
-from host.quantize import SCHEMES, Scheme, quantize, step_feed
-from host.scoring import GraphScorer
+from host.quantize import SCHEMES, Scheme, quantize
+from host.scoring import Canvases, GraphScorer, input_names, step_feed
 from shared.errors import BundleError
 from shared.manifest import Parity
 
 TOP_K: Final = 64
 CALIBRATION_STORIES: Final = 8
+CALIBRATION_STEPS: Final = 64
+STRATA: Final = 8  # bands of mask rates, each of which gives as many calibration canvases
+CANVASES_OF_EACH: Final = 16
 PARITY_STORIES: Final = 8
 PARITY_NELBO_STORIES: Final = 128
 CALIBRATION_SEED, PARITY_SEED = 1_000, 2_000
+FP16: Final = "half precision"
 GATE: Final = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
-
-Canvases = list[tuple[NDArray[np.int32], float]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Built:
 def yardstick(model: Denoiser, progress: Progress, held_out: HeldOut) -> Yardstick:
     """Run the reference sampler: calibration starts from the first held-out stories, parity from the last."""
     stories = held_out.canvases
-    calibration = trajectories(model, progress.schedule, stories[:CALIBRATION_STORIES], CALIBRATION_SEED)
+    visited = trajectories(model, progress.schedule, stories[:CALIBRATION_STORIES], CALIBRATION_SEED, CALIBRATION_STEPS)
+    calibration = stratified(visited, STRATA, CANVASES_OF_EACH, CALIBRATION_SEED)
     canvases = trajectories(model, progress.schedule, stories[-PARITY_STORIES:], PARITY_SEED)
     return Yardstick(model, progress, held_out, canvases, calibration)
 
@@ -79,7 +83,7 @@ def median_step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = step_feed(canvas, 1.0, timed=len(graph.graph.input) == 2)
+    feed = step_feed(input_names(graph), canvas, 1.0)
     times = []
     for _ in range(25):
         started = time.perf_counter()
@@ -122,14 +126,14 @@ def cpu_int8(yardstick: Yardstick, top_k: int, worst_first: Sequence[LayerError]
     """The fastest of ONNX Runtime's schemes that passes the gate; BundleError when none does."""
 
     def made_by(scheme: Scheme) -> Callable[[Sequence[str]], StepGraph]:
-        whole = step_graph(yardstick.model, "cpu", top_k, whole_attention=scheme == "dynamic")
+        whole = cpu_graph(yardstick.model, top_k, whole_attention=scheme == "dynamic")
         return lambda kept: StepGraph(quantize(whole, scheme, yardstick.calibration, kept), "int8", "cpu")
 
     found = [first_to_pass(made_by(scheme), worst_first, scheme, yardstick) for scheme in SCHEMES]
     return min(_passing(found, "CPU"), key=lambda built: built.step_ms)
 
 
-def cuda_int8(yardstick: Yardstick, fp16: onnx.ModelProto, top_k: int, worst_first: Sequence[LayerError]) -> Built:
+def cuda_int8(yardstick: Yardstick, fp16: onnx.ModelProto, worst_first: Sequence[LayerError]) -> Built:
     """Q/DQ on the linear layers, with the rule for activation ranges that agrees best; BundleError when none passes.
 
     Speed decides nothing here: this machine's says nothing about a GPU's.
@@ -162,7 +166,7 @@ def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[P
     """
     model = yardstick.model
     top_k = min(TOP_K, model.config.vocab_size)
-    fp16 = step_graph(model, "cuda", top_k, fp32_norms=wanted.fp32_norms)
+    fp16 = cuda_graph(model, wanted.fp32_norms)
     built: list[Built] = []
     graphs: list[StepGraph] = []
     worst_first: list[LayerError] = []
@@ -171,13 +175,13 @@ def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[P
     if wanted.cpu_int8:
         built.append(cpu_int8(yardstick, top_k, worst_first))
     if wanted.cpu_fp32:
-        graphs.append(StepGraph(step_graph(model, "cpu", top_k), "fp32", "cpu"))
+        graphs.append(StepGraph(cpu_graph(model, top_k), "fp32", "cpu"))
     if wanted.cuda_fp16:
-        built.append(held_to(yardstick, StepGraph(fp16, "fp16", "cuda"), "half precision"))
+        built.append(held_to(yardstick, StepGraph(fp16, "fp16", "cuda"), FP16))
         if not passes(built[-1].parity):
             raise BundleError(f"the FP16 graph misses {GATE}; nothing was written")
     if wanted.cuda_int8:
-        built.append(cuda_int8(yardstick, fp16, top_k, worst_first))
+        built.append(cuda_int8(yardstick, fp16, worst_first))
     graphs += [b.graph for b in built]
     check(graphs)
     return graphs, [b.parity for b in built], calibration_record(built, yardstick)
@@ -185,7 +189,7 @@ def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[P
 
 def calibration_record(built: Sequence[Built], yardstick: Yardstick) -> str:
     """Where the activation scales of each INT8 graph come from, in words."""
-    sampled = f"{len(yardstick.calibration)} canvases of sampling trajectories"
+    sampled = f"{len(yardstick.calibration)} canvases of sampling trajectories, equally many of every mask rate"
     records = []
     for b in built:
         if b.graph.precision == "int8":
@@ -197,12 +201,12 @@ def calibration_record(built: Sequence[Built], yardstick: Yardstick) -> str:
 def build_untrained(wanted: Wanted, model: Denoiser) -> list[StepGraph]:
     """The same graphs of random weights, which have no quality to keep: nothing is measured."""
     top_k = min(TOP_K, model.config.vocab_size)
-    fp16 = step_graph(model, "cuda", top_k, fp32_norms=wanted.fp32_norms)
+    fp16 = cuda_graph(model, wanted.fp32_norms)
     graphs = []
     if wanted.cpu_int8:
-        graphs.append(StepGraph(quantize(step_graph(model, "cpu", top_k), "dynamic", []), "int8", "cpu"))
+        graphs.append(StepGraph(quantize(cpu_graph(model, top_k), "dynamic", []), "int8", "cpu"))
     if wanted.cpu_fp32:
-        graphs.append(StepGraph(step_graph(model, "cpu", top_k), "fp32", "cpu"))
+        graphs.append(StepGraph(cpu_graph(model, top_k), "fp32", "cpu"))
     if wanted.cuda_fp16:
         graphs.append(StepGraph(fp16, "fp16", "cuda"))
     if wanted.cuda_int8:

@@ -13,7 +13,6 @@ from typing import Final, Literal
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -24,51 +23,47 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from host.scoring import Canvases, Feed, input_names, step_feed
+
 Scheme = Literal["dynamic", "static"]
 SCHEMES: Final[tuple[Scheme, ...]] = ("dynamic", "static")
 KEPT_FLOAT: Final = ["head.control.matmul"]  # four columns that decide where a story ends: nothing to gain
 
 
-Feed = dict[str, NDArray[np.float32] | NDArray[np.int32]]
+class Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no annotations
+    """Feeds calibration canvases to ONNX Runtime."""
 
-
-def step_feed(canvas: NDArray[np.int32], t: float, timed: bool) -> Feed:
-    """Inputs of one pass over one canvas (L,)."""
-    feed: Feed = {"canvas": canvas[None]}
-    if timed:
-        feed["t"] = np.array([t], np.float32)
-    return feed
-
-
-class Canvases(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no annotations
-    """Feeds calibration canvases (L,) with their times to ONNX Runtime."""
-
-    def __init__(self, canvases: Sequence[tuple[NDArray[np.int32], float]], timed: bool) -> None:
-        self._feeds: Iterator[Feed] = iter([step_feed(canvas, t, timed) for canvas, t in canvases])
+    def __init__(self, canvases: Canvases, inputs: Sequence[str]) -> None:
+        self._feeds: Iterator[Feed] = iter([step_feed(inputs, canvas, t) for canvas, t in canvases])
 
     def get_next(self) -> Feed | None:
         """The next feed, None at the end."""
         return next(self._feeds, None)
 
 
-def node_of(layer: str, scheme: Scheme) -> str:
-    """The CPU graph's node that computes a linear layer, named as in the CUDA graph; Attention takes in its QKV."""
-    return layer.replace(".qkv.out.matmul", ".mixed") if scheme == "dynamic" else layer
+def nodes_of(layer: str) -> list[str]:
+    """The CPU graph's nodes for a linear layer, named as in the CUDA graph.
+
+    Its Attention takes in the QKV, and the last block's comes in two parts.
+    """
+    return [
+        layer.replace(".qkv.out.matmul", part)
+        for part in (".qkv.out.matmul", ".mixed", ".q.out.matmul", ".kv.out.matmul")
+    ]
 
 
 def quantize(
     graph: onnx.ModelProto,
     scheme: Scheme,
-    calibration: Sequence[tuple[NDArray[np.int32], float]],
+    calibration: Canvases,
     kept_float: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The graph with INT8 matrix products.
 
     dynamic: activations scaled per tensor at run time, so a pass must hold one request. static: scales fixed by the
-    calibration canvases (canvas, t), taken from where sampling really goes. kept_float: layers to leave as they are.
+    calibration canvases, taken from where sampling really goes. kept_float: layers to leave as they are.
     """
-    kept = [*KEPT_FLOAT, *(node_of(layer, scheme) for layer in kept_float)]
-    timed = len(graph.graph.input) == 2
+    kept = [*KEPT_FLOAT, *(node for layer in kept_float for node in nodes_of(layer))]
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         onnx.save(graph, before)
@@ -90,7 +85,7 @@ def quantize(
                 quantize_static(
                     before,
                     after,
-                    Canvases(calibration, timed),
+                    Calibration(calibration, input_names(graph)),
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=["MatMul"],
                     per_channel=True,

@@ -10,21 +10,31 @@ from numpy.typing import NDArray
 from edge.backends import StepResult
 from edge.unmask import Sampling, unmask
 from host.bundle import StepGraph
-from host.graph import step_graph
+from host.cuda_graph import cuda_graph
+from host.evaluate import evaluate, print_table
 from host.layer_error import layer_errors
 from host.model import Denoiser, ends_impossible
-from host.precision import PARITY_SEED, PARITY_STORIES, TOP_K, Yardstick
+from host.precision import FP16, PARITY_SEED, PARITY_STORIES, TOP_K, Yardstick, held_to
 from host.scoring import GraphScorer
+from shared.manifest import Evaluation
 from shared.tokens import BOS, MASK, PAD
 
 STEPS: Final = 64
 
 
-def print_report(yardstick: Yardstick, graphs: Sequence[StepGraph]) -> None:
-    """The error of each layer alone, and the agreement of whole generations with float32."""
+def print_report(yardstick: Yardstick, graphs: Sequence[StepGraph], evaluations: Sequence[Evaluation]) -> None:
+    """The figures of every graph, the error of each layer alone, and how whole generations agree with float32.
+
+    Half precision is measured too where it is not shipped: it tells what INT8 itself costs.
+    """
     top_k = min(TOP_K, yardstick.model.config.vocab_size)
+    if all(graph.precision != "fp16" for graph in graphs):
+        graphs = [*graphs, held_to(yardstick, StepGraph(cuda_graph(yardstick.model), "fp16", "cuda"), FP16).graph]
+        scorer = GraphScorer(f"{graphs[-1].file}, not shipped", graphs[-1].model)
+        evaluations = [*evaluations, evaluate(scorer, yardstick.held_out, yardstick.progress.schedule)]
+    print_table(evaluations)
     print("\nerror of each linear layer alone in INT8, worst first")
-    for error in layer_errors(step_graph(yardstick.model, "cuda", top_k), yardstick.calibration[::8]):
+    for error in layer_errors(cuda_graph(yardstick.model), yardstick.calibration[::8]):
         print(f"  {error.layer.removesuffix('.matmul'):30} {error.error:7.2%}")
     print(f"\nwhole texts of {STEPS} steps, {PARITY_STORIES} seeds: positions with the same token as torch fp32")
     for graph in graphs:
@@ -70,7 +80,7 @@ class _Backend:
         self._scorer = scorer
         self._top_k = top_k
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         logp = torch.from_numpy(self._scorer.logits(canvas[0], float(t[0]))).log_softmax(-1)  # (M, V)
         best = logp.sort(dim=-1, descending=True, stable=True)
         masked = canvas == MASK

@@ -1,5 +1,6 @@
 """One question for every form of a model: the cross-entropy of each masked token. Torch answers, or a step graph."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,25 @@ from host.model import Denoiser
 from shared.errors import BundleError
 from shared.tokens import MASK
 
+Canvases = Sequence[tuple[NDArray[np.int32], float]]
+"""Canvases (L,), some of their positions masked, and the time t of each."""
+Feed = dict[str, NDArray[np.float32] | NDArray[np.int32]]
 HIDDEN_LOGITS = ("head.control", "head.text")  # inside a CPU graph: scores of the control tokens, then of text
+
+
+def input_names(graph: onnx.ModelProto) -> list[str]:
+    """What a step graph reads: the canvas, and what else it wants to know."""
+    return [value.name for value in graph.graph.input]
+
+
+def step_feed(inputs: Iterable[str], canvas: NDArray[np.int32], t: float) -> Feed:
+    """Inputs of one pass over one canvas (L,) whose masked positions are all wanted."""
+    feed: Feed = {
+        "canvas": canvas[None].astype(np.int32),
+        "t": np.array([t], np.float32),
+        "wanted": np.flatnonzero(canvas == MASK).astype(np.int32),
+    }
+    return {name: feed[name] for name in inputs}
 
 
 class Scorer(Protocol):
@@ -53,14 +72,11 @@ class GraphScorer:
     def __init__(self, name: str, graph: onnx.ModelProto) -> None:
         self.name = name
         self._session, self._outputs = logits_session(graph)
-        self._timed = len(self._session.get_inputs()) == 2
+        self._inputs = input_names(graph)
 
     def logits(self, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
         """Scores of the masked positions of one canvas (L,), in their order.  → (M, V)"""
-        feed = {"canvas": canvas[None].astype(np.int32)}
-        if self._timed:
-            feed["t"] = np.array([t], np.float32)
-        parts = self._session.run(self._outputs, feed)
+        parts = self._session.run(self._outputs, step_feed(self._inputs, canvas, t))
         scores = np.concatenate(parts, axis=-1).astype(np.float32)
         return scores[0, canvas == MASK] if self._outputs == ["logits"] else scores
 
@@ -70,6 +86,8 @@ class GraphScorer:
         for row in range(x0.shape[0]):
             length = int(batch.active_len[row])
             canvas, scored = batch.xt[row, :length], batch.scored[row, :length]
+            if not scored.any():
+                continue
             logits = torch.from_numpy(self.logits(canvas.numpy(), t[row]))[scored[canvas == MASK]]
             losses.append(F.cross_entropy(logits, x0[row, :length][scored], reduction="none"))
             rows.append(torch.full((len(losses[-1]),), row))

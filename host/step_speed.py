@@ -57,12 +57,14 @@ def step_gflop(config: ModelConfig) -> float:
     """10⁹ multiplications and additions of the CPU graph's matrix products, one canvas with half of it masked.
 
     A block's QKV product holds 3·D² weights and its other linear layers 9·D², its attention has two products of
-    L × L × D; a weight costs two operations a position. Behind the last attention only masked positions are computed.
+    L × L × D; a weight costs two operations a position. From the last attention's queries on only masked positions are
+    computed.
     """
     length, d = config.canvas_len, config.d_model
     block = 2 * length * 12 * d * d + 2 * 2 * length * length * d
+    last = 2 * (1 + 9) * d * d + 2 * 2 * length * d
     unmasked = length // 2
-    return (config.layers * block - 2 * unmasked * 9 * d * d + 2 * (length - unmasked) * d * config.vocab_size) / 1e9
+    return (config.layers * block - unmasked * last + 2 * (length - unmasked) * d * config.vocab_size) / 1e9
 
 
 def matmul_gflops(kind: Literal["fp32", "int8"], threads: int) -> float:

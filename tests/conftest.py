@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from host.bundle import StepGraph, write_bundle
-from host.graph import step_graph
+from host.cpu_graph import cpu_graph
+from host.cuda_graph import cuda_graph
 from host.model import Denoiser, config_named
 from host.precision import TOP_K
 from host.quantize import quantize
@@ -34,10 +35,10 @@ class Exported:
 
 def _export(folder: Path, int8: bool) -> Exported:
     model, progress, tokenizer = untrained(config_named("debug"))
-    graph = step_graph(model, "cpu", TOP_K)
+    graph = cpu_graph(model, TOP_K)
     shipped = (
         StepGraph(quantize(graph, "dynamic", []), "int8", "cpu") if int8 else StepGraph(graph, "fp32", "cpu"),
-        StepGraph(step_graph(model, "cuda", TOP_K), "fp16", "cuda"),
+        StepGraph(cuda_graph(model), "fp16", "cuda"),
     )
     with tokenizer as path:
         write_bundle(folder, model, progress, path, shipped, TOP_K)

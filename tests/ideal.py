@@ -53,7 +53,7 @@ class Ideal:
         """Log-probabilities; the exact posterior already gives impossible tokens none."""
         return hidden.float().log()
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         """As a backend: all tokens, best first."""
         p = self.marginals(canvas[0].astype(np.int64))
         order = np.argsort(-p, axis=1, kind="stable")

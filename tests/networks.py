@@ -25,7 +25,7 @@ class Noise:
     times: list[float] = field(default_factory=list)
     batches: tuple[int, ...] = (1,)
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         assert canvas.shape in {(1, n) for n in self.lengths}
         self.times.append(float(t[0]))
         rng = np.random.default_rng([self.seed, *canvas[0].tolist()])
@@ -52,7 +52,7 @@ class Constant:
     lengths: tuple[int, ...]
     batches: tuple[int, ...] = (1,)
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         shape = (1, canvas.shape[1], self.ids.size)
         entropy = np.full(shape[:2], 1.0, np.float32)
         return StepResult(np.broadcast_to(self.ids, shape), np.broadcast_to(self.logp, shape), entropy)

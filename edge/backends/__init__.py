@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class StepResult(NamedTuple):
-    """What one pass knows of the masked positions: the K best tokens, best first; ties: the lower id first.
+    """What one pass knows of the wanted positions: the K best tokens, best first; ties: the lower id first.
 
-    What stands at visible positions is nothing to rely on.
+    What stands at other positions is nothing to rely on.
     """
 
     ids: NDArray[np.int32]  # (B, L, K)
@@ -35,8 +35,11 @@ class Backend(Protocol):
     batches: tuple[int, ...]
     """Numbers of canvases it scores in one pass, ascending from 1. No canvas's scores depend on its neighbours."""
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """Score canvases (B, L) at times t (B,); B one of `batches`, L one of `lengths`."""
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        """Score the wanted (B, L) of the masked positions of canvases (B, L) at times t (B,).
+
+        B is one of `batches`, L one of `lengths`; behind a canvas's first visible EOS or PAD nothing is wanted.
+        """
 
     def close(self) -> None:
         """Free what it holds."""

@@ -26,7 +26,7 @@ class FakeBackend:
         self._logp = np.broadcast_to(np.log(p), (length, k)).astype(np.float32)
         self._entropy = np.full(length, -(p * np.log(p)).sum(), np.float32)
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         """The same scores whatever the canvas holds."""
         time.sleep(self._step_s)
         b = canvas.shape[0]

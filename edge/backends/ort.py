@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import StepResult
+from edge.unmask import active_length
 from shared.errors import BundleError
 from shared.manifest import Manifest, find_graph, verified_bytes
 from shared.tokens import BOS, MASK
@@ -35,15 +36,16 @@ class OrtBackend:
         graph = find_graph(folder, manifest, "cpu")
         file, content = folder / graph.file, verified_bytes(folder, graph.file, graph.sha256)
         self._session = _open(file, content, threads, profile)
-        found = tuple(i.name for i in self._session.get_inputs()), [o.name for o in self._session.get_outputs()]
-        wanted = ("canvas", "t") if manifest.model.time_input else ("canvas",)
-        if found != (wanted, OUTPUTS):
-            raise BundleError(f"{file} has inputs and outputs {found}, not {(wanted, OUTPUTS)}")
-        self._timed = manifest.model.time_input
+        self._inputs = [i.name for i in self._session.get_inputs()]
+        found = self._inputs, [o.name for o in self._session.get_outputs()]
+        needed = ["canvas", "t", "wanted"] if manifest.model.time_input else ["canvas", "wanted"]
+        if found not in ((needed, OUTPUTS), (needed[:-1], OUTPUTS)):
+            raise BundleError(f"{file} has inputs and outputs {found}, not {(needed, OUTPUTS)}")
         self._top_k = manifest.top_k
         longest = manifest.model.canvas_len
+        # Requests of one length may share a pass; each canvas is then cut to its own.
         self.lengths: tuple[int, ...] = tuple(n for n in (longest // 4, longest // 2, longest) if n >= 16)
-        for length in self.lengths:
+        for length in (2, longest):
             self._warm_up(length, file)
         # Never several canvases in one run: INT8 graphs scale activations by all that a run holds, and a neighbour
         # would change the text.
@@ -55,30 +57,33 @@ class OrtBackend:
         canvas = np.full((1, length), MASK, np.int32)
         canvas[:, 0] = BOS
         try:
-            found = [output.shape for output in self._run(self._session, canvas, np.ones(1, np.float32))]
+            found = [
+                output.shape for output in self._run(self._session, canvas, np.ones(1, np.float32), canvas == MASK)
+            ]
         except Exception as error:  # of onnxruntime, as below
             raise BundleError(f"{file} does not run at length {length}: {one_line(error)}") from None
         expected = [(length - 1, self._top_k), (length - 1, self._top_k), (length - 1,)]
         if found != expected:
             raise BundleError(f"{file} gives {OUTPUTS} of shapes {found}, not {expected}")
 
-    def _run(self, session: Any, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> Any:
-        return session.run(OUTPUTS, {"canvas": canvas, "t": t} if self._timed else {"canvas": canvas})
+    def _run(self, session: Any, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> Any:
+        feed = {"canvas": canvas, "t": t, "wanted": np.flatnonzero(wanted).astype(np.int32)}
+        return session.run(OUTPUTS, {name: feed[name] for name in self._inputs})
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
-        """One pass of the graph, which scores masked positions only, for each canvas."""
-        rows = canvas.shape[0]
-        masked = canvas == MASK
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        """One pass for each canvas. The graph scores wanted positions only; that of an older bundle all masked ones."""
+        scored_at = wanted if "wanted" in self._inputs else canvas == MASK
         shape = (*canvas.shape, self._top_k)
         result = StepResult(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(canvas.shape, np.float32))
-        session = self._session if rows == 1 else self._lane
+        session = self._session if len(canvas) == 1 else self._lane
 
         def score(row: int) -> None:
-            found = self._run(session, canvas[row : row + 1], t[row : row + 1])
+            active = slice(0, active_length(canvas[row]))
+            found = self._run(session, canvas[row : row + 1, active], t[row : row + 1], wanted[row, active])
             for whole, scored in zip(result, found, strict=True):
-                whole[row][masked[row]] = scored
+                whole[row, active][scored_at[row, active]] = scored
 
-        others = self._others.map(score, range(1, rows))
+        others = self._others.map(score, range(1, len(canvas)))
         score(0)
         list(others)  # waits, and raises what one of them raised
         return result

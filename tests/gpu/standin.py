@@ -126,7 +126,7 @@ class SameLogits:
         self.lengths, self._network, self._k = lengths, network, k
         self.batches: tuple[int, ...] = (1,)
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         network = self._network
         times = torch.from_numpy(t).to(network.device) if network.timed else None
         logits = network(torch.from_numpy(canvas).to(network.device), times)

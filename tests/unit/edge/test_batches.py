@@ -25,13 +25,13 @@ class Recorder:
         self.refuses: set[bytes] = set()
         self.closed = False
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         assert canvas.shape[0] in self.batches and canvas.shape[1] in self.lengths
         if any(row[:8].tobytes() in self.refuses for row in canvas):
             raise ZeroDivisionError("the accelerator fell off")
         self.shapes.append((canvas.shape[0], canvas.shape[1]))
         length = canvas.shape[1]
-        ids, logp, entropy = self._inner.step(canvas, t)
+        ids, logp, entropy = self._inner.step(canvas, t, wanted)
         return StepResult(ids[:, :length], logp[:, :length], entropy[:, :length])
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from edge.bench_clients import ClientsReport
 from host.model import ModelConfig
 from host.step_speed import StepSpeed, step_gflop
 from shared.errors import ConfigError
+from shared.schedule import reveal_count
 
 
 def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
@@ -24,7 +25,9 @@ def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
     assert report.bare_step_ms is not None
     assert report.reduction_ms is not None
     assert report.bare_step_ms + report.reduction_ms == pytest.approx(report.step_ms)
-    assert min(report.bare_step_ms, report.reduction_ms) > 0
+    assert report.default_step_ms is not None
+    assert min(report.bare_step_ms, report.reduction_ms, report.default_step_ms) > 0
+    assert report.default_scored == reveal_count(127, 42, 64)  # of 127 masked, in pass 43 of the default 64
     assert report.daemon.start_s > 0 and report.daemon.peak_mb > 20
     assert [g.steps for g in report.generations] == [4, 8]
     for g in report.generations:
@@ -38,11 +41,11 @@ def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
 def test_the_work_of_a_step_by_hand() -> None:
     """Two layers of width 2 on 4 positions with 5 words; every weight multiplies and adds once a position.
 
-    Two positions are masked; behind the second attention only they are computed.
+    Two positions are masked; from the second attention's queries on only they are computed.
     """
-    qkv, others = 2 * 6, 2 * 2 + 2 * 8 + 8 * 2
-    linear = 2 * (4 * (qkv + others) + 4 * qkv + 2 * others)
-    attention = 2 * 2 * (4 * 4 * 2) * 2
+    q, kv, others = 2 * 2, 2 * 4, 2 * 2 + 2 * 8 + 8 * 2
+    linear = 2 * (4 * (q + kv + others) + 4 * kv + 2 * (q + others))
+    attention = 2 * 2 * (4 * 4 * 2) + 2 * 2 * (2 * 4 * 2)
     head = 2 * 2 * 2 * 5
     config = ModelConfig("hand", d_model=2, layers=2, heads=1, vocab_size=5, canvas_len=4)
     assert step_gflop(config) == pytest.approx((linear + attention + head) / 1e9)

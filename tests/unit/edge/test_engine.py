@@ -144,7 +144,7 @@ def test_the_same_request_gives_the_same_text_alone_and_beside_others(engine: En
 def test_the_text_does_not_depend_on_the_length_that_is_scored(fp32: Engine) -> None:
     """The whole canvas at every pass, or only up to the end: positions behind it are certain and change nothing."""
     buckets = fp32.backend.lengths
-    assert len(buckets) == 3
+    assert len(buckets) > 1
     requests = [replace(REQUESTS[n], seed=s) for n in ("short", "random", "confidence") for s in range(2)]
     cut = [fp32.run(fp32.prepare(request)).canvas for request in requests]
     try:

@@ -217,7 +217,7 @@ class SameLogits:
         self.batches: tuple[int, ...] = (1,)
         self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
         names = [i.name for i in self._session.get_inputs()]
         (logits,) = self._session.run(["logits"], {n: v for n, v in (("canvas", canvas), ("t", t)) if n in names})
         ids, logp, entropy = reduce_logits(logits[0], self.k)

@@ -1,6 +1,6 @@
 """The unmasking loop: honest draws, sound canvases, and an end that always comes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from edge.backends import StepResult
 from edge.philox import gumbel
 from edge.unmask import Row, Sampling, draw, how_many, rank, unmask
 from shared.manifest import Selection
-from shared.schedule import SCHEDULES, ScheduleName, time_of_masked_fraction
+from shared.schedule import SCHEDULES, ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.networks import NEVER, Constant, Noise, assert_sound, filled, open_canvas
 
@@ -194,14 +194,43 @@ def test_the_network_is_told_the_masked_fraction_of_the_canvas(schedule: Schedul
     assert noise.times == pytest.approx([time_of_masked_fraction(schedule, m / 31) for m in masked], rel=1e-6)
 
 
+@dataclass
+class Grudging(Noise):
+    """Scores what is wanted, and rubbish elsewhere; notes how much was wanted."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        self.asked.append(int(wanted.sum()))
+        assert (canvas[wanted] == MASK).all()
+        result = super().step(canvas, t, wanted)
+        result.ids[~wanted], result.logp[~wanted], result.entropy[~wanted] = -1, np.nan, np.nan
+        return result
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_is_read_that_was_not_wanted(rule: str) -> None:
+    for seed in range(5):
+        sampling = replace(RULES[rule], seed=seed)
+        plain, grudging = Noise(40, 16, seed, (48,)), Grudging(40, 16, seed, (48,))
+        expected, left = filled(plain, open_canvas(48), sampling)
+        found, _ = filled(grudging, open_canvas(48), sampling)
+        np.testing.assert_array_equal(found, expected)
+        if rule in ("random", "argmax"):  # chance decides: known before the pass, and little
+            assert sum(grudging.asked) <= 2 * 47
+            assert grudging.asked[0] == reveal_count(47, 0, sampling.steps)
+        else:
+            assert grudging.asked == [47, *left[:-1]]
+
+
 def test_the_bucket_shrinks_behind_the_end() -> None:
     """Positions behind an end are certain: the shortest length that still holds the end is scored."""
     used = list[int]()
 
     class Recorder(Noise):
-        def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32]) -> StepResult:
+        def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
             used.append(canvas.shape[1])
-            result = super().step(canvas, t)
+            result = super().step(canvas, t, wanted)
             if np.isin(canvas[0], [EOS, PAD]).any():
                 return result
             result.ids[0, 9, 0], result.logp[0, 9] = EOS, [0.0, *[NEVER] * 11]  # sure of an end at position 9
@@ -229,17 +258,20 @@ def test_a_network_that_proposes_the_impossible_is_an_error_and_no_endless_loop(
 
 @pytest.mark.parametrize("rule", RULES)
 def test_open_positions_are_drafted_by_what_was_drawn_or_else_by_the_likeliest(rule: str) -> None:
+    """Where chance decides, nobody looks at what stays open."""
     network, canvas = Noise(vocab=40, k=16, seed=5, lengths=(24,)), open_canvas(24)
     row = Row(canvas, canvas == MASK, RULES[rule])
     assert (row.draft == MASK).all()
     seen = 0
     while row.left:
-        scored = network.step(row.canvas[None], np.full(1, 0.5, np.float32))
+        wanted, canvas = row.wanted(), row.canvas[None]
+        scored = network.step(canvas, np.full(1, 0.5, np.float32), canvas == MASK)
         ids, logp = scored.ids[0], scored.logp[0]
         drawn, _ = draw(ids, logp, row.sampling, row.step, np.arange(24))
-        row.commit(StepResult(ids, logp, scored.entropy[0]))
+        row.commit(wanted, StepResult(ids, logp, scored.entropy[0]))
         still = row.canvas == MASK
         expected = drawn if row.sampling.by_confidence else ids[:, 0]
+        expected = np.full_like(expected, MASK) if row.sampling.by_chance else expected
         np.testing.assert_array_equal(row.draft[still], expected[still])
         seen += int(still.sum())
     assert seen > 20

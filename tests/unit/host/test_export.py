@@ -1,13 +1,14 @@
 """`python -m host.export`: a whole bundle that passed its gate, or nothing."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from host import export
+from host import bundle, export
 from host.checkpoint import BEST, LAST, load_model
 from host.evaluate import evaluate, held_out_split
 from host.model import count_parameters
@@ -84,9 +85,10 @@ def test_a_run_becomes_a_bundle_with_its_figures(
     for parity in manifest.parity:
         assert abs(parity.nelbo_ratio - 1) <= 0.01 and parity.top1_agreement >= 0.95
     parity = manifest.parity[0]
+    assert "not shipped" not in printed
     for scheme in ("dynamic", "static"):
         assert f"cpu int8 {scheme}: NELBO × " in printed  # both were tried
-    for rule in ("largest", "percentile"):
+    for rule in ("largest", "percentile", "entropy"):
         assert f"cuda int8 {rule}: NELBO × " in printed
     assert parity.scheme in ("dynamic", "static")
     assert ("step.cpu.int8.onnx: at run time, per pass" in manifest.calibration) == (parity.scheme == "dynamic")
@@ -147,13 +149,17 @@ def test_layers_that_int8_ruins_stay_in_float(
 ) -> None:
     run, out = tmp_path / "outliers", tmp_path / "mine"
     with_outliers(trained, run, INSIDE)
-    call(export.main, "--run", run, "--out", out, "--int8")
+    call(export.main, "--run", run, "--out", out, "--int8", "--report")
     ruined = {f"blocks.{i}.{layer}.out.matmul" for i in range(2) for layer in ("qkv", "up")}
     for parity in read_manifest(out).parity:
         assert set(parity.kept_float) == ruined
         assert parity.top1_agreement >= 0.95
     printed = capsys.readouterr().out
     assert ": fails the gate" in printed and "4 layers in float" in printed
+    table = [line for line in printed.splitlines() if " ± " in line]
+    measured = ["torch fp32", "step.cpu.int8.onnx", "step.cuda.int8.onnx", "step.cuda.fp16.onnx, not shipped"]
+    assert [line.split("  ")[0] for line in table] == measured  # half precision tells what INT8 itself costs
+    assert [e.graph for e in read_manifest(out).evaluations] == measured[:3]
     assert any(
         line.startswith("left in float: ") and "blocks.0.qkv.out.matmul" in line for line in printed.splitlines()
     )
@@ -165,6 +171,35 @@ def test_a_new_bundle_replaces_an_old_one(tmp_path: Path) -> None:
     call(export.main, "--untrained", "debug", "--out", out, "--int8")
     assert [g.file for g in read_manifest(out).graphs] == ["step.cpu.int8.onnx", "step.cuda.int8.onnx"]
     assert not (out / "step.cpu.fp32.onnx").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_at_no_moment_is_there_no_bundle(tmp_path: Path) -> None:
+    """Looked for at every call and return of the code that replaces it; two renames are caught between them."""
+    out = tmp_path / "bundle"
+    moments: list[bool] = []
+
+    def replace(content: str) -> None:
+        with bundle._swapped_in(out) as folder:
+            (folder / MANIFEST).write_text(content)
+
+    replace("old")
+    sys.setprofile(lambda *event: moments.append((out / MANIFEST).is_file()))
+    try:
+        replace("new")
+    finally:
+        sys.setprofile(None)
+    assert len(moments) > 50 and all(moments)
+    assert (out / MANIFEST).read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_disk_that_cannot_exchange_gets_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "bundle"
+    call(export.main, "--untrained", "debug", "--out", out)
+    monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)  # there is no such disk here
+    call(export.main, "--untrained", "debug", "--out", out, "--fp16")
+    assert [g.file for g in read_manifest(out).graphs] == ["step.cuda.fp16.onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 

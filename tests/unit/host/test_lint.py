@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from host.graph import step_graph
+from host.cuda_graph import cuda_graph
 from host.lint import slow_shapes, violations
 from host.model import CONFIGS
 from host.qdq import activation_ranges, linear_nodes, quantize_linears
@@ -16,7 +16,7 @@ from host.untrained import untrained
 from shared.tokens import BOS, MASK
 
 MODEL = untrained(CONFIGS["debug"])[0]
-FP16 = step_graph(MODEL, "cuda", 64)
+FP16 = cuda_graph(MODEL)
 CANVAS = np.full(64, MASK, np.int32)
 CANVAS[0] = BOS
 INT8 = quantize_linears(FP16, activation_ranges(FP16, [(CANVAS, 1.0)])["largest"], [])
@@ -25,9 +25,9 @@ INT8 = quantize_linears(FP16, activation_ranges(FP16, [(CANVAS, 1.0)])["largest"
 def graphs() -> Iterator[tuple[str, onnx.ModelProto]]:
     yield "FP16", FP16
     yield "INT8", INT8
-    yield "FP32 norms", step_graph(MODEL, "cuda", 64, fp32_norms=True)
+    yield "FP32 norms", cuda_graph(MODEL, fp32_norms=True)
     untimed = untrained(replace(CONFIGS["debug"], time_input=False))[0]
-    yield "without time", step_graph(untimed, "cuda", 64)
+    yield "without time", cuda_graph(untimed)
 
 
 GRAPHS = dict(graphs())
@@ -125,7 +125,7 @@ def test_each_broken_rule_is_one_sentence(spoil: Callable[[onnx.ModelProto], Non
 
 
 def test_sides_that_waste_tiles_are_named() -> None:
-    graph = step_graph(untrained(replace(CONFIGS["debug"], vocab_size=300))[0], "cuda", 64)
+    graph = cuda_graph(untrained(replace(CONFIGS["debug"], vocab_size=300))[0])
     assert slow_shapes(graph) == ["head.matmul: its weights are 64 × 300; multiples of 64 are faster"]
 
 
