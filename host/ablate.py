@@ -1,7 +1,8 @@
 """Short trainings of equal budget that differ in one thing each, and one table of what it changed.
 
 `python -m host.ablate --minutes 5 -- --config tiny --data data/stories` trains every variant below for five minutes,
-each seed in a run of its own; a command that was interrupted goes on where it stopped.
+each seed in a run of its own; a command that was interrupted goes on where it stopped. On a machine that does other
+work meanwhile, budgets are equal in --steps only.
 """
 
 import argparse
@@ -9,14 +10,15 @@ import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Literal
 
 from host.checkpoint import LAST, find_checkpoint, load_model, read_progress
 from host.evaluate import evaluate, held_out_split
-from host.runs import read_config
+from host.runs import TrainConfig, fraction_done, parse_arguments, planned_run, read_config
 from host.scoring import TorchScorer
+from host.shards import load_data
 from shared.errors import ConfigError, DiffusionLLMError, run_main
 
 VARIANTS: Final[dict[str, tuple[str, ...]]] = {
@@ -28,6 +30,9 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Flags of host.train that each variant adds. Averaged and raw weights are two columns of every row."""
 DRAWS: Final = 4
+SETTINGS: Final = tuple(field.name for field in fields(TrainConfig) if field.name not in ("out", "init_work"))
+NATURE: Final = ("model", "objective", "schedule", "tokenizer_sha256")
+"""Fields of a run's settings and of its progress that its flags and data decide."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,34 @@ class Row:
     command: str
 
 
-def train_command(name: str, seed: int, out: Path, length: list[str], common: list[str]) -> list[str]:
-    """What a user would type after `python`; a run that exists is continued instead."""
-    run = out / f"{name.replace(' ', '-').lower()}-{seed}"
-    if (run / LAST).is_file():
-        return ["-m", "host.train", "--resume", str(run)]
-    return ["-m", "host.train", *common, *VARIANTS[name], *length, "--seed", str(seed), "--out", str(run)]
+def train_command(name: str, seed: int, run: Path, length: list[str], common: list[str]) -> list[str]:
+    """What a user would type after `python`; a run that exists is continued instead, if these flags made it."""
+    flags = [*common, *VARIANTS[name], *length, "--seed", str(seed), "--out", str(run)]
+    if not (run / LAST).is_file():
+        return ["-m", "host.train", *flags]
+    args = parse_arguments(flags)
+    asked, found = planned_run(args, load_data(args.data)), (read_config(run), read_progress(run / LAST))
+    for here, there, names in zip(asked, found, (SETTINGS, NATURE), strict=True):
+        for field in names:
+            if getattr(here, field) != getattr(there, field):
+                raise ConfigError(f"{run} was trained with {field} {getattr(there, field)} instead of "
+                                  f"{getattr(here, field)}: choose another --out")  # fmt: skip
+    return ["-m", "host.train", "--resume", str(run)]
+
+
+def train(run: Path, command: list[str]) -> None:
+    """Train a run to its end. Ctrl-C reaches it too, and waits until it has saved."""
+    print(f"$ python {shlex.join(command)}", flush=True)
+    with subprocess.Popen([sys.executable, *command]) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    if status:
+        raise DiffusionLLMError(f"the run {run} failed; its own message stands above")
+    if fraction_done(read_config(run), read_progress(run / LAST)) < 1:
+        raise DiffusionLLMError(f"the run {run} was stopped before its end; the same command goes on with it")
 
 
 def measure(name: str, seeds: list[int], out: Path, length: list[str], common: list[str], stories: int) -> Row:
@@ -55,10 +82,7 @@ def measure(name: str, seeds: list[int], out: Path, length: list[str], common: l
     tokens = []
     for seed in seeds:
         run = out / f"{name.replace(' ', '-').lower()}-{seed}"
-        command = train_command(name, seed, out, length, common)
-        print(f"$ python {shlex.join(command)}", flush=True)
-        if subprocess.run([sys.executable, *command]).returncode:
-            raise DiffusionLLMError(f"the run {run} failed; its own message stands above")
+        train(run, train_command(name, seed, run, length, common))
         held_out = held_out_split(read_config(run).data, stories)
         for weights, found in bits.items():
             model, progress = load_model(find_checkpoint(run, LAST), weights)
@@ -108,6 +132,8 @@ def main() -> None:
     if args.stories < 1:
         raise ConfigError(f"--stories must be at least 1, not {args.stories}")
     budget = ["--minutes", str(args.minutes)] if args.minutes is not None else ["--steps", str(args.steps)]
+    if parse_arguments([*common, *budget]).objective == "ar":
+        raise ConfigError("--objective ar does not go with an ablation, which measures the bound of diffusion runs")
     print_table([measure(name, args.seeds, args.out, budget, common, args.stories) for name in names])
 
 

@@ -1,5 +1,6 @@
 """Batches as a pure function of (seed, step): nothing to save, so that resuming repeats the run bit for bit."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +54,11 @@ class Batch:
     tokens: int
 
 
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, stories: int) -> np.ndarray:
+    return _generator(seed, 0, epoch).permutation(stories)
+
+
 def story_indices(seed: int, step: int, batch_size: int, stories: int) -> np.ndarray:
     """Which stories step `step` trains on: every epoch visits each story once, in an order of its own."""
     first = step * batch_size
@@ -60,7 +66,7 @@ def story_indices(seed: int, step: int, batch_size: int, stories: int) -> np.nda
     indices = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(wanted // stories):
         here = wanted // stories == epoch
-        indices[here] = _generator(seed, 0, int(epoch)).permutation(stories)[wanted[here] % stories]
+        indices[here] = _epoch_order(seed, int(epoch), stories)[wanted[here] % stories]
     return indices
 
 
@@ -94,7 +100,7 @@ def make_batch(
     times, (rank, processes) = torch.tensor(t), share
     mine = whole.active_len.argsort(stable=True)[rank::processes]
     parts = []
-    for rows in mine.split(micro_size):
+    for rows in mine.split(micro_size) if len(mine) else ():  # few stories leave some processes none
         longest = int(whole.active_len[rows].max())
         canvas = whole.xt[rows, :longest]
         at = whole.scored[rows, :longest].flatten().nonzero()[:, 0]

@@ -79,16 +79,17 @@ def bench_step(args: argparse.Namespace) -> None:
 
 def bench_train(args: argparse.Namespace) -> None:
     """Print the TrainSpeed of each configuration."""
-    if min(args.steps, args.threads, args.batch_size, args.micro_size) < 1:
+    if min(args.steps, args.threads, args.batch_size, 1 if args.micro_size is None else args.micro_size) < 1:
         raise ConfigError("--steps, --threads, --batch-size and --micro-size must be at least 1")
     from host.model import config_named  # torch, which `data` does without
-    from host.runs import TrainConfig
+    from host.runs import TrainConfig, usual_micro_size
     from host.train_speed import measure_training
 
     configs = [config_named(name) for name in args.config]
     data = load_data(args.data)
+    micro_size = usual_micro_size(args.batch_size) if args.micro_size is None else args.micro_size
     settings = TrainConfig(
-        Path(), args.data, batch_size=args.batch_size, micro_size=args.micro_size, optimizer=args.optimizer
+        Path(), args.data, batch_size=args.batch_size, micro_size=micro_size, optimizer=args.optimizer
     )
     print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'textbook':>9} {'ratio':>6} "
           f"{'GFLOP/s':>8} {'bf16 peak':>10} {'fp32 peak':>10} {'of bf16 peak':>13}")  # fmt: skip
@@ -115,7 +116,7 @@ def main() -> None:
     train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
     train.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     train.add_argument("--batch-size", type=int, default=64, help="canvases in a step of ours (default: %(default)s)")
-    train.add_argument("--micro-size", type=int, default=8, help="canvases in a pass of ours (default: %(default)s)")
+    train.add_argument("--micro-size", type=int, help="canvases in a pass of ours (default: as in host.train)")
     train.add_argument("--steps", type=int, default=5, help="of each loop (default: %(default)s)")
     train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
     data = commands.add_parser("data", help="peak memory and speed of host.data on a generated file")

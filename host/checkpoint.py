@@ -32,7 +32,7 @@ class Progress:
     step: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0
-    processor_seconds: float = 0.0  # of this process and all its threads
+    processor_seconds: float = 0.0  # of all processes and their threads, in steps
     best_nats: float | None = None
     tokenizer_sha256: str = ""
     data_source: str = ""
@@ -165,5 +165,7 @@ def restore(
             kind = type(optimizer).__name__
             raise DataError(f"{path} does not hold the state of {kind}: it was trained with another optimizer")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    scaler.load_state_dict(msgspec.json.decode(_metadata(path)["scaler"]))
+    scale = msgspec.json.decode(_metadata(path)["scaler"])
+    if scale:  # else it was saved where none is needed
+        scaler.load_state_dict(scale)
     return progress

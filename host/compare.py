@@ -5,15 +5,13 @@ held-out stories. A run that began with another's weights is charged for that ru
 """
 
 import argparse
-import csv
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from host.checkpoint import find_checkpoint, read_progress
-from host.progress import LOG_FILE
-from host.runs import read_config
+from host.progress import LOG_FILE, read_log
+from host.runs import read_config, work_before
 from host.shards import DataMeta, load_data
 from shared.errors import ConfigError, DataError, run_main
 
@@ -54,9 +52,15 @@ def read_curve(name: str, run: Path) -> Curve:
     """A run's validation losses; DataError when it has none, or was logged without processor time."""
     meta = _data_of(run)
     bits = meta.valid.tokens / meta.valid.text_bytes / math.log(2)  # bits a byte of one nat a token
-    spent_s, tokens = _inherited(run)
+    before = work_before(read_config(run))
+    if before.processor_seconds is None:
+        raise DataError(f"{run} began with a run that an older version trained, without counting its processor time")
     points = [
-        Point(spent_s + float(row["processor_s"]), tokens + int(row["tokens"]), bits * float(row["valid"]))
+        Point(
+            before.processor_seconds + float(row["processor_s"]),
+            before.tokens + int(row["tokens"]),
+            bits * float(row["valid"]),
+        )
         for row in _log(run)
         if row["valid"]
     ]
@@ -69,20 +73,9 @@ def _data_of(run: Path) -> DataMeta:
     return load_data(read_config(run).data).meta
 
 
-def _inherited(run: Path) -> tuple[float, int]:
-    """Processor seconds and tokens of the runs that this one began with, up to the checkpoint it took."""
-    parent = read_config(run).init
-    if parent is None:
-        return 0.0, 0
-    spent_s, tokens = _inherited(parent)
-    taken = read_progress(find_checkpoint(parent))
-    return spent_s + taken.processor_seconds, tokens + taken.tokens_seen
-
-
 def _log(run: Path) -> list[dict[str, str]]:
     try:
-        with (run / LOG_FILE).open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_log(run / LOG_FILE)
     except OSError as error:
         raise DataError(f"{run / LOG_FILE} cannot be read: {error.strerror}") from None
     if any(not row.get("processor_s") for row in rows):

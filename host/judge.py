@@ -61,6 +61,8 @@ class Judge:
         model, progress = load_model(find_checkpoint(run))
         if progress.objective != "ar":
             raise ConfigError(f"{run} cannot judge: it is a diffusion run, train a judge with --objective ar")
+        if not (run / TOKENIZER).is_file():
+            raise DataError(f"{run} cannot judge: its {TOKENIZER} is missing")
         if sha256_of(tokenizer) != sha256_of(run / TOKENIZER):
             raise DataError(f"{run} cannot judge these samples: its tokenizer is another one than {tokenizer}")
         return cls(model, run / TOKENIZER)

@@ -54,8 +54,8 @@ class HeadLoss(torch.autograd.Function):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         scores = torch.addmm(bias.to(dtype), hidden, weight.T)  # (M, V), overwritten by its own gradient
         loss = torch.zeros(())
-        for rows in torch.arange(len(scores)).split(CHUNK_ROWS):
-            here = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(scores), CHUNK_ROWS):  # none, where noise has masked nothing
+            here = slice(start, start + CHUNK_ROWS)
             target, row_weight = batch.target[here, None], batch.weight[here, None]
             part = scores[here].float()
             part[:, :FIRST_TEXT_ID].masked_fill_(never[here], -torch.inf)

@@ -19,8 +19,8 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int
     bf16 is exact enough: the iteration itself leaves singular values between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = (matrix.T if matrix.shape[0] > matrix.shape[1] else matrix).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = (x / x.norm().clamp(min=1e-7)).to(dtype)  # in this order: in FP16 a small gradient would vanish
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

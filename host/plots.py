@@ -1,9 +1,8 @@
 """Curves of a run as PNG."""
 
-import csv
 from pathlib import Path
 
-from host.progress import LOG_FILE
+from host.progress import LOG_FILE, read_log
 
 
 def plot_curves(run: Path) -> None:
@@ -13,8 +12,7 @@ def plot_curves(run: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with (run / LOG_FILE).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_log(run / LOG_FILE)
     tokens = [int(row["tokens"]) / 1e6 for row in rows]
     loss = [float(row["loss"]) for row in rows]
     smooth, mean = [], loss[0] if loss else 0.0

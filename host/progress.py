@@ -13,6 +13,12 @@ LOG_FILE = "log.csv"
 LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "processor_s")
 
 
+def read_log(path: Path) -> list[dict[str, str]]:
+    """The rows of a log; a last line that a full disk cut off does not count."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+
+
 @contextlib.contextmanager
 def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tuple[object, ...]], None]]:
     """Append rows to the CSV log; each row is on disk at once.
@@ -23,14 +29,14 @@ def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tu
     if not write:
         yield lambda row: None
         return
-    kept = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= step]
+    kept = [row for row in read_log(path) if int(row["step"]) <= step] if path.exists() else []
+    partial = path.with_suffix(".partial")
     try:
-        with path.open("w", newline="") as file:
+        with partial.open("w", newline="") as file:
+            csv.writer(file).writerows([LOG_COLUMNS, *([row.get(name) for name in LOG_COLUMNS] for row in kept)])
+        partial.replace(path)
+        with path.open("a", newline="") as file:
             writer = csv.writer(file)
-            writer.writerows([LOG_COLUMNS, *kept])
 
             def log(row: tuple[object, ...]) -> None:
                 writer.writerow(row)
@@ -38,6 +44,7 @@ def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tu
 
             yield log
     except OSError as error:  # of the log, or of a picture beside it
+        partial.unlink(missing_ok=True)
         raise DiffusionLLMError(f"the run folder {path.parent} cannot be written: {error.strerror}") from None
 
 

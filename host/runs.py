@@ -27,6 +27,14 @@ CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
 
 
 @dataclass(frozen=True)
+class Work:
+    """What weights have cost, with the runs that they came from; processor_seconds: None where one did not count it."""
+
+    processor_seconds: float | None = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What a run does besides the model's shape. minutes, when given, ends the run and sets the decay's length."""
 
@@ -46,9 +54,32 @@ class TrainConfig:
     valid_stories: int = 256  # in each of two samples
     seed: int = 0
     init: Path | None = None  # the run whose weights it began with
+    init_work: Work | None = None  # behind those weights; unknown in runs from before it was kept
 
 
-def parse_arguments() -> argparse.Namespace:
+def fraction_done(config: TrainConfig, progress: Progress) -> float:
+    """Part of a run that is behind it, by time when --minutes was given."""
+    if config.minutes is not None:
+        return min(1.0, progress.seconds / (60 * config.minutes))
+    return min(1.0, progress.step / config.steps)
+
+
+def work_behind(run: Path) -> Work:
+    """What the weights cost that another run would begin with; DataError when `run` holds none."""
+    progress = read_progress(find_checkpoint(run))
+    before, spent_s = work_before(read_config(run)), progress.processor_seconds
+    counted = before.processor_seconds is not None and (spent_s > 0 or progress.step == 0)
+    return Work(before.processor_seconds + spent_s if counted else None, before.tokens + progress.tokens_seen)
+
+
+def work_before(config: TrainConfig) -> Work:
+    """What the weights had cost that a run began with."""
+    if config.init is None:
+        return Work()
+    return config.init_work or work_behind(config.init)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ConfigError when a number is out of range, or a resumed run is to change its nature."""
     parser = argparse.ArgumentParser(
         prog="python -m host.train",
@@ -80,18 +111,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
-    args = parser.parse_args()
-    for name in ABOVE_ZERO:
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{_flag(name)} must be a number above 0, not {value}")
-    if args.seed < 0:
-        raise ConfigError(f"--seed must be at least 0, not {args.seed}")
+    args = parser.parse_args(arguments)
+    check_numbers(args)
     if args.resume:
         for name, value in vars(args).items():
             if name not in CHANGED_ON_RESUME and value != parser.get_default(name):
                 raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
     return args
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """ConfigError names the flag whose number is out of range."""
+    for name, value in vars(args).items():
+        if name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{_flag(name)} must be a number above 0, not {value}")
+    if not 0 <= args.seed < 1 << 63:
+        raise ConfigError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
 
 
 def _flag(name: str) -> str:
@@ -102,25 +137,38 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
     """Prepare the data when the default folder is missing, and lay out a fresh run folder."""
     if args.data == DEFAULT_OUT and not args.data.exists():
         prepare(DEFAULT_SOURCE, args.data)
-    data = load_data(args.data)
-    out = args.out or Path("runs") / f"{args.config}-{datetime.now():%Y%m%d-%H%M%S}"
+    data = load_data(args.data, verify=True)
+    config, progress = planned_run(args, data)
+    out = config.out
     if (out / LAST).exists():
         raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).exists()):
         raise ConfigError(f"{out} exists and is no run: choose another --out")
+    write_config(config, data.tokenizer_path)
+    return config, progress
+
+
+def usual_micro_size(batch_size: int) -> int:
+    """Canvases in a pass where nobody says: few, short of padding, on a CPU; on CUDA the whole batch."""
+    return batch_size if torch.cuda.is_available() else TrainConfig.micro_size
+
+
+def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig, Progress]:
+    """What these flags make of that data; nothing is written."""
     config = TrainConfig(
-        out=out,
+        out=args.out or Path("runs") / f"{args.config}-{datetime.now():%Y%m%d-%H%M%S}",
         data=args.data,
         steps=args.steps or TrainConfig.steps,
         minutes=args.minutes,
         batch_size=args.batch_size,
-        micro_size=args.micro_size or (args.batch_size if torch.cuda.is_available() else TrainConfig.micro_size),
+        micro_size=args.micro_size or usual_micro_size(args.batch_size),
         optimizer=args.optimizer,
         weighting=args.weighting,
         lr=args.lr,
         valid_every=args.valid_every,
         seed=args.seed,
         init=args.init,
+        init_work=work_behind(args.init) if args.init else None,
     )
     model = replace(
         config_named(args.config),
@@ -136,18 +184,24 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
         data_licence=data.meta.licence,
         data_stories=len(data.train),
     )
-    write_config(config, data)
     return config, progress
 
 
-def write_config(config: TrainConfig, data: DataFolder) -> None:
-    """Make the run folder, with its settings and tokenizer; ConfigError when it cannot be written."""
+def write_config(config: TrainConfig, tokenizer: Path | None = None) -> None:
+    """Write the settings into the run folder, at once or not at all, and the tokenizer beside them.
+
+    Raises ConfigError when it cannot be written.
+    """
+    file, partial = config.out / CONFIG_FILE, config.out / "config.partial"
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(data.tokenizer_path, config.out / TOKENIZER)
-        (config.out / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
+        partial.replace(file)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, config.out / TOKENIZER)
     except OSError as error:
-        raise ConfigError(f"--out {config.out} cannot be written: {error.strerror}") from None
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"the run folder {config.out} cannot be written: {error.strerror}") from None
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -165,9 +219,13 @@ def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
     last = find_checkpoint(args.resume, LAST)
     progress = read_progress(last)
     config = replace(read_config(args.resume), out=args.resume)
-    if args.steps is not None or args.minutes is not None:
-        config = replace(config, steps=args.steps or config.steps, minutes=args.minutes)
-    data = load_data(config.data)
+    data = load_data(config.data, verify=True)
     if data.meta.tokenizer_sha256 != progress.tokenizer_sha256:
         raise DataError(f"{config.data} has another tokenizer than the run {args.resume}: prepare its data again")
+    if len(data.train) != progress.data_stories:
+        raise DataError(f"{config.data} has {len(data.train)} stories, but the run {args.resume} was trained on "
+                        f"{progress.data_stories}: prepare its data again")  # fmt: skip
+    if args.steps is not None or args.minutes is not None:  # kept, so that a second resumption goes on towards it
+        config = replace(config, steps=args.steps or config.steps, minutes=args.minutes)
+        write_config(config)
     return config, progress

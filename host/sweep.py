@@ -131,5 +131,8 @@ def draw(path: Path, points: Sequence[Point], data: Judged) -> None:
     below.set_xlabel("passes a text")
     above.legend(fontsize=8, ncols=2)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        raise ConfigError(f"the picture {path} cannot be written: {error.strerror}") from None
     plt.close(figure)

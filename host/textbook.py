@@ -7,6 +7,7 @@ log.
 """
 
 import argparse
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,9 @@ from host.model import CONFIGS, ModelConfig, config_named, timestep_embedding
 from host.optim import learning_rate_factor
 from host.plots import plot_curves
 from host.progress import LOG_FILE, open_log, progress_bar
-from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, write_config
+from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, check_numbers, write_config
 from host.shards import DataFolder, load_data
-from shared.errors import ConfigError, run_main
+from shared.errors import ConfigError, DiffusionLLMError, run_main
 from shared.tokens import PAD
 
 DROPOUT: Final = 0.1
@@ -125,6 +126,8 @@ def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
             loop.optimizer.param_groups[0]["lr"] = rate
             started, worked = time.perf_counter(), time.process_time()
             loss, norm, of_step = loop.step(number)
+            if not math.isfinite(loss):
+                raise DiffusionLLMError(f"the loss became {loss} at step {number}; try a lower --lr")
             elapsed = time.perf_counter() - started
             tokens, seconds = tokens + of_step, seconds + elapsed
             processor_s += time.process_time() - worked
@@ -133,7 +136,7 @@ def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
             log((step, tokens, f"{seconds:.1f}", f"{loss:.4f}", "" if valid is None else f"{valid:.4f}",
                  f"{rate:.2e}", f"{norm:.3f}", f"{of_step / elapsed:.0f}", f"{processor_s:.1f}"))  # fmt: skip
             bar(step, seconds, loss, valid, of_step / elapsed)
-    plot_curves(config.out)
+        plot_curves(config.out)
 
 
 def main() -> None:
@@ -151,8 +154,7 @@ def main() -> None:
     parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="default: %(default)s steps")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     args = parser.parse_args()
-    if min(args.steps, args.valid_every, args.lr) <= 0 or args.seed < 0:
-        raise ConfigError("--steps, --valid-every and --lr must be above 0, and --seed at least 0")
+    check_numbers(args)
     if args.out.exists():
         raise ConfigError(f"{args.out} exists: choose another --out")
     data = load_data(args.data)
@@ -160,7 +162,7 @@ def main() -> None:
         args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, lr=args.lr,
         valid_every=args.valid_every, seed=args.seed,
     )  # fmt: skip
-    write_config(config, data)
+    write_config(config, data.tokenizer_path)
     train(config, replace(config_named(args.config), vocab_size=data.meta.vocab_size), data)
 
 

@@ -34,7 +34,15 @@ from host.optim import Ema, build_optimizers, learning_rate_factor
 from host.plots import plot_curves
 from host.progress import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
 from host.ranks import Ranks, joined_ranks
-from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, new_run, parse_arguments, resumed_run
+from host.runs import (
+    VALIDATION_DRAWS,
+    VALIDATION_SEED,
+    TrainConfig,
+    fraction_done,
+    new_run,
+    parse_arguments,
+    resumed_run,
+)
 from host.shards import DataFolder, Split, load_data
 from shared.errors import ConfigError, DataError, DiffusionLLMError, run_main
 
@@ -131,11 +139,12 @@ class Trainer:
         self._check_finite("loss", mean)
         if not self.scaler.is_enabled():  # a scaler meets infinite gradients now and then, and skips the step
             self._check_finite("gradient norm", norm)
-        factor = learning_rate_factor(self.fraction_done(), c.warmup)
+        factor = learning_rate_factor(fraction_done(c, self.progress), c.warmup)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = c.lr * factor
-            self.scaler.step(optimizer)
+            if math.isfinite(norm):  # or clipping has spoilt the gradients of all; a scaler looks at each one's own
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.ema.update(self.model, self.progress.step)
@@ -153,12 +162,6 @@ class Trainer:
         last = self.config.out / LAST
         good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved yet"
         raise NonFiniteLoss(f"the {name} became {value} at step {self.progress.step}; {good}; try a lower --lr")
-
-    def fraction_done(self) -> float:
-        """Part of the run behind us, by time when --minutes was given."""
-        if self.config.minutes is not None:
-            return min(1.0, self.progress.seconds / (60 * self.config.minutes))
-        return min(1.0, self.progress.step / self.config.steps)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -192,11 +195,12 @@ class Trainer:
             progress_bar(c.steps, minutes_total, self.ranks.first) as bar,
             self._preparer,
         ):
-            while not stopped and self.fraction_done() < 1.0:
+            while not stopped and fraction_done(c, self.progress) < 1.0:
                 started, worked = time.perf_counter(), time.process_time()
                 loss, norm, tokens = self.step()
                 # One clock and one decision for all processes, or they would part at the next exchange.
                 elapsed, stop = self.ranks.largest(time.perf_counter() - started, self.stopping)
+                (worked_s,) = self.ranks.sums(time.process_time() - worked)
                 stopped = stop > 0
                 p = self.progress
                 self.progress = replace(
@@ -204,9 +208,9 @@ class Trainer:
                     step=p.step + 1,
                     tokens_seen=p.tokens_seen + tokens,
                     seconds=p.seconds + elapsed,
-                    processor_seconds=p.processor_seconds + time.process_time() - worked,
+                    processor_seconds=p.processor_seconds + worked_s,
                 )
-                due = self.progress.step % c.valid_every == 0 or self.fraction_done() >= 1.0
+                due = self.progress.step % c.valid_every == 0 or fraction_done(c, self.progress) >= 1.0
                 valid = self.validate_and_save() if due else None
                 row: tuple[int | str, ...] = (
                        self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
@@ -216,10 +220,10 @@ class Trainer:
                 if self.wandb is not None:
                     self.wandb({k: float(v) for k, v in zip(LOG_COLUMNS, row, strict=True) if v != ""})
                 bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
-        self.stopping = stopped
-        self.save(LAST)
-        if self.ranks.first:
-            plot_curves(c.out)
+            self.stopping = stopped
+            self.save(LAST)
+            if self.ranks.first:
+                plot_curves(c.out)
 
     def validate_and_save(self) -> float:
         """Validate, keep the best apart, save the last, redraw the curves."""

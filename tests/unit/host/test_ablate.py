@@ -1,13 +1,15 @@
 """`python -m host.ablate`: equal budgets, one difference each, one table."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from host import ablate
+from host import ablate, train
 from host.ablate import VARIANTS, Row, print_table
 from host.checkpoint import LAST, read_progress
-from host.runs import read_config
+from host.runs import CONFIG_FILE, read_config
+from shared.errors import DiffusionLLMError
 from tests.commands import call, refusal
 
 
@@ -46,6 +48,34 @@ def test_two_variants_are_trained_measured_and_continued(
     assert table(3)[2:] == [muon, flat]  # what is there is measured again, not trained again
 
 
+def test_a_run_that_other_flags_made_is_no_row_of_the_table(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["--config", "debug", "--data", str(data), "--batch-size", "8"]
+    run = tmp_path / "defaults-0"
+    call(train.main, *shared, "--steps", 2, "--out", run)
+    again = ablate.train_command("defaults", 0, run, ["--steps", "2"], shared)
+    assert again == ["-m", "host.train", "--resume", str(run)]
+    flags = ["--only", "defaults", "--out", tmp_path]
+    for length, common, words in (
+        (3, [], "steps 2 instead of 3"),
+        (2, ["--lr", "0.1"], "lr 0.001 instead of 0.1"),
+        (2, ["--schedule", "cosine"], "schedule linear instead of cosine"),
+    ):
+        code, sentence = refusal(capsys, ablate.main, "--steps", length, *flags, "--", *shared, *common)
+        assert (code, sentence) == (78, f"{run} was trained with {words}: choose another --out")
+
+
+def test_a_run_that_was_stopped_is_no_row_of_the_table(data: Path, tmp_path: Path) -> None:
+    """A run that gets a signal by itself saves, and ends as if all were well."""
+    run = tmp_path / "run"
+    call(train.main, "--config", "debug", "--data", data, "--batch-size", 8, "--steps", 2, "--out", run)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"steps": 3}))
+    with pytest.raises(DiffusionLLMError, match="was stopped before its end; the same command goes on with it"):
+        ablate.train(run, ["-c", "pass"])
+
+
 def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([Row("a", [1.0, 2.0], [3.0, 3.0], 0.5, "c")])
     assert capsys.readouterr().out.splitlines()[-1] == "| a | 1.5000 ± 0.7071 | 3.0000 ± 0.0000 | 0.50 | `c` |"
@@ -55,6 +85,7 @@ def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) 
     ("flags", "code", "words"),
     [
         (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose of defaults, Muon"),
+        (["--steps", 3, "--", "--objective", "ar"], 78, "--objective ar does not go with an ablation"),
         (["--steps", 3, "--stories", 0], 78, "--stories must be at least 1, not 0"),
         (["--steps", 3, "--", "--data", "nowhere"], 1, "defaults-0 failed; its own message stands above"),
     ],

@@ -1,11 +1,15 @@
 """`python -m host.textbook` and `host.compare`: yardsticks at equal hours, charged for what they began with."""
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from host import compare, textbook, train
 from host.checkpoint import find_checkpoint, read_progress
@@ -50,6 +54,41 @@ def test_a_run_is_charged_for_the_one_it_began_with(runs: Path) -> None:
     assert [p.tokens for p in points] == [parent.tokens_seen + int(row["tokens"]) for row in logged]
 
 
+def test_what_a_run_began_with_stays_what_it_was(runs: Path, data: Path, tmp_path: Path) -> None:
+    """However long that one is trained afterwards, and when it is gone."""
+    parent, child = tmp_path / "ar", tmp_path / "ours"
+    common = ("--config", "debug", "--data", data, "--valid-every", 2, "--batch-size", 8)
+    shutil.copytree(runs / "ar", parent)
+    call(train.main, *common, "--steps", 2, "--init", parent, "--out", child)
+    before = compare.read_curve("ours", child)
+    assert before.points[0].processor_s > read_progress(find_checkpoint(runs / "ar")).processor_seconds
+    call(train.main, "--resume", parent, "--steps", 8)
+    assert compare.read_curve("ours", child) == before
+    shutil.rmtree(parent)
+    assert compare.read_curve("ours", child) == before
+
+
+def test_a_run_that_began_with_uncounted_hours_is_refused(
+    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As older versions trained it."""
+    parent, child = tmp_path / "ar", tmp_path / "ours"
+    shutil.copytree(runs / "ar", parent)
+    for file in parent.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        progress = json.loads(metadata["progress"])
+        del progress["processor_seconds"]
+        save_file(load_file(file), file, metadata=metadata | {"progress": json.dumps(progress)})
+    call(
+        train.main,
+        *("--config", "debug", "--data", data, "--batch-size", 8, "--steps", 2, "--init", parent, "--out", child),
+    )
+    code, sentence = refusal(capsys, compare.main, f"ours={child}")
+    assert code == 65
+    assert sentence == f"{child} began with a run that an older version trained, without counting its processor time"
+
+
 def test_bits_a_byte_at_a_time_lie_on_the_line_between_measurements() -> None:
     curve = Curve("c", [Point(10, 1, 4.0), Point(20, 2, 2.0)], 1)
     assert [curve.at(s) for s in (9, 10, 15, 20, 21)] == [None, 4.0, 3.0, 2.0, None]
@@ -87,7 +126,11 @@ def test_what_cannot_be_compared_is_refused(
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [(("--steps", 0), "must be above 0"), (("--out", "{runs}/textbook"), "exists: choose another --out")],
+    [
+        (("--steps", 0), "--steps must be a number above 0, not 0"),
+        (("--lr", "inf"), "--lr must be a number above 0, not inf"),
+        (("--out", "{runs}/textbook"), "exists: choose another --out"),
+    ],
 )
 def test_a_yardstick_that_cannot_be_trained_is_refused(
     runs: Path, data: Path, changed: tuple[object, ...], words: str, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import host.model
-from host.batches import Batch, make_batch
+from host import batches
+from host.batches import Batch, make_batch, story_indices
 from host.diffusion import Objective, Weighting, autoregressive_sums, corrupt, nelbo_sums, token_weight
 from host.loss import WeightedLoss
 from host.model import Denoiser, attend, config_named
@@ -166,3 +167,43 @@ def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
     print(f"gradients apart from float32: {error:.4f}, by the standard kernels {standard_error:.4f}")
     assert ours == pytest.approx(exact, rel=0.01) and standard == pytest.approx(exact, rel=0.01)
     assert error < 1.2 * standard_error < 0.05
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_pass_in_which_noise_has_masked_nothing_adds_nothing(fused: bool) -> None:
+    """A row alone, at a small t."""
+    model = network()
+    part = batch(micro_size=1).parts[0]
+    nothing = replace(
+        part,
+        at=part.at[:0],
+        target=part.target[:0],
+        weight=part.weight[:0],
+        ends_impossible=part.ends_impossible[:0],
+    )
+    loss, gradients = loss_and_gradients(model, Batch((nothing,), 1), fused)
+    assert loss == 0
+    assert not gradients.any()
+
+
+def test_fewer_stories_than_processes_leave_some_without_any() -> None:
+    shares = [
+        make_batch(stories(), 3, 5, 2, ROWS, "diffusion", "linear", share=(rank, 3)) for rank in range(3)
+    ]
+    assert [len(share.parts) for share in shares] == [1, 1, 0]
+    assert len({share.tokens for share in shares}) == 1
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two million stories, shuffling takes longer than a step."""
+    shuffled: list[tuple[int, ...]] = []
+
+    def generator(*key: int) -> np.random.Generator:
+        shuffled.append(key)
+        return np.random.default_rng(key)
+
+    monkeypatch.setattr(batches, "_generator", generator)
+    seen = np.concatenate([story_indices(987, step, 5, 20) for step in range(8)])
+    assert shuffled == [(987, 0, 0), (987, 0, 1)]
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20))
+    assert list(seen[:20]) != list(seen[20:])

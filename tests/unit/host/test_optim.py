@@ -41,6 +41,15 @@ def test_orthogonalizing_keeps_directions_and_evens_out_sizes(shape: tuple[int, 
     assert orthogonalize(torch.zeros(shape)).abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_size_of_a_gradient_does_not_matter(dtype: torch.dtype) -> None:
+    """Not in FP16 either, which has no numbers below 6e-8."""
+    torch.manual_seed(0)
+    matrix = torch.randn(32, 64)
+    exact, found = orthogonalize(matrix), orthogonalize(1e-8 * matrix, dtype)
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+
+
 def test_muon_moves_by_the_size_that_adamw_would() -> None:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(64, 256))

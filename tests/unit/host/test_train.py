@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from host import train
-from host.checkpoint import BEST, LAST, load_model, read_progress
+from host.checkpoint import BEST, LAST, Progress, load_model, read_progress
 from host.progress import LOG_COLUMNS, LOG_FILE
-from host.runs import CONFIG_FILE, new_run, parse_arguments
+from host.runs import CONFIG_FILE, TrainConfig, new_run, parse_arguments, resumed_run
 from host.shards import load_data
 from host.train import Trainer, mixed_precision_dtype
 from shared.manifest import TOKENIZER
@@ -48,6 +49,11 @@ def trainer(data: Path, out: Path, *more: object, kind: type[Trainer] = Trainer)
 
     call(make, *small(data, out, *more))
     return made[0]
+
+
+def resumed(run: Path, *more: object) -> tuple[TrainConfig, Progress]:
+    """What main() takes up."""
+    return resumed_run(parse_arguments(["--resume", str(run), *map(str, more)]))
 
 
 class StopsAtFive(Trainer):
@@ -244,3 +250,42 @@ def test_divergence_names_the_last_good_checkpoint(
     assert code == 1
     assert sentence == (f"the loss became nan at step 3; the last good checkpoint is {run / LAST}; try a lower --lr")
     assert (run / LAST).read_bytes() == before
+
+
+def test_an_infinite_gradient_in_half_precision_touches_no_weight(data: Path, tmp_path: Path) -> None:
+    """Of two optimizers, only one meets it; clipping by its norm would hand it to the other."""
+    one = trainer(data, tmp_path / "run", "--optimizer", "muon")
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    one.step()
+    before = {n: p.detach().clone() for n, p in one.model.named_parameters()}
+    weight = one.model.get_parameter("blocks.0.up.weight")
+    hook = weight.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
+    _, norm, _ = one.step()
+    assert not math.isfinite(norm)
+    assert all(torch.equal(p, before[n]) for n, p in one.model.named_parameters())
+    assert one.scaler.get_scale() == 512.0
+    hook.remove()
+    assert math.isfinite(one.step()[1])
+    assert not torch.equal(one.model.head.weight, before["head.weight"])
+
+
+def test_a_new_length_is_kept_for_the_next_resumption(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    call(train.main, *small(data, run, "--steps", 2))
+    for steps in ([], ["--steps", 9]):
+        config, progress = resumed(run, *steps)
+        longer = StopsAtFive(config, progress, load_data(data), CPU)
+        longer.resume()
+        longer.run()
+    assert read_progress(run / LAST).step == 5
+    call(train.main, "--resume", run)
+    assert read_progress(run / LAST).step == 9
+
+
+def test_a_run_of_a_processor_goes_on_where_a_scaler_is_needed(trained: Path) -> None:
+    config, progress = resumed(trained)
+    one = Trainer(config, progress, load_data(config.data), CPU)
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    one.resume()
+    assert one.progress.step == 60
+    assert one.scaler.get_scale() == 1024.0

@@ -12,7 +12,7 @@ import pytest
 from host import train
 from host.checkpoint import LAST, read_progress
 from host.data import prepare
-from host.progress import LOG_FILE
+from host.progress import LOG_FILE, read_log
 from host.runs import CONFIG_FILE
 from tests.commands import call, refusal, small, small_disk
 
@@ -60,7 +60,8 @@ def test_weights_that_do_not_fit_are_refused(
         (["--minutes", "nan"], 78, "--minutes must be a number above 0, not nan"),
         (["--batch-size", 0], 78, "--batch-size must be a number above 0, not 0"),
         (["--lr", "inf"], 78, "--lr must be a number above 0, not inf"),
-        (["--seed", -1], 78, "--seed must be at least 0, not -1"),
+        (["--seed", -1], 78, "--seed must be at least 0 and below 2**63, not -1"),
+        (["--seed", 2**63], 78, f"--seed must be at least 0 and below 2**63, not {2**63}"),
         (
             ["--resume", "{trained}", "--lr", 1],
             78,
@@ -163,6 +164,61 @@ def test_a_truncated_shard_stops_a_new_run_and_a_resumed_one(
         assert sentence.startswith(f"{shard} has {size - 1} bytes instead of {size}: prepare it again with ")
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_an_altered_shard_stops_a_new_run_and_a_resumed_one(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its size is right, its ids are not words of the vocabulary."""
+    copy, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data, copy)
+    shutil.copytree(trained, run)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(copy)}))
+    shard = copy / "train-00000.bin"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    for arguments in (["--resume", run, "--steps", 90], small(copy, tmp_path / "new")):
+        code, sentence = refusal(capsys, train.main, *arguments)
+        assert code == 65
+        assert sentence.startswith(f"{shard} was altered since it was written: prepare it again with ")
+    assert not (tmp_path / "new").exists()
+
+
+def test_resuming_on_another_number_of_stories_is_refused(
+    corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same sixteen stories, and so the same tokenizer, but fewer times."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(corpus.read_text().splitlines(keepends=True)[:200]))
+    prepare(str(fewer), tmp_path / "fewer", vocab_size=300)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "fewer")}))
+    code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
+    assert code == 65
+    assert "fewer has 198 stories, but the run" in sentence
+
+
+def test_a_log_line_that_a_full_disk_cut_off_is_dropped(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with (run / LOG_FILE).open("a") as log:
+        log.write("6,12")  # of step 61
+    call(train.main, "--resume", run, "--steps", 61)
+    assert [int(row["step"]) for row in read_log(run / LOG_FILE)] == list(range(1, 62))
+
+
+def test_a_disk_that_has_no_room_for_the_log_leaves_it_as_it_was(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with small_disk(1000):
+        code, sentence = refusal(capsys, train.main, "--resume", run)
+    assert (code, sentence) == (1, f"the run folder {run} cannot be written: File too large")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 @pytest.mark.parametrize(
