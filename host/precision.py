@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,7 +20,7 @@ from host.layer_error import LayerError, layer_errors
 from host.lint import slow_shapes, violations
 from host.model import Denoiser
 from host.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, stratified, trajectories
-from host.qdq import RANGES, activation_ranges, quantize_linears
+from host.qdq import RANGES, Range, activation_ranges, quantize_linears
 from host.quantize import SCHEMES, Scheme, quantize
 from host.scoring import Canvases, GraphScorer, input_names, step_feed
 from shared.errors import BundleError
@@ -106,31 +106,41 @@ def held_to(yardstick: Yardstick, graph: StepGraph, scheme: str, kept_float: Seq
     return Built(graph, parity, ms)
 
 
+Make = Callable[[Sequence[str]], StepGraph]
+"""Makes a quantized graph, given the layers to leave in float."""
+
+
 def first_to_pass(
-    make: Callable[[Sequence[str]], StepGraph], worst_first: Sequence[LayerError], scheme: str, yardstick: Yardstick
-) -> Built | None:
-    """Quantize every layer; while the gate is missed, leave 1, 2, 4 … of the worst layers in float, at most half."""
+    schemes: Mapping[str, Make], worst_first: Sequence[LayerError], yardstick: Yardstick, target: str
+) -> list[Built]:
+    """Quantize every layer by every scheme; while none passes the gate, leave 1, 2, 4 … of the worst layers in float.
+
+    → those that pass; BundleError when none does with half of the layers in float
+    """
     count = 0
     while count <= len(worst_first) // 2:
         kept = [error.layer for error in worst_first[:count]]
-        built = held_to(yardstick, make(kept), scheme, kept)
-        if passes(built.parity):
+        tried = [held_to(yardstick, make(kept), scheme, kept) for scheme, make in schemes.items()]
+        if passing := [built for built in tried if passes(built.parity)]:
             if kept:
                 print(f"left in float: {', '.join(kept)}")
-            return built
+            return passing
         count = 2 * count or 1
-    return None
+    raise BundleError(
+        f"no INT8 scheme for {target} reaches {GATE}, even with half of the layers in float; nothing was written: "
+        "train longer, or leave out --int8"
+    )
 
 
 def cpu_int8(yardstick: Yardstick, top_k: int, worst_first: Sequence[LayerError]) -> Built:
-    """The fastest of ONNX Runtime's schemes that passes the gate; BundleError when none does."""
+    """The fastest of ONNX Runtime's schemes that pass the gate; BundleError when none does."""
 
-    def made_by(scheme: Scheme) -> Callable[[Sequence[str]], StepGraph]:
+    def made_by(scheme: Scheme) -> Make:
         whole = cpu_graph(yardstick.model, top_k, whole_attention=scheme == "dynamic")
         return lambda kept: StepGraph(quantize(whole, scheme, yardstick.calibration, kept), "int8", "cpu")
 
-    found = [first_to_pass(made_by(scheme), worst_first, scheme, yardstick) for scheme in SCHEMES]
-    return min(_passing(found, "CPU"), key=lambda built: built.step_ms)
+    passing = first_to_pass({scheme: made_by(scheme) for scheme in SCHEMES}, worst_first, yardstick, "CPU")
+    return min(passing, key=lambda built: built.step_ms)
 
 
 def cuda_int8(yardstick: Yardstick, fp16: onnx.ModelProto, worst_first: Sequence[LayerError]) -> Built:
@@ -139,24 +149,12 @@ def cuda_int8(yardstick: Yardstick, fp16: onnx.ModelProto, worst_first: Sequence
     Speed decides nothing here: this machine's says nothing about a GPU's.
     """
     ranges = activation_ranges(fp16, yardstick.calibration)
-    found = [
-        first_to_pass(
-            lambda kept, rule=rule: StepGraph(quantize_linears(fp16, ranges[rule], kept), "int8", "cuda"),  # type: ignore[misc]
-            worst_first, rule, yardstick,
-        )
-        for rule in RANGES
-    ]  # fmt: skip
-    return max(_passing(found, "CUDA"), key=lambda built: (-len(built.parity.kept_float), built.parity.top1_agreement))
 
+    def made_by(rule: Range) -> Make:
+        return lambda kept: StepGraph(quantize_linears(fp16, ranges[rule], kept), "int8", "cuda")
 
-def _passing(found: Sequence[Built | None], target: str) -> list[Built]:
-    passing = [built for built in found if built is not None]
-    if not passing:
-        raise BundleError(
-            f"no INT8 scheme for {target} reaches {GATE}, even with half of the layers in float; nothing was written: "
-            "train longer, or leave out --int8"
-        )
-    return passing
+    passing = first_to_pass({rule: made_by(rule) for rule in RANGES}, worst_first, yardstick, "CUDA")
+    return max(passing, key=lambda built: built.parity.top1_agreement)
 
 
 def build(wanted: Wanted, yardstick: Yardstick) -> tuple[list[StepGraph], list[Parity], str]:
