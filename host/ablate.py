@@ -25,7 +25,7 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "defaults": (),
     "Muon": ("--optimizer", "muon"),
     "cosine schedule": ("--schedule", "cosine"),
-    "flat weighting": ("--weighting", "flat"),
+    "NELBO weighting": ("--weighting", "nelbo"),
     "time input": ("--time-input",),
 }
 """Flags of host.train that each variant adds. Averaged and raw weights are two columns of every row."""

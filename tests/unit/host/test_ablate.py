@@ -27,25 +27,25 @@ def test_two_variants_are_trained_measured_and_continued(
         capfd.readouterr()
         call(
             ablate.main,
-            *("--steps", steps, "--only", "Muon", "flat weighting", "--stories", 4, "--out", tmp_path),
+            *("--steps", steps, "--only", "Muon", "NELBO weighting", "--stories", 4, "--out", tmp_path),
             *("--", "--config", "debug", "--data", data, "--batch-size", 8),
         )
         lines = capfd.readouterr().out.splitlines()
         assert sum(line.startswith("$ python -m host.train ") for line in lines) == 2
         return [line.split(" | ") for line in lines if line.startswith("| ")]
 
-    head, rule, muon, flat = table(3)
+    head, rule, muon, nelbo = table(3)
     assert head[0] == "| variant" and set(rule[0]) <= set("| -")
-    assert (muon[0], flat[0]) == ("| Muon", "| flat weighting")
+    assert (muon[0], nelbo[0]) == ("| Muon", "| NELBO weighting")
     assert (
-        f"`python -m host.train --config debug --data {data} --batch-size 8 --weighting flat --steps 3` |" == flat[-1]
+        f"`python -m host.train --config debug --data {data} --batch-size 8 --weighting nelbo --steps 3` |" == nelbo[-1]
     )
-    assert muon[3] == flat[3]  # as many tokens
-    assert all(float(cell) > 0 for row in (muon, flat) for cell in row[1:3])
+    assert muon[3] == nelbo[3]  # as many tokens
+    assert all(float(cell) > 0 for row in (muon, nelbo) for cell in row[1:3])
     assert muon[1] != muon[2]  # averaged weights are not the raw ones
-    assert read_config(tmp_path / "flat-weighting-0").weighting == "flat"
+    assert read_config(tmp_path / "nelbo-weighting-0").weighting == "nelbo"
     assert read_progress(tmp_path / "muon-0" / LAST).step == 3
-    assert table(3)[2:] == [muon, flat]  # what is there is measured again, not trained again
+    assert table(3)[2:] == [muon, nelbo]  # what is there is measured again, not trained again
 
 
 def test_a_run_that_other_flags_made_is_no_row_of_the_table(

@@ -79,6 +79,22 @@ def test_cpu_graph_reduces_exactly(name: str, every: int, whole_attention: bool)
         np.testing.assert_allclose(logp, np.sort(expected, 1)[:, ::-1][:, :K], atol=2e-5)
 
 
+def test_of_equal_scores_the_lower_id_comes_first() -> None:
+    """Two words for each place in the vocabulary, half of it apart."""
+    model, half = untrained(CONFIGS["debug"])[0], CONFIGS["debug"].vocab_size // 2
+    with torch.no_grad():
+        for parameter in (model.head.weight, model.head.bias):
+            parameter[half + FIRST_TEXT_ID :] = parameter[FIRST_TEXT_ID:half]
+    canvas = canvases()[0]
+    feed = {"canvas": canvas[None], "t": np.array([0.4], np.float32)}
+    wanted = np.flatnonzero(canvas == MASK).astype(np.int32)
+    ids, logp, _ = session(cpu_graph(model, K)).run(None, feed | {"wanted": wanted})
+    first = (ids[:, :-1] >= FIRST_TEXT_ID) & (ids[:, :-1] < half)  # the last candidate's twin may be cut off
+    assert first.sum() > 10 * len(wanted)
+    np.testing.assert_array_equal(ids[:, 1:][first], ids[:, :-1][first] + half)
+    np.testing.assert_array_equal(logp[:, 1:][first], logp[:, :-1][first])
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_batched_rows_of_the_cuda_graph_do_not_see_each_other(name: str) -> None:
     model = NETWORKS[name]
