@@ -40,8 +40,6 @@ def test_an_interrupted_installation_is_finished_by_the_next(device: Machine) ->
     assert "runs already" not in done and " runs; " in done and device.show("MainPID") != process
     assert before.name in {path.name for path in (device.root / "opt/edgelm/releases").iterdir()}
     assert "runs already" in device.run(INSTALL, environment=OFFLINE).stdout
-    device.run("rm", "/srv/checkout/edge/interrupted.py")
-    device.run(INSTALL, environment=OFFLINE)
 
 
 def test_a_dry_run_changes_nothing(device: Machine) -> None:
