@@ -29,8 +29,8 @@ from shared.messages import GenerateRequest, HealthRequest, Response, encode
 
 PROMPT: Final = "Once upon a time"
 STEPS: Final = 16
-REQUESTS: Final = 64
-SHORT_REQUESTS: Final = 9
+REQUESTS: Final = 32
+SHORT_REQUESTS: Final = 5
 HEALTH_EVERY_S: Final = 0.01
 SETTLE_S: Final = 0.2
 """Until everybody is at work."""
