@@ -74,7 +74,9 @@ def measure_training(
         for loop in (ours, textbook):  # buffers, kernels, clocks
             loop()
         rates: list[tuple[float, float]] = [(_rate(ours, device), _rate(textbook, device)) for _ in range(steps)]
-        batches = [trainer.batch_at(data.train, settings.seed, step, settings.batch_size) for step in range(1, 1 + steps)]
+        batches = [
+            trainer.batch_at(data.train, settings.seed, step, settings.batch_size) for step in range(1, 1 + steps)
+        ]
     our_rate, their_rate = (statistics.median(column) for column in zip(*rates, strict=True))
     return TrainSpeed(
         config=config.name,

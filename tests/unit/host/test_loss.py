@@ -187,9 +187,7 @@ def test_a_pass_in_which_noise_has_masked_nothing_adds_nothing(fused: bool) -> N
 
 
 def test_fewer_stories_than_processes_leave_some_without_any() -> None:
-    shares = [
-        make_batch(stories(), 3, 5, 2, ROWS, "diffusion", "linear", share=(rank, 3)) for rank in range(3)
-    ]
+    shares = [make_batch(stories(), 3, 5, 2, ROWS, "diffusion", "linear", share=(rank, 3)) for rank in range(3)]
     assert [len(share.parts) for share in shares] == [1, 1, 0]
     assert len({share.tokens for share in shares}) == 1
 
