@@ -15,6 +15,7 @@ from host.data import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.diffusion import Weighting
 from host.model import CONFIGS, config_named
 from host.optim import OptimizerName
+from host.progress import LOG_FILE, read_log
 from host.shards import DataFolder, load_data
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER
@@ -144,6 +145,8 @@ def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
         raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).exists()):
         raise ConfigError(f"{out} exists and is no run: choose another --out")
+    if (out / LOG_FILE).exists() and any(row["valid"] for row in read_log(out / LOG_FILE)):  # of a yardstick
+        raise ConfigError(f"{out} holds the log of a run that saved no weights: choose another --out")
     write_config(config, data.tokenizer_path)
     return config, progress
 

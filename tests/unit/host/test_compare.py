@@ -141,3 +141,15 @@ def test_a_yardstick_that_cannot_be_trained_is_refused(
     )
     assert code == 78
     assert words in sentence
+
+
+def test_a_run_does_not_write_over_the_log_of_a_yardstick(
+    runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (runs / "textbook" / "log.csv").read_bytes()
+    code, sentence = refusal(
+        capsys, train.main, "--config", "debug", "--data", data, "--steps", 1, "--out", runs / "textbook"
+    )
+    assert code == 78
+    assert sentence == f"{runs / 'textbook'} holds the log of a run that saved no weights: choose another --out"
+    assert (runs / "textbook" / "log.csv").read_bytes() == before

@@ -19,6 +19,7 @@ from host.sample_many import open_canvas, sample_autoregressive, sample_many
 from host.sampler import Settings, sample
 from host.shards import load_data
 from host.untrained import untrained
+from shared.errors import ConfigError
 from shared.manifest import TOKENIZER, Figure
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
 from tests.commands import call, refusal, small
@@ -176,6 +177,14 @@ def test_a_sweep_prints_one_table_and_draws_one_picture(
     assert matplotlib.image.imread(run / sweep.PICTURE).std() > 0.05
 
 
+def test_a_picture_that_cannot_be_written_is_one_sentence(trained: Path, judge_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / sweep.PICTURE).mkdir()
+    with pytest.raises(ConfigError, match=r"^the picture .*sweep\.png cannot be written: Is a directory$"):
+        sweep.sweep(run, judge_run, None, 1, sweep.grid((2,), (1.0,), (), ())[:1])
+
+
 def test_the_sweep_goes_from_4_to_256_steps() -> None:
     assert {s.settings.steps for s in sweep.grid() if s.rule == "random"} == {4, 8, 16, 32, 64, 128, 256}
 
@@ -227,3 +236,13 @@ def test_a_judge_of_another_tokenizer_is_refused(
     code, sentence = refusal(capsys, evaluate.main, "--samples", run, "--judge", judge_run)
     assert code == 65
     assert sentence.startswith(f"{judge_run} cannot judge these samples: its tokenizer is another one than ")
+
+
+def test_a_judge_without_its_tokenizer_is_refused(
+    trained: Path, judge_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(judge_run, judge)
+    (judge / TOKENIZER).unlink()
+    code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--judge", judge)
+    assert (code, sentence) == (65, f"{judge} cannot judge: its {TOKENIZER} is missing")
