@@ -69,8 +69,10 @@ def work_behind(run: Path) -> Work:
     """What the weights cost that another run would begin with; DataError when `run` holds none."""
     progress = read_progress(find_checkpoint(run))
     before, spent_s = work_before(read_config(run)), progress.processor_seconds
-    counted = before.processor_seconds is not None and (spent_s > 0 or progress.step == 0)
-    return Work(before.processor_seconds + spent_s if counted else None, before.tokens + progress.tokens_seen)
+    tokens = before.tokens + progress.tokens_seen
+    if before.processor_seconds is None or (progress.step and not spent_s):
+        return Work(None, tokens)
+    return Work(before.processor_seconds + spent_s, tokens)
 
 
 def work_before(config: TrainConfig) -> Work:

@@ -14,6 +14,8 @@ from host.checkpoint import LAST, read_progress
 from host.data import prepare
 from host.progress import LOG_FILE, read_log
 from host.runs import CONFIG_FILE
+from host.shards import DATA_FILE
+from shared.manifest import TOKENIZER, sha256_of
 from tests.commands import call, refusal, small, small_disk
 
 
@@ -187,12 +189,15 @@ def test_an_altered_shard_stops_a_new_run_and_a_resumed_one(
 def test_resuming_on_another_number_of_stories_is_refused(
     corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same sixteen stories, and so the same tokenizer, but fewer times."""
+    """The same tokenizer, put there by hand: one learnt from other stories is refused before."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(corpus.read_text().splitlines(keepends=True)[:200]))
     prepare(str(fewer), tmp_path / "fewer", vocab_size=300)
+    shutil.copyfile(trained / TOKENIZER, tmp_path / "fewer" / TOKENIZER)
+    meta = json.loads((tmp_path / "fewer" / DATA_FILE).read_text())
+    (tmp_path / "fewer" / DATA_FILE).write_text(json.dumps(meta | {"tokenizer_sha256": sha256_of(trained / TOKENIZER)}))
     config = json.loads((run / CONFIG_FILE).read_text())
     (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "fewer")}))
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
