@@ -54,12 +54,23 @@ def test_every_name_that_we_use_is_there(version: str) -> None:
     assert used() - names == set()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)  # seconds on an idle machine
 @pytest.mark.parametrize("version", ["12.9.10", "13.5.0"])
 def test_the_tests_for_a_gpu_pass_on_an_emulated_driver(version: str, tmp_path: Path) -> None:
     """What pip gives a Jetson with JetPack 6, and one with JetPack 7. Only TensorRT itself must be skipped."""
     build_driver(tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--import-mode=importlib",
+        "-o",
+        "timeout=500",
+    ]
     few = ["tests/gpu", "-k", "test_backend_on_gpu or random or nucleus"]
     settings = environment(version, LD_LIBRARY_PATH=str(tmp_path), OMP_NUM_THREADS="1")
     done = subprocess.run([*command, *few], cwd=ROOT, env=settings, capture_output=True, text=True)
