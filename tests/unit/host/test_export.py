@@ -54,7 +54,7 @@ def test_flags_choose_the_graphs(
     assert {p.name for p in out.iterdir()} == {MANIFEST, TOKENIZER, *(file for file, _, _ in graphs)}
     for graph in manifest.graphs:
         verified_bytes(out, graph.file, graph.sha256)
-        assert [value.name for value in graph.inputs] == ["canvas", "t"]
+        assert [value.name for value in graph.inputs] == ["canvas", "t", "wanted"][: 3 if graph.target == "cpu" else 2]
     runs_here = any(target == "cpu" for _, _, target in graphs)
     assert ("python -m edge.generate --bundle" in capsys.readouterr().out) == runs_here
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
