@@ -143,6 +143,16 @@ def test_a_yardstick_that_cannot_be_trained_is_refused(
     assert words in sentence
 
 
+def test_a_yardstick_that_diverges_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, sentence = refusal(
+        capsys,
+        textbook.main,
+        *("--config", "debug", "--data", data, "--steps", 9, "--lr", 1e30, "--out", tmp_path / "run"),
+    )
+    assert code == 1
+    assert sentence.startswith("the loss became nan at step ")
+
+
 def test_a_run_does_not_write_over_the_log_of_a_yardstick(
     runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
