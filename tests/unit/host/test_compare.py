@@ -61,7 +61,7 @@ def test_what_a_run_began_with_stays_what_it_was(runs: Path, data: Path, tmp_pat
     shutil.copytree(runs / "ar", parent)
     call(train.main, *common, "--steps", 2, "--init", parent, "--out", child)
     before = compare.read_curve("ours", child)
-    assert before.points[0].processor_s >= read_progress(find_checkpoint(runs / "ar")).processor_seconds > 0
+    assert before.points[0].processor_s >= read_progress(find_checkpoint(runs / "ar")).processor_seconds
     call(train.main, "--resume", parent, "--steps", 8)
     assert compare.read_curve("ours", child) == before
     shutil.rmtree(parent)
@@ -141,6 +141,16 @@ def test_a_yardstick_that_cannot_be_trained_is_refused(
     )
     assert code == 78
     assert words in sentence
+
+
+def test_a_yardstick_that_diverges_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, sentence = refusal(
+        capsys,
+        textbook.main,
+        *("--config", "debug", "--data", data, "--steps", 9, "--lr", 1e30, "--out", tmp_path / "run"),
+    )
+    assert code == 1
+    assert sentence.startswith("the loss became nan at step ")
 
 
 def test_a_run_does_not_write_over_the_log_of_a_yardstick(

@@ -15,7 +15,7 @@ from host.data import prepare
 from host.progress import LOG_FILE, read_log
 from host.runs import CONFIG_FILE
 from host.shards import DATA_FILE
-from shared.manifest import TOKENIZER, sha256_of
+from shared.manifest import sha256_of
 from tests.commands import call, refusal, small, small_disk
 
 
@@ -187,19 +187,19 @@ def test_an_altered_shard_stops_a_new_run_and_a_resumed_one(
 
 
 def test_resuming_on_another_number_of_stories_is_refused(
-    corpus: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same tokenizer, put there by hand: one learnt from other stories is refused before."""
-    run = tmp_path / "run"
+    """By a tokenizer that is the same."""
+    run, fewer = tmp_path / "run", tmp_path / "fewer"
     shutil.copytree(trained, run)
-    fewer = tmp_path / "fewer.jsonl"
-    fewer.write_text("".join(corpus.read_text().splitlines(keepends=True)[:200]))
-    prepare(str(fewer), tmp_path / "fewer", vocab_size=300)
-    shutil.copyfile(trained / TOKENIZER, tmp_path / "fewer" / TOKENIZER)
-    meta = json.loads((tmp_path / "fewer" / DATA_FILE).read_text())
-    (tmp_path / "fewer" / DATA_FILE).write_text(json.dumps(meta | {"tokenizer_sha256": sha256_of(trained / TOKENIZER)}))
+    shutil.copytree(data, fewer)
+    shard = fewer / "train-00000.bin"
+    os.truncate(shard, shard.stat().st_size // 2)
+    meta = json.loads((fewer / DATA_FILE).read_text())
+    meta["train"]["shards"][0] |= {"stories": 198, "sha256": sha256_of(shard)}
+    (fewer / DATA_FILE).write_text(json.dumps(meta))
     config = json.loads((run / CONFIG_FILE).read_text())
-    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "fewer")}))
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(fewer)}))
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
     assert code == 65
     assert "fewer has 198 stories, but the run" in sentence
