@@ -105,7 +105,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     socket: Path = field(default_factory=default_socket)
     socket_group: Text | None = None
     state: Path = field(default_factory=default_state)
-    backend: Text = "ort"
+    backend: Text = "auto"
     threads: Annotated[int, Meta(ge=0, le=256)] = 0
     queue_size: Annotated[int, Meta(ge=1, le=1024)] = 32
     drain_s: Annotated[float, Meta(ge=0, le=600)] = 20.0

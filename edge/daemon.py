@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file (default: none, or $EDGELM_CONFIG)")
     parser.add_argument("--bundle", metavar="DIR", help="bundle to serve (default: the shipped one)")
     parser.add_argument("--socket", metavar="PATH", help="Unix socket to listen on")
-    parser.add_argument("--backend", metavar="NAME", help="what runs the model (default: ort)")
+    parser.add_argument("--backend", metavar="NAME", help="what runs the model (default: auto)")
     parser.add_argument("--mqtt", metavar="HOST[:PORT]", help="broker to serve as well (default: none)")
     args = parser.parse_args(argv)
     given = {key: value for key in ("bundle", "socket", "backend") if (value := getattr(args, key)) is not None}

@@ -69,7 +69,7 @@ def cache_folders() -> tuple[Path, ...]:
     systemd's CacheDirectory= sets CACHE_DIRECTORY.
     """
     own = os.environ.get("CACHE_DIRECTORY", "").split(":")[0]
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgelm"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "/"), ".cache")) / "edgelm"
     return (*((Path(own),) if own else ()), SYSTEM_CACHE, user)
 
 
@@ -90,6 +90,17 @@ def find(facts: Facts, folders: tuple[Path, ...]) -> Path | None:
     """The folder of a built engine, if there is one that this user may read."""
     places = (folder / facts.key for folder in folders)
     return next((place for place in places if os.access(place / ENGINE, os.R_OK)), None)
+
+
+def any_built(folders: tuple[Path, ...]) -> bool:
+    """Whether some engine is there that this user may read; it need not be this bundle's."""
+    for folder in folders:
+        try:
+            if any(os.access(place / ENGINE, os.R_OK) for place in folder.iterdir()):
+                return True
+        except OSError:  # not there, or not ours
+            continue
+    return False
 
 
 def load(place: Path) -> Built:

@@ -1,5 +1,6 @@
 """What runs the step graph: a protocol of few methods, and an explicit table of its implementations."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DiffusionLLMError
 from shared.manifest import Manifest
 
 if TYPE_CHECKING:
     from edge.unmask import Row
+
+log = logging.getLogger("edgelm")
 
 
 class StepResult(NamedTuple):
@@ -95,7 +98,22 @@ def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> 
     return trt.load(folder, manifest, argument)
 
 
+def _load_auto(folder: Path, manifest: Manifest, threads: int, argument: str) -> AnyBackend:
+    """The GPU once `edge.build` has made an engine there; when that no longer fits, a device must go on serving."""
+    from edge import engines
+
+    if argument:
+        raise ConfigError(f"backend 'auto' takes no argument; found {argument!r} behind its colon")
+    if engines.any_built(engines.cache_folders()):
+        try:
+            return _load_trt(folder, manifest, threads, "")
+        except DiffusionLLMError as error:
+            log.warning("the GPU cannot be used, and the CPU serves: %s", error)
+    return _load_ort(folder, manifest, threads, "")
+
+
 _LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {
+    "auto": _load_auto,
     "ort": _load_ort,
     "trt": _load_trt,
     "fake": _load_fake,
@@ -103,8 +121,8 @@ _LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {
 
 
 def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
-    """The backend of that name, warmed up: "ort", "trt" ("trt:pycuda" takes its memory from pycuda), or "fake"
-    ("fake:20" takes 20 ms a step).
+    """The backend of that name, warmed up: "ort", "trt" ("trt:pycuda" takes its memory from pycuda), "auto" (trt where
+    an engine was built, else ort), or "fake" ("fake:20" takes 20 ms a step).
 
     threads: how many to compute with on the CPU; 0 takes every processor this process may use.
     """

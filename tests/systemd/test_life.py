@@ -74,7 +74,7 @@ def test_a_client_starts_the_service_through_its_socket(device: Machine) -> None
 
 def test_a_reload_reads_the_settings_again(device: Machine, settings: Path) -> None:
     process, text = device.show("MainPID"), ask(device)["text"]
-    settings.write_text(settings.read_text().replace('# backend = "ort"', 'backend = "fake"'))
+    settings.write_text(settings.read_text().replace('# backend = "auto"', 'backend = "fake"'))
     device.run("systemctl", "reload", "edgelm.service")
     device.until(lambda: ask(device)["text"] != text, "another model to answer")
     assert device.show("MainPID") == process

@@ -13,7 +13,9 @@ import pytest
 from msgspec.structs import replace
 from onnx import helper, numpy_helper
 
+from edge import engines
 from edge.backends import Backend, LoopBackend, load_backend
+from edge.backends.ort import OrtBackend
 from edge.engine import Engine
 from shared.errors import ConfigError
 from shared.manifest import MANIFEST, read_manifest, sha256_of
@@ -26,6 +28,20 @@ def loaded(bundle: Path, name: str) -> Backend:
     backend = load_backend(name, bundle, read_manifest(bundle), threads=1)
     assert not isinstance(backend, LoopBackend)
     return backend
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["no engine", "an engine without its GPU"])
+def test_auto_takes_the_processor_where_the_gpu_cannot_be_used(
+    debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, built: bool
+) -> None:
+    monkeypatch.setattr(engines, "cache_folders", lambda: (tmp_path / "none", tmp_path))
+    if built:
+        (tmp_path / "key").mkdir()
+        (tmp_path / "key" / engines.ENGINE).write_bytes(b"")
+    backend = load_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
+    assert isinstance(backend, OrtBackend)
+    assert ("the GPU cannot be used, and the CPU serves: " in caplog.text) == built
+    backend.close()
 
 
 @pytest.mark.parametrize("name", ["ort", "fake"])
@@ -131,7 +147,7 @@ def test_a_graph_of_before_still_runs(exported: Exported, tmp_path: Path) -> Non
 
 
 def test_an_unknown_backend_is_named_with_those_there_are(debug_bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown backend 'tpu': choose one of ort, trt, fake"):
+    with pytest.raises(ConfigError, match="unknown backend 'tpu': choose one of auto, ort, trt, fake"):
         loaded(debug_bundle, "tpu")
 
 

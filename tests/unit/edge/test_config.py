@@ -28,7 +28,7 @@ def write(folder: Path, text: str) -> Path:
 def test_nothing_said_means_defaults() -> None:
     config = load_config(environ={})
     assert config == Config()
-    assert (config.backend, config.threads, config.queue_size) == ("ort", 0, 32)
+    assert (config.backend, config.threads, config.queue_size) == ("auto", 0, 32)
     assert config.mqtt.host is None
 
 
