@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a real bundle of the debug configuration, untrained."""
 
 import os
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from host.untrained import untrained
 from tests.emulator import Emulator, build
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
+
+# A suite run in the background may be told to ignore these, and its children would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # No deadline: a busy machine is no failure. No database: a test leaves nothing behind. Same commit, same examples.
 hypothesis.settings.register_profile("suite", database=None, deadline=None, derandomize=True)
