@@ -105,6 +105,7 @@ def _open(file: Path, content: bytes, threads: int, profile: Path | None = None)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_free_dimension_override_by_name("batch", 1)
+    options.enable_mem_pattern = False  # it keeps a plan for every pair of length and number wanted, for good
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
