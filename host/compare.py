@@ -10,6 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
+from host.plots import save_picture
 from host.progress import LOG_FILE, read_log
 from host.runs import read_config, work_before
 from host.shards import DataMeta, load_data
@@ -113,12 +114,7 @@ def draw(path: Path, curves: list[Curve]) -> None:
     left.set_xlabel("processor-hours")
     right.set_xlabel("epochs")
     left.legend()
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise ConfigError(f"--out {path} cannot be written: {error.strerror}") from None
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def main() -> None:

@@ -1,8 +1,13 @@
-"""Curves of a run as PNG."""
+"""Pictures as PNG: the curves of a run, and how any picture is saved."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from host.progress import LOG_FILE, read_log
+from shared.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_curves(run: Path) -> None:
@@ -33,4 +38,16 @@ def plot_curves(run: Path) -> None:
     below.set_xlabel("million tokens")
     figure.tight_layout()
     figure.savefig(run / "curves.png", dpi=100)
+    plt.close(figure)
+
+
+def save_picture(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG and forget it; ConfigError when it cannot be written."""
+    from matplotlib import pyplot as plt
+
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        raise ConfigError(f"the picture {path} cannot be written: {error.strerror}") from None
     plt.close(figure)

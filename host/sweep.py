@@ -12,6 +12,7 @@ import torch
 
 from host.checkpoint import find_checkpoint, load_model
 from host.judge import Judge, Judged, length_distance
+from host.plots import save_picture
 from host.precision import TOP_K
 from host.sample_many import sample_many
 from host.sampler import Settings
@@ -130,9 +131,4 @@ def draw(path: Path, points: Sequence[Point], data: Judged) -> None:
     below.set_ylabel("unigram entropy, bits")
     below.set_xlabel("passes a text")
     above.legend(fontsize=8, ncols=2)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise ConfigError(f"the picture {path} cannot be written: {error.strerror}") from None
-    plt.close(figure)
+    save_picture(figure, path)

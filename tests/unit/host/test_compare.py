@@ -111,7 +111,7 @@ def test_the_textbook_learns(data: Path) -> None:
         (["runs/ours"], 78, "'runs/ours' is not NAME=RUN, for instance ours=runs/tinystories"),
         (["ours=nowhere"], 65, "nowhere/config.json cannot be read"),
         (["old={tmp}"], 65, "log.csv counts no processor time: it was written by an older version"),
-        (["ours={runs}/ours", "--out", "nowhere/a.png"], 78, "--out nowhere/a.png cannot be written"),
+        (["ours={runs}/ours", "--out", "nowhere/a.png"], 78, "the picture nowhere/a.png cannot be written"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

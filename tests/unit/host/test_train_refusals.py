@@ -148,14 +148,20 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(trained: P
     assert read_progress(run / LAST).step == 61
 
 
-def test_a_truncated_shard_stops_a_new_run_and_a_resumed_one(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy, run = tmp_path / "data", tmp_path / "run"
+def copied(data: Path, trained: Path, folder: Path) -> tuple[Path, Path]:
+    """Data to spoil, and the run that is trained on it.  → data folder, run folder"""
+    copy, run = folder / "data", folder / "run"
     shutil.copytree(data, copy)
     shutil.copytree(trained, run)
     config = json.loads((run / CONFIG_FILE).read_text())
     (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(copy)}))
+    return copy, run
+
+
+def test_a_truncated_shard_stops_a_new_run_and_a_resumed_one(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, run = copied(data, trained, tmp_path)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     shard = copy / "train-00000.bin"
     size = shard.stat().st_size
@@ -172,11 +178,7 @@ def test_an_altered_shard_stops_a_new_run_and_a_resumed_one(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its size is right, its ids are not words of the vocabulary."""
-    copy, run = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(data, copy)
-    shutil.copytree(trained, run)
-    config = json.loads((run / CONFIG_FILE).read_text())
-    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(copy)}))
+    copy, run = copied(data, trained, tmp_path)
     shard = copy / "train-00000.bin"
     shard.write_bytes(b"\xff" * shard.stat().st_size)
     for arguments in (["--resume", run, "--steps", 90], small(copy, tmp_path / "new")):
@@ -190,19 +192,15 @@ def test_resuming_on_another_number_of_stories_is_refused(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By a tokenizer that is the same."""
-    run, fewer = tmp_path / "run", tmp_path / "fewer"
-    shutil.copytree(trained, run)
-    shutil.copytree(data, fewer)
+    fewer, run = copied(data, trained, tmp_path)
     shard = fewer / "train-00000.bin"
     os.truncate(shard, shard.stat().st_size // 2)
     meta = json.loads((fewer / DATA_FILE).read_text())
     meta["train"]["shards"][0] |= {"stories": 198, "sha256": sha256_of(shard)}
     (fewer / DATA_FILE).write_text(json.dumps(meta))
-    config = json.loads((run / CONFIG_FILE).read_text())
-    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(fewer)}))
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
     assert code == 65
-    assert "fewer has 198 stories, but the run" in sentence
+    assert "data has 198 stories, but the run" in sentence
 
 
 def test_a_log_line_that_a_full_disk_cut_off_is_dropped(trained: Path, tmp_path: Path) -> None:
