@@ -14,21 +14,18 @@ from host.model import Denoiser
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
 
-def cpu_graph(model: Denoiser, top_k: int, whole_attention: bool = True) -> onnx.ModelProto:
+def cpu_graph(model: Denoiser, top_k: int) -> onnx.ModelProto:
     """One canvas, and of its masked positions only the wanted ones: nobody reads the others, and the head is a good
     part of a small network.
 
     canvas int32 (1, L), t float32 (1,) if timed, wanted int32 (M,) positions, ascending →
     ids int32 (M, K), logp float32 (M, K) over the full vocabulary, entropy float32 (M,)
-
-    whole_attention: ONNX Runtime's own Attention operator takes in the QKV product, which is the fastest; False leaves
-    that product a MatMul, which static quantization needs.
     """
     g = StepBuilder(model, "float32")
     config = model.config
     x = g.embed()
-    key_mask = g.op("Cast", "key_mask", g.attended(), to=TensorProto.INT32)
-    asked: dict[str, Any] = {"domain": "com.microsoft", "num_heads": config.heads, "mask_filter_value": NEVER}
+    bias = g.attention_bias()  # (1, H, L, L)
+    asked: dict[str, Any] = {"domain": "com.microsoft", "num_heads": config.heads}
     for i in range(config.layers):
         b = f"blocks.{i}"
         h = g.norm(x, f"{b}.norm1")
@@ -38,25 +35,23 @@ def cpu_graph(model: Denoiser, top_k: int, whole_attention: bool = True) -> onnx
             q = g.linear(few, f"{b}.qkv", f"{b}.q.out", slice(0, config.d_model))
             kv = g.linear(h, f"{b}.qkv", f"{b}.kv.out", slice(config.d_model, 3 * config.d_model))
             g.op("Split", f"{b}.kv2", kv, outputs=2, axis=-1, num_outputs=2)
-            mixed = g.op("MultiHeadAttention", f"{b}.mixed", q, f"{b}.kv2.0", f"{b}.kv2.1", "", key_mask, **asked)
-        elif whole_attention:
-            mixed = g.op("Attention", f"{b}.mixed", h, *g.parameters(f"{b}.qkv"), key_mask, **asked)
+            bias = g.op("Gather", "attention_bias.wanted", bias, read_from, axis=2)
+            inputs = (q, f"{b}.kv2.0", f"{b}.kv2.1")
         else:
             g.op("Split", f"{b}.qkv3", g.linear(h, f"{b}.qkv", f"{b}.qkv.out"), outputs=3, axis=-1, num_outputs=3)
-            mixed = g.op(
-                "MultiHeadAttention", f"{b}.mixed", *(f"{b}.qkv3.{n}" for n in range(3)), "", key_mask, **asked
-            )
+            inputs = (f"{b}.qkv3.0", f"{b}.qkv3.1", f"{b}.qkv3.2")
+        mixed = g.op("MultiHeadAttention", f"{b}.mixed", *inputs, "", "", bias, **asked)
         x = g.feed_forward(g.attention_out(x, mixed, b), b)
     _reduction(g, g.op("Squeeze", "states", g.norm(x, "norm"), "axis_0"), top_k)
-    inputs: list[Value] = [("canvas", "int32", (1, "length")), ("t", "float32", (1,)), ("wanted", "int32", ("wanted",))]
+    read: list[Value] = [("canvas", "int32", (1, "length")), ("t", "float32", (1,)), ("wanted", "int32", ("wanted",))]
     if not config.time_input:
-        del inputs[1]
+        del read[1]
     outputs: list[Value] = [
         ("ids", "int32", ("wanted", top_k)),
         ("logp", "float32", ("wanted", top_k)),
         ("entropy", "float32", ("wanted",)),
     ]
-    return g.model(inputs, outputs, contrib=True)
+    return g.model(read, outputs, contrib=True)
 
 
 def _reduction(g: StepBuilder, x: str, top_k: int) -> None:

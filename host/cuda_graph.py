@@ -16,9 +16,7 @@ def cuda_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProto:
     g = StepBuilder(model, "float16", fp32_norms)
     config = model.config
     x = g.embed()
-    never = g.constant("never", np.full(1, NEVER, np.float16))
-    bias = g.op("Where", "bias", g.attended(), g.constant("allow", np.zeros(1, np.float16)), never)
-    bias = g.op("Unsqueeze", "key_bias", bias, g.constant("axes_1_2", np.array([1, 2])))  # (B, 1, 1, L) of 0 or NEVER
+    bias = g.attention_bias()  # (B, H, L, L)
     for i in range(config.layers):
         b = f"blocks.{i}"
         qkv = g.linear(g.norm(x, f"{b}.norm1"), f"{b}.qkv", f"{b}.qkv.out")
@@ -39,7 +37,7 @@ def _attention(g: StepBuilder, b: str, qkv: str, bias: str) -> str:
     q, k, v = (g.op("Squeeze", f"{b}.{n}", f"{b}.qkv3.{i}", "axis_0") for i, n in enumerate("qkv"))  # (B, H, L, D/H)
     q = g.op("Mul", f"{b}.q.scaled", q, g.constant("scale", np.full(1, width**-0.5, np.float16)))
     scores = g.op("MatMul", f"{b}.scores", q, g.op("Transpose", f"{b}.kT", k, perm=[0, 1, 3, 2]))
-    weights = g.op("Softmax", f"{b}.weights", g.op("Add", f"{b}.masked", scores, bias), axis=-1)
+    weights = g.op("Softmax", f"{b}.weights", g.op("Add", f"{b}.biased", scores, bias), axis=-1)
     mixed = g.op("Transpose", f"{b}.together", g.op("MatMul", f"{b}.values", weights, v), perm=[0, 2, 1, 3])
     return g.op("Reshape", f"{b}.mixed", mixed, g.constant("heads_together", np.array([0, 0, heads * width])))
 

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from host.model import Denoiser
+from host.model import RELATIVE_UNIT, Denoiser
 from shared.tokens import EOS, FIRST_TEXT_ID, PAD
 
 NEVER = -1e4
@@ -102,6 +102,24 @@ class StepBuilder(GraphBuilder):
         places = self.op("Slice", "places", self.weight("position_embedding.weight"), zero, length, axis0)
         x = self.op("Add", "embedded", tokens, places)
         return self.op("Add", "timed", x, self._time()) if config.time_input else x
+
+    def attention_bias(self) -> str:
+        """What distance adds to attention's scores, and NEVER for keys behind the end.  → (B, H, L, L)
+
+        The table stands whole, every distance L times: a slice is cheaper than a lookup of L² distances.
+        """
+        config = self.config
+        position = np.arange(config.canvas_len)
+        distance = position - position[:, None] + config.canvas_len - 1
+        whole = RELATIVE_UNIT * self.weights["relative_bias"][None, :, distance]
+        table = self.constant("relative_bias", np.maximum(whole, NEVER).astype(self._dtype))
+        starts, axes = self.constant("zeros", np.array([0, 0])), self.constant("axes_2_3", np.array([2, 3]))
+        ends = self.op("Concat", "length_twice", "length", "length", axis=0)
+        by_distance = self.op("Slice", "bias_by_distance", table, starts, ends, axes)
+        visible, never = (self.constant(n, np.full(1, v, self._dtype)) for n, v in (("visible", 0), ("never", NEVER)))
+        key_bias = self.op("Where", "key_bias", self.attended(), visible, never)
+        keys = self.op("Unsqueeze", "key_bias.row", key_bias, self.constant("axes_1_2", np.array([1, 2])))
+        return self.op("Add", "attention_bias", by_distance, keys)
 
     def attention_out(self, x: str, mixed: str, block: str) -> str:
         """What attention found, added to the stream."""

@@ -15,6 +15,8 @@ from shared.errors import ConfigError, run_main
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
 CANVAS_LEN: Final = 256
+RELATIVE_UNIT: Final = 10.0
+"""Of the stored relative bias, in scores: an optimizer's step then moves a bias ten times as far as a weight."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +73,26 @@ def timestep_embedding(t: Tensor, d_model: int) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attended: Tensor | None, causal: bool) -> Tensor:
-    """Scaled dot-product attention.  q, k, v (B, H, L, D/H), attended (B, 1, 1, L) bool → (B, H, L, D/H)
+def first_relative_bias(config: ModelConfig) -> Tensor:
+    """What attention adds to the score of a key at distance j − i, column j − i + L − 1, at first.  → (H, 2·L − 1)
+
+    Each head looks less far than the next, by slopes from 1 down; the last looks everywhere (Press et al., ALiBi, arXiv
+    2108.12409). Learned from there, by all layers in common (Raffel et al., T5, arXiv 1910.10683).
+    """
+    distance = torch.arange(1 - config.canvas_len, config.canvas_len).abs()
+    slope = 2.0 ** (-8 * torch.arange(config.heads) / config.heads)
+    slope[-1] = 0.0
+    return -slope[:, None] * distance / RELATIVE_UNIT
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Scaled dot-product attention.  q, k, v (B, H, L, D/H), bias (B or 1, H, L, L), added to scores → (B, H, L, D/H)
 
     On a CPU in bf16, plain matrix products take half the time of torch's kernel, forward and backward.
     """
     if q.device.type != "cpu" or q.dtype is not torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attended, is_causal=causal)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, L, L)
-    if causal:
-        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
-    if attended is not None:
-        scores = scores + torch.zeros_like(attended, dtype=scores.dtype).masked_fill(~attended, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias  # (B, H, L, L)
     mixed: Tensor = scores.softmax(-1) @ v
     return mixed
 
@@ -101,11 +111,11 @@ class Block(nn.Module):
         self.up = nn.Linear(d, 4 * d)
         self.down = nn.Linear(4 * d, d)
 
-    def forward(self, x: Tensor, attended: Tensor | None, causal: bool, at: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, at: Tensor | None = None) -> Tensor:
         """x (B, L, D) → (B, L, D), or (M, D) for the positions `at` (M,), counted over all rows."""
         b, length, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, length, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = attend(q, k, v, attended, causal).transpose(1, 2).reshape(b, length, d)
+        mixed = attend(q, k, v, bias).transpose(1, 2).reshape(b, length, d)
         if at is not None:
             x, mixed = x.view(-1, d).index_select(0, at), mixed.view(-1, d).index_select(0, at)
         x = x + self.attention_out(mixed)
@@ -122,6 +132,7 @@ class Denoiser(nn.Module):
         d = config.d_model
         self.token_embedding = nn.Embedding(config.vocab_size, d)
         self.position_embedding = nn.Embedding(config.canvas_len, d)
+        self.relative_bias = nn.Parameter(first_relative_bias(config))
         self.time_mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) if config.time_input else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
@@ -158,15 +169,22 @@ class Denoiser(nn.Module):
         x = self.token_embedding(canvas) + self.position_embedding.weight[: canvas.shape[1]]
         if self.time_mlp is not None and t is not None:
             x = x + self.time_mlp(timestep_embedding(t, self.config.d_model))[:, None]
-        attended = None
-        if not causal:
-            position = torch.arange(canvas.shape[1], device=canvas.device)
-            attended = (position <= first_end(canvas)[:, None])[:, None, None]  # (B, 1, 1, L)
+        bias = self.attention_bias(canvas, causal)
         *body, last = self.blocks
         for block in body:
-            x = block(x, attended, causal)
-        states: Tensor = self.norm(last(x, attended, causal, None if at is None else at - 1))
+            x = block(x, bias)
+        states: Tensor = self.norm(last(x, bias, None if at is None else at - 1))
         return states if at is not None else torch.cat([states[:, :1], states[:, :-1]], dim=1)
+
+    def attention_bias(self, canvas: Tensor, causal: bool) -> Tensor:
+        """By distance, and −inf where nobody looks; in the type of autocast.  canvas (B, L) → (B or 1, H, L, L)"""
+        device = canvas.device.type
+        position = torch.arange(canvas.shape[1], device=canvas.device)
+        distance = position - position[:, None]
+        bias = RELATIVE_UNIT * self.relative_bias[:, distance + self.config.canvas_len - 1]  # (H, L, L)
+        unseen = distance[None, None] > 0 if causal else (position > first_end(canvas)[:, None])[:, None, None]
+        bias = bias.masked_fill(unseen, -torch.inf)
+        return bias.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else bias
 
     def logits(self, hidden: Tensor, ends_are_impossible: Tensor) -> Tensor:
         """Float32 scores, −inf where a token cannot stand: MASK, BOS; EOS and PAD left of visible text.

@@ -42,14 +42,8 @@ class Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime h
 
 
 def nodes_of(layer: str) -> list[str]:
-    """The CPU graph's nodes for a linear layer, named as in the CUDA graph.
-
-    Its Attention takes in the QKV, and the last block's comes in two parts.
-    """
-    return [
-        layer.replace(".qkv.out.matmul", part)
-        for part in (".qkv.out.matmul", ".mixed", ".q.out.matmul", ".kv.out.matmul")
-    ]
+    """The CPU graph's nodes for a linear layer, named as in the CUDA graph: the last block's QKV comes in two parts."""
+    return [layer.replace(".qkv.out.matmul", part) for part in (".qkv.out.matmul", ".q.out.matmul", ".kv.out.matmul")]
 
 
 def quantize(
@@ -74,7 +68,7 @@ def quantize(
                 quantize_dynamic(
                     before,
                     after,
-                    op_types_to_quantize=["MatMul", "Attention"],
+                    op_types_to_quantize=["MatMul"],
                     per_channel=True,
                     reduce_range=True,
                     weight_type=QuantType.QInt8,

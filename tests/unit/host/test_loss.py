@@ -12,7 +12,7 @@ from host import batches
 from host.batches import Batch, make_batch, story_indices
 from host.diffusion import Objective, Weighting, autoregressive_sums, corrupt, nelbo_sums, token_weight
 from host.loss import WeightedLoss
-from host.model import Denoiser, attend, config_named
+from host.model import RELATIVE_UNIT, Denoiser, attend, config_named, first_relative_bias
 from host.shards import Split
 from shared.schedule import SCHEDULES, ScheduleName, loss_weight, mask_prob
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
@@ -129,20 +129,35 @@ def test_weighting_reaches_every_masked_token() -> None:
     assert torch.allclose(nelbo.weight, 1 / nelbo.t[nelbo.at // nelbo.canvas.shape[1]])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_by_plain_products_is_attention(causal: bool) -> None:
+def test_attention_by_plain_products_is_attention() -> None:
     """In bf16, within its rounding of the float32 result; nothing attends to what is hidden."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 2, 24, 32).unbind()
-    attended = (
-        None if causal else torch.arange(24)[None, None, None] < torch.tensor([5, 24, 17, 1])[:, None, None, None]
-    )
-    exact = attend(q, k, v, attended, causal)
-    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), attended, causal)
+    hidden = torch.arange(24) >= torch.tensor([5, 24, 17, 1])[:, None, None, None]
+    bias = torch.randn(2, 24, 24).bfloat16().float().masked_fill(hidden, -torch.inf)  # (B, H, L, L)
+    exact = attend(q, k, v, bias)
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias.bfloat16())
     assert half.dtype is torch.bfloat16
     assert apart(half.float(), exact) < 0.01
-    if not causal:
-        assert torch.equal(half[3, :, 3], v.bfloat16()[3, :, 0])  # one position is attended to: its value
+    assert torch.equal(half[3, :, 3], v.bfloat16()[3, :, 0])  # one position is attended to: its value
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_bias_depends_on_distance_and_hides_what_nobody_sees(causal: bool) -> None:
+    model, ends = network(), (3, LENGTH)
+    canvas = torch.full((2, LENGTH), FIRST_TEXT_ID)
+    canvas[0, ends[0] :] = PAD
+    bias = model.attention_bias(canvas, causal).expand(2, -1, -1, -1)
+    for row, head, i, j in np.ndindex(*bias.shape):
+        unseen = j > i if causal else j > ends[row]
+        expected = -torch.inf if unseen else RELATIVE_UNIT * model.relative_bias[head, j - i + LENGTH - 1]
+        assert bias[row, head, i, j] == expected
+
+
+def test_at_first_each_head_looks_less_far_than_the_next_and_the_last_everywhere() -> None:
+    shape = replace(config_named("debug"), heads=4, canvas_len=3)
+    bias = RELATIVE_UNIT * first_relative_bias(shape)
+    assert torch.allclose(bias, torch.tensor([1.0, 0.25, 1 / 16, 0.0])[:, None] * torch.tensor([-2, -1, 0, -1, -2]))
 
 
 @pytest.mark.parametrize("objective", ["diffusion", "ar"])
@@ -158,9 +173,7 @@ def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
         monkeypatch.setattr(
             host.model,
             "attend",
-            lambda q, k, v, attended, causal: torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=attended, is_causal=causal
-            ),
+            lambda q, k, v, bias: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         )
         standard, standard_gradients = loss_and_gradients(model, made, fused=False)
     error, standard_error = apart(our_gradients, gradients), apart(standard_gradients, gradients)
