@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 from host.checkpoint import LAST, find_checkpoint, load_model, read_progress
 from host.evaluate import evaluate, held_out_split
+from host.optim import PEAK_RATES
 from host.runs import TrainConfig, fraction_done, parse_arguments, planned_run, read_config
 from host.scoring import TorchScorer
 from host.shards import load_data
@@ -23,7 +24,8 @@ from shared.errors import ConfigError, DiffusionLLMError, run_main
 
 VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "defaults": (),
-    "Muon": ("--optimizer", "muon"),
+    "AdamW": ("--optimizer", "adamw"),
+    "twice the rate": ("--lr", f"{2 * PEAK_RATES['muon']:g}"),
     "cosine schedule": ("--schedule", "cosine"),
     "NELBO weighting": ("--weighting", "nelbo"),
     "time input": ("--time-input",),

@@ -114,7 +114,7 @@ def main() -> None:
     train = commands.add_parser("train", help="our training loop, a textbook's and the matmul peaks (the default)")
     train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
     train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
-    train.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
     train.add_argument("--batch-size", type=int, default=64, help="canvases in a step of ours (default: %(default)s)")
     train.add_argument("--micro-size", type=int, help="canvases in a pass of ours (default: as in host.train)")
     train.add_argument("--steps", type=int, default=5, help="of each loop (default: %(default)s)")

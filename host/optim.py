@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from host.model import Denoiser
 
 OptimizerName = Literal["adamw", "muon"]
+PEAK_RATES: Final[dict[OptimizerName, float]] = {"adamw": 1e-3, "muon": 2e-3}
+"""Learning rates to begin with; what they were chosen from is in docs/log.md."""
 WEIGHT_DECAY = 0.05
 
 

@@ -14,7 +14,7 @@ from host.checkpoint import LAST, Progress, find_checkpoint, read_progress
 from host.data import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.diffusion import Weighting
 from host.model import CONFIGS, config_named
-from host.optim import OptimizerName
+from host.optim import PEAK_RATES, OptimizerName
 from host.progress import LOG_FILE, read_log
 from host.shards import DataFolder, load_data
 from shared.errors import ConfigError, DataError
@@ -45,9 +45,9 @@ class TrainConfig:
     minutes: float | None = None
     batch_size: int = 64
     micro_size: int = 8
-    optimizer: OptimizerName = "adamw"
+    optimizer: OptimizerName = "muon"
     weighting: Weighting = "nelbo"  # of runs from before there was a choice; host.train asks for flat
-    lr: float = 1e-3
+    lr: float = PEAK_RATES["muon"]
     warmup: float = 0.03  # part of the run
     clip_norm: float = 1.0
     ema_decay: float = 0.999
@@ -104,7 +104,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--time-input", action="store_true", help="tell the network the time, which the canvas shows")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer)
-    parser.add_argument("--lr", type=float, default=TrainConfig.lr, help="peak learning rate")
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in PEAK_RATES.items())
+    parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
     parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="canvases in a step")
     parser.add_argument(
         "--micro-size",
@@ -169,7 +170,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         micro_size=args.micro_size or usual_micro_size(args.batch_size),
         optimizer=args.optimizer,
         weighting=args.weighting,
-        lr=args.lr,
+        lr=args.lr or PEAK_RATES[args.optimizer],
         valid_every=args.valid_every,
         seed=args.seed,
         init=args.init,

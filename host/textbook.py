@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from host.batches import MicroBatch, make_batch, story_indices
 from host.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.model import CONFIGS, ModelConfig, config_named, timestep_embedding
-from host.optim import learning_rate_factor
+from host.optim import PEAK_RATES, learning_rate_factor
 from host.plots import plot_curves
 from host.progress import LOG_FILE, open_log, progress_bar
 from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, check_numbers, write_config
@@ -77,7 +77,7 @@ class TextbookLoop:
         torch.manual_seed(seed)
         self.data, self.device, self.seed = data, device, seed
         self.model = Textbook(model).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_RATES["adamw"])
         self.noise = np.random.default_rng(seed)
 
     def step(self, number: int) -> tuple[float, float, int]:
@@ -150,7 +150,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
     parser.add_argument("--out", type=Path, required=True, help="run folder; holds a log and its curves, no weights")
     parser.add_argument("--steps", type=int, required=True, help=f"optimizer steps of {ROWS} canvases")
-    parser.add_argument("--lr", type=float, default=TrainConfig.lr, help="peak learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=PEAK_RATES["adamw"], help="peak learning rate (default: %(default)s)"
+    )
     parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="default: %(default)s steps")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     args = parser.parse_args()
@@ -159,7 +161,7 @@ def main() -> None:
         raise ConfigError(f"{args.out} exists: choose another --out")
     data = load_data(args.data)
     config = TrainConfig(
-        args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, lr=args.lr,
+        args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, optimizer="adamw", lr=args.lr,
         valid_every=args.valid_every, seed=args.seed,
     )  # fmt: skip
     write_config(config, data.tokenizer_path)

@@ -46,7 +46,7 @@ def test_the_first_ten_losses(
     """Float32, one thread. Sums in another order, as of other processors, change the sixth digit."""
     monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
     shape = replace(config_named("debug"), time_input=objective == "diffusion")
-    settings = TrainConfig(tmp_path, Path(), steps=20, batch_size=8, micro_size=3, optimizer=optimizer)
+    settings = TrainConfig(tmp_path, Path(), steps=20, batch_size=8, micro_size=3, optimizer=optimizer, lr=1e-3)
     trainer = Trainer(settings, Progress(shape, objective, "linear"), folder(), torch.device("cpu"))
     losses = []
     for step in range(10):

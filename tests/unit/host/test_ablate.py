@@ -27,25 +27,25 @@ def test_two_variants_are_trained_measured_and_continued(
         capfd.readouterr()
         call(
             ablate.main,
-            *("--steps", steps, "--only", "Muon", "NELBO weighting", "--stories", 4, "--out", tmp_path),
+            *("--steps", steps, "--only", "AdamW", "NELBO weighting", "--stories", 4, "--out", tmp_path),
             *("--", "--config", "debug", "--data", data, "--batch-size", 8),
         )
         lines = capfd.readouterr().out.splitlines()
         assert sum(line.startswith("$ python -m host.train ") for line in lines) == 2
         return [line.split(" | ") for line in lines if line.startswith("| ")]
 
-    head, rule, muon, nelbo = table(3)
+    head, rule, adamw, nelbo = table(3)
     assert head[0] == "| variant" and set(rule[0]) <= set("| -")
-    assert (muon[0], nelbo[0]) == ("| Muon", "| NELBO weighting")
+    assert (adamw[0], nelbo[0]) == ("| AdamW", "| NELBO weighting")
     assert (
         f"`python -m host.train --config debug --data {data} --batch-size 8 --weighting nelbo --steps 3` |" == nelbo[-1]
     )
-    assert muon[3] == nelbo[3]  # as many tokens
-    assert all(float(cell) > 0 for row in (muon, nelbo) for cell in row[1:3])
-    assert muon[1] != muon[2]  # averaged weights are not the raw ones
+    assert adamw[3] == nelbo[3]  # as many tokens
+    assert all(float(cell) > 0 for row in (adamw, nelbo) for cell in row[1:3])
+    assert adamw[1] != adamw[2]  # averaged weights are not the raw ones
     assert read_config(tmp_path / "nelbo-weighting-0").weighting == "nelbo"
-    assert read_progress(tmp_path / "muon-0" / LAST).step == 3
-    assert table(3)[2:] == [muon, nelbo]  # what is there is measured again, not trained again
+    assert read_progress(tmp_path / "adamw-0" / LAST).step == 3
+    assert table(3)[2:] == [adamw, nelbo]  # what is there is measured again, not trained again
 
 
 def test_a_run_that_other_flags_made_is_no_row_of_the_table(
@@ -59,7 +59,7 @@ def test_a_run_that_other_flags_made_is_no_row_of_the_table(
     flags = ["--only", "defaults", "--out", tmp_path]
     for length, common, words in (
         (3, [], "steps 2 instead of 3"),
-        (2, ["--lr", "0.1"], "lr 0.001 instead of 0.1"),
+        (2, ["--lr", "0.1"], "lr 0.002 instead of 0.1"),
         (2, ["--schedule", "cosine"], "schedule linear instead of cosine"),
     ):
         code, sentence = refusal(capsys, ablate.main, "--steps", length, *flags, "--", *shared, *common)
@@ -84,7 +84,7 @@ def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose of defaults, Muon"),
+        (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose of defaults, AdamW"),
         (["--steps", 3, "--", "--objective", "ar"], 78, "--objective ar does not go with an ablation"),
         (["--steps", 3, "--stories", 0], 78, "--stories must be at least 1, not 0"),
         (["--steps", 3, "--", "--data", "nowhere"], 1, "defaults-0 failed; its own message stands above"),

@@ -36,7 +36,7 @@ def other_shape(data: Path, tmp_path: Path) -> list[object]:
     ("prepare_run", "words"),
     [
         (other_tokenizer, "was trained with another tokenizer than"),
-        (other_shape, "cannot start this model: token_embedding.weight is missing or has another shape"),
+        (other_shape, "cannot start this model: relative_bias is missing or has another shape"),
         (lambda data, tmp: ["--init", tmp / "nowhere"], "nowhere holds no checkpoint: train one with"),
     ],
     ids=["tokenizer", "shape", "missing"],
@@ -132,10 +132,10 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     config = json.loads((run / CONFIG_FILE).read_text())
-    (run / CONFIG_FILE).write_text(json.dumps(config | {"optimizer": "muon"}))
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"optimizer": "adamw"}))
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
     assert code == 65
-    assert sentence == f"{run / LAST} does not hold the state of Muon: it was trained with another optimizer"
+    assert sentence == f"{run / LAST} does not hold the state of AdamW: it was trained with another optimizer"
 
 
 def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(trained: Path, tmp_path: Path) -> None:
