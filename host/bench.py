@@ -82,6 +82,7 @@ def bench_train(args: argparse.Namespace) -> None:
     if min(args.steps, args.threads, args.batch_size, 1 if args.micro_size is None else args.micro_size) < 1:
         raise ConfigError("--steps, --threads, --batch-size and --micro-size must be at least 1")
     from host.model import config_named  # torch, which `data` does without
+    from host.optim import PEAK_RATES
     from host.runs import TrainConfig, usual_micro_size
     from host.train_speed import measure_training
 
@@ -89,7 +90,12 @@ def bench_train(args: argparse.Namespace) -> None:
     data = load_data(args.data)
     micro_size = usual_micro_size(args.batch_size) if args.micro_size is None else args.micro_size
     settings = TrainConfig(
-        Path(), args.data, batch_size=args.batch_size, micro_size=micro_size, optimizer=args.optimizer
+        Path(),
+        args.data,
+        batch_size=args.batch_size,
+        micro_size=micro_size,
+        optimizer=args.optimizer,
+        lr=PEAK_RATES[args.optimizer],
     )
     print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'textbook':>9} {'ratio':>6} "
           f"{'GFLOP/s':>8} {'bf16 peak':>10} {'fp32 peak':>10} {'of bf16 peak':>13}")  # fmt: skip

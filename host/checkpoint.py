@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file holds weights, their average, optimizer state and progress; never pickle."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,9 +120,16 @@ def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[De
     return model.eval(), progress
 
 
+def _check_age(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if "relative_bias" not in tensors:
+        raise DataError(f"{path} was trained before attention had a bias by distance: train it anew")
+
+
 def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:
+    found = _tensors(path, prefix)
+    _check_age(path, found)
     try:
-        model.load_state_dict(_tensors(path, prefix))
+        model.load_state_dict(found)
     except RuntimeError:
         raise DataError(f"{path} does not hold the weights that its header promises") from None
 
@@ -133,6 +140,7 @@ def init_from(model: Denoiser, path: Path) -> None:
     Raises DataError when a tensor is missing or shaped differently; a time input that the other lacks starts fresh.
     """
     theirs = _tensors(path, "ema.")
+    _check_age(path, theirs)
     for name, parameter in model.named_parameters():
         if name not in theirs and name.startswith("time_mlp."):
             continue

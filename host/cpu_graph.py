@@ -24,7 +24,7 @@ def cpu_graph(model: Denoiser, top_k: int) -> onnx.ModelProto:
     g = StepBuilder(model, "float32")
     config = model.config
     x = g.embed()
-    bias = g.attention_bias()  # (1, H, L, L)
+    bias = g.attention_bias(_bias_by_distance(g))  # (1, H, L, L)
     asked: dict[str, Any] = {"domain": "com.microsoft", "num_heads": config.heads}
     for i in range(config.layers):
         b = f"blocks.{i}"
@@ -52,6 +52,18 @@ def cpu_graph(model: Denoiser, top_k: int) -> onnx.ModelProto:
         ("entropy", "float32", ("wanted",)),
     ]
     return g.model(read, outputs, contrib=True)
+
+
+def _bias_by_distance(g: StepBuilder) -> str:
+    """The table spread over all pairs of positions: by ONNX Runtime when it loads the graph, whose file stays small.
+
+    → (1, H, canvas, canvas)
+    """
+    ahead = g.constant("farthest", np.array(g.config.canvas_len - 1, np.int32))
+    row = g.op("Unsqueeze", "query_position", "all_positions", g.constant("axis_1", np.array([1])))
+    column = g.op("Add", "distance_column", g.op("Sub", "distance", "all_positions", row), ahead)
+    whole = g.op("Gather", "bias_of_pairs", g.weight("relative_bias"), column, axis=1)
+    return g.op("Unsqueeze", "bias_of_pairs.4d", whole, "axis_0")
 
 
 def _reduction(g: StepBuilder, x: str, top_k: int) -> None:

@@ -16,7 +16,9 @@ def cuda_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProto:
     g = StepBuilder(model, "float16", fp32_norms)
     config = model.config
     x = g.embed()
-    bias = g.attention_bias()  # (B, H, L, L)
+    position = np.arange(config.canvas_len)
+    whole = g.weights["relative_bias"][None, :, position - position[:, None] + config.canvas_len - 1]
+    bias = g.attention_bias(g.constant("relative_bias", whole.astype(np.float16)))  # (B, H, L, L)
     for i in range(config.layers):
         b = f"blocks.{i}"
         qkv = g.linear(g.norm(x, f"{b}.norm1"), f"{b}.qkv", f"{b}.qkv.out")

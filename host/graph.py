@@ -63,6 +63,7 @@ class StepBuilder(GraphBuilder):
         super().__init__()
         self.config = model.config
         self.weights = {n: p.detach().cpu().numpy() for n, p in model.named_parameters()}
+        self.weights["relative_bias"] = RELATIVE_UNIT * self.weights["relative_bias"]  # (H, 2·L − 1), in scores
         self._dtype: Float = dtype
         self._fp32_norms = fp32_norms
 
@@ -103,23 +104,18 @@ class StepBuilder(GraphBuilder):
         x = self.op("Add", "embedded", tokens, places)
         return self.op("Add", "timed", x, self._time()) if config.time_input else x
 
-    def attention_bias(self) -> str:
-        """What distance adds to attention's scores, and NEVER for keys behind the end.  → (B, H, L, L)
+    def attention_bias(self, by_distance: str) -> str:
+        """The bias by_distance (1, H, canvas, canvas) cut to the length, and NEVER for keys behind the end.
 
-        The table stands whole, every distance L times: a slice is cheaper than a lookup of L² distances.
+        → (B, H, L, L)
         """
-        config = self.config
-        position = np.arange(config.canvas_len)
-        distance = position - position[:, None] + config.canvas_len - 1
-        whole = RELATIVE_UNIT * self.weights["relative_bias"][None, :, distance]
-        table = self.constant("relative_bias", np.maximum(whole, NEVER).astype(self._dtype))
         starts, axes = self.constant("zeros", np.array([0, 0])), self.constant("axes_2_3", np.array([2, 3]))
         ends = self.op("Concat", "length_twice", "length", "length", axis=0)
-        by_distance = self.op("Slice", "bias_by_distance", table, starts, ends, axes)
+        cut = self.op("Slice", "bias_by_distance", by_distance, starts, ends, axes)
         visible, never = (self.constant(n, np.full(1, v, self._dtype)) for n, v in (("visible", 0), ("never", NEVER)))
-        key_bias = self.op("Where", "key_bias", self.attended(), visible, never)
-        keys = self.op("Unsqueeze", "key_bias.row", key_bias, self.constant("axes_1_2", np.array([1, 2])))
-        return self.op("Add", "attention_bias", by_distance, keys)
+        keys = self.op("Where", "key_bias", self.attended(), visible, never)
+        keys = self.op("Unsqueeze", "key_bias.row", keys, self.constant("axes_1_2", np.array([1, 2])))
+        return self.op("Add", "attention_bias", cut, keys)
 
     def attention_out(self, x: str, mixed: str, block: str) -> str:
         """What attention found, added to the stream."""

@@ -178,12 +178,13 @@ class Denoiser(nn.Module):
 
     def attention_bias(self, canvas: Tensor, causal: bool) -> Tensor:
         """By distance, and −inf where nobody looks; in the type of autocast.  canvas (B, L) → (B or 1, H, L, L)"""
-        device = canvas.device.type
-        position = torch.arange(canvas.shape[1], device=canvas.device)
-        distance = position - position[:, None]
-        bias = RELATIVE_UNIT * self.relative_bias[:, distance + self.config.canvas_len - 1]  # (H, L, L)
-        unseen = distance[None, None] > 0 if causal else (position > first_end(canvas)[:, None])[:, None, None]
-        bias = bias.masked_fill(unseen, -torch.inf)
+        device, longest, length = canvas.device.type, self.config.canvas_len, canvas.shape[1]
+        # Windows, not a lookup of L² distances, whose gradient is summed by several threads in no fixed order.
+        windows = self.relative_bias[:, longest - length : longest + length - 1].unfold(1, length, 1)
+        bias = RELATIVE_UNIT * windows.flip(1)  # (H, L, L)
+        position = torch.arange(length, device=canvas.device)
+        last_seen = position[:, None] if causal else first_end(canvas)[:, None, None, None]
+        bias = bias.masked_fill(position > last_seen, -torch.inf)
         return bias.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else bias
 
     def logits(self, hidden: Tensor, ends_are_impossible: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class TextbookBlock(nn.Module):
 
 
 class Textbook(nn.Module):
-    """The same widths, depths and parameters as `host.model.Denoiser`."""
+    """The widths and depths of `host.model.Denoiser`, and its parameters but for the bias by distance."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -154,6 +154,17 @@ def test_the_bias_depends_on_distance_and_hides_what_nobody_sees(causal: bool) -
         assert bias[row, head, i, j] == expected
 
 
+def test_threads_do_not_change_what_a_pass_gives_from_one_time_to_the_next() -> None:
+    """A resumed run repeats the uninterrupted one, on any number of cores."""
+    model, made, threads = network(), batch(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        first, *others = (loss_and_gradients(model, made, fused=True)[1] for _ in range(8))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_at_first_each_head_looks_less_far_than_the_next_and_the_last_everywhere() -> None:
     shape = replace(config_named("debug"), heads=4, canvas_len=3)
     bias = RELATIVE_UNIT * first_relative_bias(shape)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from host import train
-from host.checkpoint import LAST, read_progress
+from host.checkpoint import BEST, LAST, read_progress
 from host.data import prepare
 from host.progress import LOG_FILE, read_log
 from host.runs import CONFIG_FILE
@@ -32,14 +34,26 @@ def other_shape(data: Path, tmp_path: Path) -> list[object]:
     return ["--init", tmp_path / "theirs", "--config", "tiny"]
 
 
+def from_before_the_bias(data: Path, tmp_path: Path) -> list[object]:
+    run = tmp_path / "theirs"
+    call(train.main, *small(data, run, "--steps", 1))
+    for file in (LAST, BEST):
+        with safe_open(run / file, framework="pt") as old:
+            metadata, names = old.metadata(), [n for n in old.keys() if "relative_bias" not in n]  # noqa: SIM118
+            tensors = {name: old.get_tensor(name) for name in names}
+        save_file(tensors, run / file, metadata=metadata)
+    return ["--init", run]
+
+
 @pytest.mark.parametrize(
     ("prepare_run", "words"),
     [
+        (from_before_the_bias, "was trained before attention had a bias by distance: train it anew"),
         (other_tokenizer, "was trained with another tokenizer than"),
         (other_shape, "cannot start this model: relative_bias is missing or has another shape"),
         (lambda data, tmp: ["--init", tmp / "nowhere"], "nowhere holds no checkpoint: train one with"),
     ],
-    ids=["tokenizer", "shape", "missing"],
+    ids=["older", "tokenizer", "shape", "missing"],
 )
 def test_weights_that_do_not_fit_are_refused(
     data: Path,
