@@ -21,7 +21,9 @@ from shared.errors import ConfigError, DiffusionLLMError, run_main
 from shared.messages import GenerateRequest
 
 PROMPT: Final = "Once upon a time"
-STEPS: Final = 256  # about one a token, so that there is something to see
+STEPS: Final = 256  # one a token: something to see, and the best text (docs/quality.md)
+SELECTION: Final = "entropy"
+TEMPERATURE: Final = 1.0  # colder, this rule repeats itself
 START_S: Final = 60.0
 STOP_S: Final = 10.0
 
@@ -92,14 +94,16 @@ def _tell_story(socket: Path) -> None:
     if connection is None:
         raise ConfigError(f"the daemon said it was ready, but nothing listens at {socket}")
     with connection, View(sys.stdout) as view:
-        response = ask_daemon(connection, GenerateRequest(prompt=PROMPT, steps=STEPS, stream=True), view.show)
+        request = GenerateRequest(prompt=PROMPT, steps=STEPS, selection=SELECTION, temperature=TEMPERATURE, stream=True)
+        response = ask_daemon(connection, request, view.show)
     seconds = time.monotonic() - started_s
     text = unwrap(response)
     assert response.usage is not None
     tokens, steps = response.usage.generated_tokens, response.usage.steps
     print(f"\n{printable(text)}\n")
     print(f"{tokens} tokens in {steps} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens a second")
-    print(f'again: python -m edge.generate "{PROMPT}" --stream --steps {STEPS} --seed {response.seed}')
+    flags = f"--steps {STEPS} --selection {SELECTION} --temperature {TEMPERATURE:g} --seed {response.seed}"
+    print(f'again: python -m edge.generate "{PROMPT}" --stream {flags}')
 
 
 if __name__ == "__main__":
