@@ -121,7 +121,7 @@ def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[De
 
 
 def _check_age(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    if "relative_bias" not in tensors:
+    if "position_embedding.weight" in tensors and "relative_bias" not in tensors:
         raise DataError(f"{path} was trained before attention had a bias by distance: train it anew")
 
 
