@@ -80,12 +80,13 @@ def make_batch(
     schedule: ScheduleName,
     weighting: Weighting = "nelbo",
     share: tuple[int, int] = (0, 1),
+    length_step: int = 1,
 ) -> Batch:
     """The batch of optimizer step `step` in parts of at most `micro_size` rows, shortest rows first.
 
     One u spreads t over the whole batch, and all its noise is drawn by every process, so that what a story meets does
-    not depend on share, (rank, processes). Sorting by active length and cutting there loses nothing, since what is cut
-    is certain.
+    not depend on share, (rank, processes). Sorting by active length and cutting there, or at the next multiple of
+    length_step, loses nothing, since what is cut is certain.
     """
     x0 = torch.from_numpy(split.take(story_indices(seed, step, batch_size, len(split))).astype(np.int64))
     tokens = int(counted_tokens(x0).sum())
@@ -101,7 +102,7 @@ def make_batch(
     mine = whole.active_len.argsort(stable=True)[rank::processes]
     parts = []
     for rows in mine.split(micro_size) if len(mine) else ():  # few stories leave some processes none
-        longest = int(whole.active_len[rows].max())
+        longest = min(-int(whole.active_len[rows].max()) // length_step * -length_step, x0.shape[1])
         canvas = whole.xt[rows, :longest]
         at = whole.scored[rows, :longest].flatten().nonzero()[:, 0]
         parts.append(
