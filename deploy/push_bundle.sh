@@ -6,8 +6,8 @@ usage() {
     cat <<'END'
 usage: deploy/push_bundle.sh BUNDLE [USER@]HOST [SSH ARGUMENTS...]
 
-  deploy/push_bundle.sh bundles/tinystories admin@jetson.local
-  deploy/push_bundle.sh bundles/tinystories jetson.local -p 2222
+  deploy/push_bundle.sh bundle/tinystories admin@jetson.local
+  deploy/push_bundle.sh bundle/tinystories jetson.local -p 2222
 
 The device verifies it, tests it, serves it, or goes on with the one before and says why. There, the user must be root,
 or may run sudo without a password.

@@ -1,6 +1,6 @@
-"""Draw docs/demo.gif: a terminal in which the shipped bundle unmasks a story. Run it again for a new bundle.
+"""Draw docs/demo.gif: what `make demo` shows, of one seed. Run it again for a new bundle.
 
-python docs/record_demo.py [--seed 7] [--steps 64]
+python docs/record_demo.py [--seed 7]
 """
 
 import argparse
@@ -11,12 +11,13 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from edge.config import default_bundle
+from edge.demo import PROMPT, SELECTION, STEPS, TEMPERATURE
 from edge.engine import Engine, Snapshot
 from shared.messages import OPEN_POSITION, GenerateRequest
 
-COLUMNS, ROWS, FONT_PX = 88, 17, 15
-BACKGROUND, TEXT, OPEN, STATUS = "#11151c", "#e6e6e6", "#3b4656", "#7fb069"
-PROMPT = "Once upon a time"
+COLUMNS, ROWS, FONT_PX = 88, 15, 15
+BACKGROUND, TEXT, OPEN, STATUS = "#11151c", "#e6e6e6", "#7c8da6", "#7fb069"
+EVERY = 4  # of so many passes one is shown
 
 
 def frame(text: str, status: str, font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -38,7 +39,6 @@ def main() -> None:
     """Run one request and write the pictures of its passes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=64)
     args = parser.parse_args()
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono"), FONT_PX)
     engine = Engine.load(default_bundle())
@@ -48,8 +48,9 @@ def main() -> None:
         status = f"pass {snapshot.step} of {snapshot.steps}, {snapshot.masked} tokens still masked"
         frames.append(frame(snapshot.text(), status, font))
 
-    engine.run(engine.prepare(GenerateRequest(prompt=PROMPT, seed=args.seed, steps=args.steps)), draw)
-    frames = [image.quantize(16) for image in frames]
+    request = GenerateRequest(prompt=PROMPT, seed=args.seed, steps=STEPS, selection=SELECTION, temperature=TEMPERATURE)
+    engine.run(engine.prepare(request), draw)
+    frames = [image.quantize(64) for image in [*frames[:-1:EVERY], frames[-1]]]
     durations = [110] * (len(frames) - 1) + [5000]  # milliseconds: slower than life, so that it can be followed
     frames[0].save(
         Path(__file__).parent / "demo.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0

@@ -29,7 +29,7 @@ TEST_S: Final = 300.0
 POLL_S: Final = 0.2
 
 EPILOG = """examples:
-  python -m edge.bundle install bundles/tinystories   verify, test, serve; or say why not, and serve on as before
+  python -m edge.bundle install bundle/tinystories    verify, test, serve; or say why not, and serve on as before
   python -m edge.bundle rollback                      back to the bundle before
   python -m edge.bundle verify                        is what is served still what was installed?
 

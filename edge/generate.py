@@ -152,7 +152,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--infill", metavar="TEXT", help="text with gaps: ___ for 4 tokens, ___:6 for 6")
     parser.add_argument("--stream", action="store_true", default=None, help="watch the canvas unmask (on stderr)")
     parser.add_argument("--json", action="store_true", help="print the whole response")
-    parser.add_argument("--seed", type=int, help="repeats a text exactly (default: random)")
+    parser.add_argument(
+        "--seed", type=int, help="repeats a text exactly, on the same kind of processor (default: random)"
+    )
     parser.add_argument("--steps", type=int, help="passes of the network; the most of them with the two bounds below")
     parser.add_argument("--threshold", type=float, metavar="P", help="commit every token at least this probable")
     parser.add_argument("--entropy-bound", type=float, metavar="NATS", help="commit tokens up to this summed entropy")

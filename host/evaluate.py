@@ -1,7 +1,8 @@
 """Measure a model on held-out text: NELBO, bits a byte, masked cross-entropy, each with its standard error.
 
-`python -m host.evaluate` measures the newest run on its own validation split; an autoregressive run by its exact
-likelihood. With --judge, samples are judged instead (`host.judge`), or the settings of sampling swept (`host.sweep`).
+`python -m host.evaluate` measures the newest diffusion run on its own validation split; an autoregressive run, named
+with --run, by its exact likelihood. With --judge, samples are judged instead (`host.judge`), or the settings of
+sampling swept (`host.sweep`).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Export a trained model as a bundle: `python -m host.export --int8` takes the newest run.
+"""Export a trained model as a bundle: `python -m host.export --int8` takes the newest diffusion run.
 
 no flag   FP32 graph for the CPU
 --int8    INT8 graphs: for the CPU every scheme is tried, the fastest that passes the parity gate is kept; for CUDA

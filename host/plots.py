@@ -27,11 +27,13 @@ def plot_curves(run: Path) -> None:
     valid = [(x, float(row["valid"])) for x, row in zip(tokens, rows, strict=True) if row["valid"]]
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1])
     above.plot(tokens, loss, color="tab:blue", alpha=0.2)
-    above.plot(tokens, smooth, color="tab:blue", label="training, running mean")
+    above.plot(tokens, smooth, color="tab:blue", label="training as it is weighted, running mean")
     if valid:
-        above.plot(*zip(*valid, strict=True), "o-", color="tab:orange", label="validation, averaged weights")
+        above.plot(
+            *zip(*valid, strict=True), "o-", color="tab:orange", label="validation, nats a token, averaged weights"
+        )
         above.set_ylim(0.9 * min(value for _, value in valid), max(smooth[len(smooth) // 20 :]) * 1.05)
-    above.set_ylabel("nats a token")
+    above.set_ylabel("nats")
     above.legend()
     below.plot(tokens, [float(row["lr"]) for row in rows], color="tab:green")
     below.set_ylabel("learning rate")

@@ -97,23 +97,34 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
     length.add_argument("--minutes", type=float, help="train for so long in all, validation not counted")
-    parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion")
-    parser.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="training noise schedule")
+    parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion", help="default: %(default)s")
+    parser.add_argument(
+        "--schedule", choices=["linear", "cosine"], default="linear", help="noise (default: %(default)s)"
+    )
     parser.add_argument(
         "--weighting", choices=["nelbo", "flat"], default="flat", help="of masked tokens, over time (default: flat)"
     )
     parser.add_argument("--time-input", action="store_true", help="tell the network the time, which the canvas shows")
-    parser.add_argument("--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer)
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer, help="default: %(default)s"
+    )
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in PEAK_RATES.items())
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
-    parser.add_argument("--batch-size", type=int, default=TrainConfig.batch_size, help="canvases in a step")
+    parser.add_argument(
+        "--batch-size", type=int, default=TrainConfig.batch_size, help="canvases in a step (default: %(default)s)"
+    )
     parser.add_argument(
         "--micro-size",
         type=int,
         help=f"canvases in a pass (default: {TrainConfig.micro_size}, short of padding; on CUDA the whole batch)",
     )
-    parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    parser.add_argument(
+        "--valid-every",
+        type=int,
+        default=TrainConfig.valid_every,
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     args = parser.parse_args(arguments)
     check_numbers(args)

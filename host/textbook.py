@@ -144,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m host.textbook",
         description="Train the yardstick that host.compare sets beside a run: a textbook's model and loop.",
-        epilog="example: python -m host.textbook --config tiny --steps 3000 --out runs/textbook",
+        epilog="example: python -m host.textbook --data data/tinystories --steps 3000 --out runs/textbook",
     )
     parser.add_argument("--config", choices=list(CONFIGS), default="tiny", help="model shape (default: %(default)s)")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")

@@ -68,4 +68,6 @@ def main(folder: Path, old: Path, new: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     main(*map(Path, sys.argv[1:]))
