@@ -17,24 +17,33 @@ from typing import Final, Literal
 from host.checkpoint import LAST, find_checkpoint, load_model, read_progress
 from host.evaluate import evaluate, held_out_split
 from host.optim import PEAK_RATES
-from host.runs import TrainConfig, fraction_done, parse_arguments, planned_run, read_config
+from host.runs import TrainConfig, data_of, fraction_done, parse_arguments, planned_run, read_config
 from host.scoring import TorchScorer
 from host.shards import load_data
 from shared.errors import ConfigError, DiffusionLLMError, run_main
 
-VARIANTS: Final[dict[str, tuple[str, ...]]] = {
-    "defaults": (),
-    "AdamW": ("--optimizer", "adamw"),
-    "twice the rate": ("--lr", f"{2 * PEAK_RATES['muon']:g}"),
-    "cosine schedule": ("--schedule", "cosine"),
-    "NELBO weighting": ("--weighting", "nelbo"),
-    "time input": ("--time-input",),
-}
-"""Flags of host.train that each variant adds. Averaged and raw weights are two columns of every row."""
 DRAWS: Final = 4
-SETTINGS: Final = tuple(field.name for field in fields(TrainConfig) if field.name not in ("out", "init_work"))
+UNASKED: Final = ("out", "init_work", "data_fingerprint")
+SETTINGS: Final = tuple(field.name for field in fields(TrainConfig) if field.name not in UNASKED)
 NATURE: Final = ("model", "objective", "schedule", "tokenizer_sha256")
 """Fields of a run's settings and of its progress that its flags and data decide."""
+
+
+def variants(common: list[str]) -> dict[str, list[str]]:
+    """Flags of host.train that each variant adds to those that all share.
+
+    Averaged and raw weights are two columns of every row.
+    """
+    shared = parse_arguments(common)
+    rate = shared.lr or PEAK_RATES[shared.optimizer]
+    return {
+        "defaults": [],
+        "AdamW": ["--optimizer", "adamw"],
+        "twice the rate": ["--lr", str(2 * rate)],
+        "cosine schedule": ["--schedule", "cosine"],
+        "NELBO weighting": ["--weighting", "nelbo"],
+        "time input": ["--time-input"],
+    }
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,9 @@ class Row:
     command: str
 
 
-def train_command(name: str, seed: int, run: Path, length: list[str], common: list[str]) -> list[str]:
+def train_command(run: Path, seed: int, of_variant: list[str]) -> list[str]:
     """What a user would type after `python`; a run that exists is continued instead, if these flags made it."""
-    flags = [*common, *VARIANTS[name], *length, "--seed", str(seed), "--out", str(run)]
+    flags = [*of_variant, "--seed", str(seed), "--out", str(run)]
     if not (run / LAST).is_file():
         return ["-m", "host.train", *flags]
     args = parse_arguments(flags)
@@ -78,19 +87,19 @@ def train(run: Path, command: list[str]) -> None:
         raise DiffusionLLMError(f"the run {run} was stopped before its end; the same command goes on with it")
 
 
-def measure(name: str, seeds: list[int], out: Path, length: list[str], common: list[str], stories: int) -> Row:
-    """Train one variant with every seed, then measure averaged and raw weights on the same stories and noise."""
+def measure(name: str, flags: list[str], seeds: list[int], out: Path, stories: int) -> Row:
+    """Train with `flags` and every seed, then measure averaged and raw weights on the same stories and noise."""
     bits: dict[Literal["ema", "model"], list[float]] = {"ema": [], "model": []}
     tokens = []
     for seed in seeds:
         run = out / f"{name.replace(' ', '-').lower()}-{seed}"
-        train(run, train_command(name, seed, run, length, common))
-        held_out = held_out_split(read_config(run).data, stories)
+        train(run, train_command(run, seed, flags))
+        held_out = held_out_split(data_of(run), stories)
         for weights, found in bits.items():
             model, progress = load_model(find_checkpoint(run, LAST), weights)
             found.append(evaluate(TorchScorer(model), held_out, progress.schedule, DRAWS).bits_per_byte.value)
         tokens.append(read_progress(run / LAST).tokens_seen / 1e6)
-    shown = shlex.join(["python", "-m", "host.train", *common, *VARIANTS[name], *length])
+    shown = shlex.join(["python", "-m", "host.train", *flags])
     return Row(name, bits["ema"], bits["model"], statistics.mean(tokens), shown)
 
 
@@ -123,20 +132,24 @@ def main() -> None:
     length.add_argument("--minutes", type=float, help="of each run")
     length.add_argument("--steps", type=int, help="of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"of: {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"of: {', '.join(variants([]))} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of runs (default: %(default)s)")
     parser.add_argument("--stories", type=int, default=128, help="to measure on (default: %(default)s)")
     args = parser.parse_args(own)
-    names = args.only or list(VARIANTS)
+    added = variants(common)
+    names = args.only or list(added)
     for name in names:
-        if name not in VARIANTS:
-            raise ConfigError(f"--only: no variant is called {name!r}: choose of {', '.join(VARIANTS)}")
+        if name not in added:
+            raise ConfigError(f"--only: no variant is called {name!r}: choose of {', '.join(added)}")
+    for seed in args.seeds:
+        if args.seeds.count(seed) > 1:
+            raise ConfigError(f"--seeds names {seed} twice: a seed again makes the same run again")
     if args.stories < 1:
         raise ConfigError(f"--stories must be at least 1, not {args.stories}")
     budget = ["--minutes", str(args.minutes)] if args.minutes is not None else ["--steps", str(args.steps)]
     if parse_arguments([*common, *budget]).objective == "ar":
         raise ConfigError("--objective ar does not go with an ablation, which measures the bound of diffusion runs")
-    print_table([measure(name, args.seeds, args.out, budget, common, args.stories) for name in names])
+    print_table([measure(name, [*common, *added[name], *budget], args.seeds, args.out, args.stories) for name in names])
 
 
 if __name__ == "__main__":

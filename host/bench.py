@@ -26,6 +26,8 @@ GIGABYTE: Final = 1_000_000_000
 WORDS: Final = 30_000  # distinct ones, about as many as TinyStories has
 STORY_WORDS: Final = (120, 260)
 STORIES_AT_ONCE: Final = 1000
+MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micro_size": 1 << 16}
+MOST_GIGABYTES: Final = 1000
 
 
 def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
@@ -66,11 +68,20 @@ def bench_data(gigabytes: float) -> None:
     )
 
 
+def check_numbers(args: argparse.Namespace) -> None:
+    """ConfigError names the flag whose number is out of range."""
+    for name, most in MOST.items():
+        value = getattr(args, name, None)
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"--{name.replace('_', '-')} must be from 1 to {most:,}, not {value}")
+
+
 def bench_step(args: argparse.Namespace) -> None:
     """Print the StepSpeed of the shape that the command line gives."""
     shape = [args.d_model, args.layers, args.heads, args.vocab_size, args.canvas_len]
-    if min(*shape, args.threads) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
-        raise ConfigError(f"no network has the shape {' '.join(map(str, shape))} on {args.threads} threads")
+    if min(shape) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
+        raise ConfigError(f"no network has the shape {' '.join(map(str, shape))}")
+    check_numbers(args)
     from host.model import ModelConfig  # torch, which `data` does without
     from host.step_speed import measure_step
 
@@ -79,15 +90,14 @@ def bench_step(args: argparse.Namespace) -> None:
 
 def bench_train(args: argparse.Namespace) -> None:
     """Print the TrainSpeed of each configuration."""
-    if min(args.steps, args.threads, args.batch_size, 1 if args.micro_size is None else args.micro_size) < 1:
-        raise ConfigError("--steps, --threads, --batch-size and --micro-size must be at least 1")
+    check_numbers(args)
     from host.model import config_named  # torch, which `data` does without
     from host.optim import PEAK_RATES
     from host.runs import TrainConfig, usual_micro_size
     from host.train_speed import measure_training
 
     configs = [config_named(name) for name in args.config]
-    data = load_data(args.data)
+    data = load_data(args.data, verify=True)
     micro_size = usual_micro_size(args.batch_size) if args.micro_size is None else args.micro_size
     settings = TrainConfig(
         Path(),
@@ -97,13 +107,15 @@ def bench_train(args: argparse.Namespace) -> None:
         optimizer=args.optimizer,
         lr=PEAK_RATES[args.optimizer],
     )
-    print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'textbook':>9} {'ratio':>6} "
-          f"{'GFLOP/s':>8} {'bf16 peak':>10} {'fp32 peak':>10} {'of bf16 peak':>13}")  # fmt: skip
-    for config in configs:
+    for number, config in enumerate(configs):
         speed = measure_training(config, data, settings, args.steps, args.threads)
-        print(f"{config.name:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.textbook_tokens_per_s:9,.0f} "
-              f"{speed.ratio:6.2f} {speed.tokens_per_s * speed.gflop_per_token:8.0f} {speed.bf16_gflops:10.0f} "
-              f"{speed.fp32_gflops:10.0f} {speed.fraction_of_peak:13.0%}")  # fmt: skip
+        if number == 0:
+            peaks = " ".join(f"{f'{name} peak':>10}" for name in speed.peaks)
+            print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'textbook':>9} {'ratio':>6} "
+                  f"{'GFLOP/s':>8} {peaks} {f'of {speed.yardstick} peak':>13}")  # fmt: skip
+        peaks = " ".join(f"{peak:10.0f}" for peak in speed.peaks.values())
+        print(f"{speed.config:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.textbook_tokens_per_s:9,.0f} "
+              f"{speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} {speed.fraction_of_peak:13.0%}")  # fmt: skip
     source = f"{data.meta.source}, vocabulary {data.meta.vocab_size:,}"
     print(f"real tokens of {source}; medians of {args.steps} steps, in turn")
 
@@ -140,8 +152,8 @@ def main() -> None:
     if args.command == "step":
         bench_step(args)
         return
-    if args.gigabytes <= 0:
-        raise ConfigError(f"--gigabytes must be above 0, not {args.gigabytes}")
+    if not 0 < args.gigabytes <= MOST_GIGABYTES:
+        raise ConfigError(f"--gigabytes must be above 0 and at most {MOST_GIGABYTES}, not {args.gigabytes}")
     bench_data(args.gigabytes)
 
 

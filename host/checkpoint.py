@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from host.diffusion import Objective
@@ -61,15 +61,17 @@ def save_checkpoint(
         "progress": msgspec.json.encode(asdict(progress)).decode(),
         "scaler": msgspec.json.encode(scaler.state_dict()).decode(),
     }
+    # Not save_file: it writes a temporary file of its own, which a killed process leaves behind, each under a new name.
+    content = save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
     partial = path.with_suffix(".partial")
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
-        with partial.open("rb") as file:
+        with partial.open("wb") as file:
+            file.write(content)
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         partial.unlink(missing_ok=True)  # on a full disk it would be in the way
-        raise DiffusionLLMError(f"the checkpoint {path} cannot be written: {error}") from None
+        raise DiffusionLLMError(f"the checkpoint {path} cannot be written: {error.strerror}") from None
 
 
 def find_checkpoint(run: Path, file: str = BEST) -> Path:

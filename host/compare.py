@@ -12,8 +12,8 @@ from pathlib import Path
 
 from host.plots import save_picture
 from host.progress import LOG_FILE, read_log
-from host.runs import read_config, work_before
-from host.shards import DataMeta, load_data
+from host.runs import data_of, read_config, work_before
+from host.shards import DataMeta
 from shared.errors import ConfigError, DataError, run_main
 
 PICTURE = Path("compare.png")
@@ -71,7 +71,7 @@ def read_curve(name: str, run: Path) -> Curve:
 
 
 def _data_of(run: Path) -> DataMeta:
-    return load_data(read_config(run).data).meta
+    return data_of(run).meta
 
 
 def _log(run: Path) -> list[dict[str, str]]:

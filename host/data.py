@@ -124,7 +124,7 @@ def replacing(out: Path) -> Iterator[Path]:
     replaced = out.with_name(f".{out.name}.replaced")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        with _locked(scratch, f"another run is preparing {out}: wait for it, or choose another --out"):
+        with locked(scratch, f"another run is preparing {out}: wait for it, or choose another --out"):
             for left_over in scratch.iterdir():
                 left_over.unlink()
             try:
@@ -142,7 +142,8 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path, refusal: str) -> Iterator[None]:
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder against other processes; DataError(refusal) when one of them holds it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

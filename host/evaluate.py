@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from host.checkpoint import find_checkpoint, load_model, newest_run
+from host.checkpoint import newest_run
 from host.diffusion import Corrupted, corrupt, counted_tokens, low_discrepancy_times
 from host.model import Denoiser
-from host.runs import read_config
+from host.runs import data_of, load_run
 from host.scoring import GraphScorer, Scorer, TorchScorer, load_graph
-from host.shards import load_data
+from host.shards import DataFolder
 from host.text_sources import read_texts
 from host.tokenizer import encode_stories, load_tokenizer, token_byte_lengths
 from shared.errors import ConfigError, DataError, run_main
@@ -135,9 +135,8 @@ def held_out_files(source: Path, tokenizer_path: Path, stories: int | None = Non
     return HeldOut(source.name, canvases, token_byte_lengths(tokenizer))
 
 
-def held_out_split(data: Path, stories: int | None = None) -> HeldOut:
+def held_out_split(folder: DataFolder, stories: int | None = None) -> HeldOut:
     """The validation split of a data folder."""
-    folder = load_data(data)
     n = len(folder.valid) if stories is None else min(stories, len(folder.valid))
     lengths = token_byte_lengths(load_tokenizer(folder.tokenizer_path))
     return HeldOut(f"{folder.meta.source}, validation split", folder.valid.take(np.arange(n)), lengths)
@@ -177,6 +176,10 @@ def judge_or_sweep(args: argparse.Namespace) -> None:
         raise ConfigError("--samples and --sweep need --judge AR_RUN: train one with host.train --objective ar")
     if args.count is not None and args.count < 1:
         raise ConfigError("--count must be at least 1")
+    if args.draws != DRAWS or args.stories != STORIES:
+        raise ConfigError("--draws and --stories are about the bound: the number of samples is --count")
+    if args.samples and (args.run or args.bundle):
+        raise ConfigError("--samples names what is judged: neither --run nor --bundle goes with it")
     if args.sweep:
         if args.bundle or args.json:
             raise ConfigError("--sweep measures a run, and prints one table")
@@ -230,12 +233,12 @@ def main() -> None:
         schedule, tokenizer = manifest.schedule, args.bundle / TOKENIZER
     else:
         run = args.run or newest_run()
-        model, progress = load_model(find_checkpoint(run))
+        model, progress = load_run(run)
         scorer, schedule, tokenizer = TorchScorer(model), progress.schedule, run / TOKENIZER
     if args.source:
         held_out = held_out_files(args.source, tokenizer, args.stories)
     else:
-        held_out = held_out_split(read_config(run).data, args.stories)
+        held_out = held_out_split(data_of(run), args.stories)
     if not args.bundle and progress.objective == "ar":
         print_likelihood(model, held_out, args.json)
         return

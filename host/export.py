@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from host.bundle import StepGraph, check_replaceable, write_bundle
-from host.checkpoint import find_checkpoint, load_model, newest_run
+from host.checkpoint import newest_run
 from host.evaluate import STORIES, evaluate, held_out_files, held_out_split, print_table
 from host.model import CONFIGS, config_named
 from host.parity import dropped_mass
 from host.precision import TOP_K, Wanted, build, build_untrained, yardstick
 from host.report import print_report
-from host.runs import read_config
+from host.runs import data_of, load_run
 from host.scoring import GraphScorer, TorchScorer
 from host.untrained import untrained
 from shared.errors import ConfigError, run_main
@@ -92,14 +92,14 @@ def main() -> None:
     run = args.run or newest_run()
     out = args.out or Path("bundles") / run.resolve().name
     check_replaceable(out)  # now, not after minutes of measuring
-    model, progress = load_model(find_checkpoint(run))
+    model, progress = load_run(run)
     if progress.objective == "ar":
         raise ConfigError(f"{run} is an autoregressive run: start a diffusion run from it with host.train --init {run}")
     tokenizer = run / TOKENIZER
     if args.source:
         held_out = held_out_files(args.source, tokenizer, args.stories)
     else:
-        held_out = held_out_split(read_config(run).data, args.stories)
+        held_out = held_out_split(data_of(run), args.stories)
     measured = yardstick(model, progress, held_out)
     graphs, parities, calibration = build(wanted, measured)
     top_k = min(TOP_K, model.config.vocab_size)

@@ -12,8 +12,9 @@ import msgspec
 import torch
 
 from edge.text import Texts
-from host.checkpoint import find_checkpoint, load_model, newest_run
+from host.checkpoint import newest_run
 from host.precision import TOP_K
+from host.runs import load_run
 from host.sample_many import sample_autoregressive
 from host.sampler import Settings, sample
 from host.tokenizer import load_tokenizer
@@ -57,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     requests = [checked_request(args, seed) for seed in args.seed]
     run = args.run or newest_run()
-    model, progress = load_model(find_checkpoint(run))
+    model, progress = load_run(run)
     texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
     layout = texts.lay_out(requests[0])
     if progress.objective == "ar":

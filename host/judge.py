@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from msgspec import Struct
 
-from host.checkpoint import BEST, LAST, find_checkpoint, load_model
+from host.checkpoint import BEST, LAST
 from host.diffusion import autoregressive_sums, counted_tokens
 from host.evaluate import HeldOut, held_out_files, held_out_split, ratio
 from host.model import Denoiser
 from host.precision import TOP_K
-from host.runs import read_config
+from host.runs import data_of, load_run
 from host.sample_many import sample_autoregressive, sample_many
 from host.sampler import Settings
 from host.train import mixed_precision_dtype
@@ -58,11 +58,9 @@ class Judge:
     @classmethod
     def load(cls, run: Path, tokenizer: Path) -> "Judge":
         """The run's averaged weights; ConfigError when it is no judge for text of that tokenizer."""
-        model, progress = load_model(find_checkpoint(run))
+        model, progress = load_run(run)
         if progress.objective != "ar":
             raise ConfigError(f"{run} cannot judge: it is a diffusion run, train a judge with --objective ar")
-        if not (run / TOKENIZER).is_file():
-            raise DataError(f"{run} cannot judge: its {TOKENIZER} is missing")
         if sha256_of(tokenizer) != sha256_of(run / TOKENIZER):
             raise DataError(f"{run} cannot judge these samples: its tokenizer is another one than {tokenizer}")
         return cls(model, run / TOKENIZER)
@@ -91,7 +89,7 @@ class Judge:
         if source is not None:
             held_out = held_out_files(source, self.tokenizer, count)
         else:
-            held_out = held_out_split(read_config(run).data, count)
+            held_out = held_out_split(data_of(run), count)
         return self.judge("data", held_out.canvases)
 
 
@@ -152,7 +150,7 @@ def canvases_of(samples: Path, judge: Judge, count: int) -> tuple[str, np.ndarra
     if not any((samples / file).is_file() for file in (LAST, BEST)):
         held_out = held_out_files(samples, judge.tokenizer, count)
         return held_out.name, held_out.canvases
-    model, progress = load_model(find_checkpoint(samples))
+    model, progress = load_run(samples)
     dtype = mixed_precision_dtype(torch.device("cpu"))
     if progress.objective == "ar":
         return f"{samples.name}, sampled", sample_autoregressive(model, range(count), dtype=dtype).numpy()

@@ -32,7 +32,9 @@ def plot_curves(run: Path) -> None:
         above.plot(
             *zip(*valid, strict=True), "o-", color="tab:orange", label="validation, nats a token, averaged weights"
         )
-        above.set_ylim(0.9 * min(value for _, value in valid), max(smooth[len(smooth) // 20 :]) * 1.05)
+        # The first steps would squeeze the rest.
+        settled = [*smooth[len(smooth) // 20 :], *(value for x, value in valid if x > tokens[-1] / 20)]
+        above.set_ylim(0.9 * min(settled), 1.05 * max(settled))
     above.set_ylabel("nats")
     above.legend()
     below.plot(tokens, [float(row["lr"]) for row in rows], color="tab:green")

@@ -14,9 +14,10 @@ LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", 
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log; a last line that a full disk cut off does not count."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(line for line in file if line.endswith("\n")))
+    """The rows of a log; lines that a full disk or a crash spoilt do not count."""
+    with path.open(newline="", errors="replace") as file:
+        rows = csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line)
+        return [row for row in rows if (row["step"] or "").isdigit()]
 
 
 @contextlib.contextmanager

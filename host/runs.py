@@ -3,6 +3,8 @@
 import argparse
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -10,21 +12,23 @@ from pathlib import Path
 import msgspec
 import torch
 
-from host.checkpoint import LAST, Progress, find_checkpoint, read_progress
-from host.data import DEFAULT_OUT, DEFAULT_SOURCE, prepare
+from host.checkpoint import LAST, Progress, find_checkpoint, init_from, load_model, read_progress
+from host.data import DEFAULT_OUT, DEFAULT_SOURCE, locked, prepare
 from host.diffusion import Weighting
-from host.model import CONFIGS, config_named
+from host.model import CONFIGS, Denoiser, ModelConfig, config_named
 from host.optim import PEAK_RATES, OptimizerName
 from host.progress import LOG_FILE, read_log
 from host.shards import DataFolder, load_data
 from shared.errors import ConfigError, DataError
-from shared.manifest import TOKENIZER
+from shared.manifest import TOKENIZER, sha256_of
 
 CONFIG_FILE = "config.json"
 VALIDATION_SEED = 0x5EED
 VALIDATION_DRAWS = 2
 ABOVE_ZERO = ("steps", "minutes", "batch_size", "micro_size", "valid_every", "lr")
+AT_MOST = {"batch_size": 1 << 16, "micro_size": 1 << 16}
 CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
+OF_DIFFUSION = ("schedule", "weighting", "time_input")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class TrainConfig:
     seed: int = 0
     init: Path | None = None  # the run whose weights it began with
     init_work: Work | None = None  # behind those weights; unknown in runs from before it was kept
+    data_fingerprint: str = ""  # of what `data` held; unknown in runs from before it was kept
 
 
 def fraction_done(config: TrainConfig, progress: Progress) -> float:
@@ -128,10 +133,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     args = parser.parse_args(arguments)
     check_numbers(args)
-    if args.resume:
-        for name, value in vars(args).items():
-            if name not in CHANGED_ON_RESUME and value != parser.get_default(name):
-                raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
+    untouched = object()  # a default fills only what a namespace lacks, so that what was typed can be told
+    typed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
+    for name in (name for name, value in vars(typed).items() if value is not untouched):
+        if args.resume and name not in CHANGED_ON_RESUME:
+            raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
+        if args.objective == "ar" and name in OF_DIFFUSION:
+            raise ConfigError(f"{_flag(name)} does not go with --objective ar: nothing is masked")
     return args
 
 
@@ -140,6 +148,8 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{_flag(name)} must be a number above 0, not {value}")
+        if name in AT_MOST and value is not None and value > AT_MOST[name]:
+            raise ConfigError(f"{_flag(name)} must be at most {AT_MOST[name]:,}, not {value}")
     if not 0 <= args.seed < 1 << 63:
         raise ConfigError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
 
@@ -148,21 +158,48 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def new_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
-    """Prepare the data when the default folder is missing, and lay out a fresh run folder."""
+@contextmanager
+def run_laid_out(args: argparse.Namespace, processes: int = 1) -> Iterator[tuple[TrainConfig, Progress]]:
+    """A fresh run folder, or that of --resume, held against other processes as long as the block runs.
+
+    Prepares the data when the default folder is missing. Raises DiffusionLLMError before anything is written.
+    """
+    taken = "is in use by another process: wait for it, or choose another --out"
+    if args.resume:
+        find_checkpoint(args.resume, LAST)
+        with locked(args.resume, f"{args.resume} {taken}"):
+            yield resumed_run(args, processes)
+        return
     if args.data == DEFAULT_OUT and not args.data.exists():
         prepare(DEFAULT_SOURCE, args.data)
     data = load_data(args.data, verify=True)
     config, progress = planned_run(args, data)
-    out = config.out
+    check_share(config, processes)
+    check_free(config.out)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {config.out} cannot be made: {error.strerror}") from None
+    with locked(config.out, f"{config.out} {taken}"):
+        check_free(config.out)  # whoever held it may have been about to end
+        write_config(config, data.tokenizer_path)
+        yield config, progress
+
+
+def check_share(config: TrainConfig, processes: int) -> None:
+    """ConfigError when some process would get no story of a batch."""
+    if config.batch_size < processes:
+        raise ConfigError(f"--batch-size {config.batch_size} is too small to share among {processes} processes")
+
+
+def check_free(out: Path) -> None:
+    """ConfigError when a new run would overwrite something."""
     if (out / LAST).exists():
         raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).exists()):
         raise ConfigError(f"{out} exists and is no run: choose another --out")
     if (out / LOG_FILE).exists() and any(row["valid"] for row in read_log(out / LOG_FILE)):  # of a yardstick
         raise ConfigError(f"{out} holds the log of a run that saved no weights: choose another --out")
-    write_config(config, data.tokenizer_path)
-    return config, progress
 
 
 def usual_micro_size(batch_size: int) -> int:
@@ -186,12 +223,15 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         seed=args.seed,
         init=args.init,
         init_work=work_behind(args.init) if args.init else None,
+        data_fingerprint=data.meta.fingerprint,
     )
     model = replace(
         config_named(args.config),
         vocab_size=data.meta.vocab_size,
         time_input=args.time_input and args.objective == "diffusion",
     )
+    if args.init:
+        check_start(args.init, model, data)
     progress = Progress(
         model=model,
         objective=args.objective,
@@ -202,6 +242,15 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         data_stories=len(data.train),
     )
     return config, progress
+
+
+def check_start(run: Path, model: ModelConfig, data: DataFolder) -> None:
+    """DataError when a run's weights cannot start that model on that data."""
+    path = find_checkpoint(run)
+    if read_progress(path).tokenizer_sha256 != data.meta.tokenizer_sha256:
+        raise DataError(f"{run} was trained with another tokenizer than {data.path}")
+    with torch.device("meta"):
+        init_from(Denoiser(model), path)
 
 
 def write_config(config: TrainConfig, tokenizer: Path | None = None) -> None:
@@ -231,11 +280,30 @@ def read_config(run: Path) -> TrainConfig:
         raise DataError(f"{run / CONFIG_FILE} cannot be read: {error}") from None
 
 
-def resumed_run(args: argparse.Namespace) -> tuple[TrainConfig, Progress]:
+def load_run(run: Path) -> tuple[Denoiser, Progress]:
+    """A run's averaged weights, to meet text; DataError when its tokenizer is not the one that it was trained with."""
+    model, progress = load_model(find_checkpoint(run))
+    file = run / TOKENIZER
+    if not file.is_file() or sha256_of(file) != progress.tokenizer_sha256:
+        raise DataError(f"{file} is missing, or not the tokenizer that the run was trained with")
+    return model, progress
+
+
+def data_of(run: Path) -> DataFolder:
+    """What a run was trained on; DataError when its data folder holds something else by now."""
+    config = read_config(run)
+    data = load_data(config.data)
+    if config.data_fingerprint not in ("", data.meta.fingerprint):
+        raise DataError(f"{config.data} holds other data than {run} was trained on: prepare it again from that text")
+    return data
+
+
+def resumed_run(args: argparse.Namespace, processes: int) -> tuple[TrainConfig, Progress]:
     """The settings and progress of an earlier run; only its length may change."""
     last = find_checkpoint(args.resume, LAST)
     progress = read_progress(last)
     config = replace(read_config(args.resume), out=args.resume)
+    check_share(config, processes)
     data = load_data(config.data, verify=True)
     if data.meta.tokenizer_sha256 != progress.tokenizer_sha256:
         raise DataError(f"{config.data} has another tokenizer than the run {args.resume}: prepare its data again")

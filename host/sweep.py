@@ -10,10 +10,10 @@ from typing import Final, get_args
 
 import torch
 
-from host.checkpoint import find_checkpoint, load_model
 from host.judge import Judge, Judged, length_distance
 from host.plots import save_picture
 from host.precision import TOP_K
+from host.runs import load_run
 from host.sample_many import sample_many
 from host.sampler import Settings
 from host.train import mixed_precision_dtype
@@ -74,14 +74,14 @@ def grid(
 
 def sweep(run: Path, judge_run: Path, source: Path | None, count: int, settings: Sequence[Setting] = ()) -> list[Point]:
     """Measure every setting of the grid, print the table as it grows, draw RUN/sweep.png."""
-    model, progress = load_model(find_checkpoint(run))
+    model, progress = load_run(run)
     if progress.objective == "ar":
         raise ConfigError(f"{run} is an autoregressive run: a sweep is over the settings of diffusion sampling")
     judge = Judge.load(judge_run, run / TOKENIZER)
     data = judge.data(source, judge_run, count)
     dtype = mixed_precision_dtype(torch.device("cpu"))
     print(f"{'rule':14} {'T':>4} {'strength':>9} {'passes':>7} {'perplexity':>14} {'entropy, bits':>13} "
-          f"{'distinct-2':>10} {'repetition':>10} {'lengths off':>11}")  # fmt: skip
+          f"{'distinct-1/2/3':>17} {'repetition':>10} {'lengths off':>11}")  # fmt: skip
     _print("data", "", "", "", data, data)
     points = []
     for setting in settings or grid():
@@ -100,8 +100,9 @@ def sweep(run: Path, judge_run: Path, source: Path | None, count: int, settings:
 
 def _print(rule: str, temperature: str, strength: str, passes: str, judged: Judged, data: Judged) -> None:
     perplexity = f"{judged.perplexity.value:.2f} ± {judged.perplexity.stderr:.2f}"
+    distinct = "/".join(f"{value:.3f}" for value in judged.distinct)
     print(f"{rule:14} {temperature:>4} {strength:>9} {passes:>7} {perplexity:>14} {judged.unigram_entropy_bits:13.2f} "
-          f"{judged.distinct[1]:10.3f} {judged.repetition:10.1%} {length_distance(judged, data):11.2f}",
+          f"{distinct:>17} {judged.repetition:10.1%} {length_distance(judged, data):11.2f}",
           flush=True)  # fmt: skip
 
 

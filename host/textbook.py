@@ -159,7 +159,7 @@ def main() -> None:
     check_numbers(args)
     if args.out.exists():
         raise ConfigError(f"{args.out} exists: choose another --out")
-    data = load_data(args.data)
+    data = load_data(args.data, verify=True)
     config = TrainConfig(
         args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, optimizer="adamw", lr=args.lr,
         valid_every=args.valid_every, seed=args.seed,

@@ -4,6 +4,7 @@ A run is a folder: last.safetensors (resume from here), best.safetensors (lowest
 curves.png and the tokenizer. `torchrun --nproc-per-node N -m host.train` shares every batch among N processes.
 """
 
+import argparse
 import contextlib
 import math
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,6 @@ from host.checkpoint import (
     Progress,
     find_checkpoint,
     init_from,
-    read_progress,
     restore,
     save_checkpoint,
 )
@@ -40,13 +40,13 @@ from host.runs import (
     VALIDATION_SEED,
     TrainConfig,
     fraction_done,
-    new_run,
     parse_arguments,
-    resumed_run,
+    run_laid_out,
 )
 from host.shards import DataFolder, Split, load_data
-from shared.errors import ConfigError, DataError, DiffusionLLMError, run_main
+from shared.errors import DiffusionLLMError, run_main
 
+SAVE_EVERY_S: Final = 300.0  # of training, between validations
 ROWS_ALIGNED: Final = 16
 """On CUDA canvases are cut at multiples of this: attention with a bias wants rows of a multiple of 8, and products of
 half-precision matrices are fastest so."""
@@ -68,10 +68,6 @@ class Trainer:
         ranks: Ranks = Ranks(),  # noqa: B008  (frozen: alone)
         wandb: bool = False,
     ) -> None:
-        if config.batch_size < ranks.processes:
-            raise ConfigError(
-                f"--batch-size {config.batch_size} is too small to share among {ranks.processes} processes"
-            )
         torch.manual_seed(config.seed)
         self.config = config
         self.progress = progress
@@ -95,12 +91,8 @@ class Trainer:
         self.progress = restore(last, self.model, self.ema, self.optimizers, self.scaler)
 
     def start_from(self, run: Path) -> None:
-        """Start from another run's averaged weights."""
-        path = find_checkpoint(run)
-        theirs = read_progress(path)
-        if theirs.tokenizer_sha256 != self.progress.tokenizer_sha256:
-            raise DataError(f"{run} was trained with another tokenizer than {self.config.data}")
-        init_from(self.model, path)
+        """Start from another run's averaged weights, which `host.runs.check_start` has found to fit."""
+        init_from(self.model, find_checkpoint(run))
         self.ema = Ema(self.model, self.config.ema_decay)
 
     def batch_at(self, split: Split, seed: int, step: int, size: int) -> Batch:
@@ -197,7 +189,7 @@ class Trainer:
         """Train to the end, or until `stopping` is set; either way the last state is saved."""
         c = self.config
         minutes_total = None if c.minutes is None else 60 * c.minutes
-        stopped = False
+        stopped, saved_s = False, self.progress.seconds
         with (
             open_log(c.out / LOG_FILE, self.progress.step, self.ranks.first) as log,
             progress_bar(c.steps, minutes_total, self.ranks.first) as bar,
@@ -219,7 +211,10 @@ class Trainer:
                     processor_seconds=p.processor_seconds + worked_s,
                 )
                 due = self.progress.step % c.valid_every == 0 or fraction_done(c, self.progress) >= 1.0
-                valid = self.validate_and_save() if due else None
+                valid = self.validate_and_keep() if due else None
+                if due or self.progress.seconds - saved_s > SAVE_EVERY_S:
+                    self.save(LAST)
+                    saved_s = self.progress.seconds
                 row: tuple[int | str, ...] = (
                        self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
                        "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
@@ -233,14 +228,13 @@ class Trainer:
             if self.ranks.first:
                 plot_curves(c.out)
 
-    def validate_and_save(self) -> float:
-        """Validate, keep the best apart, save the last, redraw the curves."""
+    def validate_and_keep(self) -> float:
+        """Validate, keep the best apart, redraw the curves."""
         valid = self.validate()
         self._check_finite("validation loss", valid)  # before broken weights replace the last good ones
         if self.progress.best_nats is None or valid < self.progress.best_nats:
             self.progress = replace(self.progress, best_nats=valid)
             self.save(BEST)
-        self.save(LAST)
         if self.ranks.first:
             plot_curves(self.config.out)
         return valid
@@ -263,14 +257,26 @@ def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if fast else None
 
 
-def main() -> None:
-    """Train, resume, and save on Ctrl-C."""
-    args = parse_arguments()
-    with joined_ranks() as ranks:
-        laid_out = None
+@contextlib.contextmanager
+def laid_out_by_first(args: argparse.Namespace, ranks: Ranks) -> Iterator[tuple[TrainConfig, Progress]]:
+    """What the first process makes of the command line; where it cannot, it says why and the others end in silence."""
+    with contextlib.ExitStack() as held:
+        made: tuple[TrainConfig, Progress] | DiffusionLLMError | None = None
         if ranks.first:
-            laid_out = resumed_run(args) if args.resume else new_run(args)
-        config, progress = ranks.from_first(laid_out)
+            try:
+                made = held.enter_context(run_laid_out(args, ranks.processes))
+            except DiffusionLLMError as error:
+                made = error
+        found: Any = ranks.from_first(made)
+        if isinstance(found, DiffusionLLMError):
+            raise found if ranks.first else SystemExit(found.exit_code)
+        yield found
+
+
+def main() -> None:
+    """Train, resume, and save when the user or the terminal ends it."""
+    args = parse_arguments()
+    with joined_ranks() as ranks, laid_out_by_first(args, ranks) as (config, progress):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         trainer = Trainer(config, progress, load_data(config.data), device, ranks, wandb=args.wandb)
         if args.resume:
@@ -283,6 +289,8 @@ def main() -> None:
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup would have it
+            signal.signal(signal.SIGHUP, stop)
         trainer.run()
     if not ranks.first:
         return

@@ -14,7 +14,7 @@ from shared.errors import run_main
 
 def call(main: Callable[[], int | None], *arguments: object) -> None:
     """Run `main` with these arguments; errors pass through, signal handlers are put back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *map(str, arguments)])
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from host import ablate, train
-from host.ablate import VARIANTS, Row, print_table
+from host.ablate import Row, print_table, variants
 from host.checkpoint import LAST, read_progress
 from host.runs import CONFIG_FILE, read_config
 from shared.errors import DiffusionLLMError
@@ -14,9 +14,28 @@ from tests.commands import call, refusal
 
 
 def test_every_variant_changes_one_thing() -> None:
-    assert VARIANTS["defaults"] == ()
-    assert all(
-        sum(flag.startswith("--") for flag in flags) == 1 for name, flags in VARIANTS.items() if name != "defaults"
+    found = variants([])
+    assert found.pop("defaults") == []
+    assert all(sum(flag.startswith("--") for flag in flags) == 1 for flags in found.values())
+
+
+@pytest.mark.parametrize(
+    ("common", "rate"),
+    [
+        ([], "0.004"),
+        (["--optimizer", "adamw"], "0.002"),
+        (["--lr=0.03"], "0.06"),
+        (["--optimizer", "adamw", "--lr", "0.03"], "0.06"),
+    ],
+)
+def test_twice_the_rate_is_twice_that_of_the_other_variants(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], common: list[str], rate: str
+) -> None:
+    """Theirs is 0.002 with Muon and 0.001 with AdamW, where nobody says another."""
+    monkeypatch.setattr(ablate, "measure", lambda name, flags, *_: Row(name, [1.0], [1.0], 1.0, " ".join(flags)))
+    call(ablate.main, "--steps", 3, "--only", "twice the rate", "--", *common)
+    assert (
+        capsys.readouterr().out.splitlines()[-1].endswith(f" | `{' '.join([*common, '--lr', rate, '--steps', '3'])}` |")
     )
 
 
@@ -54,7 +73,7 @@ def test_a_run_that_other_flags_made_is_no_row_of_the_table(
     shared = ["--config", "debug", "--data", str(data), "--batch-size", "8"]
     run = tmp_path / "defaults-0"
     call(train.main, *shared, "--steps", 2, "--out", run)
-    again = ablate.train_command("defaults", 0, run, ["--steps", "2"], shared)
+    again = ablate.train_command(run, 0, [*shared, "--steps", "2"])
     assert again == ["-m", "host.train", "--resume", str(run)]
     flags = ["--only", "defaults", "--out", tmp_path]
     for length, common, words in (
@@ -87,6 +106,7 @@ def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) 
         (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose of defaults, AdamW"),
         (["--steps", 3, "--", "--objective", "ar"], 78, "--objective ar does not go with an ablation"),
         (["--steps", 3, "--stories", 0], 78, "--stories must be at least 1, not 0"),
+        (["--steps", 3, "--seeds", 0, 1, 0], 78, "--seeds names 0 twice: a seed again makes the same run again"),
         (["--steps", 3, "--", "--data", "nowhere"], 1, "defaults-0 failed; its own message stands above"),
     ],
 )

@@ -32,7 +32,7 @@ DEBUG = config_named("debug")
 CPU_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 KILLED_WHILE_SAVING = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 from pathlib import Path
 import torch
 from host.checkpoint import Progress, load_model, save_checkpoint
@@ -44,6 +44,10 @@ model = Denoiser(config)
 optimizers, ema = build_optimizers(model, "adamw", 1e-3), Ema(model, 0.9)
 scaler = torch.amp.GradScaler("cpu", enabled=False)
 path = Path(sys.argv[1]) / "last.safetensors"
+def assert_whole():
+    loaded, progress = load_model(path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+    assert {p.name for p in path.parent.iterdir()} <= {path.name, "last.partial"}  # the next save overwrites that
 for attempt in range(8):
     child = os.fork()
     if child == 0:
@@ -54,8 +58,18 @@ for attempt in range(8):
     time.sleep(0.003 * attempt)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    loaded, progress = load_model(path)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
+    assert_whole()
+for written in (1, 10_000, path.stat().st_size - 1):  # the system kills who writes on
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (written, written))
+        save_checkpoint(path, Progress(config, "diffusion", "linear"), model, ema, optimizers, scaler)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGXFSZ
+    assert_whole()
 print("whole every time")
 """
 
@@ -105,6 +119,11 @@ def test_killing_a_process_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Pa
         check=False,
     )
     assert done.stdout == "whole every time\n", done.stderr
+
+
+def test_a_checkpoint_is_as_readable_as_other_files(checkpoint: Path) -> None:
+    (checkpoint.parent / "other").touch()
+    assert checkpoint.stat().st_mode == (checkpoint.parent / "other").stat().st_mode
 
 
 def test_what_a_killed_save_left_is_overwritten(checkpoint: Path) -> None:

@@ -2,21 +2,31 @@
 
 import csv
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from host import compare, textbook, train
+from host.batches import story_indices
 from host.checkpoint import find_checkpoint, read_progress
 from host.compare import Curve, Point
-from host.model import ModelConfig
+from host.diffusion import corrupt, low_discrepancy_times, nelbo_sums
+from host.model import Denoiser, ModelConfig
+from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, write_config
 from host.shards import load_data
-from host.textbook import TextbookLoop
+from host.textbook import Textbook, TextbookLoop
+from host.tokenizer import load_tokenizer
+from shared.tokens import EOS, FIRST_TEXT_ID
 from tests.commands import call, refusal
 
 
@@ -89,9 +99,68 @@ def test_a_run_that_began_with_uncounted_hours_is_refused(
     assert sentence == f"{child} began with a run that an older version trained, without counting its processor time"
 
 
+def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two hours, two epochs, three nats a token; the table and the picture say the same."""
+    folder = load_data(data)
+    tokens = int(sum((shard >= FIRST_TEXT_ID).sum() + (shard == EOS).sum() for shard in folder.train.shards))
+    (valid,) = folder.valid.shards
+    spelled = load_tokenizer(folder.tokenizer_path).decode_batch([row[row >= FIRST_TEXT_ID].tolist() for row in valid])
+    nats = 3.0 * ((valid >= FIRST_TEXT_ID).sum() + (valid == EOS).sum())
+    bits_per_byte = float(nats * math.log2(math.e) / len("".join(spelled).encode()))
+    write_config(TrainConfig(tmp_path, data))
+    (tmp_path / "log.csv").write_text(f"step,tokens,valid,processor_s\n1,{2 * tokens},3.0,7200\n")
+    drawn: list[Any] = []
+    monkeypatch.setattr(compare, "save_picture", lambda figure, path: drawn.append(figure))
+    call(compare.main, f"run={tmp_path}")
+    head, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert head.endswith(" | after 2.00 hours |")
+    assert row == f"| run | 2.00 | {2 * tokens / 1e6:.2f} | 2.00 | {bits_per_byte:.4f} | {bits_per_byte:.4f} |"
+    by_hours, by_epochs = (axes.lines[0].get_xydata().tolist() for axes in drawn[0].axes)
+    assert by_hours == [pytest.approx([2.0, bits_per_byte], rel=1e-9)]
+    assert by_epochs == [pytest.approx([2.0, bits_per_byte], rel=1e-9)]
+
+
 def test_bits_a_byte_at_a_time_lie_on_the_line_between_measurements() -> None:
     curve = Curve("c", [Point(10, 1, 4.0), Point(20, 2, 2.0)], 1)
     assert [curve.at(s) for s in (9, 10, 15, 20, 21)] == [None, 4.0, 3.0, 2.0, None]
+
+
+class AsDenoiser:
+    """The textbook, as `nelbo_sums` asks a network."""
+
+    def __init__(self, textbook: Textbook) -> None:
+        self.textbook, self.config = textbook, textbook.config
+
+    def __call__(self, canvas: Tensor, t: Tensor, at: Tensor) -> Tensor:
+        scores: Tensor = self.textbook(canvas, t).flatten(0, 1)[at]
+        return scores
+
+    def logits(self, scores: Tensor, ends_are_impossible: Tensor) -> Tensor:
+        return scores
+
+
+def test_the_textbook_is_validated_by_the_bound_itself(data: Path) -> None:
+    """On whole canvases, with the noise that `host.train` draws for the same stories."""
+    shape = ModelConfig("test", d_model=64, layers=1, heads=2, vocab_size=300)
+    loop, valid = TextbookLoop(shape, load_data(data), torch.device("cpu")), load_data(data).valid
+    loop.step(0)
+    n, nats, tokens = len(valid), 0.0, 0
+    for draw in range(VALIDATION_DRAWS):
+        rows = valid.take(story_indices(VALIDATION_SEED, draw, n, n)).astype(np.int64)
+        x0, noise = (
+            torch.from_numpy(rows),
+            np.random.Generator(np.random.Philox(np.random.SeedSequence((VALIDATION_SEED, 1, draw)))),
+        )
+        t = low_discrepancy_times(n, float(noise.random()))
+        batch = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t, "linear")
+        with torch.no_grad():
+            model = cast(Denoiser, AsDenoiser(loop.model.eval()))
+            nats += float(nelbo_sums(model, batch, x0, t, "linear").sum())
+        tokens += int((rows >= FIRST_TEXT_ID).sum() + (rows == EOS).sum())
+    loop.model.train()
+    assert loop.nelbo(n) == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def test_the_textbook_learns(data: Path) -> None:
@@ -141,6 +210,30 @@ def test_a_yardstick_that_cannot_be_trained_is_refused(
     )
     assert code == 78
     assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("damaged", "words"),
+    [
+        (lambda content: content[:-2], "bytes instead of"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "was altered since it was written"),
+    ],
+    ids=["truncated", "altered"],
+)
+def test_damaged_data_are_refused_before_anything_is_written(
+    damaged: Callable[[bytes], bytes], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    shard = tmp_path / "data" / "train-00000.bin"
+    shard.write_bytes(damaged(shard.read_bytes()))
+    code, sentence = refusal(
+        capsys,
+        textbook.main,
+        *("--config", "debug", "--data", tmp_path / "data", "--steps", 1, "--out", tmp_path / "run"),
+    )
+    assert code == 65
+    assert sentence.startswith(f"{shard} ") and words in sentence
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_yardstick_that_diverges_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from host import bundle, export
 from host.checkpoint import BEST, LAST, load_model
 from host.evaluate import evaluate, held_out_split
 from host.model import count_parameters
-from host.runs import read_config
+from host.runs import data_of
 from host.scoring import TorchScorer
 from shared.manifest import MANIFEST, TOKENIZER, read_manifest, verified_bytes
 from tests.commands import call, refusal, small_disk
@@ -79,7 +79,7 @@ def test_a_run_becomes_a_bundle_with_its_figures(
     assert (Path("bundles/stories") / TOKENIZER).read_bytes() == (trained / TOKENIZER).read_bytes()
     by_graph = {e.graph: e for e in manifest.evaluations}
     assert list(by_graph) == ["torch fp32", *(graph.file for graph in manifest.graphs)]  # all, because of --report
-    held_out = held_out_split(read_config(trained).data)
+    held_out = held_out_split(data_of(trained))
     assert by_graph["torch fp32"] == evaluate(TorchScorer(model), held_out, progress.schedule)
     assert [parity.graph for parity in manifest.parity] == [graph.file for graph in manifest.graphs]
     for parity in manifest.parity:
@@ -130,7 +130,7 @@ def test_a_network_that_int8_ruins_is_not_written_and_the_old_bundle_stays(
     before = snapshot(tmp_path)
     reference = {e.graph: e.nelbo_nats_per_token.value for e in read_manifest(out).evaluations}
     model, progress = load_model(trained / BEST)
-    unchanged = evaluate(TorchScorer(model), held_out_split(read_config(trained).data), progress.schedule)
+    unchanged = evaluate(TorchScorer(model), held_out_split(data_of(trained)), progress.schedule)
     assert reference["torch fp32"] == pytest.approx(unchanged.nelbo_nats_per_token.value, rel=1e-3)
 
     code, sentence = refusal(capsys, export.main, "--run", run, "--out", out, "--int8")

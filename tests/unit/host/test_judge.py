@@ -170,6 +170,11 @@ def test_a_sweep_prints_one_table_and_draws_one_picture(
     points = sweep.sweep(run, judge_run, None, 2, settings)
     table = capsys.readouterr().out.splitlines()
     assert table[1].startswith("data") and len(table) == len(settings) + 3
+    assert max(len(line) for line in table[:-1]) <= 120
+    assert " distinct-1/2/3 " in table[0]
+    for line, point in zip(table[2:-1], points, strict=True):
+        one, two, three = point.judged.distinct
+        assert f" {one:.3f}/{two:.3f}/{three:.3f} " in line
     assert all(2 <= p.passes <= 3 for p in points if p.setting.strength == "2 steps")  # ends may wait for a third
     assert {line[:14].strip() for line in table[2:-1]} == {
         "random", "confidence", "margin", "entropy", "threshold", "entropy bound"
@@ -215,8 +220,14 @@ def test_an_autoregressive_run_is_measured_by_its_exact_likelihood(
             "{judge} is an autoregressive run: a sweep",
         ),
         (["--sweep", "--json", "--judge", "{judge}"], 78, "--sweep measures a run, and prints one table"),
+        (
+            ["--samples", "{trained}", "--run", "{trained}", "--judge", "{judge}"],
+            78,
+            "--samples names what is judged: neither --run nor --bundle goes with it",
+        ),
+        (["--samples", "{trained}", "--draws", 3, "--judge", "{judge}"], 78, "the number of samples is --count"),
     ],
-    ids=["no judge", "no samples", "no texts", "wrong judge", "no file", "sweep of a baseline", "sweep as json"],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
 def test_what_cannot_be_judged_is_refused(
     trained: Path, judge_run: Path, capsys: pytest.CaptureFixture[str], flags: list[object], code: int, words: str
@@ -245,4 +256,6 @@ def test_a_judge_without_its_tokenizer_is_refused(
     shutil.copytree(judge_run, judge)
     (judge / TOKENIZER).unlink()
     code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--judge", judge)
-    assert (code, sentence) == (65, f"{judge} cannot judge: its {TOKENIZER} is missing")
+    assert (code, sentence) == (
+        65, f"{judge / TOKENIZER} is missing, or not the tokenizer that the run was trained with"
+    )  # fmt: skip

@@ -11,14 +11,24 @@ import time
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from host import train
+from host.batches import story_indices
 from host.checkpoint import BEST, LAST, Progress, load_model, read_progress
+from host.diffusion import corrupt, counted_tokens, low_discrepancy_times, nelbo_sums
 from host.progress import LOG_COLUMNS, LOG_FILE
-from host.runs import CONFIG_FILE, TrainConfig, new_run, parse_arguments, resumed_run
+from host.runs import (
+    CONFIG_FILE,
+    VALIDATION_DRAWS,
+    VALIDATION_SEED,
+    TrainConfig,
+    parse_arguments,
+    run_laid_out,
+)
 from host.shards import load_data
 from host.train import Trainer, mixed_precision_dtype
 from shared.manifest import TOKENIZER
@@ -44,8 +54,8 @@ def trainer(data: Path, out: Path, *more: object, kind: type[Trainer] = Trainer)
     made: list[Trainer] = []
 
     def make() -> None:
-        config, progress = new_run(parse_arguments())
-        made.append(kind(config, progress, load_data(config.data), CPU))
+        with run_laid_out(parse_arguments()) as (config, progress):
+            made.append(kind(config, progress, load_data(config.data), CPU))
 
     call(make, *small(data, out, *more))
     return made[0]
@@ -53,7 +63,8 @@ def trainer(data: Path, out: Path, *more: object, kind: type[Trainer] = Trainer)
 
 def resumed(run: Path, *more: object) -> tuple[TrainConfig, Progress]:
     """What main() takes up."""
-    return resumed_run(parse_arguments(["--resume", str(run), *map(str, more)]))
+    with run_laid_out(parse_arguments(["--resume", str(run), *map(str, more)])) as found:
+        return found
 
 
 class StopsAtFive(Trainer):
@@ -61,6 +72,15 @@ class StopsAtFive(Trainer):
 
     def step(self) -> tuple[float, float, int]:
         self.stopping = self.progress.step == 4
+        return super().step()
+
+
+class DiesAtFive(Trainer):
+    """Ends without a word in its fifth step."""
+
+    def step(self) -> tuple[float, float, int]:
+        if self.progress.step == 4:
+            raise KeyboardInterrupt
         return super().step()
 
 
@@ -118,11 +138,14 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "parted"))
 
 
-@pytest.mark.parametrize(("number", "valid_every"), [(signal.SIGINT, 1000), (signal.SIGKILL, 3)])
+@pytest.mark.parametrize(("number", "valid_every"), [(signal.SIGINT, 1000), (signal.SIGHUP, 1000), (signal.SIGKILL, 3)])
 def test_a_signal_in_the_middle_costs_nothing(
     data: Path, tmp_path: Path, number: signal.Signals, valid_every: int
 ) -> None:
-    """Ctrl-C saves first; a killed run goes on from its last checkpoint. Either ends as if nothing had happened."""
+    """Ctrl-C, or a terminal that closes, saves first; a killed run goes on from its last checkpoint.
+
+    Either ends as if nothing had happened.
+    """
     length: list[object] = ["--steps", 12, "--valid-every", valid_every]
     run = tmp_path / "signalled"
     process = subprocess.Popen(
@@ -140,7 +163,7 @@ def test_a_signal_in_the_middle_costs_nothing(
     out, err = process.communicate(timeout=60)
     step = read_progress(run / LAST).step
     assert 3 <= step < 12
-    if number == signal.SIGINT:
+    if number != signal.SIGKILL:
         assert process.returncode == 0, err
         assert f"stopped at step {step}; continue with --resume {run}" in out
         assert len(read_log(run)) == step
@@ -148,6 +171,16 @@ def test_a_signal_in_the_middle_costs_nothing(
     call(train.main, *small(data, tmp_path / "whole", *length))
     assert_same_state(tmp_path / "whole" / LAST, run / LAST)
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(run))
+
+
+def test_between_validations_the_state_is_saved_every_few_minutes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
+    one = trainer(data, tmp_path / "run", "--steps", 9, kind=DiesAtFive)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert read_progress(tmp_path / "run" / LAST).step == 4
 
 
 def test_a_batch_in_parts_gives_the_step_of_one_pass(
@@ -188,6 +221,26 @@ def test_validation_measures_the_average_and_leaves_the_weights_alone(data: Path
     assert one.validate() == measured  # the same noise every time
     one.model.load_state_dict(one.ema.shadow)
     assert one.validate() == measured
+
+
+@torch.no_grad()
+def test_validation_is_the_bound_whatever_training_weighs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against its definition, over the two draws of stories and noise that every run is measured on."""
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
+    one = trainer(data, tmp_path / "run", "--weighting", "flat")
+    nats, tokens = 0.0, 0
+    stories = one.data.valid
+    for draw in range(VALIDATION_DRAWS):
+        noise = np.random.Generator(np.random.Philox(np.random.SeedSequence((VALIDATION_SEED, 1, draw))))
+        wanted = story_indices(VALIDATION_SEED, draw, len(stories), len(stories))
+        x0 = torch.from_numpy(stories.take(wanted).astype(np.int64))
+        t = low_discrepancy_times(len(x0), float(noise.random()))
+        noised = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t, "linear")
+        nats += float(nelbo_sums(one.model, noised, x0, t, "linear").sum())
+        tokens += int(counted_tokens(x0).sum())
+    assert one.validate() == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def test_half_precision_has_a_scaler_only_on_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,33 +1,82 @@
 """`python -m host.bench`: our loop beside a textbook's, and how much work a token is."""
 
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from host import bench
+from host import bench, train, train_speed
 from host.batches import make_batch
 from host.loss import WeightedLoss
 from host.model import Denoiser, ModelConfig
 from host.shards import load_data
 from host.textbook import Textbook
-from host.train_speed import batch_gflop
+from host.train_speed import TrainSpeed, batch_gflop, matmul_gflops, measure_training
 from tests.commands import call, refusal
 
+PEAKS = {torch.float32: 80.0, torch.bfloat16: 240.0}
 
-def test_it_prints_both_loops_the_ratio_and_the_peaks(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+@pytest.mark.parametrize(
+    ("mixed", "products", "names"),
+    [
+        (None, [torch.float32], "fp32 peak  of fp32 peak"),
+        (torch.bfloat16, [torch.bfloat16, torch.float32], "bf16 peak  fp32 peak  of bf16 peak"),
+    ],
+    ids=["bf16 is emulated", "bf16 is fast"],
+)
+def test_the_yardstick_is_the_peak_of_the_type_that_the_loop_runs_in(
+    mixed: torch.dtype | None,
+    products: list[torch.dtype],
+    names: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where bf16 is emulated the loop runs in float32, and no bf16 product is timed."""
+    timed: list[torch.dtype] = []
+    speeds: list[TrainSpeed] = []
+
+    def peak(device: torch.device, dtype: torch.dtype) -> float:
+        timed.append(dtype)
+        return PEAKS[dtype]
+
+    def measure(*arguments: Any) -> TrainSpeed:
+        speeds.append(measure_training(*arguments))
+        return speeds[-1]
+
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: mixed)
+    monkeypatch.setattr(train_speed, "matmul_gflops", peak)
+    monkeypatch.setattr(train_speed, "measure_training", measure)
     call(bench.main, *("--config", "debug", "--data", data, "--steps", 2, "--batch-size", 8, "--threads", 1))
+    (speed,) = speeds
+    assert timed == products
+    of_peak = speed.tokens_per_s * speed.gflop_per_token / PEAKS[products[0]]
+    assert speed.fraction_of_peak == pytest.approx(of_peak, rel=1e-9)
     head, row, source = capsys.readouterr().out.splitlines()
-    assert head.split("  ")[0] == "config" and "of bf16 peak" in head
-    name, threads, ours, textbook, ratio, gflops, bf16_peak, fp32_peak, part = (
-        row.replace(",", "").replace("%", "").split()
-    )
-    assert (name, threads) == ("debug", "1")
-    assert float(ratio) == pytest.approx(float(ours) / float(textbook), rel=0.01)
-    assert float(part) / 100 == pytest.approx(float(gflops) / float(bf16_peak), abs=0.03)
-    assert float(fp32_peak) > 0
+    assert head.endswith(f"  GFLOP/s  {names}")
+    assert len(row) == len(head)
     assert source == "real tokens of stories.jsonl, vocabulary 300; medians of 2 steps, in turn"
+
+
+def test_a_row_is_both_loops_their_ratio_the_work_and_the_peaks(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed = TrainSpeed("debug", "cpu", 1, 3000.0, 750.0, 0.02, {"bf16": 240.0, "fp32": 80.0})
+    monkeypatch.setattr(train_speed, "measure_training", lambda *_: speed)
+    call(bench.main, "--config", "debug", "tiny", "--data", data)
+    head, row, again, _ = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "config"
+    assert row.split() == again.split() == ["debug", "1", "3,000", "750", "4.00", "60", "240", "80", "25%"]
+
+
+def test_the_peak_of_this_machine_is_measured() -> None:
+    assert matmul_gflops(torch.device("cpu"), torch.float32, repeats=3) > 1
 
 
 def test_the_textbook_has_our_number_of_parameters_but_for_the_bias_by_distance() -> None:
@@ -51,7 +100,14 @@ def test_the_work_of_a_batch_is_what_its_matrix_products_do(data: Path) -> None:
     ("flags", "code", "words"),
     [
         (["--config", "nano"], 78, "unknown configuration 'nano': choose one of debug, tiny"),
-        (["--steps", 0], 78, "--steps, --threads, --batch-size and --micro-size must be at least 1"),
+        (["--steps", 0], 78, "--steps must be from 1 to 1,000,000, not 0"),
+        (["--threads", 99999999999], 78, "--threads must be from 1 to 1,024, not 99999999999"),
+        (["step", 64, 2, 2, 512, 256, "--threads", 99999999999], 78, "--threads must be from 1 to 1,024, not 9"),
+        (["--batch-size", 999999999999], 78, "--batch-size must be from 1 to 65,536, not 999999999999"),
+        (["--micro-size", 0], 78, "--micro-size must be from 1 to 65,536, not 0"),
+        (["data", "--gigabytes", math.nan], 78, "--gigabytes must be above 0 and at most 1000, not nan"),
+        (["data", "--gigabytes", math.inf], 78, "--gigabytes must be above 0 and at most 1000, not inf"),
+        (["data", "--gigabytes", 0], 78, "--gigabytes must be above 0 and at most 1000, not 0.0"),
         (["--data", "nowhere"], 65, "nowhere holds no prepared data"),
     ],
 )
@@ -61,3 +117,22 @@ def test_what_cannot_be_measured_is_refused(
     found, sentence = refusal(capsys, bench.main, *flags)
     assert found == code
     assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("damaged", "words"),
+    [
+        (lambda content: content[:-2], "bytes instead of"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "was altered since it was written"),
+    ],
+    ids=["truncated", "altered"],
+)
+def test_damaged_data_are_refused(
+    damaged: Callable[[bytes], bytes], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    shard = tmp_path / "data" / "train-00000.bin"
+    shard.write_bytes(damaged(shard.read_bytes()))
+    code, sentence = refusal(capsys, bench.main, "--config", "debug", "--data", tmp_path / "data")
+    assert code == 65
+    assert sentence.startswith(f"{shard} ") and words in sentence

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from host.ranks import Ranks
 from host.runs import TrainConfig
 from host.shards import load_data
 from host.train import Trainer, training_loss
-from shared.errors import ConfigError
 from tests.commands import call, small
 
 REPOSITORY = Path(__file__).parents[3]
@@ -97,10 +97,28 @@ def test_two_processes_take_up_the_run_of_one(data: Path, tmp_path: Path) -> Non
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours if n.startswith("model.")) < 1e-3
 
 
-def test_a_batch_must_be_large_enough_to_share(data: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence_of_one_process(data: Path, tmp_path: Path) -> None:
+    done = two_processes(tmp_path, *small(data, tmp_path / "run"), "--batch-size", 1)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --batch-size 1 is too small to share among 2 processes\n") == 1
+    assert str(REPOSITORY / "host") not in done.stderr  # torchrun's own words aside
+    assert not (tmp_path / "run").exists()
+
+
+class ManyRanks(Ranks):
+    """As if a hundred processes did what this one does."""
+
+    def sums(self, *values: float) -> list[float]:
+        return [100 * value for value in values]
+
+
+def test_the_processor_time_of_all_processes_is_counted(data: Path, tmp_path: Path) -> None:
     progress = Progress(config_named("debug"), "diffusion", "linear")
-    with pytest.raises(ConfigError, match=r"^--batch-size 1 is too small to share among 2 processes$"):
-        Trainer(TrainConfig(tmp_path, data, batch_size=1), progress, load_data(data), torch.device("cpu"), Ranks(0, 2))
+    config = TrainConfig(tmp_path, data, steps=3, batch_size=4)
+    trainer = Trainer(config, progress, load_data(data), torch.device("cpu"), ManyRanks())
+    before = time.process_time()
+    trainer.run()
+    assert trainer.progress.processor_seconds > time.process_time() - before
 
 
 def test_the_loss_compiles_whole(data: Path) -> None:

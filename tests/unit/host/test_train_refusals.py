@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from host import train
 from host.checkpoint import BEST, LAST, read_progress
-from host.data import prepare
+from host.data import locked, prepare
 from host.progress import LOG_FILE, read_log
 from host.runs import CONFIG_FILE
 from host.shards import DATA_FILE
@@ -66,6 +66,25 @@ def test_weights_that_do_not_fit_are_refused(
     code, sentence = refusal(capsys, train.main, *small(data, tmp_path / "run", "--steps", 1), *flags)
     assert code == 65
     assert words in sentence
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_one_process_s_at_a_time(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with locked(run, "held twice"):
+        code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
+    assert (code, sentence) == (65, f"{run} is in use by another process: wait for it, or choose another --out")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    new = tmp_path / "new"
+    new.mkdir()
+    with locked(new, "held twice"):
+        code, sentence = refusal(capsys, train.main, *small(data, new, "--steps", 1))
+    assert (code, sentence) == (65, f"{new} is in use by another process: wait for it, or choose another --out")
+    assert not list(new.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -75,6 +94,7 @@ def test_weights_that_do_not_fit_are_refused(
         (["--minutes", -1], 78, "--minutes must be a number above 0, not -1.0"),
         (["--minutes", "nan"], 78, "--minutes must be a number above 0, not nan"),
         (["--batch-size", 0], 78, "--batch-size must be a number above 0, not 0"),
+        (["--batch-size", 10**12], 78, f"--batch-size must be at most 65,536, not {10**12}"),
         (["--lr", "inf"], 78, "--lr must be a number above 0, not inf"),
         (["--seed", -1], 78, "--seed must be at least 0 and below 2**63, not -1"),
         (["--seed", 2**63], 78, f"--seed must be at least 0 and below 2**63, not {2**63}"),
@@ -82,6 +102,16 @@ def test_weights_that_do_not_fit_are_refused(
             ["--resume", "{trained}", "--lr", 1],
             78,
             "--lr does not go with --resume: a run keeps its settings but its length",
+        ),
+        (
+            ["--resume", "{trained}", "--batch-size", 64],
+            78,
+            "--batch-size does not go with --resume: a run keeps its settings but its length",
+        ),
+        (
+            ["--objective", "ar", "--schedule", "linear"],
+            78,
+            "--schedule does not go with --objective ar: nothing is masked",
         ),
         (["--resume", "empty"], 65, "empty holds no checkpoint: train one with `python -m host.train --out empty`"),
         (["--data", "empty"], 65, "empty holds no prepared data: make it with python -m host.data --out empty"),
@@ -241,7 +271,7 @@ def test_a_disk_that_has_no_room_for_the_log_leaves_it_as_it_was(
 @pytest.mark.parametrize(
     ("file", "room", "words"),
     [
-        (LAST, -1, "the checkpoint {run}/best.safetensors cannot be written: "),
+        (LAST, -100, "the checkpoint {run}/best.safetensors cannot be written: "),
         (LOG_FILE, 60, "the run folder {run} cannot be written: File too large"),
     ],
     ids=["checkpoint", "log"],
