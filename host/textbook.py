@@ -162,7 +162,7 @@ def main() -> None:
     data = load_data(args.data, verify=True)
     config = TrainConfig(
         args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, optimizer="adamw", lr=args.lr,
-        valid_every=args.valid_every, seed=args.seed,
+        valid_every=args.valid_every, seed=args.seed, data_fingerprint=data.meta.fingerprint,
     )  # fmt: skip
     write_config(config, data.tokenizer_path)
     train(config, replace(config_named(args.config), vocab_size=data.meta.vocab_size), data)
