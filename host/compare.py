@@ -108,8 +108,9 @@ def draw(path: Path, curves: list[Curve]) -> None:
         bits = [point.bits_per_byte for point in curve.points]
         left.plot([point.processor_s / 3600 for point in curve.points], bits, ".-", label=curve.name)
         right.plot([point.tokens / curve.epoch_tokens for point in curve.points], bits, ".-")
-    ends = [curve.points[-1].bits_per_byte for curve in curves]
-    left.set_ylim(0.95 * min(ends), 1.1 * max(ends))  # the first steps of all would squeeze the rest
+    lowest = min(point.bits_per_byte for curve in curves for point in curve.points)  # not the end where one overfits
+    highest = max(curve.points[-1].bits_per_byte for curve in curves)  # the first steps would squeeze the rest
+    left.set_ylim(0.95 * lowest, 1.1 * highest)
     left.set_ylabel("bits a byte")
     left.set_xlabel("processor-hours")
     right.set_xlabel("epochs")

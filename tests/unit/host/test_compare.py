@@ -122,6 +122,16 @@ def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
     assert by_epochs == [pytest.approx([2.0, bits_per_byte], rel=1e-9)]
 
 
+def test_the_picture_holds_the_best_of_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(compare, "save_picture", lambda figure, path: drawn.append(figure))
+    overfits = Curve("overfits", [Point(1, 1, 9.0), Point(2, 2, 1.0), Point(3, 3, 3.0)], 1)
+    compare.draw(tmp_path / "compare.png", [overfits, Curve("steady", [Point(1, 1, 9.0), Point(3, 3, 2.0)], 1)])
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low < 1
+    assert 3 < high < 9
+
+
 def test_bits_a_byte_at_a_time_lie_on_the_line_between_measurements() -> None:
     curve = Curve("c", [Point(10, 1, 4.0), Point(20, 2, 2.0)], 1)
     assert [curve.at(s) for s in (9, 10, 15, 20, 21)] == [None, 4.0, 3.0, 2.0, None]
