@@ -23,7 +23,7 @@ from host.shards import load_data
 from shared.errors import ConfigError, DiffusionLLMError, run_main
 
 DRAWS: Final = 4
-UNASKED: Final = ("out", "init_work", "data_fingerprint")
+UNASKED: Final = ("out", "init_work", "data_sha256")
 SETTINGS: Final = tuple(field.name for field in fields(TrainConfig) if field.name not in UNASKED)
 NATURE: Final = ("model", "objective", "schedule", "tokenizer_sha256")
 """Fields of a run's settings and of its progress that its flags and data decide."""

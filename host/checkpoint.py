@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file holds weights, their average, optimizer state and progress; never pickle."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Literal
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from host.diffusion import Objective
@@ -48,7 +49,7 @@ def save_checkpoint(
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """Write next to `path`, flush to the disk, then rename: a reader finds the old file or the new one, whole.
+    """Write aside, flush to the disk, then rename: a reader finds the old file or the new one, whole.
 
     Raises DiffusionLLMError when the disk refuses; the old file stays.
     """
@@ -61,17 +62,21 @@ def save_checkpoint(
         "progress": msgspec.json.encode(asdict(progress)).decode(),
         "scaler": msgspec.json.encode(scaler.state_dict()).decode(),
     }
-    # Not save_file: it writes a temporary file of its own, which a killed process leaves behind, each under a new name.
-    content = save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
-    partial = path.with_suffix(".partial")
+    # In a folder, since save_file has a temporary file of its own, which it leaves, each time named anew, when killed.
+    aside = path.with_suffix(".saving")
+    shutil.rmtree(aside, ignore_errors=True)
+    partial = aside / path.name
     try:
-        with partial.open("wb") as file:
-            file.write(content)
+        aside.mkdir()
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
+        partial.chmod(aside.stat().st_mode & 0o666)  # as any new file; save_file lets only its owner read
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)  # on a full disk it would be in the way
-        raise DiffusionLLMError(f"the checkpoint {path} cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise DiffusionLLMError(f"the checkpoint {path} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
 
 
 def find_checkpoint(run: Path, file: str = BEST) -> Path:

@@ -133,7 +133,7 @@ def main() -> None:
     for given, (name, _, run) in zip(args.runs, named, strict=True):
         if not name or not run:
             raise ConfigError(f"{given!r} is not NAME=RUN, for instance ours=runs/tinystories")
-    if len({_data_of(Path(run)).fingerprint for _, _, run in named}) > 1:
+    if len({_data_of(Path(run)).sha256 for _, _, run in named}) > 1:
         raise ConfigError("these runs were measured on different held-out text: train them on one data folder")
     curves = [read_curve(name, Path(run)) for name, _, run in named]
     print_table(curves)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -144,14 +144,16 @@ def replacing(out: Path) -> Iterator[Path]:
 @contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
     """Hold a folder against other processes; DataError(refusal) when one of them holds it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as opened:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(refusal) from None
+        except OSError as error:
+            raise DataError(f"{folder} cannot be locked: {error.strerror}") from None
         yield
-    except BlockingIOError:
-        raise DataError(refusal) from None
-    finally:
-        os.close(handle)
 
 
 def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> DataMeta:

@@ -17,7 +17,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
     """The rows of a log; lines that a full disk or a crash spoilt do not count."""
     with path.open(newline="", errors="replace") as file:
         rows = csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line)
-        return [row for row in rows if (row["step"] or "").isdigit()]
+        return [row for row in rows if (row.get("step") or "").isdigit()]
 
 
 @contextlib.contextmanager
@@ -67,8 +67,11 @@ def progress_bar(
             now = min(total, step if seconds is None else round(spent))
             if bar.n == 0 and now > 1:
                 bar.initial = bar.n = now  # a resumed run: count its speed from here
-            bar.set_postfix_str(f"loss {loss:.3f}, valid {last_valid}, {tokens_per_s:,.0f} tokens/s", refresh=False)
-            bar.update(now - bar.n)
+            try:
+                bar.set_postfix_str(f"loss {loss:.3f}, valid {last_valid}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+                bar.update(now - bar.n)
+            except OSError:  # Ctrl-C ends a `tee` behind the bar, too; the run has yet to be saved
+                bar.disable = True
 
         yield show
 

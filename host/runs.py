@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from host.checkpoint import LAST, Progress, find_checkpoint, init_from, load_model, read_progress
+from host.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, load_model, read_progress
 from host.data import DEFAULT_OUT, DEFAULT_SOURCE, locked, prepare
 from host.diffusion import Weighting
 from host.model import CONFIGS, Denoiser, ModelConfig, config_named
@@ -55,12 +55,12 @@ class TrainConfig:
     warmup: float = 0.03  # part of the run
     clip_norm: float = 1.0
     ema_decay: float = 0.999
-    valid_every: int = 500  # steps; also how often a checkpoint is saved
+    valid_every: int = 500  # steps
     valid_stories: int = 256  # in each of two samples
     seed: int = 0
     init: Path | None = None  # the run whose weights it began with
     init_work: Work | None = None  # behind those weights; unknown in runs from before it was kept
-    data_fingerprint: str = ""  # of what `data` held; unknown in runs from before it was kept
+    data_sha256: str = ""  # DataMeta.sha256 of what `data` held; unknown in runs from before it was kept
 
 
 def fraction_done(config: TrainConfig, progress: Progress) -> float:
@@ -127,7 +127,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--valid-every",
         type=int,
         default=TrainConfig.valid_every,
-        help="steps between checkpoints (default: %(default)s)",
+        help="steps between validations (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
@@ -164,10 +164,9 @@ def run_laid_out(args: argparse.Namespace, processes: int = 1) -> Iterator[tuple
 
     Prepares the data when the default folder is missing. Raises DiffusionLLMError before anything is written.
     """
-    taken = "is in use by another process: wait for it, or choose another --out"
     if args.resume:
         find_checkpoint(args.resume, LAST)
-        with locked(args.resume, f"{args.resume} {taken}"):
+        with locked(args.resume, f"{args.resume} is in use by another process: wait for it"):
             yield resumed_run(args, processes)
         return
     if args.data == DEFAULT_OUT and not args.data.exists():
@@ -175,15 +174,22 @@ def run_laid_out(args: argparse.Namespace, processes: int = 1) -> Iterator[tuple
     data = load_data(args.data, verify=True)
     config, progress = planned_run(args, data)
     check_share(config, processes)
-    check_free(config.out)
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run folder {config.out} cannot be made: {error.strerror}") from None
-    with locked(config.out, f"{config.out} {taken}"):
-        check_free(config.out)  # whoever held it may have been about to end
+    with fresh_folder(config.out):
         write_config(config, data.tokenizer_path)
         yield config, progress
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[None]:
+    """A folder for a new run, held against other processes as long as the block runs; ConfigError when it is taken."""
+    check_free(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {out} cannot be made: {error.strerror}") from None
+    with locked(out, f"{out} is in use by another process: wait for it, or choose another --out"):
+        check_free(out)  # whoever held it may have been about to end
+        yield
 
 
 def check_share(config: TrainConfig, processes: int) -> None:
@@ -194,7 +200,7 @@ def check_share(config: TrainConfig, processes: int) -> None:
 
 def check_free(out: Path) -> None:
     """ConfigError when a new run would overwrite something."""
-    if (out / LAST).exists():
+    if any((out / file).exists() for file in (LAST, BEST)):
         raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).exists()):
         raise ConfigError(f"{out} exists and is no run: choose another --out")
@@ -223,7 +229,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         seed=args.seed,
         init=args.init,
         init_work=work_behind(args.init) if args.init else None,
-        data_fingerprint=data.meta.fingerprint,
+        data_sha256=data.meta.sha256,
     )
     model = replace(
         config_named(args.config),
@@ -289,11 +295,11 @@ def load_run(run: Path) -> tuple[Denoiser, Progress]:
     return model, progress
 
 
-def data_of(run: Path) -> DataFolder:
+def data_of(run: Path, verify: bool = False) -> DataFolder:
     """What a run was trained on; DataError when its data folder holds something else by now."""
     config = read_config(run)
-    data = load_data(config.data)
-    if config.data_fingerprint not in ("", data.meta.fingerprint):
+    data = load_data(config.data, verify)
+    if config.data_sha256 not in ("", data.meta.sha256):
         raise DataError(f"{config.data} holds other data than {run} was trained on: prepare it again from that text")
     return data
 
@@ -304,12 +310,8 @@ def resumed_run(args: argparse.Namespace, processes: int) -> tuple[TrainConfig, 
     progress = read_progress(last)
     config = replace(read_config(args.resume), out=args.resume)
     check_share(config, processes)
-    data = load_data(config.data, verify=True)
-    if data.meta.tokenizer_sha256 != progress.tokenizer_sha256:
+    if data_of(args.resume, verify=True).meta.tokenizer_sha256 != progress.tokenizer_sha256:
         raise DataError(f"{config.data} has another tokenizer than the run {args.resume}: prepare its data again")
-    if len(data.train) != progress.data_stories:
-        raise DataError(f"{config.data} has {len(data.train)} stories, but the run {args.resume} was trained on "
-                        f"{progress.data_stories}: prepare its data again")  # fmt: skip
     if args.steps is not None or args.minutes is not None:  # kept, so that a second resumption goes on towards it
         config = replace(config, steps=args.steps or config.steps, minutes=args.minutes)
         write_config(config)

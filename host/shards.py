@@ -64,6 +64,12 @@ class DataMeta(Struct, frozen=True, forbid_unknown_fields=True):
     train: SplitMeta
     valid: SplitMeta
 
+    @property
+    def sha256(self) -> str:
+        """Of the tokenizer and all canvases: the same wherever the same text was prepared the same way."""
+        shards = [shard.sha256 for split in (self.train, self.valid) for shard in split.shards]
+        return hashlib.sha256("".join([self.tokenizer_sha256, *shards]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Split:

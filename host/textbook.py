@@ -24,7 +24,7 @@ from host.model import CONFIGS, ModelConfig, config_named, timestep_embedding
 from host.optim import PEAK_RATES, learning_rate_factor
 from host.plots import plot_curves
 from host.progress import LOG_FILE, open_log, progress_bar
-from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, check_numbers, write_config
+from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, check_numbers, fresh_folder, write_config
 from host.shards import DataFolder, load_data
 from shared.errors import ConfigError, DiffusionLLMError, run_main
 from shared.tokens import PAD
@@ -162,10 +162,11 @@ def main() -> None:
     data = load_data(args.data, verify=True)
     config = TrainConfig(
         args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, optimizer="adamw", lr=args.lr,
-        valid_every=args.valid_every, seed=args.seed, data_fingerprint=data.meta.fingerprint,
+        valid_every=args.valid_every, seed=args.seed, data_sha256=data.meta.sha256,
     )  # fmt: skip
-    write_config(config, data.tokenizer_path)
-    train(config, replace(config_named(args.config), vocab_size=data.meta.vocab_size), data)
+    with fresh_folder(args.out):
+        write_config(config, data.tokenizer_path)
+        train(config, replace(config_named(args.config), vocab_size=data.meta.vocab_size), data)
 
 
 if __name__ == "__main__":

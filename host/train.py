@@ -81,6 +81,7 @@ class Trainer:
         self.loss = training_loss(self.model, device, ranks)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.stopping = False
+        self.saved_s = progress.seconds
         self.wandb = start_wandb(config.out.name, {"lr": config.lr}) if wandb and ranks.first else None
         self._preparer = ThreadPoolExecutor(1, "batches")
         self._prepared: dict[int, Future[Batch]] = {}  # by step
@@ -89,6 +90,7 @@ class Trainer:
         """Take up the run folder's last checkpoint."""
         last = find_checkpoint(self.config.out, LAST)
         self.progress = restore(last, self.model, self.ema, self.optimizers, self.scaler)
+        self.saved_s = self.progress.seconds
 
     def start_from(self, run: Path) -> None:
         """Start from another run's averaged weights, which `host.runs.check_start` has found to fit."""
@@ -137,6 +139,8 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         self._check_finite("loss", mean)
+        if self.progress.seconds - self.saved_s > SAVE_EVERY_S:  # this loss has shown the weights to be good
+            self.save(LAST)
         if not self.scaler.is_enabled():  # a scaler meets infinite gradients now and then, and skips the step
             self._check_finite("gradient norm", norm)
         factor = learning_rate_factor(fraction_done(c, self.progress), c.warmup)
@@ -180,6 +184,7 @@ class Trainer:
 
     def save(self, file: str) -> None:
         """Write a checkpoint into the run folder, atomically."""
+        self.saved_s = self.progress.seconds
         if not self.ranks.first:
             return
         path = self.config.out / file
@@ -189,7 +194,7 @@ class Trainer:
         """Train to the end, or until `stopping` is set; either way the last state is saved."""
         c = self.config
         minutes_total = None if c.minutes is None else 60 * c.minutes
-        stopped, saved_s = False, self.progress.seconds
+        stopped = False
         with (
             open_log(c.out / LOG_FILE, self.progress.step, self.ranks.first) as log,
             progress_bar(c.steps, minutes_total, self.ranks.first) as bar,
@@ -212,9 +217,8 @@ class Trainer:
                 )
                 due = self.progress.step % c.valid_every == 0 or fraction_done(c, self.progress) >= 1.0
                 valid = self.validate_and_keep() if due else None
-                if due or self.progress.seconds - saved_s > SAVE_EVERY_S:
+                if due:
                     self.save(LAST)
-                    saved_s = self.progress.seconds
                 row: tuple[int | str, ...] = (
                        self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
                        "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
@@ -258,25 +262,25 @@ def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def laid_out_by_first(args: argparse.Namespace, ranks: Ranks) -> Iterator[tuple[TrainConfig, Progress]]:
+def laid_out_by_first(ranks: Ranks) -> Iterator[tuple[argparse.Namespace, TrainConfig, Progress]]:
     """What the first process makes of the command line; where it cannot, it says why and the others end in silence."""
     with contextlib.ExitStack() as held:
-        made: tuple[TrainConfig, Progress] | DiffusionLLMError | None = None
+        made: tuple[argparse.Namespace, TrainConfig, Progress] | DiffusionLLMError | SystemExit | None = None
         if ranks.first:
             try:
-                made = held.enter_context(run_laid_out(args, ranks.processes))
-            except DiffusionLLMError as error:
+                args = parse_arguments()
+                made = (args, *held.enter_context(run_laid_out(args, ranks.processes)))
+            except (DiffusionLLMError, SystemExit) as error:  # argparse exits by itself
                 made = error
         found: Any = ranks.from_first(made)
-        if isinstance(found, DiffusionLLMError):
-            raise found if ranks.first else SystemExit(found.exit_code)
+        if isinstance(found, BaseException):
+            raise found if ranks.first else SystemExit(1)
         yield found
 
 
 def main() -> None:
     """Train, resume, and save when the user or the terminal ends it."""
-    args = parse_arguments()
-    with joined_ranks() as ranks, laid_out_by_first(args, ranks) as (config, progress):
+    with joined_ranks() as ranks, laid_out_by_first(ranks) as (args, config, progress):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         trainer = Trainer(config, progress, load_data(config.data), device, ranks, wandb=args.wandb)
         if args.resume:

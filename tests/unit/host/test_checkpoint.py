@@ -47,7 +47,7 @@ path = Path(sys.argv[1]) / "last.safetensors"
 def assert_whole():
     loaded, progress = load_model(path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
-    assert {p.name for p in path.parent.iterdir()} <= {path.name, "last.partial"}  # the next save overwrites that
+    assert {p.name for p in path.parent.iterdir()} <= {path.name, "last.saving"}  # the next save clears that away
 for attempt in range(8):
     child = os.fork()
     if child == 0:
@@ -126,11 +126,12 @@ def test_a_checkpoint_is_as_readable_as_other_files(checkpoint: Path) -> None:
     assert checkpoint.stat().st_mode == (checkpoint.parent / "other").stat().st_mode
 
 
-def test_what_a_killed_save_left_is_overwritten(checkpoint: Path) -> None:
-    partial = checkpoint.with_suffix(".partial")
-    partial.write_bytes(b"half of a checkpoi")
+def test_what_a_killed_save_left_is_cleared_away(checkpoint: Path) -> None:
+    left = checkpoint.with_suffix(".saving")
+    left.mkdir()
+    (left / ".tmpA1b2C3").write_bytes(b"half of a checkpoi")
     save(checkpoint, Denoiser(DEBUG))
-    assert not partial.exists()
+    assert [path.name for path in checkpoint.parent.iterdir()] == [LAST]
     load_model(checkpoint)
 
 

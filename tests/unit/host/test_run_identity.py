@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from host import compare, evaluate, export, generate
+from host import compare, evaluate, export, generate, train
 from host.data import prepare
 from host.runs import CONFIG_FILE
 from shared.manifest import TOKENIZER
-from tests.commands import refusal
+from tests.commands import call, refusal
 
 
 @pytest.fixture
@@ -23,6 +23,18 @@ def other(tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
+def test_the_same_text_prepared_elsewhere_is_the_same_data(
+    corpus: Path, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "copy").mkdir()
+    shutil.copyfile(corpus, tmp_path / "copy" / "stories.jsonl")
+    prepare(str(tmp_path / "copy"), tmp_path / "again", vocab_size=300)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "again")}))
+    call(compare.main, f"a={run}", "--out", tmp_path / "compare.png")
+    assert "| a | " in capsys.readouterr().out
+
+
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of `trained`, to be spoilt."""
@@ -32,6 +44,11 @@ def run(trained: Path, tmp_path: Path) -> Path:
 READERS: list[tuple[Callable[[], None], list[object]]] = [
     (evaluate.main, ["--run", "{run}", "--draws", 1]),
     (export.main, ["--run", "{run}", "--out", "{run}-bundle"]),
+]
+OF_DATA: list[tuple[Callable[[], None], list[object]]] = [
+    *READERS,
+    (compare.main, ["a={run}", "b={run}"]),
+    (train.main, ["--resume", "{run}", "--steps", 90]),
 ]
 
 
@@ -57,9 +74,7 @@ def test_another_tokenizer_in_the_run_folder_is_refused(
     assert not Path(f"{run}-bundle").exists()
 
 
-@pytest.mark.parametrize(
-    ("main", "flags"), [*READERS, (compare.main, ["a={run}", "b={run}"])], ids=["evaluate", "export", "compare"]
-)
+@pytest.mark.parametrize(("main", "flags"), OF_DATA, ids=["evaluate", "export", "compare", "train"])
 def test_a_data_folder_that_was_prepared_anew_is_refused(
     run: Path, other: Path, capsys: pytest.CaptureFixture[str], main: Callable[[], None], flags: list[object]
 ) -> None:

@@ -75,15 +75,6 @@ class StopsAtFive(Trainer):
         return super().step()
 
 
-class DiesAtFive(Trainer):
-    """Ends without a word in its fifth step."""
-
-    def step(self) -> tuple[float, float, int]:
-        if self.progress.step == 4:
-            raise KeyboardInterrupt
-        return super().step()
-
-
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, average and optimizer state, bit for bit."""
     a, b = load_file(one), load_file(other)
@@ -171,16 +162,6 @@ def test_a_signal_in_the_middle_costs_nothing(
     call(train.main, *small(data, tmp_path / "whole", *length))
     assert_same_state(tmp_path / "whole" / LAST, run / LAST)
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(run))
-
-
-def test_between_validations_the_state_is_saved_every_few_minutes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
-    one = trainer(data, tmp_path / "run", "--steps", 9, kind=DiesAtFive)
-    with pytest.raises(KeyboardInterrupt):
-        one.run()
-    assert read_progress(tmp_path / "run" / LAST).step == 4
 
 
 def test_a_batch_in_parts_gives_the_step_of_one_pass(

@@ -97,10 +97,20 @@ def test_two_processes_take_up_the_run_of_one(data: Path, tmp_path: Path) -> Non
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours if n.startswith("model.")) < 1e-3
 
 
-def test_bad_input_is_one_sentence_of_one_process(data: Path, tmp_path: Path) -> None:
-    done = two_processes(tmp_path, *small(data, tmp_path / "run"), "--batch-size", 1)
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--batch-size", 1], "error: --batch-size 1 is too small to share among 2 processes\n"),
+        (["--lr", "nan"], "error: --lr must be a number above 0, not nan\n"),
+    ],
+    ids=["layout", "command line"],
+)
+def test_bad_input_is_one_sentence_of_one_process(
+    data: Path, tmp_path: Path, flags: list[object], sentence: str
+) -> None:
+    done = two_processes(tmp_path, *small(data, tmp_path / "run"), *flags)
     assert done.returncode != 0
-    assert done.stderr.count("error: --batch-size 1 is too small to share among 2 processes\n") == 1
+    assert done.stderr.count(sentence) == 1
     assert str(REPOSITORY / "host") not in done.stderr  # torchrun's own words aside
     assert not (tmp_path / "run").exists()
 

@@ -17,6 +17,7 @@ from host.data import locked, prepare
 from host.progress import LOG_FILE, read_log
 from host.runs import CONFIG_FILE
 from host.shards import DATA_FILE
+from shared.errors import DataError
 from shared.manifest import sha256_of
 from tests.commands import call, refusal, small, small_disk
 
@@ -77,7 +78,7 @@ def test_a_run_folder_is_one_process_s_at_a_time(
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with locked(run, "held twice"):
         code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
-    assert (code, sentence) == (65, f"{run} is in use by another process: wait for it, or choose another --out")
+    assert (code, sentence) == (65, f"{run} is in use by another process: wait for it")
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     new = tmp_path / "new"
     new.mkdir()
@@ -85,6 +86,23 @@ def test_a_run_folder_is_one_process_s_at_a_time(
         code, sentence = refusal(capsys, train.main, *small(data, new, "--steps", 1))
     assert (code, sentence) == (65, f"{new} is in use by another process: wait for it, or choose another --out")
     assert not list(new.iterdir())
+
+
+def test_a_run_folder_is_held_until_its_training_ends(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, refused = tmp_path / "run", []
+
+    def held(trainer: train.Trainer) -> None:
+        with pytest.raises(DataError, match="twice"), locked(run, "twice"):
+            pass
+        refused.append(run)
+
+    monkeypatch.setattr(train.Trainer, "run", held)
+    call(train.main, *small(data, run, "--steps", 1))
+    assert refused
+    with locked(run, "still held"):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -155,7 +173,7 @@ def test_resuming_on_data_with_another_tokenizer_is_refused(
     (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "other")}))
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
     assert (code, sentence) == (
-        65, f"{tmp_path / 'other'} has another tokenizer than the run {run}: prepare its data again"
+        65, f"{tmp_path / 'other'} holds other data than {run} was trained on: prepare it again from that text"
     )  # fmt: skip
 
 
@@ -244,7 +262,7 @@ def test_resuming_on_another_number_of_stories_is_refused(
     (fewer / DATA_FILE).write_text(json.dumps(meta))
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
     assert code == 65
-    assert "data has 198 stories, but the run" in sentence
+    assert "holds other data than" in sentence
 
 
 def test_a_log_line_that_a_full_disk_cut_off_is_dropped(trained: Path, tmp_path: Path) -> None:
