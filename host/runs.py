@@ -26,6 +26,7 @@ CONFIG_FILE = "config.json"
 VALIDATION_SEED = 0x5EED
 VALIDATION_DRAWS = 2
 ABOVE_ZERO = ("steps", "minutes", "batch_size", "micro_size", "valid_every", "lr")
+CPU_BATCH_SIZE = 16
 AT_MOST = {"batch_size": 1 << 16, "micro_size": 1 << 16}
 CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
 OF_DIFFUSION = ("schedule", "weighting", "time_input")
@@ -116,7 +117,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in PEAK_RATES.items())
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
     parser.add_argument(
-        "--batch-size", type=int, default=TrainConfig.batch_size, help="canvases in a step (default: %(default)s)"
+        "--batch-size",
+        type=int,
+        help=f"canvases in a step (default: {CPU_BATCH_SIZE}; on CUDA {TrainConfig.batch_size})",
     )
     parser.add_argument(
         "--micro-size",
@@ -208,6 +211,11 @@ def check_free(out: Path) -> None:
         raise ConfigError(f"{out} holds the log of a run that saved no weights: choose another --out")
 
 
+def usual_batch_size() -> int:
+    """Canvases in a step where nobody says: few on a CPU, where tokens are dear and more steps learn more from them."""
+    return TrainConfig.batch_size if torch.cuda.is_available() else CPU_BATCH_SIZE
+
+
 def usual_micro_size(batch_size: int) -> int:
     """Canvases in a pass where nobody says: few, short of padding, on a CPU; on CUDA the whole batch."""
     return batch_size if torch.cuda.is_available() else TrainConfig.micro_size
@@ -215,13 +223,14 @@ def usual_micro_size(batch_size: int) -> int:
 
 def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig, Progress]:
     """What these flags make of that data; nothing is written."""
+    batch_size = args.batch_size or usual_batch_size()
     config = TrainConfig(
         out=args.out or Path("runs") / f"{args.config}-{datetime.now():%Y%m%d-%H%M%S}",
         data=args.data,
         steps=args.steps or TrainConfig.steps,
         minutes=args.minutes,
-        batch_size=args.batch_size,
-        micro_size=args.micro_size or usual_micro_size(args.batch_size),
+        batch_size=batch_size,
+        micro_size=args.micro_size or usual_micro_size(batch_size),
         optimizer=args.optimizer,
         weighting=args.weighting,
         lr=args.lr or PEAK_RATES[args.optimizer],
