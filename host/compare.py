@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.plots import save_picture
-from host.progress import LOG_FILE, read_log
+from host.progress import LOG_FILE, MACHINE, read_log
 from host.runs import data_of, read_config, work_before
-from host.shards import DataMeta
 from shared.errors import ConfigError, DataError, run_main
 
 PICTURE = Path("compare.png")
+UNNAMED = "a machine that an older version did not name"
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run reached over its time. epochs: tokens ÷ those of the training split."""
+    """What a run reached over its time. epochs: tokens ÷ those of the training split.
+
+    machines: those that it was trained on, by name.
+    """
 
     name: str
     points: list[Point]
     epoch_tokens: int
+    machines: tuple[str, ...] = ()
 
     def at(self, processor_s: float) -> float | None:
         """Bits a byte after so much work, by the line between two measurements; None outside the curve."""
@@ -51,27 +55,24 @@ class Curve:
 
 def read_curve(name: str, run: Path) -> Curve:
     """A run's validation losses; DataError when it has none, or was logged without processor time."""
-    meta = _data_of(run)
+    meta = data_of(run).meta
     bits = meta.valid.tokens / meta.valid.text_bytes / math.log(2)  # bits a byte of one nat a token
     before = work_before(read_config(run))
     if before.processor_seconds is None:
         raise DataError(f"{run} began with a run that an older version trained, without counting its processor time")
+    log = _log(run)
     points = [
         Point(
             before.processor_seconds + float(row["processor_s"]),
             before.tokens + int(row["tokens"]),
             bits * float(row["valid"]),
         )
-        for row in _log(run)
+        for row in log
         if row["valid"]
     ]
     if not points:
         raise DataError(f"{run} has not measured any held-out text yet")
-    return Curve(name, points, meta.train.tokens)
-
-
-def _data_of(run: Path) -> DataMeta:
-    return data_of(run).meta
+    return Curve(name, points, meta.train.tokens, tuple(dict.fromkeys(row.get(MACHINE) or UNNAMED for row in log)))
 
 
 def _log(run: Path) -> list[dict[str, str]]:
@@ -133,10 +134,14 @@ def main() -> None:
     for given, (name, _, run) in zip(args.runs, named, strict=True):
         if not name or not run:
             raise ConfigError(f"{given!r} is not NAME=RUN, for instance ours=runs/tinystories")
-    if len({_data_of(Path(run)).sha256 for _, _, run in named}) > 1:
+    if len({data_of(Path(run)).meta.sha256 for _, _, run in named}) > 1:
         raise ConfigError("these runs were measured on different held-out text: train them on one data folder")
     curves = [read_curve(name, Path(run)) for name, _, run in named]
     print_table(curves)
+    if len({machine for curve in curves for machine in curve.machines}) > 1:
+        print("\nprocessor-hours are of different machines:")
+        for curve in curves:
+            print(f"{curve.name}: {'; '.join(curve.machines)}")
     draw(args.out, curves)
     print(f"\npicture: {args.out}")
 

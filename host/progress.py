@@ -10,7 +10,9 @@ from tqdm import tqdm
 from shared.errors import ConfigError, DiffusionLLMError
 
 LOG_FILE = "log.csv"
-LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "processor_s")
+MACHINE = "machine"
+NUMBERS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "processor_s")
+LOG_COLUMNS = (*NUMBERS, MACHINE)
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

@@ -26,6 +26,7 @@ from host.plots import plot_curves
 from host.progress import LOG_FILE, open_log, progress_bar
 from host.runs import VALIDATION_DRAWS, VALIDATION_SEED, TrainConfig, check_numbers, fresh_folder, write_config
 from host.shards import DataFolder, load_data
+from host.train import machine_of
 from shared.errors import ConfigError, DiffusionLLMError, run_main
 from shared.tokens import PAD
 
@@ -118,7 +119,7 @@ class TextbookLoop:
 def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
     """Train for `config.steps` steps with host.train's rates; write log.csv and curves.png."""
     loop = TextbookLoop(model, data, torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.seed)
-    stories = min(config.valid_stories, len(data.valid))
+    stories, machine = min(config.valid_stories, len(data.valid)), machine_of(loop.device)
     tokens, seconds, processor_s = 0, 0.0, 0.0
     with open_log(config.out / LOG_FILE, 0) as log, progress_bar(config.steps, None) as bar:
         for number in range(config.steps):
@@ -134,7 +135,7 @@ def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
             step = number + 1
             valid = loop.nelbo(stories) if step % config.valid_every == 0 or step == config.steps else None
             log((step, tokens, f"{seconds:.1f}", f"{loss:.4f}", "" if valid is None else f"{valid:.4f}",
-                 f"{rate:.2e}", f"{norm:.3f}", f"{of_step / elapsed:.0f}", f"{processor_s:.1f}"))  # fmt: skip
+                 f"{rate:.2e}", f"{norm:.3f}", f"{of_step / elapsed:.0f}", f"{processor_s:.1f}", machine))  # fmt: skip
             bar(step, seconds, loss, valid, of_step / elapsed)
         plot_curves(config.out)
 

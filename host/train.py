@@ -7,6 +7,8 @@ curves.png and the tokenizer. `torchrun --nproc-per-node N -m host.train` shares
 import argparse
 import contextlib
 import math
+import platform
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -33,7 +35,7 @@ from host.loss import WeightedLoss
 from host.model import Denoiser
 from host.optim import Ema, build_optimizers, learning_rate_factor
 from host.plots import plot_curves
-from host.progress import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
+from host.progress import LOG_FILE, NUMBERS, open_log, progress_bar, start_wandb
 from host.ranks import Ranks, joined_ranks
 from host.runs import (
     VALIDATION_DRAWS,
@@ -194,6 +196,7 @@ class Trainer:
         """Train to the end, or until `stopping` is set; either way the last state is saved."""
         c = self.config
         minutes_total = None if c.minutes is None else 60 * c.minutes
+        machine = machine_of(self.device)
         stopped = False
         with (
             open_log(c.out / LOG_FILE, self.progress.step, self.ranks.first) as log,
@@ -222,10 +225,11 @@ class Trainer:
                 row: tuple[int | str, ...] = (
                        self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
                        "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
-                       f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.processor_seconds:.1f}")  # fmt: skip
+                       f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.processor_seconds:.1f}",
+                       machine)  # fmt: skip
                 log(row)
                 if self.wandb is not None:
-                    self.wandb({k: float(v) for k, v in zip(LOG_COLUMNS, row, strict=True) if v != ""})
+                    self.wandb({k: float(v) for k, v in zip(NUMBERS, row, strict=False) if v != ""})
                 bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
             self.stopping = stopped
             self.save(LAST)
@@ -259,6 +263,17 @@ def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else None
+
+
+def machine_of(device: torch.device) -> str:
+    """What a second is worth: the processor's name and the fastest type that it trains in."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu_info = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.exists() else "", re.MULTILINE)
+        name = f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {str(mixed_precision_dtype(device) or torch.float32).removeprefix('torch.')}"
 
 
 @contextlib.contextmanager

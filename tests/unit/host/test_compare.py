@@ -122,6 +122,24 @@ def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
     assert by_epochs == [pytest.approx([2.0, bits_per_byte], rel=1e-9)]
 
 
+def test_hours_of_different_machines_are_called_so(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each row of a log names its machine, also of a run that moved."""
+    moved = shutil.copytree(runs / "ar", tmp_path / "moved")
+    picture = tmp_path / "picture.png"
+    call(compare.main, f"moved={moved}", f"textbook={runs / 'textbook'}", "--out", picture)
+    assert "different machines" not in capsys.readouterr().out
+    *lines, last = (moved / "log.csv").read_text().splitlines()
+    here = train.machine_of(torch.device("cpu"))
+    assert last.endswith(f',"{here}"') and here.endswith(("bfloat16", "float32"))
+    (moved / "log.csv").write_text("\n".join([*lines, last.replace(here, "another, AVX2, float32"), ""]))
+    call(compare.main, f"moved={moved}", f"textbook={runs / 'textbook'}", "--out", picture)
+    shown = capsys.readouterr().out
+    assert "processor-hours are of different machines:\n" in shown
+    assert f"moved: {here}; another, AVX2, float32\ntextbook: {here}\n" in shown
+
+
 def test_the_picture_holds_the_best_of_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, path: drawn.append(figure))
