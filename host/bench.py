@@ -93,16 +93,17 @@ def bench_train(args: argparse.Namespace) -> None:
     check_numbers(args)
     from host.model import config_named  # torch, which `data` does without
     from host.optim import PEAK_RATES
-    from host.runs import TrainConfig, usual_micro_size
+    from host.runs import TrainConfig, usual_batch_size, usual_micro_size
     from host.train_speed import measure_training
 
     configs = [config_named(name) for name in args.config]
     data = load_data(args.data, verify=True)
-    micro_size = usual_micro_size(args.batch_size) if args.micro_size is None else args.micro_size
+    batch_size = usual_batch_size() if args.batch_size is None else args.batch_size
+    micro_size = usual_micro_size(batch_size) if args.micro_size is None else args.micro_size
     settings = TrainConfig(
         Path(),
         args.data,
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         micro_size=micro_size,
         optimizer=args.optimizer,
         lr=PEAK_RATES[args.optimizer],
@@ -117,7 +118,7 @@ def bench_train(args: argparse.Namespace) -> None:
         print(f"{speed.config:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.textbook_tokens_per_s:9,.0f} "
               f"{speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} {speed.fraction_of_peak:13.0%}")  # fmt: skip
     source = f"{data.meta.source}, vocabulary {data.meta.vocab_size:,}"
-    print(f"real tokens of {source}; medians of {args.steps} steps, in turn")
+    print(f"real tokens of {source}; medians of {args.steps} steps, in turn, ours of {batch_size} canvases")
 
 
 def main() -> None:
@@ -133,7 +134,7 @@ def main() -> None:
     train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
     train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
     train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
-    train.add_argument("--batch-size", type=int, default=64, help="canvases in a step of ours (default: %(default)s)")
+    train.add_argument("--batch-size", type=int, help="canvases in a step of ours (default: as in host.train)")
     train.add_argument("--micro-size", type=int, help="canvases in a pass of ours (default: as in host.train)")
     train.add_argument("--steps", type=int, default=5, help="of each loop (default: %(default)s)")
     train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")

@@ -220,31 +220,34 @@ class Trainer:
                 )
                 due = self.progress.step % c.valid_every == 0 or fraction_done(c, self.progress) >= 1.0
                 valid = self.validate_and_keep() if due else None
-                if due:
-                    self.save(LAST)
                 row: tuple[int | str, ...] = (
                        self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
                        "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
                        f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.processor_seconds:.1f}",
                        machine)  # fmt: skip
-                log(row)
+                log(row)  # before the checkpoint: a row too many is dropped when the run goes on, a missing one is lost
+                if due:
+                    self.save(LAST)
+                    self.draw_curves()
                 if self.wandb is not None:
                     self.wandb({k: float(v) for k, v in zip(NUMBERS, row, strict=False) if v != ""})
                 bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
             self.stopping = stopped
             self.save(LAST)
-            if self.ranks.first:
-                plot_curves(c.out)
+            self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Redraw the picture of the log."""
+        if self.ranks.first:
+            plot_curves(self.config.out)
 
     def validate_and_keep(self) -> float:
-        """Validate, keep the best apart, redraw the curves."""
+        """Validate, keep the best apart."""
         valid = self.validate()
         self._check_finite("validation loss", valid)  # before broken weights replace the last good ones
         if self.progress.best_nats is None or valid < self.progress.best_nats:
             self.progress = replace(self.progress, best_nats=valid)
             self.save(BEST)
-        if self.ranks.first:
-            plot_curves(self.config.out)
         return valid
 
 

@@ -11,7 +11,7 @@ from edge.engine import Engine
 from edge.scheduler import Scheduler
 from host.parity import passes
 from host.scoring import GraphScorer, load_graph
-from shared.manifest import TOKENIZER, find_graph, read_manifest, verified_bytes
+from shared.manifest import TOKENIZER, SamplingDefaults, find_graph, read_manifest, verified_bytes
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
 from shared.tokens import BOS, EOS, MASK, PAD
 
@@ -41,6 +41,10 @@ def test_it_passed_the_gate_and_the_readme_states_its_figures() -> None:
     for evaluation in manifest.evaluations:
         for figure in (evaluation.nelbo_nats_per_token, evaluation.bits_per_byte, evaluation.masked_cross_entropy):
             assert f"{figure.value:.3f} ± {figure.stderr:.3f}" in readme
+
+
+def test_its_defaults_are_those_of_every_new_bundle() -> None:
+    assert read_manifest(default_bundle()).defaults == SamplingDefaults()
 
 
 def test_it_tells_a_story_that_ends(engine: Engine) -> None:

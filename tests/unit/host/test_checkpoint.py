@@ -73,6 +73,25 @@ for written in (1, 10_000, path.stat().st_size - 1):  # the system kills who wri
 print("whole every time")
 """
 
+ON_A_FULL_DISK = """\
+import sys, torch
+from pathlib import Path
+from host.checkpoint import Progress, load_model, read_progress, save_checkpoint
+from host.model import CONFIGS, Denoiser
+from host.optim import Ema
+from shared.errors import DiffusionLLMError
+
+path, config = Path(sys.argv[1]) / "last.safetensors", CONFIGS["debug"]
+model, scaler = Denoiser(config), torch.amp.GradScaler("cpu", enabled=False)
+save_checkpoint(path, Progress(config, "diffusion", "linear", 1), model, Ema(model, 0.9), [], scaler)
+try:
+    save_checkpoint(path, Progress(config, "diffusion", "linear", 2), model, Ema(model, 0.9), [], scaler)
+except DiffusionLLMError as error:
+    print(error)
+load_model(path)
+print("step", read_progress(path).step, sorted(p.name for p in path.parent.iterdir()))
+"""
+
 
 def save(path: Path, model: Denoiser, objective: str = "diffusion") -> None:
     progress = Progress(model.config, "ar" if objective == "ar" else "diffusion", "cosine", step=7, best_nats=1.5)
@@ -142,6 +161,24 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(checkpoint: Path) -> None
         save(checkpoint, Denoiser(DEBUG))
     assert checkpoint.read_bytes() == before
     assert [p.name for p in checkpoint.parent.iterdir()] == [LAST]
+
+
+def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    """A real one, of 2 MiB, with room for one checkpoint and the first third of another."""
+    mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=2m none "$0" && exec "$@"', str(tmp_path)]
+    if subprocess.run([*mounted, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets nobody mount a disk of their own")
+    done = subprocess.run(
+        [*mounted, sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    refused, whole = done.stdout.splitlines() or [done.stderr, ""]
+    assert refused.startswith(f"the checkpoint {tmp_path / LAST} cannot be written: ") and "No space left" in refused
+    assert whole == "step 1 ['last.safetensors']"
 
 
 @pytest.mark.parametrize(

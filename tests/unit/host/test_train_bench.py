@@ -61,7 +61,7 @@ def test_the_yardstick_is_the_peak_of_the_type_that_the_loop_runs_in(
     head, row, source = capsys.readouterr().out.splitlines()
     assert head.endswith(f"  GFLOP/s  {names}")
     assert len(row) == len(head)
-    assert source == "real tokens of stories.jsonl, vocabulary 300; medians of 2 steps, in turn"
+    assert source == "real tokens of stories.jsonl, vocabulary 300; medians of 2 steps, in turn, ours of 8 canvases"
 
 
 def test_a_row_is_both_loops_their_ratio_the_work_and_the_peaks(
