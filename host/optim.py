@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from host.model import Denoiser
 
 OptimizerName = Literal["adamw", "muon"]
-PEAK_RATES: Final[dict[OptimizerName, float]] = {"adamw": 1e-3, "muon": 2e-3}
+PEAK_RATES: Final[dict[OptimizerName, float]] = {"adamw": 1e-3, "muon": 4e-3}
 """Learning rates to begin with; what they were chosen from is in docs/log.md."""
 WEIGHT_DECAY = 0.05
 

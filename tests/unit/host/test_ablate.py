@@ -22,7 +22,7 @@ def test_every_variant_changes_one_thing() -> None:
 @pytest.mark.parametrize(
     ("common", "rate"),
     [
-        ([], "0.004"),
+        ([], "0.008"),
         (["--optimizer", "adamw"], "0.002"),
         (["--lr=0.03"], "0.06"),
         (["--optimizer", "adamw", "--lr", "0.03"], "0.06"),
@@ -31,7 +31,7 @@ def test_every_variant_changes_one_thing() -> None:
 def test_twice_the_rate_is_twice_that_of_the_other_variants(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], common: list[str], rate: str
 ) -> None:
-    """Theirs is 0.002 with Muon and 0.001 with AdamW, where nobody says another."""
+    """Theirs is 0.004 with Muon and 0.001 with AdamW, where nobody says another."""
     monkeypatch.setattr(ablate, "measure", lambda name, flags, *_: Row(name, [1.0], [1.0], 1.0, " ".join(flags)))
     call(ablate.main, "--steps", 3, "--only", "twice the rate", "--", *common)
     assert (
@@ -78,7 +78,7 @@ def test_a_run_that_other_flags_made_is_no_row_of_the_table(
     flags = ["--only", "defaults", "--out", tmp_path]
     for length, common, words in (
         (3, [], "steps 2 instead of 3"),
-        (2, ["--lr", "0.1"], "lr 0.002 instead of 0.1"),
+        (2, ["--lr", "0.1"], "lr 0.004 instead of 0.1"),
         (2, ["--schedule", "cosine"], "schedule linear instead of cosine"),
     ):
         code, sentence = refusal(capsys, ablate.main, "--steps", length, *flags, "--", *shared, *common)
