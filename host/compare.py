@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host.plots import save_picture
-from host.progress import LOG_FILE, MACHINE, read_log
+from host.progress import LOG_FILE, UNNAMED, machines_of, read_log
 from host.runs import data_of, read_config, work_before
 from shared.errors import ConfigError, DataError, run_main
 
 PICTURE = Path("compare.png")
-UNNAMED = "a machine that an older version did not name"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Point:
 class Curve:
     """What a run reached over its time. epochs: tokens ÷ those of the training split.
 
-    machines: those that it was trained on, by name.
+    machines: those that it was trained on, by name, and the run that it began with.
     """
 
     name: str
@@ -72,7 +71,8 @@ def read_curve(name: str, run: Path) -> Curve:
     ]
     if not points:
         raise DataError(f"{run} has not measured any held-out text yet")
-    return Curve(name, points, meta.train.tokens, tuple(dict.fromkeys(row.get(MACHINE) or UNNAMED for row in log)))
+    machines = before.machines or ((UNNAMED,) if before.processor_seconds else ())
+    return Curve(name, points, meta.train.tokens, tuple(dict.fromkeys((*machines, *machines_of(log)))))
 
 
 def _log(run: Path) -> list[dict[str, str]]:

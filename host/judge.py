@@ -152,9 +152,10 @@ def canvases_of(samples: Path, judge: Judge, count: int) -> tuple[str, np.ndarra
         return held_out.name, held_out.canvases
     model, progress = load_run(samples)
     dtype = mixed_precision_dtype(torch.device("cpu"))
-    if progress.objective == "ar":
-        return f"{samples.name}, sampled", sample_autoregressive(model, range(count), dtype=dtype).numpy()
     usual = SamplingDefaults()
+    if progress.objective == "ar":  # as cold as the others: colder text is easier to predict
+        drawn = sample_autoregressive(model, range(count), usual.temperature, dtype)
+        return f"{samples.name}, sampled", drawn.numpy()
     settings = [
         Settings(
             seed, usual.steps, usual.selection, usual.temperature, min(TOP_K, model.config.vocab_size), usual.top_p

@@ -13,6 +13,7 @@ LOG_FILE = "log.csv"
 MACHINE = "machine"
 NUMBERS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "processor_s")
 LOG_COLUMNS = (*NUMBERS, MACHINE)
+UNNAMED = "a machine that an older version did not name"
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
@@ -20,6 +21,11 @@ def read_log(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", errors="replace") as file:
         rows = csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line)
         return [row for row in rows if (row.get("step") or "").isdigit()]
+
+
+def machines_of(log: list[dict[str, str]]) -> tuple[str, ...]:
+    """Those that a run was trained on, the first process's of several."""
+    return tuple(dict.fromkeys(row.get(MACHINE) or UNNAMED for row in log))
 
 
 @contextlib.contextmanager

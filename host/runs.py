@@ -17,7 +17,7 @@ from host.data import DEFAULT_OUT, DEFAULT_SOURCE, locked, prepare
 from host.diffusion import Weighting
 from host.model import CONFIGS, Denoiser, ModelConfig, config_named
 from host.optim import PEAK_RATES, OptimizerName
-from host.progress import LOG_FILE, read_log
+from host.progress import LOG_FILE, UNNAMED, machines_of, read_log
 from host.shards import DataFolder, load_data
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, sha256_of
@@ -38,6 +38,7 @@ class Work:
 
     processor_seconds: float | None = 0.0
     tokens: int = 0
+    machines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ def work_behind(run: Path) -> Work:
     tokens = before.tokens + progress.tokens_seen
     if before.processor_seconds is None or (progress.step and not spent_s):
         return Work(None, tokens)
-    return Work(before.processor_seconds + spent_s, tokens)
+    log = run / LOG_FILE
+    machines = (*before.machines, *(machines_of(read_log(log)) if log.exists() else (UNNAMED,)))
+    return Work(before.processor_seconds + spent_s, tokens, tuple(dict.fromkeys(machines)))
 
 
 def work_before(config: TrainConfig) -> Work:

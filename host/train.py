@@ -230,7 +230,7 @@ class Trainer:
                     self.save(LAST)
                     self.draw_curves()
                 if self.wandb is not None:
-                    self.wandb({k: float(v) for k, v in zip(NUMBERS, row, strict=False) if v != ""})
+                    self.wandb({k: float(v) for k, v in zip(NUMBERS, row[:-1], strict=True) if v != ""})
                 bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
             self.stopping = stopped
             self.save(LAST)

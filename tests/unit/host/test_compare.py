@@ -123,9 +123,9 @@ def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
 
 
 def test_hours_of_different_machines_are_called_so(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each row of a log names its machine, also of a run that moved."""
+    """Each row of a log names its machine; a run that moved is known, and one that began with its weights."""
     moved = shutil.copytree(runs / "ar", tmp_path / "moved")
     picture = tmp_path / "picture.png"
     call(compare.main, f"moved={moved}", f"textbook={runs / 'textbook'}", "--out", picture)
@@ -138,6 +138,10 @@ def test_hours_of_different_machines_are_called_so(
     shown = capsys.readouterr().out
     assert "processor-hours are of different machines:\n" in shown
     assert f"moved: {here}; another, AVX2, float32\ntextbook: {here}\n" in shown
+    child = tmp_path / "child"
+    begun = ("--config", "debug", "--data", data, "--valid-every", 2, "--batch-size", 8, "--steps", 2, "--init", moved)
+    call(train.main, *begun, "--out", child)
+    assert compare.read_curve("child", child).machines == (here, "another, AVX2, float32")
 
 
 def test_the_picture_holds_the_best_of_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

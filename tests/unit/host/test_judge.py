@@ -13,14 +13,16 @@ import torch
 
 from host import evaluate, sweep, train
 from host.checkpoint import find_checkpoint, load_model
-from host.judge import Judge, Judged, length_distance
+from host.judge import Judge, Judged, canvases_of, length_distance
 from host.model import Denoiser, config_named
+from host.runs import load_run
 from host.sample_many import open_canvas, sample_autoregressive, sample_many
 from host.sampler import Settings, sample
 from host.shards import load_data
+from host.train import mixed_precision_dtype
 from host.untrained import untrained
 from shared.errors import ConfigError
-from shared.manifest import TOKENIZER, Figure
+from shared.manifest import TOKENIZER, Figure, SamplingDefaults
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
 from tests.commands import call, refusal, small
 from tests.networks import assert_sound
@@ -142,6 +144,17 @@ def test_length_histograms_are_compared_by_their_parts() -> None:
     assert length_distance(of(1, 1), of(2, 2)) == 0
     assert length_distance(of(2, 0), of(0, 5)) == 1
     assert length_distance(of(1, 1), of(4, 0)) == pytest.approx(0.5)
+
+
+def test_autoregressive_samples_are_judged_as_cold_as_a_bundle_writes(judge_run: Path) -> None:
+    _, judged = canvases_of(judge_run, Judge.load(judge_run, judge_run / TOKENIZER), 2)
+    model, _ = load_run(judge_run)
+    dtype = mixed_precision_dtype(torch.device("cpu"))
+    usual, warmer = (
+        sample_autoregressive(model, range(2), degrees, dtype).numpy()
+        for degrees in (SamplingDefaults().temperature, 1.0)
+    )
+    assert np.array_equal(judged, usual) and not np.array_equal(judged, warmer)
 
 
 def test_samples_of_a_run_and_text_files_are_judged_beside_the_data(
