@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from host.diffusion import Corrupted, Objective, Weighting, corrupt, counted_tokens, low_discrepancy_times, token_weight
 from host.model import ends_impossible
 from host.shards import Split
 from shared.schedule import ScheduleName
-from shared.tokens import BOS, PAD
+from shared.tokens import BOS, FIRST_TEXT_ID, PAD
 
 
 def _generator(*key: int) -> np.random.Generator:
@@ -37,6 +38,17 @@ class MicroBatch:
         if device.type == "cpu":
             return self
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
+
+    def padded(self, multiple: int) -> "MicroBatch":
+        """The same with M rounded up to a multiple, by scored positions of no weight."""
+        more = -len(self.at) % multiple
+        return replace(
+            self,
+            at=F.pad(self.at, (0, more), value=1),
+            target=F.pad(self.target, (0, more), value=FIRST_TEXT_ID),
+            weight=F.pad(self.weight, (0, more)),
+            ends_impossible=F.pad(self.ends_impossible, (0, more)),
+        )
 
     def pinned(self) -> "MicroBatch":
         """The same in memory that a GPU copies from by itself."""

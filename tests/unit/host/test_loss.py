@@ -12,7 +12,7 @@ from host import batches
 from host.batches import Batch, make_batch, story_indices
 from host.diffusion import Objective, Weighting, autoregressive_sums, corrupt, nelbo_sums, token_weight
 from host.loss import WeightedLoss
-from host.model import RELATIVE_UNIT, Denoiser, attend, config_named, first_relative_bias
+from host.model import RELATIVE_UNIT, Denoiser, attend, config_named, first_relative_bias, gelu
 from host.shards import Split
 from shared.schedule import SCHEDULES, ScheduleName, loss_weight, mask_prob
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
@@ -91,6 +91,21 @@ def test_where_rows_are_cut_changes_nothing(objective: Objective) -> None:
     assert apart(same_gradients, gradients) < 1e-5
 
 
+@pytest.mark.parametrize("objective", ["diffusion", "ar"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_scored_positions_of_no_weight_change_nothing(objective: Objective, fused: bool) -> None:
+    model = network(time_input=objective == "diffusion")
+    made = batch(3, objective)
+    padded = replace(made, parts=tuple(part.padded(64) for part in made.parts))
+    assert [len(part.at) % 64 for part in padded.parts] == [0] * len(made.parts)
+    assert [len(part.at) for part in padded.parts] != [len(part.at) for part in made.parts]
+    loss, gradients = loss_and_gradients(model, made, fused)
+    same, same_gradients = loss_and_gradients(model, padded, fused)
+    print(f"loss {loss:.6f} and {same:.6f}, gradients apart by {apart(same_gradients, gradients):.1e}")
+    assert same == pytest.approx(loss, rel=1e-6)
+    assert apart(same_gradients, gradients) < 1e-5
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @torch.no_grad()
 def test_the_training_loss_is_the_bound(schedule: ScheduleName) -> None:
@@ -158,6 +173,15 @@ def test_attention_by_plain_products_is_attention() -> None:
     assert torch.equal(half[3, :, 3], v.bfloat16()[3, :, 0])  # one position is attended to: its value
 
 
+def test_gelu_in_bf16_is_the_same_but_for_rounding() -> None:
+    x = torch.linspace(-6, 6, 4001).bfloat16()
+    exact = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    assert torch.equal(gelu(x.double()), exact)
+    error = (gelu(x).double() - exact).abs()
+    print(f"apart by at most {error.max():.1e}, {error.mean():.1e} on average")
+    assert (error <= 5e-4 + exact.abs() / 256).all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_bias_depends_on_distance_and_hides_what_nobody_sees(causal: bool) -> None:
     model, ends = network(), (3, LENGTH)
@@ -191,7 +215,7 @@ def test_at_first_each_head_looks_less_far_than_the_next_and_the_last_everywhere
 def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
     objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plain-product attention and the fused read-out lose no more precision than torch's own bf16 path."""
+    """Plain-product attention, GELU by erf and the fused read-out lose no more precision than torch's own bf16 path."""
     model = network(time_input=objective == "diffusion")
     made = batch(4, objective)
     exact, gradients = loss_and_gradients(model, made, fused=False)
@@ -202,6 +226,7 @@ def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
             "attend",
             lambda q, k, v, bias: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         )
+        monkeypatch.setattr(host.model, "gelu", lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
         standard, standard_gradients = loss_and_gradients(model, made, fused=False)
     error, standard_error = apart(our_gradients, gradients), apart(standard_gradients, gradients)
     print(f"gradients apart from float32: {error:.4f}, by the standard kernels {standard_error:.4f}")
