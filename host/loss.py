@@ -11,7 +11,7 @@ from shared.tokens import FIRST_TEXT_ID
 CHUNK_ROWS = 64  # float32 scores of so many positions stay in a core's own cache
 SCORED_ALIGNED = 64
 """oneDNN, which multiplies bf16 matrices on CPUs, compiles a kernel for every new shape, for milliseconds, and keeps
-the last 1,024. With shapes as they fall, a third of a `tiny` step goes there; of rounded ones there are a few hundred."""
+the last 1,024. With shapes as they fall, a third of a `tiny` step goes there; of rounded ones there are few hundred."""
 
 
 class WeightedLoss(nn.Module):
