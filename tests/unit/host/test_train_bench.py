@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from host import bench, train, train_speed
+from host import bench, loss, train, train_speed
 from host.batches import make_batch
 from host.loss import WeightedLoss
 from host.model import Denoiser, ModelConfig
@@ -85,10 +85,11 @@ def test_the_textbook_has_our_number_of_parameters_but_for_the_bias_by_distance(
     assert theirs == ours - shape.heads * (2 * shape.canvas_len - 1)
 
 
-def test_the_work_of_a_batch_is_what_its_matrix_products_do(data: Path) -> None:
+def test_the_work_of_a_batch_is_what_its_matrix_products_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows one by one have no padding, so that torch's own count of operations must agree, but for the last queries."""
     shape = ModelConfig("test", d_model=64, layers=2, heads=2, vocab_size=300, time_input=False)
     model = Denoiser(shape)
+    monkeypatch.setattr(loss, "SCORED_ALIGNED", 1)
     batch = make_batch(load_data(data).train, 0, 0, 4, 1, "diffusion", "linear")
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         for part in batch.parts:
