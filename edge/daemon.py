@@ -135,7 +135,7 @@ def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler
         log.error("the reload failed, and %s serves on: %s", worker.model, error)
         systemd.ready(f"serving {worker.model}; the last reload failed: {error}")
         return config
-    except Exception:
+    except Exception:  # a backend may raise anything; what runs must not end for it
         log.exception("the reload failed, and %s serves on", worker.model)
         systemd.ready(f"serving {worker.model}; the last reload failed: the log has the details")
         return config

@@ -268,7 +268,7 @@ class Scheduler:
         self._turns.charge(batch)
         try:
             batch[0].engine.step([job.run for job in batch])
-        except Exception:
+        except Exception:  # a backend may raise anything; it costs the requests that it meets alone, none beside them
             log.exception("a pass over %d requests failed", len(batch))
             if batch[0].engine.failure is not None:
                 self._give_up(batch[0].engine.failure)

@@ -40,7 +40,7 @@ class MicroBatch:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
 
     def padded(self, multiple: int) -> "MicroBatch":
-        """The same with M rounded up to a multiple, by scored positions of no weight."""
+        """The same with M rounded up to a multiple, by scored positions of no weight: the first behind BOS, as text."""
         more = -len(self.at) % multiple
         return replace(
             self,

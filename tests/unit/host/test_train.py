@@ -204,6 +204,21 @@ def test_validation_measures_the_average_and_leaves_the_weights_alone(data: Path
     assert one.validate() == measured
 
 
+def test_in_bf16_steps_differ_in_few_shapes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU compiles a kernel for every new one; in float32, where it does not, nothing is added."""
+    for dtype, multiples in ((torch.bfloat16, (16, 64)), (None, (1, 1))):
+        monkeypatch.setattr(train, "mixed_precision_dtype", lambda device, dtype=dtype: dtype)
+        one = trainer(data, tmp_path / str(dtype))
+        read_out: list[int] = []
+        one.model.register_forward_hook(lambda model, given, states, seen=read_out: seen.append(len(states)))
+        parts = one.batch_at(one.data.train, 0, 0, 8).parts
+        for part in parts:
+            one.summed_loss(part).backward()
+        lengths = [part.canvas.shape[1] for part in parts]
+        assert [length % multiples[0] for length in lengths] == [0] * len(parts)
+        assert read_out == [-(-len(part.at) // multiples[1]) * multiples[1] for part in parts]
+
+
 @torch.no_grad()
 def test_validation_is_the_bound_whatever_training_weighs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
