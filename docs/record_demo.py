@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from edge.config import default_bundle
 from edge.demo import PROMPT, SELECTION, STEPS, TEMPERATURE
-from edge.engine import Engine, Snapshot
+from edge.serving.loaded_bundle import Engine, Snapshot
 from shared.messages import OPEN_POSITION, GenerateRequest
 
 COLUMNS, ROWS, FONT_PX = 88, 15, 15

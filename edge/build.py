@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import msgspec
 
-from edge.build_engine import Order, no_room
+from edge.backends.trt.engine_builder import Order, no_room
+from edge.backends.trt.engine_cache import writable_cache
 from edge.config import default_bundle
-from edge.engines import writable_cache
 from shared.errors import BundleError, ConfigError, DeviceError, run_main
 from shared.manifest import find_graph, read_manifest
 
@@ -31,10 +31,10 @@ example: python -m edge.build --bundle bundles/mine"""
 def run_build(order: Order, tell: Callable[[str], None], command: tuple[str, ...] = ()) -> Path:
     """Build in another process.  → the engine's folder
 
-    tell: gets a line for the screen now and then. command: stands for `python -m edge.build_engine` in tests. Raises
-    DeviceError or BundleError in one sentence.
+    tell: gets a line for the screen now and then. command: stands for the builder's process in tests.
+    Raises DeviceError or BundleError in one sentence.
     """
-    command = command or (sys.executable, "-m", "edge.build_engine")
+    command = command or (sys.executable, "-m", "edge.backends.trt.engine_builder")
     started = time.monotonic()
     process = subprocess.Popen([*command, msgspec.json.encode(order).decode()], stdout=subprocess.PIPE)
     assert process.stdout is not None

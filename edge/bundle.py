@@ -15,7 +15,7 @@ from typing import Final
 
 from edge.client import ask, connect
 from edge.config import FILE_VARIABLE, STORE, Config, load_config
-from edge.store import Links, Store, check_files, check_signature
+from edge.system.bundle_store import Links, Store, check_files, check_signature
 from shared.errors import BundleError, ConfigError, RequestError, run_main
 from shared.manifest import bundle_digest, read_manifest
 from shared.messages import GenerateRequest, Response
@@ -40,7 +40,7 @@ minisign -Sm NAME/manifest.json); without one, signatures are not asked for."""
 def self_test(folder: Path, config: Config) -> None:
     """Run ten steps, twice, to the same text. Raises BundleError."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the engine imports ONNX Runtime
-    from edge.engine import Engine  # not at the top: listing and rolling back need no runtime
+    from edge.serving.loaded_bundle import Engine  # not at the top: listing and rolling back need no runtime
 
     engine = Engine.load(folder, config.backend, config.threads)
     try:

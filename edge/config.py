@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta, Struct, field
 
-from edge.systemd import credential
+from edge.system.systemd import credential
 from shared.errors import ConfigError
 
 PREFIX: Final = "EDGELM_"

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from edge import systemd
 from edge.config import Config, load_config, parse_broker
-from edge.engine import Engine
-from edge.scheduler import Scheduler
-from edge.systemd import JournalFormatter
-from edge.unix_socket import SocketServer
+from edge.serving.loaded_bundle import Engine
+from edge.serving.scheduler import Scheduler
+from edge.system import systemd
+from edge.system.systemd import JournalFormatter
+from edge.transports.unix_socket import SocketServer
 from shared.errors import DeviceError, DiffusionLLMError
 
 if TYPE_CHECKING:
-    from edge.mqtt import MqttTransport
+    from edge.transports.mqtt.client import MqttTransport
 
 log = logging.getLogger("edgelm")
 
@@ -151,7 +151,7 @@ def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler
 def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
     if config.mqtt.host is None:
         return None
-    from edge.mqtt import MqttTransport  # 60 ms and 12 MB that a daemon without a broker saves
+    from edge.transports.mqtt.client import MqttTransport  # 60 ms and 12 MB that a daemon without a broker saves
 
     return MqttTransport(config, worker)
 

@@ -16,7 +16,7 @@ from typing import IO, Final
 from edge.client import connect
 from edge.config import PREFIX, default_bundle
 from edge.generate import ask_daemon, unwrap
-from edge.view import View, printable
+from edge.terminal_view import View, printable
 from shared.errors import ConfigError, DiffusionLLMError, run_main
 from shared.messages import GenerateRequest
 

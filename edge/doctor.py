@@ -18,13 +18,13 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from edge import engines
 from edge.backends import AnyBackend, load_backend
+from edge.backends.trt import engine_cache as engines
+from edge.backends.trt.driver import Gpu
+from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, on_jetson
+from edge.backends.trt.profiles import buckets
 from edge.config import default_bundle
-from edge.cuda import Gpu
-from edge.shapes import buckets
-from edge.tensorrt_lookup import TEGRA, import_tensorrt, on_jetson
-from edge.unmask import Row, Sampling, advance
+from edge.decoding.canvas import Row, Sampling, advance
 from shared.errors import DeviceError, DiffusionLLMError, run_main
 from shared.manifest import Manifest, find_graph, read_manifest
 from shared.tokens import BOS, MASK

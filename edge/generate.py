@@ -14,7 +14,7 @@ import msgspec
 
 from edge.client import ask, connect
 from edge.config import Config, default_socket, load_config, socket_candidates
-from edge.view import View, printable
+from edge.terminal_view import View, printable
 from shared.errors import ERROR_CODES, ConfigError, DiffusionLLMError, RequestError, run_main
 from shared.manifest import Selection
 from shared.messages import GenerateRequest, Partial, Reply, Response, decode_request, encode
@@ -85,8 +85,8 @@ def ask_daemon(connection: socket.socket, request: GenerateRequest, show: Callab
 def generate_here(config: Config, request: GenerateRequest, show: Callable[[Partial], None]) -> Response:
     """The same answer from this very process. Raises BundleError or ConfigError."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the engine imports ONNX Runtime
-    from edge.engine import Engine  # not at the top: a client of the daemon needs no runtime
-    from edge.scheduler import Scheduler
+    from edge.serving.loaded_bundle import Engine  # not at the top: a client of the daemon needs no runtime
+    from edge.serving.scheduler import Scheduler
 
     responses: list[Response] = []
 

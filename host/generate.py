@@ -11,13 +11,13 @@ from pathlib import Path
 import msgspec
 import torch
 
-from edge.text import Texts
-from host.checkpoint import newest_run
-from host.precision import TOP_K
-from host.runs import load_run
-from host.sample_many import sample_autoregressive
-from host.sampler import Settings, sample
-from host.tokenizer import load_tokenizer
+from edge.decoding.layout_text import Texts
+from host.data.tokenizer import load_tokenizer
+from host.export.pipeline import TOP_K
+from host.sampling.many import sample_autoregressive
+from host.sampling.reference import Settings, sample
+from host.train.checkpoint import newest_run
+from host.train.run_folder import load_run
 from shared.errors import ConfigError, RequestError, run_main
 from shared.manifest import TOKENIZER, SamplingDefaults
 from shared.messages import GenerateRequest, decode_request

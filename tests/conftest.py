@@ -10,14 +10,14 @@ import hypothesis
 import pytest
 import torch
 
-from host.bundle import StepGraph, write_bundle
-from host.cpu_graph import cpu_graph
-from host.cuda_graph import cuda_graph
-from host.model import Denoiser, config_named
-from host.precision import TOP_K
-from host.quantize import quantize
-from host.untrained import untrained
-from tests.emulator import Emulator, build
+from host.export.bundle_writer import StepGraph, write_bundle
+from host.export.cpu_graph import cpu_graph
+from host.export.cpu_int8 import quantize
+from host.export.cuda_graph import cuda_graph
+from host.export.pipeline import TOP_K
+from host.export.random_weights import untrained
+from host.model.network import Denoiser, config_named
+from tests.support.emulator import Emulator, build
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
 

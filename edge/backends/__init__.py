@@ -13,7 +13,7 @@ from shared.errors import ConfigError, DiffusionLLMError
 from shared.manifest import Manifest
 
 if TYPE_CHECKING:
-    from edge.unmask import Row
+    from edge.decoding.canvas import Row
 
 log = logging.getLogger("edgelm")
 
@@ -93,14 +93,14 @@ def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) ->
 
 
 def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> AnyBackend:
-    from edge.backends import trt
+    from edge.backends.trt import backend as trt
 
     return trt.load(folder, manifest, argument)
 
 
 def _load_auto(folder: Path, manifest: Manifest, threads: int, argument: str) -> AnyBackend:
     """The GPU once `edge.build` has made an engine there; when that no longer fits, a device must go on serving."""
-    from edge import engines
+    from edge.backends.trt import engine_cache as engines
 
     if argument:
         raise ConfigError(f"backend 'auto' takes no argument; found {argument!r} behind its colon")

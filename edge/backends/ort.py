@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends import StepResult
-from edge.unmask import active_length
+from edge.decoding.canvas import active_length
 from shared.errors import BundleError
 from shared.manifest import Manifest, find_graph, verified_bytes
 from shared.tokens import BOS, MASK

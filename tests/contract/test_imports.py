@@ -129,7 +129,7 @@ def test_every_edge_module_loads_without_the_host_and_without_a_runtime() -> Non
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules_of("edge")
     ]
-    assert "edge.engine" in names
+    assert "edge.serving.loaded_bundle" in names
     script = "import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
     done = run_without((*HOST_ONLY, *RUNTIMES), script, *names)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -138,7 +138,7 @@ def test_every_edge_module_loads_without_the_host_and_without_a_runtime() -> Non
 def test_the_edge_answers_a_request_without_the_host(debug_bundle: Path) -> None:
     script = """
 from pathlib import Path
-from edge.engine import Engine
+from edge.serving.loaded_bundle import Engine
 from shared.messages import GenerateRequest
 engine = Engine.load(Path(sys.argv[1]), "ort")
 print(engine.run(engine.prepare(GenerateRequest(prompt="abc", seed=1, steps=4))).steps)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from edge.engine import Engine
-from host.model import Denoiser
-from host.sampler import Sampled, Settings, sample
+from edge.serving.loaded_bundle import Engine
+from host.model.network import Denoiser
+from host.sampling.reference import Sampled, Settings, sample
 from shared.messages import Gap, GenerateRequest
 from tests.conftest import Exported
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from host import train
-from host.checkpoint import Progress
-from host.diffusion import Objective, Weighting
-from host.model import config_named
-from host.optim import OptimizerName
-from host.runs import TrainConfig
-from host.shards import DataFolder, DataMeta, Split, SplitMeta
-from host.train import Trainer
+from host.data.shards import DataFolder, DataMeta, Split, SplitMeta
+from host.model.diffusion import Objective, Weighting
+from host.model.network import config_named
+from host.train import trainer as train
+from host.train.checkpoint import Progress
+from host.train.optim import OptimizerName
+from host.train.run_folder import TrainConfig
+from host.train.trainer import Trainer
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
 
 GOLDEN: dict[tuple[Objective, OptimizerName, Weighting], list[float]] = {

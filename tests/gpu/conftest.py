@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge import kernels
-from edge.backends.trt import TrtBackend
-from edge.cuda import CudaMemory, Gpu
-from edge.unmask import Row, Sampling
-from host.model import CONFIGS
-from host.untrained import untrained
+from edge.backends.trt import kernels
+from edge.backends.trt.backend import TrtBackend
+from edge.backends.trt.driver import CudaMemory, Gpu
+from edge.decoding.canvas import Row, Sampling
+from host.export.random_weights import untrained
+from host.model.network import CONFIGS
 from shared.errors import DeviceError
 from shared.manifest import Manifest, read_manifest
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK

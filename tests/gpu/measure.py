@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from edge import kernels
-from edge.backends.trt import Bucket, TrtBackend, load
+from edge.backends.trt import kernels
+from edge.backends.trt.backend import Bucket, TrtBackend, load
+from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.config import default_bundle
-from edge.cuda import CudaMemory, Gpu
-from edge.unmask import Row, Sampling
+from edge.decoding.canvas import Row, Sampling
 from shared.errors import DeviceError, run_main
 from shared.manifest import MAX_STEPS, read_manifest
 from shared.tokens import BOS, MASK
@@ -135,8 +135,8 @@ def main() -> None:
         backend, engine = load(folder, manifest, ""), "TensorRT"
         gpu.close()
     except DeviceError as error:
-        from host.model import ModelConfig
-        from host.untrained import untrained
+        from host.export.random_weights import untrained
+        from host.model.network import ModelConfig
         from tests.gpu.standin import Network, StandIn
 
         print(f"torch stands for the engine: {error}", file=sys.stderr)

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge.backends import StepResult
-from edge.cuda import Gpu
-from host.model import Denoiser, ends_impossible
-from tests.emulator.fakes import FakeTensorRT, array_at
-from tests.emulator.reference import reduce_logits
+from edge.backends.trt.driver import Gpu
+from host.model.network import Denoiser, ends_impossible
+from tests.support.emulator.fakes import FakeTensorRT, array_at
+from tests.support.emulator.reference import reduce_logits
 
 EMULATED = "emulated"
 """What the emulated driver calls its GPU."""

@@ -7,16 +7,16 @@ import pytest
 
 from edge import build, doctor
 from edge.backends import load_backend
-from edge.backends.trt import TrtBackend
-from edge.cuda import Gpu
-from edge.tensorrt_lookup import import_tensorrt
-from edge.unmask import Row, active_bucket, advance
+from edge.backends.trt.backend import TrtBackend
+from edge.backends.trt.driver import Gpu
+from edge.backends.trt.find_tensorrt import import_tensorrt
+from edge.decoding.canvas import Row, active_bucket, advance
 from shared.errors import DeviceError
 from shared.manifest import Manifest, read_manifest
 from tests.gpu.conftest import rows
 from tests.gpu.measure import measure
 from tests.gpu.standin import EMULATED, Network, SameLogits
-from tests.unit.edge.test_kernels import RULES
+from tests.unit.edge.backends.trt.test_kernels import RULES
 
 pytestmark = pytest.mark.proof("7. kernels, captured loop and backend on a GPU")
 

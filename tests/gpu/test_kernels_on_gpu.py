@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge import kernels
-from edge.cuda import CudaMemory, Gpu
-from edge.unmask import Row
-from tests.emulator import Emulator
-from tests.unit.edge.test_kernels import RULES, Device, network, some_canvas
+from edge.backends.trt import kernels
+from edge.backends.trt.driver import CudaMemory, Gpu
+from edge.decoding.canvas import Row
+from tests.support.emulator import Emulator
+from tests.unit.edge.backends.trt.test_kernels import RULES, Device, network, some_canvas
 
 pytestmark = pytest.mark.proof("7. kernels, captured loop and backend on a GPU")
 

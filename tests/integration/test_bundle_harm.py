@@ -13,7 +13,7 @@ import pytest
 import edge.bundle
 from edge.bundle import Service
 from edge.config import Config
-from edge.store import Store, check_files, check_signature
+from edge.system.bundle_store import Store, check_files, check_signature
 from shared.errors import BundleError
 from tests.integration.harness import ROOT, clean_environment
 from tests.integration.test_bundle_command import (
@@ -144,7 +144,7 @@ def test_what_a_killed_command_left_makes_room_for_the_next(
 
 def test_killed_at_any_step_it_leaves_a_whole_bundle_current(debug_bundle: Path, tmp_path: Path) -> None:
     new = variant(debug_bundle, tmp_path, "new")
-    command = [sys.executable, "-m", "tests.killed", tmp_path / "store", debug_bundle, new]
+    command = [sys.executable, "-m", "tests.support.killed", tmp_path / "store", debug_bundle, new]
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=100
     )

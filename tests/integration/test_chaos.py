@@ -1,4 +1,4 @@
-"""A short run of `tests.chaos`; long ones are started by hand."""
+"""A short run of `tests.stress.chaos`; long ones are started by hand."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import run
+from tests.stress.chaos import run
 
 
 @pytest.mark.skipif(shutil.which("mosquitto_pub") is None and "CI" not in os.environ, reason="mosquitto is missing")

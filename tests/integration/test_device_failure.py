@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from edge.engine import Engine
-from edge.scheduler import Scheduler
+from edge.serving.loaded_bundle import Engine
+from edge.serving.scheduler import Scheduler
 from shared.errors import DeviceError
 from shared.messages import GenerateRequest
-from tests.emulator import Emulator
 from tests.integration.harness import Broker, Daemon, Line, Listener, until
-from tests.mailbox import Mailbox, submit
+from tests.support.emulator import Emulator
+from tests.support.mailbox import Mailbox, submit
 
 FAILURE = "cuEventSynchronize failed: CUDA_ERROR_LAUNCH_FAILED"
 STORY = {"prompt": "Once upon a time", "steps": 24}
@@ -26,7 +26,7 @@ def start(tmp_path: Path, debug_bundle: Path, emulator: Emulator) -> Iterator[St
     daemons: list[Daemon] = []
 
     def start(passes: int, *args: str, **settings: Any) -> Daemon:
-        program = ("-m", "tests.emulator.daemon", emulator.library._name, str(passes))
+        program = ("-m", "tests.support.emulator.daemon", emulator.library._name, str(passes))
         daemons.append(Daemon(tmp_path, debug_bundle, *args, program=program, DEVICE="dev", **settings))
         return daemons[-1]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import overload
-from tests.fuzz import fuzz_mqtt, fuzz_socket
 from tests.integration.harness import Broker, Daemon, until
-from tests.soak import Resources, grown, run
+from tests.stress import overload
+from tests.stress.fuzz import fuzz_mqtt, fuzz_socket
+from tests.stress.soak import Resources, grown, run
 
 StartDaemon = Callable[..., Daemon]
 needs_mosquitto = pytest.mark.skipif(

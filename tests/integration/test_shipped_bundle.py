@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from edge.config import default_bundle
-from edge.engine import Engine
-from edge.scheduler import Scheduler
-from host.parity import passes
-from host.scoring import GraphScorer, load_graph
+from edge.serving.loaded_bundle import Engine
+from edge.serving.scheduler import Scheduler
+from host.evaluate.scorers import GraphScorer, load_graph
+from host.export.parity import passes
 from shared.manifest import TOKENIZER, SamplingDefaults, find_graph, read_manifest, verified_bytes
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
 from shared.tokens import BOS, EOS, MASK, PAD

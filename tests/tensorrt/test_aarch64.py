@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tomli
 
-from tests.packages import PIP
+from tests.support.packages import PIP
 
 pytestmark = [pytest.mark.proof("6. the edge's dependencies have wheels on aarch64"), pytest.mark.timeout(120)]
 

@@ -17,10 +17,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from edge.config import default_bundle
-from host.qdq import activation_ranges, quantize_linears
+from host.export.cuda_qdq import activation_ranges, quantize_linears
 from shared.manifest import read_manifest
 from shared.tokens import BOS, MASK
-from tests.packages import installed
+from tests.support.packages import installed
 
 pytestmark = [
     pytest.mark.proof("1. TensorRT's parser and builder take the CUDA graphs"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packages import installed
+from tests.support.packages import installed
 
 pytestmark = [
     pytest.mark.proof("2. every TensorRT name we use exists in 10.3, 10.13, 10.16 and 11.4"),
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("edge/backends/trt.py", "edge/build_engine.py", "edge/tensorrt_lookup.py")
+SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in ("backend", "engine_builder", "find_tensorrt"))
 VERSIONS = {
     "10.3": "tensorrt-cu12-bindings==10.3.0",
     "10.13": "tensorrt-cu13-bindings==10.13.3.9",

@@ -12,8 +12,8 @@ def main() -> None:
     sys.path.insert(0, target)
     import tensorrt_rtx as trt
 
-    from edge.build_engine import build, parse
-    from edge.tensorrt_lookup import make_logger
+    from edge.backends.trt.engine_builder import build, parse
+    from edge.backends.trt.find_tensorrt import make_logger
     from shared.errors import DeviceError
 
     messages: list[tuple[str, str]] = []

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge import build, engines
-from edge.build_engine import Order
-from edge.tensorrt_lookup import why_absent
+from edge import build
+from edge.backends.trt import engine_cache as engines
+from edge.backends.trt.engine_builder import Order
+from edge.backends.trt.find_tensorrt import why_absent
 from shared.errors import DeviceError
 from shared.manifest import read_manifest
 
@@ -95,7 +96,7 @@ def test_without_a_gpu_the_real_command_says_so(
 
 
 def test_an_absent_tensorrt_comes_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge import tensorrt_lookup
+    from edge.backends.trt import find_tensorrt as tensorrt_lookup
 
     monkeypatch.setattr(tensorrt_lookup, "SYSTEM_PACKAGES", (tmp_path,))
     monkeypatch.setattr(tensorrt_lookup, "TEGRA", (tmp_path / "release", tmp_path / "model"))

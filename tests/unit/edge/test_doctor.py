@@ -12,12 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from edge import doctor
-from edge.cuda import CudaMemory, Gpu, Memory, PycudaMemory
-from edge.roofline import BOARDS, floor, matmul_flops
+from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
+from edge.measure.roofline import BOARDS, floor, matmul_flops
 from shared.errors import ConfigError, DeviceError
 from shared.manifest import find_graph, read_manifest
-from tests.emulator import Emulator
-from tests.emulator.fakes import FakeDriver, array_at
+from tests.support.emulator import Emulator
+from tests.support.emulator.fakes import FakeDriver, array_at
 
 
 def test_without_a_gpu_the_report_says_what_is_absent(debug_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

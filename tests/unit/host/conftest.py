@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from host import train
-from host.data import prepare
-from tests.commands import call
+from host.data.prepare import prepare
+from host.train import trainer as train
+from tests.support.commands import call
 
 NAMES = ("Tom", "Anna", "Ben", "Lily")
 THINGS = ("ball", "dog", "cake", "tree")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from host import generate, train
-from tests.commands import call, refusal
+from host import generate
+from host.train import trainer as train
+from tests.support.commands import call, refusal
 
 
 def test_a_seed_gives_its_text_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

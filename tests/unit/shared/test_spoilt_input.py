@@ -1,12 +1,12 @@
 """Decoders meet whatever a network, a disk or a stranger makes of valid input: an object, or one typed sentence.
 
-`tests.fuzz` does the same for long, and to a live daemon.
+`tests.stress.fuzz` does the same for long, and to a live daemon.
 """
 
 import random
 from pathlib import Path
 
-from tests.fuzz import fuzz_decoders, fuzz_manifest, fuzz_with_hypothesis
+from tests.stress.fuzz import fuzz_decoders, fuzz_manifest, fuzz_with_hypothesis
 
 
 def test_a_spoilt_message_is_a_request_or_a_refusal() -> None:

@@ -1,0 +1,192 @@
+"""The process that `edge.build` starts: ONNX in, TensorRT engine out. Its memory goes back to the device when it ends.
+
+On standard output it tells one JSON object a line: {"phase", "done", "of"}, {"severity", "message"} of TensorRT, and as
+the last {"engine"} or {"error"}.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from edge.backends.trt import engine_cache as engines
+from edge.backends.trt import kernels
+from edge.backends.trt.driver import Gpu
+from edge.backends.trt.find_tensorrt import import_tensorrt, make_logger
+from edge.backends.trt.profiles import buckets, check_servable
+from shared.errors import DeviceError, DiffusionLLMError
+from shared.manifest import Manifest, find_graph, read_manifest, verified_bytes
+
+LEVEL: Final = 3  # TensorRT's default effort; 4 and 5 take several times as long
+NO_ROOM: Final = re.compile(r"out ?of ?memory|insufficient memory|memory allocation|cudaErrorMemory", re.IGNORECASE)
+"""How TensorRT's errors speak of it."""
+
+
+class Order(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the parent wants. force: build even if there is an engine."""
+
+    bundle: str
+    cache: str
+    workspace_mib: int
+    force: bool
+
+
+def no_room(what: str, workspace_mib: int) -> str:
+    """What happened, and what helps."""
+    return f"{what}: stop other programs, add swap, or give it less than --workspace-mib {workspace_mib}"
+
+
+def say(**words: object) -> None:
+    """One line to the parent."""
+    print(msgspec.json.encode(words).decode(), flush=True)
+
+
+def parse(trt: ModuleType, builder: Any, logger: Any, graph: bytes) -> Any:
+    """→ the network. Raises DeviceError with the parser's own words."""
+    # Never the plain number: STRONGLY_TYPED is 1 in TensorRT 10 and 0 in 11.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        told = "; ".join(f"{e.desc()} (node {e.node()})" for e in errors) or "it does not say why"
+        raise DeviceError(f"TensorRT {trt.__version__} cannot read the bundle's CUDA graph: {told}")
+    return network
+
+
+def build(
+    trt: ModuleType,
+    logger: Any,
+    graph: bytes,
+    shapes: Sequence[tuple[int, int]],
+    workspace_mib: int,
+    timings: bytes,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[bytes, bytes]:
+    """Build an engine with one profile for each shape (batch, length).
+
+    timings: an earlier timing cache, or nothing; one that does not fit is begun anew.  → engine, timing cache. Raises
+    DeviceError.
+    """
+    builder = trt.Builder(logger)
+    network = parse(trt, builder, logger, graph)
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+    config.builder_optimization_level = LEVEL
+    config.max_aux_streams = 0  # the whole pass is captured from one stream
+    cache = config.create_timing_cache(timings)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another device
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    if progress is not None:
+        config.progress_monitor = _monitor(trt, progress)
+    for batch, length in shapes:
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            shape = (batch, length)[: len(tensor.shape)]
+            profile.set_shape(tensor.name, shape, shape, shape)
+        config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise DeviceError(f"TensorRT {trt.__version__} built no engine; its own words are above")
+    return bytes(engine), bytes(config.get_timing_cache().serialize())
+
+
+def _monitor(trt: ModuleType, progress: Callable[[str, int, int], None]) -> Any:
+    base: Any = trt.IProgressMonitor
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(phase_name, step + 1, self._steps.get(phase_name, 0))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _timing_cache(cache: Path, facts: engines.Facts) -> Path:
+    return cache / f"timings-{facts.tensorrt}-{facts.architecture}-{facts.processors}.cache"
+
+
+def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
+    """Build what is ordered, unless it is there.  → the engine's folder"""
+    folder, cache = Path(order.bundle), Path(order.cache)
+    check_servable(manifest)
+    graph = find_graph(folder, manifest, "cuda")
+    shapes = buckets(manifest, gpu.processors)
+    facts = engines.facts_of(folder, manifest, trt.__version__, gpu, shapes)
+    if (place := engines.find(facts, (cache,))) is not None and not order.force:
+        return place
+    content = verified_bytes(folder, graph.file, graph.sha256)
+    say(phase="kernels", done=0, of=1)
+    cubin = kernels.compile_kernels(gpu.architecture)
+    errors: list[str] = []
+
+    def hear(severity: str, message: str) -> None:
+        say(severity=severity, message=message)
+        if severity != "WARNING":
+            errors.append(message)
+
+    logger = make_logger(trt, hear)
+    timing_file = _timing_cache(cache, facts)
+    timings = timing_file.read_bytes() if timing_file.is_file() else b""
+    progress = _throttled(lambda phase, done, of: say(phase=phase, done=done, of=of))
+    try:
+        engine, timings = build(trt, logger, content, shapes, order.workspace_mib, timings, progress)
+    except (DeviceError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(NO_ROOM.search(message) for message in errors):
+            raise DeviceError(no_room(f"TensorRT {trt.__version__} ran out of memory", order.workspace_mib)) from None
+        raise
+    if trt.Runtime(logger).deserialize_cuda_engine(engine) is None:
+        raise DeviceError(f"TensorRT {trt.__version__} does not take the engine that it has just built")
+    place = engines.store(facts, engines.Built(engine, cubin), cache)
+    fresh = timing_file.with_suffix(".new")
+    engines.write_durably(fresh, timings)
+    fresh.replace(timing_file)
+    return place
+
+
+def _throttled(tell: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    """One in ten percent of a phase is enough."""
+    last = [("", -1)]
+
+    def throttled(phase: str, done: int, of: int) -> None:
+        tenth = (phase, 10 * done // max(of, 1))
+        if tenth != last[0]:
+            last[0] = tenth
+            tell(phase, done, of)
+
+    return throttled
+
+
+def main() -> int:
+    """Read the order, carry it out, tell how it ended."""
+    order = msgspec.json.decode(sys.argv[1], type=Order)
+    try:
+        manifest = read_manifest(Path(order.bundle))
+        find_graph(Path(order.bundle), manifest, "cuda")
+        gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so
+        place = fulfil(order, import_tensorrt(), gpu, manifest)
+        gpu.close()
+        say(engine=str(place))
+        return 0
+    except DiffusionLLMError as error:
+        say(error=str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

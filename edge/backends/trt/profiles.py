@@ -1,0 +1,43 @@
+"""Which shapes a TensorRT engine is built for: (batch, length), one optimization profile and one CUDA graph each."""
+
+from typing import Final
+
+from edge.backends.trt import kernels
+from shared.errors import BundleError
+from shared.manifest import Manifest
+
+BATCHES: Final = (1, 2, 4, 8)
+FULL: Final = 64
+"""Positions that fill a multiprocessor: 512 on an Orin Nano, three times the ridge of its roofline.
+
+Beyond that a larger batch is no faster a row. It would cost its own tactics to time, the largest ones, its own copy of
+weights laid out for it, and memory for activations and logits; and short requests would wait for it.
+"""
+
+
+def length_buckets(canvas_len: int) -> tuple[int, ...]:
+    """The lengths an engine is built for."""
+    return tuple(n for n in (canvas_len // 4, canvas_len // 2, canvas_len) if n >= 16 or n == canvas_len)
+
+
+def batches_of(length: int, processors: int) -> tuple[int, ...]:
+    """The batches of that length that a GPU of so many multiprocessors gains by."""
+    return tuple(batch for batch in BATCHES if batch == 1 or batch * length <= FULL * processors)
+
+
+def buckets(manifest: Manifest, processors: int) -> list[tuple[int, int]]:
+    """(batch, length) of each optimization profile, in the engine's order."""
+    lengths = length_buckets(manifest.model.canvas_len)
+    return [(batch, length) for length in lengths for batch in batches_of(length, processors)]
+
+
+def check_servable(manifest: Manifest) -> None:
+    """Raise BundleError when the kernels cannot serve this bundle."""
+    limits = (
+        ("canvas_len", manifest.model.canvas_len, kernels.MAX_LENGTH),
+        ("vocab_size", manifest.model.vocab_size, kernels.MAX_VOCAB),
+        ("top_k", manifest.top_k, kernels.THREADS),
+    )
+    for name, value, most in limits:
+        if value > most:
+            raise BundleError(f"the TensorRT backend serves bundles with {name} up to {most}; this one has {value}")

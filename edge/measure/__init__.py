@@ -1,0 +1,1 @@
+"""What `edge.bench` measures: one step, many clients, and the roofline of a device."""

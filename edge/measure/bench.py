@@ -1,0 +1,306 @@
+"""How fast a bundle runs here: `python -m edge.bench`. Quote ratios from one run; absolute times vary by machine.
+
+Where the training host is installed too, its torch network and the machine's matmul peaks are measured in the same run.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from edge.backends import AnyBackend, LoopBackend
+from edge.backends.trt.profiles import BATCHES
+from edge.config import default_bundle
+from edge.decoding.canvas import Row, Sampling
+from edge.measure.clients import measure, print_clients, serving
+from edge.measure.roofline import BOARDS, floor
+from edge.serving.loaded_bundle import Engine
+from shared.errors import ConfigError
+from shared.manifest import MAX_STEPS, find_graph, read_manifest
+from shared.messages import GenerateRequest, Response, encode
+from shared.tokens import BOS, FIRST_TEXT_ID, MASK
+
+STEP_COUNTS: Final = (8, 16, 32, 64, 128)
+DAEMON_STEPS: Final = 16
+SPIN_S: Final = 0.1
+"""ONNX Runtime's threads spin for a while after a step; until they rest, another process lacks their cores."""
+REPEATS: Final = 3
+MAX_CLIENTS: Final = 24
+"""Below what the daemon's default queue takes."""
+
+
+class Generation(Struct):
+    """Whole texts at one number of steps; medians over seeds. loop_ms: a step's time outside the backend."""
+
+    steps: int
+    tokens_per_s: float
+    first_token_ms: float
+    last_token_ms: float
+    loop_ms: float
+
+
+class DaemonCost(Struct):
+    """A daemon process. behind_ms: how much later it answers than the bare loop finishes, median of pairs."""
+
+    start_s: float  # from the process's start to its first answer
+    behind_ms: float
+    peak_mb: float
+
+
+class Report(Struct):
+    """Everything measured. Steps are one canvas of the full length, half of it masked; all score that half, but for
+    default_step_ms, which scores what the bundle's default sampling is about to commit there.
+    """
+
+    bundle: str
+    threads: int
+    step_ms: float
+    bare_step_ms: float | None  # without the reduction to top-K; None for backends without a profile
+    reduction_ms: float | None
+    default_step_ms: float | None  # None where the loop is on the device, which scores everything
+    default_scored: int  # positions
+    generations: list[Generation]
+    daemon: DaemonCost
+    reference: dict[str, float] | None  # from `host.bench step`; None where the host is not installed
+
+
+class Stopwatch:
+    """Adds up the time spent in a backend's own method, `step` or `advance`, while it is attached."""
+
+    def __init__(self, backend: AnyBackend) -> None:
+        self._backend, self._name = backend, "advance" if isinstance(backend, LoopBackend) else "step"
+        self.seconds = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        inner: Callable[..., object] = getattr(self._backend, self._name)
+
+        def timed(*arguments: object) -> object:
+            started = time.perf_counter()
+            result = inner(*arguments)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        setattr(self._backend, self._name, timed)  # hides the class's method
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        delattr(self._backend, self._name)
+
+
+def half_masked(engine: Engine) -> Row:
+    """A canvas whose every second position is masked, as default sampling has it two thirds through its passes."""
+    model, defaults = engine.manifest.model, engine.manifest.defaults
+    canvas = np.arange(model.canvas_len, dtype=np.int32) % (model.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
+    canvas[::2], canvas[0] = MASK, BOS
+    sampling = Sampling(0, defaults.steps, defaults.selection, defaults.temperature, engine.manifest.top_k, 1.0)
+    return Row(canvas, canvas == MASK, sampling, step=defaults.steps * 2 // 3)
+
+
+def median_step_ms(engine: Engine, wanted: NDArray[np.intp], repeats: int = 40) -> float:
+    """Median of single steps over half_masked() that score `wanted` of its positions."""
+    row, backend, times = half_masked(engine), engine.backend, []
+    scored = np.zeros((1, row.canvas.size), np.bool_)
+    scored[0, wanted] = True
+    for _ in range(repeats + 5):
+        started = time.perf_counter()
+        if isinstance(backend, LoopBackend):
+            backend.advance([replace(row, canvas=row.canvas.copy())], row.canvas.size)
+        else:
+            backend.step(row.canvas[None], np.full(1, 0.5, np.float32), scored)
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times[5:])
+
+
+def reduction_share(bundle: Path, threads: int) -> float | None:
+    """Part of a step spent in the reduction to top-K, from ONNX Runtime's own profile."""
+    from edge.backends.ort import OrtBackend
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine.load(bundle, "ort", threads)
+        assert isinstance(engine.backend, OrtBackend)
+        engine.backend = OrtBackend(bundle, engine.manifest, threads, profile=Path(folder) / "step")
+        median_step_ms(engine, np.flatnonzero(half_masked(engine).fill), repeats=10)
+        events = msgspec.json.decode(engine.backend.end_profile().read_bytes())
+    spent = {True: 0.0, False: 0.0}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent["reduce." in event["name"]] += event["dur"]
+    return spent[True] / (spent[True] + spent[False])
+
+
+def generation(engine: Engine, steps: int) -> Generation:
+    """Three whole texts from a short prompt, at full length."""
+    rows = []
+    for seed in range(REPEATS):
+        plan = engine.prepare(GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps))
+        first_s = 0.0
+        started = time.perf_counter()
+
+        def on_step(snapshot: object, started: float = started) -> None:
+            nonlocal first_s
+            first_s = first_s or time.perf_counter() - started
+
+        with Stopwatch(engine.backend) as inside:
+            completion = engine.run(plan, on_step)
+        total_s = time.perf_counter() - started
+        loop_ms = (total_s - inside.seconds) / completion.steps * 1e3
+        rows.append((completion.generated_tokens / total_s, first_s * 1e3, total_s * 1e3, loop_ms))
+    return Generation(steps, *(statistics.median(column) for column in zip(*rows, strict=True)))
+
+
+def daemon_cost(engine: Engine, bundle: Path, backend: str, threads: int) -> DaemonCost:
+    """Start a daemon process and ask it, in turns with the bare loop here."""
+    started = time.perf_counter()
+    with (
+        serving(bundle, backend, threads) as daemon,
+        daemon.connect() as connection,
+        connection.makefile("rb") as answers,
+    ):
+        connection.sendall(b'{"type": "health"}\n')
+        answers.readline()
+        start_s = time.perf_counter() - started
+        behind = []
+        for seed in range(9):
+            request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
+            plan = engine.prepare(request)
+            time.sleep(SPIN_S)
+            started = time.perf_counter()
+            engine.run(plan)
+            alone = time.perf_counter() - started
+            time.sleep(SPIN_S)
+            started = time.perf_counter()
+            connection.sendall(encode(request) + b"\n")
+            answer = msgspec.json.decode(answers.readline(), type=Response)
+            behind.append(time.perf_counter() - started - alone)
+            assert answer.status == "ok", answer
+        return DaemonCost(start_s, statistics.median(behind[1:]) * 1e3, daemon.peak_mb())
+
+
+def host_reference(engine: Engine, threads: int) -> dict[str, float] | None:
+    """`host.bench step` in a process of its own: the edge imports no torch."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("host") is None:
+        return None
+    model = engine.manifest.model
+    shape = [model.d_model, model.layers, model.heads, model.vocab_size, model.canvas_len]
+    command = [sys.executable, "-m", "host.bench", "step", *map(str, shape), "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise ConfigError(f"`host.bench step` failed: {done.stderr.decode().strip().splitlines()[-1]}")
+    return msgspec.json.decode(done.stdout, type=dict[str, float])
+
+
+def print_report(r: Report) -> None:
+    """The table."""
+    print(f"{r.bundle}, {r.threads} threads")
+    print(f"{'step, all that is masked scored':36} {r.step_ms:8.2f} ms")
+    if r.bare_step_ms is not None:
+        print(f"{'  the network':36} {r.bare_step_ms:8.2f} ms\n{'  reduction to top-K':36} {r.reduction_ms:8.2f} ms")
+    if r.default_step_ms is not None:
+        print(f"{f'step, the {r.default_scored} to commit scored':36} {r.default_step_ms:8.2f} ms")
+    if r.reference is not None:
+        ref = r.reference
+        print(f"{'torch float32, eager, same step':36} {ref['torch_ms']:8.2f} ms")
+        print(f"{'  times our step':36} {ref['torch_ms'] / r.step_ms:8.2f}")
+        if r.bare_step_ms is not None:
+            reached = ref["gflop"] / r.bare_step_ms
+            print(f"{'  times our network':36} {ref['torch_ms'] / r.bare_step_ms:8.2f}")
+            print(f"{'matmul peak, float32':36} {ref['fp32_gflops']:8.0f} GFLOP/s")
+            print(f"{'matmul peak, INT8':36} {ref['int8_gflops']:8.0f} GOP/s; the network reaches {reached * 1e3:.0f}")
+    print(f"{'daemon, start to first answer':36} {r.daemon.start_s:8.2f} s")
+    print(f"{'daemon, peak memory':36} {r.daemon.peak_mb:8.0f} MB")
+    print(f"{'daemon behind the bare loop':36} {r.daemon.behind_ms:8.2f} ms")
+    print(f"\n{'steps':>6} {'tokens/s':>9} {'first token, ms':>16} {'last token, ms':>15} {'loop, ms a step':>16}")
+    for g in r.generations:
+        print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
+
+
+def parse_clients(text: str) -> list[int]:
+    """`1,2,4` as numbers. Raises ConfigError."""
+    if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", text, re.ASCII) or any(int(n) > MAX_CLIENTS for n in text.split(",")):
+        raise ConfigError(f"--clients takes numbers from 1 to {MAX_CLIENTS} with commas between, as in 1,2,4,8,16")
+    return [int(n) for n in text.split(",")]
+
+
+def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
+    """The floor under a pass of each CUDA graph, for each batch."""
+    manifest = read_manifest(bundle)
+    find_graph(bundle, manifest, "cuda")  # says when there is none
+    floors = [
+        floor(board, manifest.model, graph.precision, (bundle / graph.file).stat().st_size, batch)
+        for graph in manifest.graphs
+        if graph.target == "cuda"
+        for batch in BATCHES
+    ]
+    if as_json:
+        print(msgspec.json.encode([msgspec.structs.asdict(f) | {"floor_ms": f.floor_ms} for f in floors]).decode())
+        return
+    print(f"{board}, {manifest.model.canvas_len} positions: an ESTIMATE from published peaks, not a measurement")
+    print(f"{'graph':6} {'batch':>5} {'GFLOP':>8} {'MB':>8} {'compute, ms':>12} {'memory, ms':>11} {'floor, ms':>10}")
+    for f in floors:
+        shape = f"{f.precision:6} {f.batch:5} {f.gflop:8.2f} {f.mbytes:8.1f}"
+        print(f"{shape} {f.compute_ms:12.3f} {f.memory_ms:11.3f} {f.floor_ms:10.3f}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m edge.bench",
+        description=__doc__,
+        epilog="example: python -m edge.bench --bundle bundles/mine --json",
+    )
+    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="folder (default: the shipped one)")
+    parser.add_argument("--backend", default="ort")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--steps", type=int, nargs="+", default=STEP_COUNTS, help="passes a text (default: 8 to 128)")
+    parser.add_argument("--clients", metavar="N,N", help="measure that many clients at once, and nothing else")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--roofline", metavar="BOARD", help=f"only estimate the floor on {', '.join(BOARDS)}")
+    args = parser.parse_args()
+    if args.roofline is not None:
+        print_roofline(args.bundle, args.roofline, args.json)
+        return
+    if args.threads < 1:
+        raise ConfigError("--threads must be at least 1")
+    if not all(1 <= steps <= MAX_STEPS for steps in args.steps):
+        raise ConfigError(f"--steps takes numbers from 1 to {MAX_STEPS}")
+    if args.clients is not None:
+        crowd = measure(args.bundle, args.backend, args.threads, parse_clients(args.clients))
+        if args.json:
+            print(msgspec.json.encode(crowd).decode())
+        else:
+            print_clients(crowd)
+        return
+    engine = Engine.load(args.bundle, args.backend, args.threads)
+    row = half_masked(engine)
+    step_ms = median_step_ms(engine, np.flatnonzero(row.fill))
+    share = reduction_share(args.bundle, args.threads) if args.backend == "ort" else None
+    report = Report(
+        bundle=str(args.bundle),
+        threads=args.threads,
+        step_ms=step_ms,
+        bare_step_ms=None if share is None else step_ms * (1 - share),
+        reduction_ms=None if share is None else step_ms * share,
+        default_step_ms=None if isinstance(engine.backend, LoopBackend) else median_step_ms(engine, row.wanted()),
+        default_scored=row.wanted().size,
+        generations=[generation(engine, steps) for steps in args.steps],
+        daemon=daemon_cost(engine, args.bundle, args.backend, args.threads),
+        reference=host_reference(engine, args.threads),
+    )
+    if args.json:
+        print(msgspec.json.encode(report).decode())
+    else:
+        print_report(report)

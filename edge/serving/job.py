@@ -1,0 +1,80 @@
+"""An accepted request on its way to its one terminal reply."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edge.serving.loaded_bundle import Engine, Run
+from shared.errors import RequestError
+from shared.messages import GenerateRequest, Partial, Reply, Response, Timing, Usage
+
+
+@dataclass(eq=False)
+class Job:
+    """Times are seconds of the monotonic clock; engine_s is what it had of the engine.
+
+    gone: tells that nobody waits for the answer any more. tag: what the scheduler's `watch` calls it. partial_every_s:
+    the least time from one snapshot to the next.
+    """
+
+    request: GenerateRequest
+    reply: Callable[[Reply], None]
+    gone: Callable[[], bool]
+    client: str
+    number: int
+    tag: int
+    engine: Engine
+    run: Run
+    accepted_s: float
+    deadline_s: float
+    partial_every_s: float
+    started_s: float | None = None
+    first_token_s: float | None = None
+    engine_s: float = 0.0
+    alone: bool = False  # a pass with others failed, or ended the process: which of them was it?
+    partials: int = 0
+    last_partial_s: float = float("-inf")
+
+    def obstacle(self) -> RequestError | None:
+        """Why there is no point in going on, if so."""
+        if self.gone():
+            return RequestError("cancelled", "its client cancelled it, or hung up")
+        if time.monotonic() >= self.deadline_s:
+            return RequestError("timeout", "not finished within its deadline")
+        return None
+
+    def positions(self) -> int:
+        """How many its next pass scores."""
+        return self.engine.bucket(self.run)
+
+    def partial(self) -> Partial | None:
+        """A snapshot, if it wants one now."""
+        now = time.monotonic()
+        if not self.request.stream or now - self.last_partial_s < self.partial_every_s:
+            return None
+        self.last_partial_s = now
+        self.partials += 1
+        seen = self.run.snapshot()
+        return Partial(
+            id=self.request.id,
+            seq=self.partials,
+            step=seen.step,
+            steps=seen.steps,
+            text=seen.text(),
+            masked=seen.masked,
+            parts=seen.parts(),
+        )
+
+    def answer(self) -> Response:
+        """The reply to a finished request."""
+        completion, plan, now = self.run.completion(), self.run.plan, time.monotonic()
+        times = (self.started_s or now, self.first_token_s or now, now)
+        return Response(
+            id=self.request.id,
+            status="ok",
+            text=completion.text,
+            seed=plan.seed,
+            usage=Usage(plan.prompt_tokens, completion.generated_tokens, completion.steps),
+            timing=Timing(*(round((t - self.accepted_s) * 1e3, 3) for t in times)),
+            model=self.engine.model,
+        )

@@ -1,0 +1,1 @@
+"""The operating system around the daemon: systemd's protocol, and the store of installed bundles."""

@@ -1,0 +1,1 @@
+"""The MQTT transport: client, topics, and the retained status messages."""

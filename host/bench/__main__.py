@@ -1,0 +1,162 @@
+"""Benchmarks of the training host.
+
+`python -m host.bench` races our training loop against a textbook's; `data` proves that data preparation streams; `step`
+measures what `edge.bench` compares with.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from host.data.prepare import DEFAULT_OUT
+from host.data.shards import load_data
+from shared.errors import ConfigError, DataError, run_main
+from shared.tokens import FIRST_TEXT_ID
+
+GIGABYTE: Final = 1_000_000_000
+WORDS: Final = 30_000  # distinct ones, about as many as TinyStories has
+STORY_WORDS: Final = (120, 260)
+STORIES_AT_ONCE: Final = 1000
+MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micro_size": 1 << 16}
+MOST_GIGABYTES: Final = 1000
+
+
+def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
+    """Write about `size_bytes` of story-like text: sentences of words as frequent as in a language (Zipf's law)."""
+    rng = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+    words = np.array(["".join(rng.choice(letters, size=1 + rng.poisson(3.5))) for _ in range(WORDS)])
+    frequencies = 1 / np.arange(1, WORDS + 1)
+    frequencies /= frequencies.sum()
+    with path.open("w", encoding="utf-8") as file:
+        while file.tell() < size_bytes:
+            lengths = rng.integers(*STORY_WORDS, size=STORIES_AT_ONCE)
+            drawn = iter(rng.choice(words, size=int(lengths.sum()), p=frequencies).tolist())
+            for length in lengths:
+                chosen = list(islice(drawn, int(length)))
+                sentences = [" ".join(chosen[i : i + 9]).capitalize() + "." for i in range(0, len(chosen), 9)]
+                file.write(" ".join(sentences) + "\n\n")
+
+
+def bench_data(gigabytes: float) -> None:
+    """Prepare a generated file in a process of its own; print its peak memory and speed."""
+    with tempfile.TemporaryDirectory(prefix="host-bench-") as folder:
+        source, out = Path(folder, "stories.txt"), Path(folder, "out")
+        write_stories(source, int(gigabytes * GIGABYTE))
+        started = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "host.data", "--source", str(source), "--out", str(out)])
+        _, status, usage = os.wait4(process.pid, 0)  # this child's own peak, which Popen does not tell
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise DataError(f"host.data failed on the generated file, with exit status {process.returncode}")
+        megabytes = source.stat().st_size / 1e6
+        stories = load_data(out, verify=True).meta.train.stories
+    print(f"{'text':>12} {'stories':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>7} {'peak memory':>12}")
+    print(
+        f"{megabytes:>9.0f} MB {stories:>10} {seconds:>8.1f} {megabytes / seconds:>6.2f} "
+        f"{usage.ru_utime + usage.ru_stime:>7.1f} {usage.ru_maxrss * 1024 / 1e6:>9.0f} MB"
+    )
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """ConfigError names the flag whose number is out of range."""
+    for name, most in MOST.items():
+        value = getattr(args, name, None)
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"--{name.replace('_', '-')} must be from 1 to {most:,}, not {value}")
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    """Print the StepSpeed of the shape that the command line gives."""
+    shape = [args.d_model, args.layers, args.heads, args.vocab_size, args.canvas_len]
+    if min(shape) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
+        raise ConfigError(f"no network has the shape {' '.join(map(str, shape))}")
+    check_numbers(args)
+    from host.bench.step import measure_step
+    from host.model.network import ModelConfig  # torch, which `data` does without
+
+    print(msgspec.json.encode(measure_step(ModelConfig("bench", *shape), args.threads)).decode())
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """Print the TrainSpeed of each configuration."""
+    check_numbers(args)
+    from host.bench.training import measure_training
+    from host.model.network import config_named  # torch, which `data` does without
+    from host.train.optim import PEAK_RATES
+    from host.train.run_folder import TrainConfig, usual_batch_size, usual_micro_size
+
+    configs = [config_named(name) for name in args.config]
+    data = load_data(args.data, verify=True)
+    batch_size = usual_batch_size() if args.batch_size is None else args.batch_size
+    micro_size = usual_micro_size(batch_size) if args.micro_size is None else args.micro_size
+    settings = TrainConfig(
+        Path(),
+        args.data,
+        batch_size=batch_size,
+        micro_size=micro_size,
+        optimizer=args.optimizer,
+        lr=PEAK_RATES[args.optimizer],
+    )
+    for number, config in enumerate(configs):
+        speed = measure_training(config, data, settings, args.steps, args.threads)
+        if number == 0:
+            peaks = " ".join(f"{f'{name} peak':>10}" for name in speed.peaks)
+            print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'textbook':>9} {'ratio':>6} "
+                  f"{'GFLOP/s':>8} {peaks} {f'of {speed.yardstick} peak':>13}")  # fmt: skip
+        peaks = " ".join(f"{peak:10.0f}" for peak in speed.peaks.values())
+        print(f"{speed.config:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.textbook_tokens_per_s:9,.0f} "
+              f"{speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} {speed.fraction_of_peak:13.0%}")  # fmt: skip
+    source = f"{data.meta.source}, vocabulary {data.meta.vocab_size:,}"
+    print(f"real tokens of {source}; medians of {args.steps} steps, in turn, ours of {batch_size} canvases")
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.bench",
+        description="Benchmarks of the training host.",
+        epilog="examples: python -m host.bench --config tiny, python -m host.bench data --gigabytes 1, "
+        "python -m host.bench step 384 6 6 8192 256",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="our training loop, a textbook's and the matmul peaks (the default)")
+    train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
+    train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
+    train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
+    train.add_argument("--batch-size", type=int, help="canvases in a step of ours (default: as in host.train)")
+    train.add_argument("--micro-size", type=int, help="canvases in a pass of ours (default: as in host.train)")
+    train.add_argument("--steps", type=int, default=5, help="of each loop (default: %(default)s)")
+    train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
+    data = commands.add_parser("data", help="peak memory and speed of host.data on a generated file")
+    data.add_argument("--gigabytes", type=float, default=1.0, help="size of the file (default: %(default)s)")
+    step = commands.add_parser("step", help="a torch step of one shape beside the matmul peaks, as JSON")
+    for name in ("d_model", "layers", "heads", "vocab_size", "canvas_len"):
+        step.add_argument(name, type=int)
+    step.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
+    given = sys.argv[1:]
+    named = bool(given) and given[0] in (*commands.choices, "-h", "--help")
+    args = parser.parse_args(given if named else ["train", *given])
+    if args.command == "train":
+        bench_train(args)
+        return
+    if args.command == "step":
+        bench_step(args)
+        return
+    if not 0 < args.gigabytes <= MOST_GIGABYTES:
+        raise ConfigError(f"--gigabytes must be above 0 and at most {MOST_GIGABYTES}, not {args.gigabytes}")
+    bench_data(args.gigabytes)
+
+
+if __name__ == "__main__":
+    run_main(main)

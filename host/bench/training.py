@@ -1,0 +1,147 @@
+"""How fast training is: our loop and a textbook's in turn on the same data, beside what the machine could do at best.
+
+Tokens are real ones, text and EOS; work done on padding counts for neither loop.
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import torch
+
+from host.data.shards import DataFolder
+from host.experiments.baseline import TextbookLoop
+from host.model.network import ModelConfig
+from host.train.batches import Batch
+from host.train.checkpoint import Progress
+from host.train.run_folder import TrainConfig
+from host.train.trainer import Trainer
+
+PEAK_SIZE: Final = 1024
+PEAK_SIZE_CUDA: Final = 8192  # a data-centre GPU is not busy with less
+DTYPE_NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class TrainSpeed(msgspec.Struct, frozen=True):
+    """Medians over steps. gflop_per_token: forward and backward, without padding and unscored read-outs.
+
+    peaks: 10⁹ operations a second of square products, by type; first that of the type which our loop runs in.
+    """
+
+    config: str
+    device: str
+    threads: int
+    tokens_per_s: float
+    textbook_tokens_per_s: float
+    gflop_per_token: float
+    peaks: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """Our tokens a second over the textbook's."""
+        return self.tokens_per_s / self.textbook_tokens_per_s
+
+    @property
+    def yardstick(self) -> str:
+        """The type whose peak is the best that our loop could reach."""
+        return next(iter(self.peaks))
+
+    @property
+    def gflops(self) -> float:
+        """Model work a second."""
+        return self.tokens_per_s * self.gflop_per_token
+
+    @property
+    def fraction_of_peak(self) -> float:
+        """Model work a second over the peak of our loop's type."""
+        return self.gflops / self.peaks[self.yardstick]
+
+
+def measure_training(
+    config: ModelConfig, data: DataFolder, settings: TrainConfig, steps: int, threads: int
+) -> TrainSpeed:
+    """`steps` steps of each loop, taking turns, so that a busy machine slows both. Sets torch's number of threads."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = replace(config, vocab_size=data.meta.vocab_size)
+    theirs, numbers = TextbookLoop(model, data, device), itertools.count()
+
+    def textbook() -> int:
+        return theirs.step(next(numbers))[2]
+
+    with tempfile.TemporaryDirectory(prefix="host-bench-") as out:
+        trainer = Trainer(replace(settings, out=Path(out)), Progress(model, "diffusion", "linear"), data, device)
+
+        def ours() -> int:
+            tokens = trainer.step()[2]
+            trainer.progress = replace(trainer.progress, step=trainer.progress.step + 1)
+            return tokens
+
+        for loop in (ours, textbook):  # buffers, kernels, clocks
+            loop()
+        rates: list[tuple[float, float]] = [(_rate(ours, device), _rate(textbook, device)) for _ in range(steps)]
+        batches = [
+            trainer.batch_at(data.train, settings.seed, step, settings.batch_size) for step in range(1, 1 + steps)
+        ]
+    own = trainer.dtype or torch.float32  # bf16 is not timed where it is emulated: a product takes seconds
+    our_rate, their_rate = (statistics.median(column) for column in zip(*rates, strict=True))
+    return TrainSpeed(
+        config=config.name,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        threads=threads,
+        tokens_per_s=our_rate,
+        textbook_tokens_per_s=their_rate,
+        gflop_per_token=statistics.mean(batch_gflop(model, batch) / batch.tokens for batch in batches),
+        peaks={DTYPE_NAMES[dtype]: matmul_gflops(device, dtype) for dtype in dict.fromkeys((own, torch.float32))},
+    )
+
+
+def _rate(loop: Callable[[], int], device: torch.device) -> float:
+    """Tokens a second of one step."""
+    _wait_for(device)
+    started = time.perf_counter()
+    tokens = loop()
+    _wait_for(device)
+    return tokens / (time.perf_counter() - started)
+
+
+def batch_gflop(config: ModelConfig, batch: Batch) -> float:
+    """10⁹ operations of the matrix products that a batch needs, forward and backward (twice the forward).
+
+    A block's linear layers hold 12·D² weights, its attention has two products of L × L × D for the L active positions
+    of a row; only scored positions are read out. The last block needs its 9·D² weights behind attention, and its
+    queries, for scored positions alone.
+    """
+    d, scored = config.d_model, sum(part.at.numel() for part in batch.parts)
+    lengths = np.concatenate([part.active_len.numpy() for part in batch.parts]).astype(np.float64)
+    blocks = (config.layers - 1) * (2 * 12 * d * d * lengths.sum() + 4 * d * (lengths**2).sum())
+    of_each = [part.at // part.canvas.shape[1] for part in batch.parts]
+    attended = sum(float(part.active_len[row].sum()) for part, row in zip(batch.parts, of_each, strict=True))
+    last = 2 * (2 * d * d * lengths.sum() + 10 * d * d * scored) + 4 * d * attended
+    return float(3 * (blocks + last + 2 * d * config.vocab_size * scored)) / 1e9
+
+
+def matmul_gflops(device: torch.device, dtype: torch.dtype, repeats: int = 15) -> float:
+    """Torch's own peak: the median of square products."""
+    n = PEAK_SIZE_CUDA if device.type == "cuda" else PEAK_SIZE
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(3 + repeats):
+        _wait_for(device)
+        started = time.perf_counter()
+        a @ b
+        _wait_for(device)
+        times.append(time.perf_counter() - started)
+    return 2 * n**3 / statistics.median(times[3:]) / 1e9
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

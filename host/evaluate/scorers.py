@@ -1,0 +1,120 @@
+"""One question for every form of a model: the cross-entropy of each masked token. Torch answers, or a step graph."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from onnx import helper
+from torch import Tensor
+
+from host.model.diffusion import Corrupted, cross_entropy_at
+from host.model.network import Denoiser
+from shared.errors import BundleError
+from shared.tokens import MASK
+
+Canvases = Sequence[tuple[NDArray[np.int32], float]]
+"""Canvases (L,), some of their positions masked, and the time t of each."""
+Feed = dict[str, NDArray[np.float32] | NDArray[np.int32]]
+HIDDEN_LOGITS = ("head.control", "head.text")  # inside a CPU graph: scores of the control tokens, then of text
+
+
+def input_names(graph: onnx.ModelProto) -> list[str]:
+    """What a step graph reads: the canvas, and what else it wants to know."""
+    return [value.name for value in graph.graph.input]
+
+
+def step_feed(inputs: Iterable[str], canvas: NDArray[np.int32], t: float) -> Feed:
+    """Inputs of one pass over one canvas (L,) whose masked positions are all wanted."""
+    feed: Feed = {
+        "canvas": canvas[None].astype(np.int32),
+        "t": np.array([t], np.float32),
+        "wanted": np.flatnonzero(canvas == MASK).astype(np.int32),
+    }
+    return {name: feed[name] for name in inputs}
+
+
+class Scorer(Protocol):
+    """A model under evaluation. batch_rows: how many canvases it takes at once."""
+
+    name: str
+    batch_rows: int
+
+    def losses(self, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each scored position in nats, and the row it belongs to.  → (M,), (M,)"""
+
+
+class TorchScorer:
+    """The network itself, in float32."""
+
+    name = "torch fp32"
+    batch_rows = 16
+
+    def __init__(self, model: Denoiser) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def losses(self, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
+        """See Scorer."""
+        return cross_entropy_at(self.model, batch, x0, t)
+
+
+class GraphScorer:
+    """A step graph as it ships, run by ONNX Runtime one canvas at a time, its logits exposed again."""
+
+    batch_rows = 1
+
+    def __init__(self, name: str, graph: onnx.ModelProto) -> None:
+        self.name = name
+        self._session, self._outputs = logits_session(graph)
+        self._inputs = input_names(graph)
+
+    def logits(self, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
+        """Scores of the masked positions of one canvas (L,), in their order.  → (M, V)"""
+        parts = self._session.run(self._outputs, step_feed(self._inputs, canvas, t))
+        scores = np.concatenate(parts, axis=-1).astype(np.float32)
+        return scores[0, canvas == MASK] if self._outputs == ["logits"] else scores
+
+    def losses(self, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
+        """See Scorer."""
+        losses, rows = [torch.zeros(0)], [torch.zeros(0, dtype=torch.long)]
+        for row in range(x0.shape[0]):
+            length = int(batch.active_len[row])
+            canvas, scored = batch.xt[row, :length], batch.scored[row, :length]
+            if not scored.any():
+                continue
+            logits = torch.from_numpy(self.logits(canvas.numpy(), t[row]))[scored[canvas == MASK]]
+            losses.append(F.cross_entropy(logits, x0[row, :length][scored], reduction="none"))
+            rows.append(torch.full((len(losses[-1]),), row))
+        return torch.cat(losses), torch.cat(rows)
+
+
+def logits_session(graph: onnx.ModelProto) -> tuple[ort.InferenceSession, list[str]]:
+    """A session over a copy of the graph whose outputs are its logits.  → session, output names in vocabulary order"""
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(graph)
+    names = [output.name for output in exposed.graph.output]
+    if "logits" not in names:
+        made = {name for node in exposed.graph.node for name in node.output}
+        if not made.issuperset(HIDDEN_LOGITS):
+            raise BundleError(f"the graph computes no {' and '.join(HIDDEN_LOGITS)}: it was not made by host.export")
+        names = list(HIDDEN_LOGITS)
+        exposed.graph.output.extend(helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session, ["logits"] if names == ["logits"] else names
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file; BundleError when it is none."""
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf raises its own DecodeError
+        raise BundleError(f"{path} is not an ONNX graph: {error}") from None

@@ -1,0 +1,135 @@
+"""Quality against passes: one table and one picture, from which a bundle's sampling defaults are chosen.
+
+Every setting draws the same number of texts, with the same seeds, and an autoregressive judge scores them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, get_args
+
+import torch
+
+from host.evaluate.gen_ppl import Judge, Judged, length_distance
+from host.export.pipeline import TOP_K
+from host.sampling.many import sample_many
+from host.sampling.reference import Settings
+from host.train.plots import save_picture
+from host.train.run_folder import load_run
+from host.train.trainer import mixed_precision_dtype
+from shared.errors import ConfigError
+from shared.manifest import TOKENIZER, Selection
+
+STEPS: Final = (4, 8, 16, 32, 64, 128, 256)
+TEMPERATURES: Final = (1.0, 0.8)
+THRESHOLDS: Final = (0.9, 0.7, 0.5)
+ENTROPY_BOUNDS: Final = (0.5, 2.0, 8.0)  # nats a pass
+COOLED: Final[tuple[Selection, ...]] = ("random", "confidence")
+PICTURE: Final = "sweep.png"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A rule of sampling at one strength. rule and temperature name its line in the picture."""
+
+    rule: str
+    strength: str
+    settings: Settings
+
+    @property
+    def line(self) -> str:
+        """What the picture joins."""
+        return f"{self.rule}, T {self.settings.temperature:g}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting measured. passes: mean network calls a text."""
+
+    setting: Setting
+    passes: float
+    judged: Judged
+
+
+def grid(
+    steps: Sequence[int] = STEPS,
+    temperatures: Sequence[float] = TEMPERATURES,
+    thresholds: Sequence[float] = THRESHOLDS,
+    entropy_bounds: Sequence[float] = ENTROPY_BOUNDS,
+) -> list[Setting]:
+    """Every selection at every number of steps, and the adaptive rules, which stop by themselves, at the first
+    temperature; the two selections that differ most at the others too.
+    """
+    found = []
+    for temperature in temperatures:
+        base = Settings(seed=0, steps=max(steps), temperature=temperature)
+        first = temperature == temperatures[0]
+        for selection in get_args(Selection) if first else COOLED:
+            found += [Setting(selection, f"{n} steps", replace(base, steps=n, selection=selection)) for n in steps]
+        if first:
+            found += [Setting("threshold", f"{p:g}", replace(base, threshold=p)) for p in thresholds]
+            found += [Setting("entropy bound", f"{h:g}", replace(base, entropy_bound=h)) for h in entropy_bounds]
+    return found
+
+
+def sweep(run: Path, judge_run: Path, source: Path | None, count: int, settings: Sequence[Setting] = ()) -> list[Point]:
+    """Measure every setting of the grid, print the table as it grows, draw RUN/sweep.png."""
+    model, progress = load_run(run)
+    if progress.objective == "ar":
+        raise ConfigError(f"{run} is an autoregressive run: a sweep is over the settings of diffusion sampling")
+    judge = Judge.load(judge_run, run / TOKENIZER)
+    data = judge.data(source, judge_run, count)
+    dtype = mixed_precision_dtype(torch.device("cpu"))
+    print(f"{'rule':14} {'T':>4} {'strength':>9} {'passes':>7} {'perplexity':>14} {'entropy, bits':>13} "
+          f"{'distinct-1/2/3':>17} {'repetition':>10} {'lengths off':>11}")  # fmt: skip
+    _print("data", "", "", "", data, data)
+    points = []
+    for setting in settings or grid():
+        base = replace(setting.settings, top_k=min(TOP_K, model.config.vocab_size))
+        sampled = sample_many(model, progress.schedule, [replace(base, seed=seed) for seed in range(count)], dtype)
+        passes = sum(one.steps for one in sampled) / count
+        canvases = torch.stack([one.canvas for one in sampled]).numpy()
+        point = Point(setting, passes, judge.judge(f"{setting.line}, {setting.strength}", canvases))
+        _print(setting.rule, f"{base.temperature:g}", setting.strength, f"{passes:.1f}", point.judged, data)
+        points.append(point)
+    draw(run / PICTURE, points, data)
+    print(f"{count} texts each, judged by {judge_run}; lengths off: distance of the length histogram from that of "
+          f"as many stories of the data, 0 to 1; picture: {run / PICTURE}")  # fmt: skip
+    return points
+
+
+def _print(rule: str, temperature: str, strength: str, passes: str, judged: Judged, data: Judged) -> None:
+    perplexity = f"{judged.perplexity.value:.2f} ± {judged.perplexity.stderr:.2f}"
+    distinct = "/".join(f"{value:.3f}" for value in judged.distinct)
+    print(f"{rule:14} {temperature:>4} {strength:>9} {passes:>7} {perplexity:>14} {judged.unigram_entropy_bits:13.2f} "
+          f"{distinct:>17} {judged.repetition:10.1%} {length_distance(judged, data):11.2f}",
+          flush=True)  # fmt: skip
+
+
+def draw(path: Path, points: Sequence[Point], data: Judged) -> None:
+    """Perplexity and entropy against mean passes, a line a rule and temperature, the data's own as dashes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 8), sharex=True, height_ratios=[3, 2])
+    rules = list(dict.fromkeys(point.setting.rule for point in points))
+    warmest = max(point.setting.settings.temperature for point in points)
+    for line in dict.fromkeys(point.setting.line for point in points):
+        of_line = sorted((p for p in points if p.setting.line == line), key=lambda p: p.passes)
+        colour = f"C{rules.index(of_line[0].setting.rule)}"
+        style = "o-" if of_line[0].setting.settings.temperature == warmest else "o:"
+        passes = [p.passes for p in of_line]
+        above.errorbar(passes, [p.judged.perplexity.value for p in of_line],
+                       [p.judged.perplexity.stderr for p in of_line], fmt=style, color=colour, label=line)  # fmt: skip
+        below.plot(passes, [p.judged.unigram_entropy_bits for p in of_line], style, color=colour)
+    above.axhline(data.perplexity.value, color="black", linestyle="--", label="data")
+    below.axhline(data.unigram_entropy_bits, color="black", linestyle="--")
+    above.set_xscale("log", base=2)
+    above.set_yscale("log")
+    above.set_ylabel("perplexity by the judge")
+    below.set_ylabel("unigram entropy, bits")
+    below.set_xlabel("passes a text")
+    above.legend(fontsize=8, ncols=2)
+    save_picture(figure, path)

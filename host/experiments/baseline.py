@@ -1,0 +1,177 @@
+"""The loop of a textbook, a yardstick: `host.bench train` races it against ours, `host.compare` shows its curve.
+
+nn.MultiheadAttention, dropout, scores of every position, float32, canvases of full length, AdamW: what the first
+version of such a model usually looks like, and what this model family began as. It learns from the same corrupted
+canvases, with plain cross-entropy on masked positions. `python -m host.textbook` trains it and saves nothing but its
+log.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from host.data.shards import DataFolder, load_data
+from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times
+from host.model.network import CONFIGS, ModelConfig, config_named, timestep_embedding
+from host.train.batches import MicroBatch, make_batch, story_indices
+from host.train.logging import LOG_FILE, open_log, progress_bar
+from host.train.optim import PEAK_RATES, learning_rate_factor
+from host.train.plots import plot_curves
+from host.train.run_folder import (
+    VALIDATION_DRAWS,
+    VALIDATION_SEED,
+    TrainConfig,
+    check_numbers,
+    fresh_folder,
+    write_config,
+)
+from host.train.trainer import machine_of
+from shared.errors import ConfigError, DiffusionLLMError
+from shared.tokens import PAD
+
+DROPOUT: Final = 0.1
+ROWS: Final = 16  # of a step
+
+
+class TextbookBlock(nn.Module):
+    """Pre-norm transformer block from torch's own parts."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attention = nn.MultiheadAttention(d, heads, dropout=DROPOUT, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(4 * d, d))
+        self.dropout = nn.Dropout(DROPOUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) → (B, L, D)"""
+        y = self.norm1(x)
+        x = x + self.dropout(self.attention(y, y, y, need_weights=False)[0])
+        hidden: Tensor = self.dropout(self.feed_forward(self.norm2(x)))
+        return x + hidden
+
+
+class Textbook(nn.Module):
+    """The widths and depths of `host.model.Denoiser`, and its parameters but for the bias by distance."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.d_model
+        self.tokens, self.positions = nn.Embedding(config.vocab_size, d), nn.Embedding(config.canvas_len, d)
+        self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        self.blocks = nn.Sequential(*(TextbookBlock(d, config.heads) for _ in range(config.layers)))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, config.vocab_size)
+
+    def forward(self, canvas: Tensor, t: Tensor) -> Tensor:
+        """canvas (B, L), t (B,) → (B, L, V)"""
+        x = self.tokens(canvas) + self.positions.weight + self.time(timestep_embedding(t, self.config.d_model))[:, None]
+        scores: Tensor = self.head(self.norm(self.blocks(x)))
+        return scores
+
+
+class TextbookLoop:
+    """Owns the network and its optimizer, and makes its own batches."""
+
+    def __init__(self, model: ModelConfig, data: DataFolder, device: torch.device, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.data, self.device, self.seed = data, device, seed
+        self.model = Textbook(model).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_RATES["adamw"])
+        self.noise = np.random.default_rng(seed)
+
+    def step(self, number: int) -> tuple[float, float, int]:
+        """One optimizer step.  → (cross-entropy of a masked token in nats, gradient norm, tokens)"""
+        rows = self.data.train.take(story_indices(self.seed, number, ROWS, len(self.data.train)))
+        x0 = torch.from_numpy(rows.astype(np.int64))
+        t = low_discrepancy_times(ROWS, float(self.noise.random()))
+        xt = corrupt(x0, torch.from_numpy(self.noise.random(x0.shape, dtype=np.float32)), t, "linear").xt
+        wanted = torch.where(xt != x0, x0, -100).to(self.device)
+        scores = self.model(xt.to(self.device), torch.tensor(t, device=self.device))
+        loss = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return float(loss.detach()), float(norm), int(counted_tokens(x0).sum())
+
+    @torch.no_grad()
+    def nelbo(self, stories: int) -> float:
+        """The bound in nats a token, on the stories and noise that `host.train` validates with."""
+        self.model.eval()
+        nats, tokens = 0.0, 0
+        for draw in range(VALIDATION_DRAWS):
+            batch = make_batch(self.data.valid, VALIDATION_SEED, draw, stories, ROWS, "diffusion", "linear")
+            nats += sum(float(self._nats(part)) for part in batch.parts)
+            tokens += batch.tokens
+        self.model.train()
+        return nats / tokens
+
+    def _nats(self, part: MicroBatch) -> Tensor:
+        part = part.on(self.device)
+        length = part.canvas.shape[1]
+        whole = F.pad(part.canvas, (0, self.model.config.canvas_len - length), value=PAD)
+        scores = self.model(whole, part.t)[:, :length].flatten(0, 1)[part.at]
+        return (F.cross_entropy(scores, part.target, reduction="none") * part.weight).sum()
+
+
+def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
+    """Train for `config.steps` steps with host.train's rates; write log.csv and curves.png."""
+    loop = TextbookLoop(model, data, torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.seed)
+    stories, machine = min(config.valid_stories, len(data.valid)), machine_of(loop.device)
+    tokens, seconds, processor_s = 0, 0.0, 0.0
+    with open_log(config.out / LOG_FILE, 0) as log, progress_bar(config.steps, None) as bar:
+        for number in range(config.steps):
+            rate = config.lr * learning_rate_factor(number / config.steps, config.warmup)
+            loop.optimizer.param_groups[0]["lr"] = rate
+            started, worked = time.perf_counter(), time.process_time()
+            loss, norm, of_step = loop.step(number)
+            if not math.isfinite(loss):
+                raise DiffusionLLMError(f"the loss became {loss} at step {number}; try a lower --lr")
+            elapsed = time.perf_counter() - started
+            tokens, seconds = tokens + of_step, seconds + elapsed
+            processor_s += time.process_time() - worked
+            step = number + 1
+            valid = loop.nelbo(stories) if step % config.valid_every == 0 or step == config.steps else None
+            log((step, tokens, f"{seconds:.1f}", f"{loss:.4f}", "" if valid is None else f"{valid:.4f}",
+                 f"{rate:.2e}", f"{norm:.3f}", f"{of_step / elapsed:.0f}", f"{processor_s:.1f}", machine))  # fmt: skip
+            bar(step, seconds, loss, valid, of_step / elapsed)
+        plot_curves(config.out)
+
+
+def main() -> None:
+    """Train the yardstick."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.textbook",
+        description="Train the yardstick that host.compare sets beside a run: a textbook's model and loop.",
+        epilog="example: python -m host.textbook --data data/tinystories --steps 3000 --out runs/textbook",
+    )
+    parser.add_argument("--config", choices=list(CONFIGS), default="tiny", help="model shape (default: %(default)s)")
+    parser.add_argument("--data", type=Path, required=True, help="prepared data")
+    parser.add_argument("--out", type=Path, required=True, help="run folder; holds a log and its curves, no weights")
+    parser.add_argument("--steps", type=int, required=True, help=f"optimizer steps of {ROWS} canvases")
+    parser.add_argument(
+        "--lr", type=float, default=PEAK_RATES["adamw"], help="peak learning rate (default: %(default)s)"
+    )
+    parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="default: %(default)s steps")
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    args = parser.parse_args()
+    check_numbers(args)
+    if args.out.exists():
+        raise ConfigError(f"{args.out} exists: choose another --out")
+    data = load_data(args.data, verify=True)
+    config = TrainConfig(
+        args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, optimizer="adamw", lr=args.lr,
+        valid_every=args.valid_every, seed=args.seed, data_sha256=data.meta.sha256,
+    )  # fmt: skip
+    with fresh_folder(args.out):
+        write_config(config, data.tokenizer_path)
+        train(config, replace(config_named(args.config), vocab_size=data.meta.vocab_size), data)

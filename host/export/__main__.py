@@ -1,0 +1,141 @@
+"""Export a trained model as a bundle: `python -m host.export --int8` takes the newest diffusion run.
+
+no flag   FP32 graph for the CPU
+--int8    INT8 graphs: for the CPU every scheme is tried, the fastest that passes the parity gate is kept; for CUDA
+          explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the gate stay in float.
+--fp16    FP16 graph for CUDA; goes with --int8 or alone
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from host.evaluate.likelihood import STORIES, evaluate, held_out_files, held_out_split, print_table
+from host.evaluate.scorers import GraphScorer, TorchScorer
+from host.export.bundle_writer import StepGraph, check_replaceable, write_bundle
+from host.export.parity import dropped_mass
+from host.export.pipeline import TOP_K, Wanted, build, build_untrained, yardstick
+from host.export.random_weights import untrained
+from host.export.report import print_report
+from host.model.network import CONFIGS, config_named
+from host.train.checkpoint import newest_run
+from host.train.run_folder import data_of, load_run
+from shared.errors import ConfigError, run_main
+from shared.manifest import MAX_STEPS, TOKENIZER, SamplingDefaults
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m host.export --int8 --fp16 --out bundles/mine",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
+    what.add_argument(
+        "--untrained", choices=list(CONFIGS), help="random weights of this shape instead, for measuring and testing"
+    )
+    parser.add_argument("--out", type=Path, help="bundle folder (default: bundles/NAME-OF-RUN)")
+    parser.add_argument("--int8", action="store_true", help="INT8 graphs for the CPU and for CUDA")
+    parser.add_argument("--fp16", action="store_true", help="FP16 graph for CUDA")
+    parser.add_argument("--fp32-norms", action="store_true", help="compute LayerNorm in float32 in the CUDA graphs")
+    parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
+    parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
+    parser.add_argument(
+        "--stories", type=int, default=STORIES, help=f"measure on at most so many, the first (default: {STORIES})"
+    )
+    parser.add_argument("--steps", type=int, default=SamplingDefaults().steps, help="passes a request gets by default")
+    parser.add_argument(
+        "--temperature", type=float, default=SamplingDefaults().temperature, help="what a request gets by default"
+    )
+    parser.add_argument("--report", action="store_true", help="also print each layer's error and every graph's figures")
+    return parser.parse_args()
+
+
+def wanted_graphs(args: argparse.Namespace) -> Wanted:
+    """Which graphs to build: --target takes away what is not for it. Raises ConfigError when nothing is left."""
+    cpu, cuda = args.target != "cuda", args.target != "cpu"
+    wanted = Wanted(
+        cpu_int8=args.int8 and cpu,
+        cpu_fp32=not args.int8 and not args.fp16 and cpu,
+        cuda_fp16=args.fp16 and cuda,
+        cuda_int8=args.int8 and cuda,
+        fp32_norms=args.fp32_norms,
+    )
+    if args.target == "cuda" and not (args.int8 or args.fp16):
+        raise ConfigError("--target cuda needs --fp16 or --int8, the precisions that its graphs come in")
+    if args.target == "cpu" and args.fp16 and not args.int8:
+        raise ConfigError("--fp16 is the precision of the CUDA graph: leave out --target cpu, or --fp16")
+    if args.fp32_norms and not (wanted.cuda_fp16 or wanted.cuda_int8):
+        raise ConfigError("--fp32-norms is about CUDA graphs: add --fp16 or --int8")
+    return wanted
+
+
+def main() -> None:
+    """Export a run, or an untrained network."""
+    args = parse_arguments()
+    wanted = wanted_graphs(args)
+    if not 1 <= args.steps <= MAX_STEPS or args.stories < 1:
+        raise ConfigError(f"--stories must be at least 1, --steps from 1 to {MAX_STEPS}")
+    if not 0 <= args.temperature <= 10:
+        raise ConfigError(f"--temperature must be a number from 0 to 10, not {args.temperature}")
+    defaults = SamplingDefaults(steps=args.steps, temperature=args.temperature)
+    if args.untrained:
+        if args.report or args.source or args.stories != STORIES:
+            raise ConfigError("--report, --source and --stories measure a trained network: not with --untrained")
+        out = args.out or Path("bundles") / f"untrained-{args.untrained}"
+        check_replaceable(out)
+        export_untrained(args.untrained, out, wanted, defaults)
+        return
+    run = args.run or newest_run()
+    out = args.out or Path("bundles") / run.resolve().name
+    check_replaceable(out)  # now, not after minutes of measuring
+    model, progress = load_run(run)
+    if progress.objective == "ar":
+        raise ConfigError(f"{run} is an autoregressive run: start a diffusion run from it with host.train --init {run}")
+    tokenizer = run / TOKENIZER
+    if args.source:
+        held_out = held_out_files(args.source, tokenizer, args.stories)
+    else:
+        held_out = held_out_split(data_of(run), args.stories)
+    measured = yardstick(model, progress, held_out)
+    graphs, parities, calibration = build(wanted, measured)
+    top_k = min(TOP_K, model.config.vocab_size)
+    for temperature in (0.7, 1.0, 1.5):
+        dropped = dropped_mass(model, measured.canvases, top_k, temperature)
+        print(f"outside the top {top_k} at temperature {temperature}: {dropped:.2%} of the probability")
+    evaluations = [evaluate(TorchScorer(model), held_out, progress.schedule)]
+    for graph in graphs:
+        if graph.target == "cpu" or args.report:
+            evaluations.append(evaluate(GraphScorer(graph.file, graph.model), held_out, progress.schedule))
+    if args.report:
+        print_report(measured, graphs, evaluations)
+    else:
+        print_table(evaluations)
+    write_bundle(
+        out, model, progress, tokenizer, graphs, top_k, evaluations, parities,
+        calibration, defaults,
+    )  # fmt: skip
+    say_what_was_written(out, graphs)
+
+
+def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingDefaults) -> None:
+    """A bundle of random weights with a tokenizer of random words."""
+    model, progress, tokenizer = untrained(config_named(config))
+    graphs = build_untrained(wanted, model)
+    with tokenizer as path:
+        write_bundle(out, model, progress, path, graphs, min(TOP_K, model.config.vocab_size), defaults=defaults)
+    say_what_was_written(out, graphs)
+
+
+def say_what_was_written(out: Path, graphs: Sequence[StepGraph]) -> None:
+    """Files, sizes, and what to do with them."""
+    sizes = ", ".join(f"{g.file} {(out / g.file).stat().st_size / 1e6:.1f} MB" for g in graphs)
+    on_cpu = any(g.target == "cpu" for g in graphs)
+    print(f"{out}: {sizes}" + (f'; try it with: python -m edge.generate --bundle {out} "Once upon a time"' * on_cpu))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,193 @@
+"""Write a bundle: graphs, tokenizer and manifest, in a temporary folder that takes its place when it is whole."""
+
+import ctypes
+import errno
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from host.model.network import Denoiser, ModelConfig, count_parameters
+from host.train.checkpoint import Progress
+from shared.errors import ConfigError, DiffusionLLMError
+from shared.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER,
+    Evaluation,
+    FileName,
+    Graph,
+    Manifest,
+    ModelSpec,
+    Parity,
+    Precision,
+    SamplingDefaults,
+    SpecialIds,
+    Target,
+    Tensor,
+    TrainingData,
+    read_manifest,
+    sha256_of,
+)
+
+_DTYPES = {
+    int(onnx.TensorProto.INT32): "int32",
+    int(onnx.TensorProto.FLOAT): "float32",
+    int(onnx.TensorProto.FLOAT16): "float16",
+}
+
+_HERE, _RENAME_EXCHANGE = -100, 2  # of Linux: AT_FDCWD, and renameat2's flag
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """One graph to ship."""
+
+    model: onnx.ModelProto
+    precision: Precision
+    target: Target
+
+    @property
+    def file(self) -> str:
+        """Its name in the bundle."""
+        return f"step.{self.target}.{self.precision}.onnx"
+
+
+def model_spec(config: ModelConfig) -> ModelSpec:
+    """A configuration as the manifest states it."""
+    return ModelSpec(
+        config=config.name,
+        d_model=config.d_model,
+        layers=config.layers,
+        heads=config.heads,
+        vocab_size=config.vocab_size,
+        canvas_len=config.canvas_len,
+        time_input=config.time_input,
+        parameters=count_parameters(config),
+    )
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise ConfigError when `out` is something other than a bundle, or its name cannot be a bundle's."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out} exists and is not a bundle: choose another --out")
+    try:
+        msgspec.convert(out.name, FileName)
+    except msgspec.ValidationError:
+        raise ConfigError(f"--out {out}: a bundle's name is letters, digits, '.', '_' and '-', at most 100") from None
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step: whoever looks finds the old or the new, at every moment.
+
+    False where the file system cannot (some network shares): nothing has moved then. Raises OSError.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+@contextmanager
+def _swapped_in(out: Path) -> Iterator[Path]:
+    """A scratch folder beside `out` that takes its place when the block has ended well; else the old one stays."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+            folder, replaced = Path(temporary) / out.name, Path(temporary) / "replaced"
+            folder.mkdir()
+            yield folder
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            if not out.exists():
+                folder.rename(out)
+            elif not _exchange(folder, out):
+                out.rename(replaced)
+                try:
+                    folder.rename(out)
+                except OSError:
+                    replaced.rename(out)
+                    raise
+    except OSError as error:
+        raise DiffusionLLMError(f"the bundle {out} cannot be written: {error.strerror}") from None
+
+
+def write_bundle(
+    out: Path,
+    model: Denoiser,
+    progress: Progress,
+    tokenizer: Path,
+    graphs: Sequence[StepGraph],
+    top_k: int,
+    evaluations: Sequence[Evaluation] = (),
+    parity: Sequence[Parity] = (),
+    calibration: str = "none",
+    defaults: SamplingDefaults | None = None,
+) -> Manifest:
+    """Write everything beside `out`, then swap it in; an older bundle there is replaced only when the new one is whole.
+
+    Raises ConfigError when `out` exists and is no bundle, or has an unusable name; DiffusionLLMError when the
+    disk refuses.
+    """
+    check_replaceable(out)
+    with _swapped_in(out) as folder:
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        for graph in graphs:
+            onnx.save(graph.model, folder / graph.file)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            name=out.name,
+            model=model_spec(model.config),
+            special_ids=SpecialIds(),
+            schedule=progress.schedule,
+            reveal_grid="cosine",
+            top_k=top_k,
+            graphs=tuple(_listed(folder, graph) for graph in graphs),
+            tokenizer_sha256=sha256_of(folder / TOKENIZER),
+            defaults=defaults or SamplingDefaults(),
+            evaluations=tuple(evaluations),
+            parity=tuple(parity),
+            calibration=calibration,
+            data=TrainingData(
+                name=progress.data_source,
+                licence=progress.data_licence,
+                stories=progress.data_stories,
+                tokens_seen=progress.tokens_seen,
+            ),
+            made_with={
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("diffusion-llm", "torch", "onnx", "onnxruntime", "tokenizers")},
+            },
+        )
+        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        read_manifest(folder)
+    return manifest
+
+
+def _listed(folder: Path, graph: StepGraph) -> Graph:
+    return Graph(
+        file=graph.file,
+        sha256=sha256_of(folder / graph.file),
+        precision=graph.precision,
+        target=graph.target,
+        inputs=tuple(_tensor(value) for value in graph.model.graph.input),
+        outputs=tuple(_tensor(value) for value in graph.model.graph.output),
+    )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    shape = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+    return msgspec.convert({"name": value.name, "dtype": _DTYPES[kind.elem_type], "shape": shape}, Tensor)

@@ -1,0 +1,163 @@
+"""Step graphs as ONNX, written node by node: what the runtimes see is what stands here. This is what
+`host.export.cpu_graph` and `host.export.cuda_graph` share.
+
+Rejected: torch.onnx.export, whose graph changes with every release, and hides LayerNorm and attention from the
+runtimes' fusions. A parity test holds both graphs to `host.model`.
+B: batch, L: length, D: width, V: vocabulary, M: wanted positions, K: candidates.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from host.model.network import RELATIVE_UNIT, Denoiser
+from shared.tokens import EOS, FIRST_TEXT_ID, PAD
+
+NEVER = -1e4
+"""Finite, so that FP16 holds it and no row of a softmax turns into NaN."""
+
+Float = Literal["float32", "float16"]
+ONNX_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int32": TensorProto.INT32}
+OPSET = 20  # the most that TensorRT 10.3 parses
+
+
+Value = tuple[str, str, tuple[str | int, ...]]
+"""Name, type and shape of an input or output."""
+
+
+class GraphBuilder:
+    """Collects nodes and constants; every method returns the name of the value it made."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        """A named initializer; made once."""
+        self.constants.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def op(self, kind: str, name: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> str:
+        """Append a node; its outputs are `name`, or `name.0`, `name.1` … when there are several (returns `name`)."""
+        names = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, name=name, domain=domain, **attributes))
+        return name
+
+    def model(self, inputs: list[Value], outputs: list[Value], contrib: bool) -> onnx.ModelProto:
+        """The finished, checked model. contrib: it uses ONNX Runtime's own operators."""
+        read, made = ([helper.make_tensor_value_info(n, ONNX_TYPE[t], s) for n, t, s in v] for v in (inputs, outputs))
+        graph = helper.make_graph(self.nodes, "step", read, made, list(self.constants.values()))
+        opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid("com.microsoft", 1)] if contrib else [])
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="diffusion-llm")
+        onnx.checker.check_model(model)
+        return model
+
+
+class StepBuilder(GraphBuilder):
+    """Knows a network too: its layers in one float type, and what every graph computes of the canvas."""
+
+    def __init__(self, model: Denoiser, dtype: Float, fp32_norms: bool = False) -> None:
+        super().__init__()
+        self.config = model.config
+        self.weights = {n: p.detach().cpu().numpy() for n, p in model.named_parameters()}
+        self.weights["relative_bias"] = RELATIVE_UNIT * self.weights["relative_bias"]  # (H, 2·L − 1), in scores
+        self._dtype: Float = dtype
+        self._fp32_norms = fp32_norms
+
+    def weight(self, name: str) -> str:
+        """A parameter as it is."""
+        return self.constant(name, self.weights[name].astype(self._dtype))
+
+    def parameters(self, name: str, columns: slice = slice(None)) -> tuple[str, str]:
+        """Weight (inputs × outputs) and bias of a linear layer, or those of some columns of its result."""
+        part = "" if columns == slice(None) else f".{columns.start}"
+        weight, bias = (self.weights[f"{name}.{kind}"][columns].T.astype(self._dtype) for kind in ("weight", "bias"))
+        return self.constant(f"{name}.weight{part}", weight), self.constant(f"{name}.bias{part}", bias)
+
+    def linear(self, x: str, name: str, out: str, columns: slice = slice(None)) -> str:
+        """A linear layer, or some columns of its result."""
+        weight, bias = self.parameters(name, columns)
+        return self.op("Add", out, self.op("MatMul", f"{out}.matmul", x, weight), bias)
+
+    def norm(self, x: str, name: str) -> str:
+        """A LayerNorm."""
+        parts = [f"{name}.weight", f"{name}.bias"]
+        if not self._fp32_norms:
+            return self.op("LayerNormalization", f"{name}.out", x, *map(self.weight, parts), axis=-1)
+        x = self.op("Cast", f"{name}.in32", x, to=TensorProto.FLOAT)
+        gains = [self.constant(part, self.weights[part]) for part in parts]
+        x = self.op("LayerNormalization", f"{name}.out32", x, *gains, axis=-1)
+        return self.op("Cast", f"{name}.out", x, to=ONNX_TYPE[self._dtype])
+
+    def embed(self) -> str:
+        """Tokens, places and time; also the value `position` (L,).  → (B, L, D)"""
+        config = self.config
+        length = self.op("Shape", "length", "canvas", start=1, end=2)
+        zero, axis0 = self.constant("zero", np.array([0])), self.constant("axis_0", np.array([0]))
+        positions = self.constant("all_positions", np.arange(config.canvas_len, dtype=np.int32))
+        self.op("Slice", "position", positions, zero, length, axis0)
+        tokens = self.op("Gather", "tokens", self.weight("token_embedding.weight"), "canvas")
+        places = self.op("Slice", "places", self.weight("position_embedding.weight"), zero, length, axis0)
+        x = self.op("Add", "embedded", tokens, places)
+        return self.op("Add", "timed", x, self._time()) if config.time_input else x
+
+    def attention_bias(self, by_distance: str) -> str:
+        """The bias by_distance (1, H, canvas, canvas) cut to the length, and NEVER for keys behind the end.
+
+        → (B, H, L, L)
+        """
+        starts, axes = self.constant("zeros", np.array([0, 0])), self.constant("axes_2_3", np.array([2, 3]))
+        ends = self.op("Concat", "length_twice", "length", "length", axis=0)
+        cut = self.op("Slice", "bias_by_distance", by_distance, starts, ends, axes)
+        visible, never = (self.constant(n, np.full(1, v, self._dtype)) for n, v in (("visible", 0), ("never", NEVER)))
+        keys = self.op("Where", "key_bias", self.attended(), visible, never)
+        keys = self.op("Unsqueeze", "key_bias.row", keys, self.constant("axes_1_2", np.array([1, 2])))
+        return self.op("Add", "attention_bias", cut, keys)
+
+    def attention_out(self, x: str, mixed: str, block: str) -> str:
+        """What attention found, added to the stream."""
+        return self.op(
+            "Add", f"{block}.x1", x, self.linear(mixed, f"{block}.attention_out", f"{block}.attention_out.out")
+        )
+
+    def feed_forward(self, x: str, block: str) -> str:
+        """The second half of a block."""
+        h = self.linear(self.norm(x, f"{block}.norm2"), f"{block}.up", f"{block}.up.out")
+        h = self.op("Gelu", f"{block}.gelu", h, approximate="tanh")
+        return self.op("Add", f"{block}.x2", x, self.linear(h, f"{block}.down", f"{block}.down.out"))
+
+    def attended(self) -> str:
+        """True up to and with the first visible EOS or PAD; what follows is certain, nothing looks at it.  → (B, L)"""
+        visible = [
+            self.op("Equal", f"is_{name}", "canvas", self.constant(name, np.array(token, np.int32)))
+            for name, token in (("eos", EOS), ("pad", PAD))
+        ]
+        nowhere = self.constant("canvas_len", np.array(self.config.canvas_len, np.int32))
+        where = self.op("Where", "end_positions", self.op("Or", "ends", *visible), "position", nowhere)
+        first = self.op("ReduceMin", "first_end", where, self.constant("axis_1", np.array([1])), keepdims=1)
+        return self.op("LessOrEqual", "attended", "position", first)
+
+    def last_text(self) -> str:
+        """Where the last visible text token stands; left of it neither EOS nor PAD can.  → (B, 1)"""
+        first_id = self.constant("first_text_id", np.array(FIRST_TEXT_ID, np.int32))
+        is_text = self.op("GreaterOrEqual", "is_text", "canvas", first_id)
+        nowhere = self.constant("nowhere", np.array(-1, np.int32))
+        where = self.op("Where", "text_positions", is_text, "position", nowhere)
+        return self.op("ReduceMax", "last_text", where, self.constant("axis_1", np.array([1])), keepdims=1)
+
+    def _time(self) -> str:
+        """Sinusoids in float32, then the two-layer MLP.  → (B, 1, D)"""
+        half = self.config.d_model // 2
+        frequency = 1000.0 * np.exp(-np.log(10_000.0) * np.arange(half, dtype=np.float32) / half)
+        axis1 = self.constant("axis_1", np.array([1]))
+        t = self.op("Unsqueeze", "t.column", "t", axis1)
+        phase = self.op("Mul", "t.phase", t, self.constant("t.frequency", frequency.astype(np.float32)[None]))
+        waves = self.op("Concat", "t.waves", self.op("Sin", "t.sin", phase), self.op("Cos", "t.cos", phase), axis=1)
+        if self._dtype == "float16":
+            waves = self.op("Cast", "t.waves16", waves, to=TensorProto.FLOAT16)
+        h = self.linear(waves, "time_mlp.0", "t.h")
+        h = self.op("Mul", "t.silu", h, self.op("Sigmoid", "t.sigmoid", h))
+        return self.op("Unsqueeze", "t.out", self.linear(h, "time_mlp.2", "t.embedded"), axis1)

@@ -1,0 +1,43 @@
+"""Which linear layers lose most to INT8: the order in which they are left in float when a graph misses its gate."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from host.evaluate.scorers import Canvases
+from host.export.cuda_qdq import LEVELS, linear_inputs, linear_nodes
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """layer: the MatMul's name in the FP16 graph. error: ‖INT8 − float‖ / ‖float‖ of its output, inputs being exact."""
+
+    layer: str
+    error: float
+
+
+def layer_errors(fp16: onnx.ModelProto, canvases: Canvases) -> list[LayerError]:
+    """Every linear layer alone, its input scaled by the tensor and its weights by the column; the worst first."""
+    weights = {t.name: t for t in fp16.graph.initializer}
+    layers = list(linear_nodes(fp16))
+    exact_weights = {n.name: numpy_helper.to_array(weights[n.input[1]]).astype(np.float32) for n in layers}
+    wrong = dict.fromkeys(exact_weights, 0.0)
+    total = dict.fromkeys(exact_weights, 0.0)
+    for inputs in linear_inputs(fp16, canvases):
+        for node in layers:
+            x, weight = inputs[node.input[0]].reshape(-1, len(exact_weights[node.name])), exact_weights[node.name]
+            exact = x @ weight  # (L, N)
+            rounded = _rounded(x, np.abs(x).max()) @ _rounded(weight, np.abs(weight).max(0))
+            wrong[node.name] += float(np.square(rounded - exact).sum())
+            total[node.name] += float(np.square(exact).sum())
+    errors = [LayerError(name, (wrong[name] / total[name]) ** 0.5) for name in wrong]
+    return sorted(errors, key=lambda e: -e.error)
+
+
+def _rounded(value: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float32]:
+    scale = np.maximum(largest / LEVELS, np.float32(1e-12))
+    result: NDArray[np.float32] = np.rint(value / scale) * scale
+    return result

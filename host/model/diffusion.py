@@ -1,0 +1,89 @@
+"""Masked diffusion: corruption and the NELBO. The torch reference sampler is in `host.sampling.reference`.
+
+x0: clean canvas, xt: corrupted canvas, both (B, L) integer ids. A canvas is BOS, text, EOS, then PAD.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from host.model.network import Denoiser, ends_impossible, first_end
+from shared.schedule import ScheduleName, loss_weight, mask_prob
+from shared.tokens import BOS, MASK, PAD
+
+Objective = Literal["diffusion", "ar"]
+Weighting = Literal["nelbo", "flat"]
+
+
+def token_weight(weighting: Weighting, schedule: ScheduleName, t: float) -> float:
+    """A masked token's weight in training.
+
+    flat: the same at every t, and 1 a token on average over t, so that the loss reads as nats a masked token.
+    """
+    if weighting == "nelbo":
+        return loss_weight(schedule, t)
+    return 2.0 if schedule == "linear" else 1 / (1 - 2 / math.pi)  # 1 / ∫ mask_prob
+
+
+def low_discrepancy_times(n: int, u: float) -> list[float]:
+    """n times in (0, 1] that cover it evenly: t = 1 − ((u + i/n) mod 1), one u in [0, 1) for the whole batch."""
+    return [1.0 - ((u + i / n) % 1.0) for i in range(n)]
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """A corrupted batch. scored: masked positions that are not certain; those behind the first visible end are."""
+
+    xt: Tensor  # (B, L)
+    scored: Tensor  # (B, L) bool
+    active_len: Tensor  # (B,) positions up to and with the first visible EOS or PAD; the rest may be cut away
+
+
+def corrupt(x0: Tensor, keep: Tensor, t: list[float], schedule: ScheduleName) -> Corrupted:
+    """Mask each position behind BOS with probability mask_prob(t).
+
+    keep (B, L): uniform draws in [0, 1); a position survives when its draw is at least mask_prob.
+    """
+    probability = torch.tensor([mask_prob(schedule, value) for value in t], device=x0.device)
+    is_masked = keep < probability[:, None]
+    is_masked[:, 0] = False  # BOS is always visible
+    xt = torch.where(is_masked, MASK, x0)
+    active_len = (first_end(xt) + 1).clamp(max=x0.shape[1])
+    certain = torch.arange(x0.shape[1], device=x0.device) >= active_len[:, None]
+    return Corrupted(torch.where(certain, PAD, xt), is_masked & ~certain, active_len)
+
+
+def counted_tokens(x0: Tensor) -> Tensor:
+    """Tokens a canvas counts as: text and EOS, neither BOS nor PAD.  (B, L) → (B,)"""
+    return ((x0 != PAD) & (x0 != BOS)).sum(1)
+
+
+def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each scored position, in nats, and the row it belongs to.  → (M,), (M,)"""
+    time = torch.tensor(t, device=x0.device) if model.config.time_input else None
+    at = batch.scored.flatten().nonzero()[:, 0]
+    logits = model.logits(model(batch.xt, time, at=at), ends_impossible(batch.xt).flatten()[at])  # (M, V)
+    return F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none"), at // x0.shape[1]
+
+
+def nelbo_sums(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], schedule: ScheduleName) -> Tensor:
+    """One Monte Carlo draw of each row's negative evidence lower bound, in nats (Sahoo et al., arXiv 2406.07524).
+
+    The weight −alpha'/(1 − alpha) multiplies the *sum* over masked positions. Divide by `counted_tokens` for nats a
+    token.  → (B,)
+    """
+    losses, rows = cross_entropy_at(model, batch, x0, t)
+    weight = torch.tensor([loss_weight(schedule, value) for value in t], device=x0.device)
+    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, rows, losses * weight[rows])
+
+
+def autoregressive_sums(model: Denoiser, x0: Tensor) -> Tensor:
+    """Each row's exact negative log-likelihood under a causal mask, in nats.  → (B,)"""
+    at = ((x0 != PAD) & (x0 != BOS)).flatten().nonzero()[:, 0]
+    logits = model.logits(model(x0, causal=True, at=at), torch.zeros_like(at, dtype=torch.bool))
+    losses = F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none")
+    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, at // x0.shape[1], losses)

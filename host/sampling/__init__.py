@@ -1,0 +1,1 @@
+"""Reference decoding in torch: slow, obvious, the definition that the edge is held to by golden tests."""

@@ -1,0 +1,88 @@
+"""Many samples at once, for measuring: the passes of `host.sampling.reference`, their network calls shared."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from host.model.network import Denoiser, ends_impossible, first_end
+from host.sampling.reference import Sampled, Settings, commit_pass, uniforms
+from shared.schedule import ScheduleName, time_of_masked_fraction
+from shared.tokens import BOS, EOS, MASK, PAD
+
+ROWS: Final = 16  # canvases in a network call
+
+
+def open_canvas(length: int) -> Tensor:
+    """BOS, and everything else to be filled.  → (L,) int64"""
+    canvas = torch.full((length,), MASK)
+    canvas[0] = BOS
+    return canvas
+
+
+@torch.no_grad()
+def sample_many(
+    model: Denoiser, schedule: ScheduleName, settings: Sequence[Settings], dtype: torch.dtype | None = None
+) -> list[Sampled]:
+    """One whole canvas for each of `settings`, as `sample` fills it up to rounding; dtype: autocast to it.
+
+    What lies behind a committed end is certain, so canvases are cut there.
+    """
+    length = model.config.canvas_len
+    canvases = [open_canvas(length) for _ in settings]
+    passes, margins = [0] * len(settings), [float("inf")] * len(settings)
+    while unfinished := [i for i, canvas in enumerate(canvases) if bool((canvas == MASK).any())]:
+        unfinished.sort(key=lambda i: int(first_end(canvases[i][None])))
+        for start in range(0, len(unfinished), ROWS):
+            rows = unfinished[start : start + ROWS]
+            for i, logp in zip(rows, _scores(model, schedule, [canvases[i] for i in rows], dtype), strict=True):
+                open_positions = (canvases[i] == MASK).nonzero()[:, 0]
+                margin = commit_pass(canvases[i], open_positions, logp, passes[i], settings[i])
+                passes[i], margins[i] = passes[i] + 1, min(margins[i], margin)
+    return [Sampled(*found) for found in zip(canvases, passes, margins, strict=True)]
+
+
+def _scores(
+    model: Denoiser, schedule: ScheduleName, canvases: list[Tensor], dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
+    """Log-probabilities at the masked positions of each canvas.  → (M, V) for each"""
+    whole = torch.stack(canvases)
+    length = whole.shape[1]
+    cut = whole[:, : min(length, int(first_end(whole).max()) + 1)]
+    masked = cut == MASK
+    at = masked.flatten().nonzero()[:, 0]
+    times = [time_of_masked_fraction(schedule, float(row.sum()) / (length - 1)) for row in masked]
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        hidden = model(cut, torch.tensor(times) if model.config.time_input else None, at=at)
+        logp = model.logits(hidden, ends_impossible(cut).flatten()[at]).log_softmax(-1)
+    parts: tuple[Tensor, ...] = logp.split(masked.sum(1).tolist())
+    return parts
+
+
+@torch.no_grad()
+def sample_autoregressive(
+    model: Denoiser,
+    seeds: Sequence[int],
+    temperature: float = 1.0,
+    dtype: torch.dtype | None = None,
+    prompt: Sequence[int] = (),
+) -> Tensor:
+    """One canvas for each seed, token by token from the whole vocabulary, behind `prompt`.  → (len(seeds), L)"""
+    length = model.config.canvas_len
+    canvases = torch.full((len(seeds), length), PAD)
+    canvases[:, : 1 + len(prompt)] = torch.tensor([BOS, *prompt])
+    vocabulary = torch.arange(model.config.vocab_size)
+    for i in range(1 + len(prompt), length):
+        rows = (canvases != EOS).all(1).nonzero()[:, 0]
+        for part in rows.split(ROWS):
+            at = torch.arange(len(part)) * (i + 1) + i
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                hidden = model(canvases[part, : i + 1], causal=True, at=at)
+                logits = model.logits(hidden, torch.zeros(len(part), dtype=torch.bool)).double()
+            logits[:, PAD] = -torch.inf  # behind an end only, which ends the row here
+            for row, scores in zip(part.tolist(), logits, strict=True):
+                noise = -(-uniforms(seeds[row], 0, torch.tensor(i), vocabulary, domain=0).log()).log()
+                noisy = scores / temperature + noise if temperature > 0 else scores
+                canvases[row, i] = noisy.argmax()
+    return canvases

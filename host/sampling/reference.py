@@ -1,0 +1,165 @@
+"""The torch reference sampler: the definition of sampling, slow and obvious. `edge.decoding.canvas` must agree with it.
+
+It scores the whole vocabulary itself, keeps the K best, and shares no code with the edge, Philox included.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from host.model.network import Denoiser, ends_impossible
+from shared.manifest import Selection
+from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
+from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw and commit; the fields mean what they mean in a request."""
+
+    seed: int
+    steps: int = 64
+    selection: Selection = "random"
+    temperature: float = 1.0
+    top_k: int = 64
+    top_p: float = 1.0
+    threshold: float | None = None
+    entropy_bound: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A finished canvas.
+
+    margin: the smallest gap that decided a draw, an order or a count; where it is below a backend's numeric tolerance,
+    that backend may decide otherwise. The order of `random` selection is exact everywhere and does not count.
+    """
+
+    canvas: Tensor  # (L,)
+    steps: int
+    margin: float
+
+
+def philox(counter: Tensor, key: int) -> Tensor:
+    """Philox 4x32-10.  counter (..., 4) int64 holding 32-bit words → (..., 4)"""
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32 × 32 bit product, in halves: int64 has no room for an unsigned 64-bit product."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def uniforms(seed: int, step: int, position: Tensor, token: Tensor, domain: int) -> Tensor:
+    """Draws in (0, 1): (23 bits + ½)·2⁻²³, float64."""
+    position, token = torch.broadcast_tensors(position, token)
+    counter = torch.stack([token, position, torch.full_like(token, step), torch.full_like(token, domain)], -1)
+    return ((philox(counter, seed)[..., 0] >> 9).double() + 0.5) * 2.0**-23
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    schedule: ScheduleName,
+    canvas: Tensor,
+    fill: Tensor,
+    settings: Settings,
+    on_pass: Callable[[Tensor], None] = lambda canvas: None,
+) -> Sampled:
+    """Fill the positions `fill` of a canvas (L,) int64; on_pass sees the canvas before each pass."""
+    canvas = canvas.clone()
+    step, margin = 0, float("inf")
+    while (open_positions := (fill & (canvas == MASK)).nonzero()[:, 0]).numel():
+        on_pass(canvas)
+        t = time_of_masked_fraction(schedule, float((canvas == MASK).sum()) / (canvas.numel() - 1))
+        hidden = model(canvas[None], torch.tensor([t]) if model.config.time_input else None)[0, open_positions]
+        impossible = ends_impossible(canvas[None])[0, open_positions]
+        logp = model.logits(hidden, impossible).log_softmax(-1)  # (M, V)
+        margin = min(margin, commit_pass(canvas, open_positions, logp, step, settings))
+        step += 1
+    return Sampled(canvas, step, margin)
+
+
+def commit_pass(canvas: Tensor, open_positions: Tensor, logp: Tensor, step: int, settings: Settings) -> float:
+    """One pass: draw a candidate everywhere, order them, commit some of them in place.  → smallest deciding gap
+
+    canvas (L,), open_positions (M,), logp (M, V)
+    """
+    entropy = -(logp.exp() * logp.clamp(min=-1e6)).sum(-1)
+    best, ids = logp.topk(settings.top_k)
+    token, confidence, margin = _draw(best, ids, open_positions, step, settings)
+    score = _order_score(best, entropy, confidence, open_positions, step, settings)
+    ranked, order = score.sort(descending=True, stable=True)
+    count, gap = _how_many(ranked, confidence, entropy[order], step, settings)
+    margin = min(margin, gap)
+    exact = settings.selection == "random" and settings.threshold is None and settings.entropy_bound is None
+    if count < len(order) and not exact:
+        margin = min(margin, float(ranked[count - 1] - ranked[count]))
+    _commit(canvas, open_positions[order[:count]], token[order[:count]])
+    return margin
+
+
+def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, float]:
+    """A draw from the softmax over the kept candidates.  → token (M,), confidence (M,), smallest gap to the second"""
+    if s.temperature == 0:
+        return ids[:, 0], logp[:, 0], float((logp[:, 0] - logp[:, 1]).min())
+    score = logp.double() / s.temperature
+    p = score.softmax(-1)
+    kept = p.cumsum(-1) - p < s.top_p
+    noise = -(-uniforms(s.seed, step, position[:, None], ids, domain=0).log()).log()
+    noisy = torch.where(kept, score + noise, -torch.inf)
+    two, column = noisy.topk(2)
+    chosen = column[:, :1]
+    return ids.gather(1, chosen)[:, 0], logp.gather(1, chosen)[:, 0], float((two[:, 0] - two[:, 1]).min())
+
+
+def _order_score(logp: Tensor, entropy: Tensor, confidence: Tensor, position: Tensor, step: int, s: Settings) -> Tensor:
+    if s.threshold is not None:
+        return confidence
+    if s.entropy_bound is not None:
+        return -entropy
+    if s.selection == "random":
+        return uniforms(s.seed, step, position, torch.zeros_like(position), domain=1)
+    by_rule = {"confidence": confidence, "entropy": -entropy, "margin": logp[:, 0].exp() - logp[:, 1].exp()}
+    return by_rule[s.selection]
+
+
+def _how_many(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings) -> tuple[int, float]:
+    """How many positions to commit, and by how much that number was decided."""
+    if step >= s.steps - 1:
+        return len(ranked), float("inf")
+    if s.threshold is not None:
+        above = confidence - math.log(s.threshold)
+        return max(1, int((above >= 0).sum())), float(above.abs().min())
+    if s.entropy_bound is not None:
+        room = s.entropy_bound - entropy.cumsum(0)
+        return max(1, int((room >= 0).sum())), float(room.abs().min())
+    return reveal_count(len(ranked), step, s.steps), float("inf")
+
+
+def _commit(canvas: Tensor, position: Tensor, token: Tensor) -> None:
+    """Text first; then ends, only behind all text; then what is certain."""
+    for p, v in zip(position.tolist(), token.tolist(), strict=True):
+        if v >= FIRST_TEXT_ID:
+            canvas[p] = v
+    last_text = max((i for i, v in enumerate(canvas.tolist()) if v >= FIRST_TEXT_ID), default=0)
+    for p, v in zip(position.tolist(), token.tolist(), strict=True):
+        if v < FIRST_TEXT_ID and p > last_text:
+            canvas[p] = v
+    for i, v in enumerate(canvas.tolist()):
+        if v in (EOS, PAD):
+            canvas[i] = EOS if canvas[i - 1] != MASK else v
+            canvas[i + 1 :] = PAD
+            break

@@ -1,0 +1,186 @@
+"""Checkpoints: one safetensors file holds weights, their average, optimizer state and progress; never pickle."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from host.model.diffusion import Objective
+from host.model.network import Denoiser, ModelConfig
+from host.train.optim import Ema
+from shared.errors import DataError, DiffusionLLMError
+from shared.schedule import ScheduleName
+
+LAST = "last.safetensors"
+BEST = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; stored in every checkpoint."""
+
+    model: ModelConfig
+    objective: Objective
+    schedule: ScheduleName
+    step: int = 0
+    tokens_seen: int = 0
+    seconds: float = 0.0
+    processor_seconds: float = 0.0  # of all processes and their threads, in steps
+    best_nats: float | None = None
+    tokenizer_sha256: str = ""
+    data_source: str = ""
+    data_licence: str = ""
+    data_stories: int = 0
+
+
+def save_checkpoint(
+    path: Path,
+    progress: Progress,
+    model: Denoiser,
+    ema: Ema,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Write aside, flush to the disk, then rename: a reader finds the old file or the new one, whole.
+
+    Raises DiffusionLLMError when the disk refuses; the old file stays.
+    """
+    tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    tensors |= {f"ema.{n}": p for n, p in ema.shadow.items()}
+    for i, optimizer in enumerate(optimizers):
+        for slot, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{slot}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    metadata = {
+        "progress": msgspec.json.encode(asdict(progress)).decode(),
+        "scaler": msgspec.json.encode(scaler.state_dict()).decode(),
+    }
+    # In a folder, since save_file has a temporary file of its own, which it leaves, each time named anew, when killed.
+    aside = path.with_suffix(".saving")
+    shutil.rmtree(aside, ignore_errors=True)
+    partial = aside / path.name
+    try:
+        aside.mkdir()
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
+        partial.chmod(aside.stat().st_mode & 0o666)  # as any new file; save_file lets only its owner read
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise DiffusionLLMError(f"the checkpoint {path} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk it would be in the way
+
+
+def find_checkpoint(run: Path, file: str = BEST) -> Path:
+    """A run's checkpoint, the best or else the last; DataError when there is none."""
+    for path in (run / file, run / LAST):
+        if path.is_file():
+            return path
+    raise DataError(f"{run} holds no checkpoint: train one with `python -m host.train --out {run}`")
+
+
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The diffusion run trained last; DataError names the command that makes one."""
+    for path in sorted(runs.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if read_progress(path).objective == "diffusion":  # a damaged older run is nobody's concern
+            return path.parent
+    raise DataError(f"no trained run in {runs}/: make one with `python -m host.train`, or name one with --run")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"checkpoint {path} cannot be read: {error}") from None
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress stored in a checkpoint; DataError when the file is damaged or not one of ours."""
+    stored = _metadata(path).get("progress")
+    if stored is None:
+        raise DataError(f"{path} is not a checkpoint of this project: its header has no progress")
+    try:
+        return msgspec.json.decode(stored, type=Progress)
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path} is not a checkpoint of this project: {error}") from None
+
+
+def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+
+
+def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[Denoiser, Progress]:
+    """The network of a checkpoint, ready to score; by default with the averaged weights."""
+    progress = read_progress(path)
+    model = Denoiser(progress.model)
+    _load_weights(model, path, f"{weights}.")
+    return model.eval(), progress
+
+
+def _check_age(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if "position_embedding.weight" in tensors and "relative_bias" not in tensors:
+        raise DataError(f"{path} was trained before attention had a bias by distance: train it anew")
+
+
+def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:
+    found = _tensors(path, prefix)
+    _check_age(path, found)
+    try:
+        model.load_state_dict(found)
+    except RuntimeError:
+        raise DataError(f"{path} does not hold the weights that its header promises") from None
+
+
+def init_from(model: Denoiser, path: Path) -> None:
+    """Start `model` from another run's averaged weights, an autoregressive one's for instance.
+
+    Raises DataError when a tensor is missing or shaped differently; a time input that the other lacks starts fresh.
+    """
+    theirs = _tensors(path, "ema.")
+    _check_age(path, theirs)
+    for name, parameter in model.named_parameters():
+        if name not in theirs and name.startswith("time_mlp."):
+            continue
+        if name not in theirs or theirs[name].shape != parameter.shape:
+            raise DataError(f"{path} cannot start this model: {name} is missing or has another shape")
+        parameter.data.copy_(theirs[name])
+
+
+def restore(
+    path: Path,
+    model: Denoiser,
+    ema: Ema,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Load everything that `save_checkpoint` wrote into objects built from the same configuration."""
+    progress = read_progress(path)
+    if progress.model != model.config:
+        raise DataError(f"{path} was trained as {progress.model}, not as {model.config}")
+    _load_weights(model, path, "model.")
+    ema.shadow = {name: t.to(ema.shadow[name].device) for name, t in _tensors(path, "ema.").items()}
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _tensors(path, f"optimizer.{i}.").items():
+            slot, key = name.split(".", 1)
+            state.setdefault(int(slot), {})[key] = tensor
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes = [{t.shape for t in state.get(slot, {}).values() if t.ndim} for slot in range(len(params))]
+        if progress.step and any(found != {p.shape} for found, p in zip(shapes, params, strict=True)):
+            kind = type(optimizer).__name__
+            raise DataError(f"{path} does not hold the state of {kind}: it was trained with another optimizer")
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    scale = msgspec.json.decode(_metadata(path)["scaler"])
+    if scale:  # else it was saved where none is needed
+        scaler.load_state_dict(scale)
+    return progress

@@ -1,0 +1,94 @@
+"""Optimizers: AdamW for everything, or Muon for the matrices of the body with AdamW for the rest."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from host.model.network import Denoiser
+
+OptimizerName = Literal["adamw", "muon"]
+PEAK_RATES: Final[dict[OptimizerName, float]] = {"adamw": 1e-3, "muon": 4e-3}
+"""Learning rates to begin with; what they were chosen from is in docs/log.md."""
+WEIGHT_DECAY = 0.05
+
+
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """The nearest matrix with singular values of about one, by Newton-Schulz (Jordan et al., Muon, 2024).
+
+    bf16 is exact enough: the iteration itself leaves singular values between 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = (x / x.norm().clamp(min=1e-7)).to(dtype)  # in this order: in FP16 a small gradient would vanish
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, scaled to AdamW's update size (arXiv 2502.16982).
+
+    torch.optim.Muon does the same, as fast, in bf16 only: a CPU without bf16 instructions runs that 10 times slower
+    than float32, longer than the training step itself. Here the chip decides: dtype is what the products run in.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dtype = dtype
+        super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": WEIGHT_DECAY})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every matrix from its gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalize(p.grad.lerp(average, group["momentum"]), self.dtype)  # Nesterov
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def build_optimizers(
+    model: Denoiser, name: OptimizerName, lr: float, muon_dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """One or two optimizers that together hold every parameter; vectors and embeddings take no weight decay."""
+    body = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    in_body = {id(p) for p in body}
+    others = [p for p in model.parameters() if id(p) not in in_body]
+    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]
+    if name == "adamw":
+        groups.append({"params": body, "weight_decay": WEIGHT_DECAY})
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    return [adamw] if name == "adamw" else [adamw, Muon(body, lr=lr, dtype=muon_dtype)]
+
+
+def learning_rate_factor(progress: float, warmup: float) -> float:
+    """Linear warmup, then cosine decay to a tenth. progress in [0, 1] of the run, warmup the part spent rising."""
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    done = min(1.0, (progress - warmup) / (1 - warmup))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+class Ema:
+    """Exponential moving average of the weights, with a short horizon at first."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards the model's weights after optimizer step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        names, params = zip(*model.named_parameters(), strict=True)
+        torch._foreach_lerp_([self.shadow[name] for name in names], list(params), 1 - decay)

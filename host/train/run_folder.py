@@ -1,0 +1,330 @@
+"""Run folders: a run's settings on disk and on the command line; laying out a new run, taking up an old one."""
+
+import argparse
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import torch
+
+from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, locked, prepare
+from host.data.shards import DataFolder, load_data
+from host.model.diffusion import Weighting
+from host.model.network import CONFIGS, Denoiser, ModelConfig, config_named
+from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, load_model, read_progress
+from host.train.logging import LOG_FILE, UNNAMED, machines_of, read_log
+from host.train.optim import PEAK_RATES, OptimizerName
+from shared.errors import ConfigError, DataError
+from shared.manifest import TOKENIZER, sha256_of
+
+CONFIG_FILE = "config.json"
+VALIDATION_SEED = 0x5EED
+VALIDATION_DRAWS = 2
+ABOVE_ZERO = ("steps", "minutes", "batch_size", "micro_size", "valid_every", "lr")
+CPU_BATCH_SIZE = 16
+AT_MOST = {"batch_size": 1 << 16, "micro_size": 1 << 16}
+CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
+OF_DIFFUSION = ("schedule", "weighting", "time_input")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What weights have cost, with the runs that they came from; processor_seconds: None where one did not count it."""
+
+    processor_seconds: float | None = 0.0
+    tokens: int = 0
+    machines: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does besides the model's shape. minutes, when given, ends the run and sets the decay's length."""
+
+    out: Path
+    data: Path
+    steps: int = 20_000
+    minutes: float | None = None
+    batch_size: int = 64
+    micro_size: int = 8
+    optimizer: OptimizerName = "muon"
+    weighting: Weighting = "nelbo"  # of runs from before there was a choice; host.train asks for flat
+    lr: float = PEAK_RATES["muon"]
+    warmup: float = 0.03  # part of the run
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    valid_every: int = 500  # steps
+    valid_stories: int = 256  # in each of two samples
+    seed: int = 0
+    init: Path | None = None  # the run whose weights it began with
+    init_work: Work | None = None  # behind those weights; unknown in runs from before it was kept
+    data_sha256: str = ""  # DataMeta.sha256 of what `data` held; unknown in runs from before it was kept
+
+
+def fraction_done(config: TrainConfig, progress: Progress) -> float:
+    """Part of a run that is behind it, by time when --minutes was given."""
+    if config.minutes is not None:
+        return min(1.0, progress.seconds / (60 * config.minutes))
+    return min(1.0, progress.step / config.steps)
+
+
+def work_behind(run: Path) -> Work:
+    """What the weights cost that another run would begin with; DataError when `run` holds none."""
+    progress = read_progress(find_checkpoint(run))
+    before, spent_s = work_before(read_config(run)), progress.processor_seconds
+    tokens = before.tokens + progress.tokens_seen
+    if before.processor_seconds is None or (progress.step and not spent_s):
+        return Work(None, tokens)
+    log = run / LOG_FILE
+    machines = (*before.machines, *(machines_of(read_log(log)) if log.exists() else (UNNAMED,)))
+    return Work(before.processor_seconds + spent_s, tokens, tuple(dict.fromkeys(machines)))
+
+
+def work_before(config: TrainConfig) -> Work:
+    """What the weights had cost that a run began with."""
+    if config.init is None:
+        return Work()
+    return config.init_work or work_behind(config.init)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ConfigError when a number is out of range, or a resumed run is to change its nature."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.train",
+        description="Train a masked diffusion language model (or the autoregressive baseline).",
+        epilog="example: python -m host.train --config tiny --minutes 60; continue it with --resume runs/NAME",
+    )
+    parser.add_argument("--config", choices=list(CONFIGS), default="small", help="model shape (default: small)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_OUT, help=f"data folder (default: {DEFAULT_OUT})")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own settings")
+    parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
+    length.add_argument("--minutes", type=float, help="train for so long in all, validation not counted")
+    parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion", help="default: %(default)s")
+    parser.add_argument(
+        "--schedule", choices=["linear", "cosine"], default="linear", help="noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weighting", choices=["nelbo", "flat"], default="flat", help="of masked tokens, over time (default: flat)"
+    )
+    parser.add_argument("--time-input", action="store_true", help="tell the network the time, which the canvas shows")
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer, help="default: %(default)s"
+    )
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in PEAK_RATES.items())
+    parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"canvases in a step (default: {CPU_BATCH_SIZE}; on CUDA {TrainConfig.batch_size})",
+    )
+    parser.add_argument(
+        "--micro-size",
+        type=int,
+        help=f"canvases in a pass (default: {TrainConfig.micro_size}, short of padding; on CUDA the whole batch)",
+    )
+    parser.add_argument(
+        "--valid-every",
+        type=int,
+        default=TrainConfig.valid_every,
+        help="steps between validations (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
+    parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    args = parser.parse_args(arguments)
+    check_numbers(args)
+    untouched = object()  # a default fills only what a namespace lacks, so that what was typed can be told
+    typed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
+    for name in (name for name, value in vars(typed).items() if value is not untouched):
+        if args.resume and name not in CHANGED_ON_RESUME:
+            raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
+        if args.objective == "ar" and name in OF_DIFFUSION:
+            raise ConfigError(f"{_flag(name)} does not go with --objective ar: nothing is masked")
+    return args
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """ConfigError names the flag whose number is out of range."""
+    for name, value in vars(args).items():
+        if name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{_flag(name)} must be a number above 0, not {value}")
+        if name in AT_MOST and value is not None and value > AT_MOST[name]:
+            raise ConfigError(f"{_flag(name)} must be at most {AT_MOST[name]:,}, not {value}")
+    if not 0 <= args.seed < 1 << 63:
+        raise ConfigError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@contextmanager
+def run_laid_out(args: argparse.Namespace, processes: int = 1) -> Iterator[tuple[TrainConfig, Progress]]:
+    """A fresh run folder, or that of --resume, held against other processes as long as the block runs.
+
+    Prepares the data when the default folder is missing. Raises DiffusionLLMError before anything is written.
+    """
+    if args.resume:
+        find_checkpoint(args.resume, LAST)
+        with locked(args.resume, f"{args.resume} is in use by another process: wait for it"):
+            yield resumed_run(args, processes)
+        return
+    if args.data == DEFAULT_OUT and not args.data.exists():
+        prepare(DEFAULT_SOURCE, args.data)
+    data = load_data(args.data, verify=True)
+    config, progress = planned_run(args, data)
+    check_share(config, processes)
+    with fresh_folder(config.out):
+        write_config(config, data.tokenizer_path)
+        yield config, progress
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[None]:
+    """A folder for a new run, held against other processes as long as the block runs; ConfigError when it is taken."""
+    check_free(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {out} cannot be made: {error.strerror}") from None
+    with locked(out, f"{out} is in use by another process: wait for it, or choose another --out"):
+        check_free(out)  # whoever held it may have been about to end
+        yield
+
+
+def check_share(config: TrainConfig, processes: int) -> None:
+    """ConfigError when some process would get no story of a batch."""
+    if config.batch_size < processes:
+        raise ConfigError(f"--batch-size {config.batch_size} is too small to share among {processes} processes")
+
+
+def check_free(out: Path) -> None:
+    """ConfigError when a new run would overwrite something."""
+    if any((out / file).exists() for file in (LAST, BEST)):
+        raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).exists()):
+        raise ConfigError(f"{out} exists and is no run: choose another --out")
+    if (out / LOG_FILE).exists() and any(row["valid"] for row in read_log(out / LOG_FILE)):  # of a yardstick
+        raise ConfigError(f"{out} holds the log of a run that saved no weights: choose another --out")
+
+
+def usual_batch_size() -> int:
+    """Canvases in a step where nobody says: few on a CPU, where tokens are dear and more steps learn more from them."""
+    return TrainConfig.batch_size if torch.cuda.is_available() else CPU_BATCH_SIZE
+
+
+def usual_micro_size(batch_size: int) -> int:
+    """Canvases in a pass where nobody says: few, short of padding, on a CPU; on CUDA the whole batch."""
+    return batch_size if torch.cuda.is_available() else TrainConfig.micro_size
+
+
+def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig, Progress]:
+    """What these flags make of that data; nothing is written."""
+    batch_size = args.batch_size or usual_batch_size()
+    config = TrainConfig(
+        out=args.out or Path("runs") / f"{args.config}-{datetime.now():%Y%m%d-%H%M%S}",
+        data=args.data,
+        steps=args.steps or TrainConfig.steps,
+        minutes=args.minutes,
+        batch_size=batch_size,
+        micro_size=args.micro_size or usual_micro_size(batch_size),
+        optimizer=args.optimizer,
+        weighting=args.weighting,
+        lr=args.lr or PEAK_RATES[args.optimizer],
+        valid_every=args.valid_every,
+        seed=args.seed,
+        init=args.init,
+        init_work=work_behind(args.init) if args.init else None,
+        data_sha256=data.meta.sha256,
+    )
+    model = replace(
+        config_named(args.config),
+        vocab_size=data.meta.vocab_size,
+        time_input=args.time_input and args.objective == "diffusion",
+    )
+    if args.init:
+        check_start(args.init, model, data)
+    progress = Progress(
+        model=model,
+        objective=args.objective,
+        schedule=args.schedule,
+        tokenizer_sha256=data.meta.tokenizer_sha256,
+        data_source=data.meta.source,
+        data_licence=data.meta.licence,
+        data_stories=len(data.train),
+    )
+    return config, progress
+
+
+def check_start(run: Path, model: ModelConfig, data: DataFolder) -> None:
+    """DataError when a run's weights cannot start that model on that data."""
+    path = find_checkpoint(run)
+    if read_progress(path).tokenizer_sha256 != data.meta.tokenizer_sha256:
+        raise DataError(f"{run} was trained with another tokenizer than {data.path}")
+    with torch.device("meta"):
+        init_from(Denoiser(model), path)
+
+
+def write_config(config: TrainConfig, tokenizer: Path | None = None) -> None:
+    """Write the settings into the run folder, at once or not at all, and the tokenizer beside them.
+
+    Raises ConfigError when it cannot be written.
+    """
+    file, partial = config.out / CONFIG_FILE, config.out / "config.partial"
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(config, enc_hook=str)))
+        partial.replace(file)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, config.out / TOKENIZER)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"the run folder {config.out} cannot be written: {error.strerror}") from None
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings a run was started with."""
+    try:
+        return msgspec.json.decode(
+            (run / CONFIG_FILE).read_bytes(), type=TrainConfig, dec_hook=lambda kind, value: kind(value)
+        )
+    except (OSError, msgspec.DecodeError) as error:
+        raise DataError(f"{run / CONFIG_FILE} cannot be read: {error}") from None
+
+
+def load_run(run: Path) -> tuple[Denoiser, Progress]:
+    """A run's averaged weights, to meet text; DataError when its tokenizer is not the one that it was trained with."""
+    model, progress = load_model(find_checkpoint(run))
+    file = run / TOKENIZER
+    if not file.is_file() or sha256_of(file) != progress.tokenizer_sha256:
+        raise DataError(f"{file} is missing, or not the tokenizer that the run was trained with")
+    return model, progress
+
+
+def data_of(run: Path, verify: bool = False) -> DataFolder:
+    """What a run was trained on; DataError when its data folder holds something else by now."""
+    config = read_config(run)
+    data = load_data(config.data, verify)
+    if config.data_sha256 not in ("", data.meta.sha256):
+        raise DataError(f"{config.data} holds other data than {run} was trained on: prepare it again from that text")
+    return data
+
+
+def resumed_run(args: argparse.Namespace, processes: int) -> tuple[TrainConfig, Progress]:
+    """The settings and progress of an earlier run; only its length may change."""
+    last = find_checkpoint(args.resume, LAST)
+    progress = read_progress(last)
+    config = replace(read_config(args.resume), out=args.resume)
+    check_share(config, processes)
+    if data_of(args.resume, verify=True).meta.tokenizer_sha256 != progress.tokenizer_sha256:
+        raise DataError(f"{config.data} has another tokenizer than the run {args.resume}: prepare its data again")
+    if args.steps is not None or args.minutes is not None:  # kept, so that a second resumption goes on towards it
+        config = replace(config, steps=args.steps or config.steps, minutes=args.minutes)
+        write_config(config)
+    return config, progress

@@ -1,0 +1,322 @@
+"""Train a model: `python -m host.train` alone trains `small` on TinyStories, preparing the data when missing.
+
+A run is a folder: last.safetensors (resume from here), best.safetensors (lowest validation loss), log.csv,
+curves.png and the tokenizer. `torchrun --nproc-per-node N -m host.train` shares every batch among N processes.
+"""
+
+import argparse
+import contextlib
+import math
+import platform
+import re
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from host.data.shards import DataFolder, Split, load_data
+from host.model.network import Denoiser
+from host.train.batches import Batch, MicroBatch, make_batch
+from host.train.checkpoint import (
+    BEST,
+    LAST,
+    Progress,
+    find_checkpoint,
+    init_from,
+    restore,
+    save_checkpoint,
+)
+from host.train.distributed import Ranks, joined_ranks
+from host.train.logging import LOG_FILE, NUMBERS, open_log, progress_bar, start_wandb
+from host.train.loss import WeightedLoss
+from host.train.optim import Ema, build_optimizers, learning_rate_factor
+from host.train.plots import plot_curves
+from host.train.run_folder import (
+    VALIDATION_DRAWS,
+    VALIDATION_SEED,
+    TrainConfig,
+    fraction_done,
+    parse_arguments,
+    run_laid_out,
+)
+from shared.errors import DiffusionLLMError
+
+SAVE_EVERY_S: Final = 300.0  # of training, between validations
+ROWS_ALIGNED: Final = 16
+"""Where mixed precision pays, canvases are cut at multiples of this. On CUDA attention with a bias wants rows of a
+multiple of 8, and products of half-precision matrices are fastest so; on a CPU see `host.train.loss.SCORED_ALIGNED`."""
+
+
+class NonFiniteLoss(DiffusionLLMError):
+    """Training diverged."""
+
+
+class Trainer:
+    """Owns the network, its optimizers and the run folder; `run` trains until done or interrupted."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        progress: Progress,
+        data: DataFolder,
+        device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008  (frozen: alone)
+        wandb: bool = False,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.progress = progress
+        self.data = data
+        self.device = device
+        self.ranks = ranks
+        self.dtype = mixed_precision_dtype(device)
+        self.model = Denoiser(progress.model).to(device)
+        self.optimizers = build_optimizers(self.model, config.optimizer, config.lr, self.dtype or torch.float32)
+        self.ema = Ema(self.model, config.ema_decay)
+        self.loss = training_loss(self.model, device, ranks)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.stopping = False
+        self.saved_s = progress.seconds
+        self.wandb = start_wandb(config.out.name, {"lr": config.lr}) if wandb and ranks.first else None
+        self._preparer = ThreadPoolExecutor(1, "batches")
+        self._prepared: dict[int, Future[Batch]] = {}  # by step
+
+    def resume(self) -> None:
+        """Take up the run folder's last checkpoint."""
+        last = find_checkpoint(self.config.out, LAST)
+        self.progress = restore(last, self.model, self.ema, self.optimizers, self.scaler)
+        self.saved_s = self.progress.seconds
+
+    def start_from(self, run: Path) -> None:
+        """Start from another run's averaged weights, which `host.train.run_folder.check_start` has found to fit."""
+        init_from(self.model, find_checkpoint(run))
+        self.ema = Ema(self.model, self.config.ema_decay)
+
+    def batch_at(self, split: Split, seed: int, step: int, size: int) -> Batch:
+        """This process's share of a batch, ready to be copied to the device."""
+        c, p = self.config, self.progress
+        share = (self.ranks.rank, self.ranks.processes)
+        weighting = c.weighting if split is self.data.train else "nelbo"
+        length_step = ROWS_ALIGNED if self.dtype is not None else 1
+        batch = make_batch(
+            split, seed, step, size, c.micro_size, p.objective, p.schedule, weighting, share, length_step
+        )
+        return batch if self.device.type == "cpu" else replace(batch, parts=tuple(b.pinned() for b in batch.parts))
+
+    def next_batch(self) -> Batch:
+        """The batch of this step, which was made during the last one; the next is begun."""
+        c, step = self.config, self.progress.step
+        made = self._prepared.pop(step, None)
+        batch = made.result() if made else self.batch_at(self.data.train, c.seed, step, c.batch_size)
+        coming = self._preparer.submit(self.batch_at, self.data.train, c.seed, step + 1, c.batch_size)
+        self._prepared = {step + 1: coming}
+        return batch
+
+    def summed_loss(self, batch: MicroBatch) -> Tensor:
+        """A micro-batch's weighted loss in nats: NELBO draws or exact negative log-likelihoods.  → ()"""
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            loss: Tensor = self.loss(batch.on(self.device))
+        return loss
+
+    def step(self) -> tuple[float, float, int]:
+        """One optimizer step.  → (loss in nats a token, gradient norm, tokens)"""
+        c = self.config
+        batch = self.next_batch()
+        total = torch.zeros((), device=self.device)
+        for i, part in enumerate(batch.parts):
+            with self._gradients_meet(i == len(batch.parts) - 1):
+                loss = self.summed_loss(part) / batch.tokens
+                # Gradients are averaged over the processes; the loss is a sum over all stories.
+                self.scaler.scale(loss * self.ranks.processes).backward()
+            total += loss.detach()
+        (mean,) = self.ranks.sums(float(total))
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
+        self._check_finite("loss", mean)
+        if self.progress.seconds - self.saved_s > SAVE_EVERY_S:  # this loss has shown the weights to be good
+            self.save(LAST)
+        if not self.scaler.is_enabled():  # a scaler meets infinite gradients now and then, and skips the step
+            self._check_finite("gradient norm", norm)
+        factor = learning_rate_factor(fraction_done(c, self.progress), c.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = c.lr * factor
+            if math.isfinite(norm):  # or clipping has spoilt the gradients of all; a scaler looks at each one's own
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        self.ema.update(self.model, self.progress.step)
+        return mean, norm, batch.tokens
+
+    @contextlib.contextmanager
+    def _gradients_meet(self, now: bool) -> Iterator[None]:
+        """Processes exchange gradients once a step, in its last backward pass."""
+        with contextlib.nullcontext() if now or self.ranks.processes == 1 else self.loss.no_sync():  # type: ignore[operator]
+            yield
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        last = self.config.out / LAST
+        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved yet"
+        raise NonFiniteLoss(f"the {name} became {value} at step {self.progress.step}; {good}; try a lower --lr")
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Averaged weights on two samples of validation stories, in nats a token; always the same ones and noise."""
+        raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.model.load_state_dict(self.ema.shadow)
+        n = min(self.config.valid_stories, len(self.data.valid))
+        nats, tokens = 0.0, 0
+        for draw in range(VALIDATION_DRAWS):
+            batch = self.batch_at(self.data.valid, VALIDATION_SEED, draw, n)
+            nats += sum(float(self.summed_loss(part)) for part in batch.parts)
+            tokens += batch.tokens
+        self.model.load_state_dict(raw)
+        (total,) = self.ranks.sums(nats)
+        return total / tokens
+
+    def save(self, file: str) -> None:
+        """Write a checkpoint into the run folder, atomically."""
+        self.saved_s = self.progress.seconds
+        if not self.ranks.first:
+            return
+        path = self.config.out / file
+        save_checkpoint(path, self.progress, self.model, self.ema, self.optimizers, self.scaler)
+
+    def run(self) -> None:
+        """Train to the end, or until `stopping` is set; either way the last state is saved."""
+        c = self.config
+        minutes_total = None if c.minutes is None else 60 * c.minutes
+        machine = machine_of(self.device)
+        stopped = False
+        with (
+            open_log(c.out / LOG_FILE, self.progress.step, self.ranks.first) as log,
+            progress_bar(c.steps, minutes_total, self.ranks.first) as bar,
+            self._preparer,
+        ):
+            while not stopped and fraction_done(c, self.progress) < 1.0:
+                started, worked = time.perf_counter(), time.process_time()
+                loss, norm, tokens = self.step()
+                # One clock and one decision for all processes, or they would part at the next exchange.
+                elapsed, stop = self.ranks.largest(time.perf_counter() - started, self.stopping)
+                (worked_s,) = self.ranks.sums(time.process_time() - worked)
+                stopped = stop > 0
+                p = self.progress
+                self.progress = replace(
+                    p,
+                    step=p.step + 1,
+                    tokens_seen=p.tokens_seen + tokens,
+                    seconds=p.seconds + elapsed,
+                    processor_seconds=p.processor_seconds + worked_s,
+                )
+                due = self.progress.step % c.valid_every == 0 or fraction_done(c, self.progress) >= 1.0
+                valid = self.validate_and_keep() if due else None
+                row: tuple[int | str, ...] = (
+                       self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
+                       "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
+                       f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.processor_seconds:.1f}",
+                       machine)  # fmt: skip
+                log(row)  # before the checkpoint: a row too many is dropped when the run goes on, a missing one is lost
+                if due:
+                    self.save(LAST)
+                    self.draw_curves()
+                if self.wandb is not None:
+                    self.wandb({k: float(v) for k, v in zip(NUMBERS, row[:-1], strict=True) if v != ""})
+                bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
+            self.stopping = stopped
+            self.save(LAST)
+            self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Redraw the picture of the log."""
+        if self.ranks.first:
+            plot_curves(self.config.out)
+
+    def validate_and_keep(self) -> float:
+        """Validate, keep the best apart."""
+        valid = self.validate()
+        self._check_finite("validation loss", valid)  # before broken weights replace the last good ones
+        if self.progress.best_nats is None or valid < self.progress.best_nats:
+            self.progress = replace(self.progress, best_nats=valid)
+            self.save(BEST)
+        return valid
+
+
+def training_loss(model: Denoiser, device: torch.device, ranks: Ranks) -> nn.Module:
+    """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes."""
+    loss: nn.Module = WeightedLoss(model, fused=device.type == "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        loss.compile(dynamic=True)
+    return loss if ranks.processes == 1 else DistributedDataParallel(loss, broadcast_buffers=False)
+
+
+def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
+    """bf16 where the chip multiplies it, FP16 on older GPUs, None (float32) on CPUs that would emulate it."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else None
+
+
+def machine_of(device: torch.device) -> str:
+    """What a second is worth: the processor's name and the fastest type that it trains in."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu_info = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.exists() else "", re.MULTILINE)
+        name = f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {str(mixed_precision_dtype(device) or torch.float32).removeprefix('torch.')}"
+
+
+@contextlib.contextmanager
+def laid_out_by_first(ranks: Ranks) -> Iterator[tuple[argparse.Namespace, TrainConfig, Progress]]:
+    """What the first process makes of the command line; where it cannot, it says why and the others end in silence."""
+    with contextlib.ExitStack() as held:
+        made: tuple[argparse.Namespace, TrainConfig, Progress] | DiffusionLLMError | SystemExit | None = None
+        if ranks.first:
+            try:
+                args = parse_arguments()
+                made = (args, *held.enter_context(run_laid_out(args, ranks.processes)))
+            except (DiffusionLLMError, SystemExit) as error:  # argparse exits by itself
+                made = error
+        found: Any = ranks.from_first(made)
+        if isinstance(found, BaseException):
+            raise found if ranks.first else SystemExit(1)
+        yield found
+
+
+def main() -> None:
+    """Train, resume, and save when the user or the terminal ends it."""
+    with joined_ranks() as ranks, laid_out_by_first(ranks) as (args, config, progress):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        trainer = Trainer(config, progress, load_data(config.data), device, ranks, wandb=args.wandb)
+        if args.resume:
+            trainer.resume()
+        elif args.init:
+            trainer.start_from(args.init)
+
+        def stop(signum: int, frame: object) -> None:
+            trainer.stopping = True
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup would have it
+            signal.signal(signal.SIGHUP, stop)
+        trainer.run()
+    if not ranks.first:
+        return
+    state = f"stopped at step {trainer.progress.step}; continue with --resume {config.out}"
+    best = trainer.progress.best_nats
+    print(f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss "
+          f"{'not measured yet' if best is None else f'{best:.4f} nats a token'}")  # fmt: skip

@@ -1,0 +1,208 @@
+"""Ten times what a daemon can do: `python -m tests.stress.overload --minutes N`.
+
+Clients of the socket and of MQTT ask without waiting for answers. Each request has to be answered, most with a refusal
+that says when to try again; memory has to stay bounded; and afterwards somebody new has to be served as soon as
+everything accepted could be.
+"""
+
+import argparse
+import json
+import socket
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from edge.config import Config, default_bundle
+from shared.errors import run_main
+from tests.integration.harness import PATIENCE_S, Broker, Daemon, Line, Listener
+from tests.stress.soak import resources
+
+TIMES: Final = 10
+SOCKETS: Final = 8
+"""Connections to the socket; one more client asks over MQTT, as often as one of them."""
+ACCEPTED: Final = Config().queue_size + 1
+"""Requests that a daemon takes in at most."""
+MOST_GROWTH_KB: Final = 16 * 1024
+REQUEST: Final = {"prompt": "Once upon a time", "steps": 8}
+TOPIC: Final = "edgelm/dev/request/generate"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of it. Rates are requests a second.
+
+    retry_after_ms: the least and the most that refusals advised. recovery_s: from the last request of the flood to the
+    answer of a client that came then. drain_s: everything a daemon accepts at its capacity, and one request alone.
+    """
+
+    capacity: float
+    offered: int
+    offered_rate: float
+    answers: dict[str, int]
+    retry_after_ms: tuple[int, int]
+    resident_before_kb: int
+    resident_most_kb: int
+    recovery_s: float
+    drain_s: float
+
+    @property
+    def fault(self) -> str | None:
+        """What was not as it should be, timing aside."""
+        if set(self.answers) != {"ok", "queue_full"}:
+            return f"answers other than texts and refusals: {self.answers}"
+        if sum(self.answers.values()) != self.offered:
+            return f"{self.offered} requests got {sum(self.answers.values())} answers"
+        if self.retry_after_ms[0] < 1:
+            return "a refusal without advice"
+        if self.resident_most_kb > self.resident_before_kb + MOST_GROWTH_KB:
+            return f"{self.resident_most_kb} kB resident, from {self.resident_before_kb}"
+        return None
+
+
+class Answers:
+    """What came back. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.codes: Counter[str] = Counter()
+        self.advice_ms: list[int] = []
+        self._lock = threading.Lock()
+
+    def note(self, answer: dict[str, Any]) -> None:
+        """Count one."""
+        with self._lock:
+            self.codes[answer["error"]["code"] if answer["error"] else "ok"] += 1
+            if answer["error"]:
+                self.advice_ms.append(answer["error"].get("retry_after_ms", 0))
+
+
+def paced(seconds: float, rate: float, send: Callable[[int], None]) -> int:
+    """Call `send` so many times a second, and make up for what was late.  → how often"""
+    began_s = time.monotonic()
+    sent = 0
+    while (passed_s := time.monotonic() - began_s) < seconds:
+        while sent < passed_s * rate:
+            send(sent)
+            sent += 1
+        time.sleep(0.005)
+    return sent
+
+
+def flood_socket(daemon: Daemon, seconds: float, rate: float, answers: Answers) -> int:
+    """One connection's part, until all is answered.  → requests sent"""
+    line = Line(daemon.socket)
+
+    def read() -> None:
+        while (reply := line.read()) is not None:
+            answers.note(reply)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    sent = paced(seconds, rate, lambda number: line.send(REQUEST))
+    line.sock.shutdown(socket.SHUT_WR)  # the daemon hangs up after its last answer
+    reader.join()
+    line.close()
+    return sent
+
+
+def flood_mqtt(broker: Broker, seconds: float, rate: float, answers: Answers) -> int:
+    """One client's part, until all is answered.  → requests sent"""
+    listener = Listener(broker.port, "edgelm/dev/response/#")
+
+    def send(number: int) -> None:
+        listener.client.publish(TOPIC, json.dumps(REQUEST | {"id": str(number)}), qos=1)
+
+    sent = paced(seconds, rate, send)
+    for _ in range(sent):
+        answers.note(json.loads(listener.heard.get(timeout=PATIENCE_S).payload))
+    listener.close()
+    return sent
+
+
+def capacity(daemon: Daemon, requests: int) -> float:
+    """Requests a second with always enough to do, but never too much."""
+
+    def client(_: int) -> None:
+        line = Line(daemon.socket)
+        for _ in range(requests // SOCKETS // 3):
+            line.send(*[REQUEST] * 3)
+            assert all((line.read() or {})["status"] == "ok" for _ in range(3))
+        line.close()
+
+    began_s = time.monotonic()
+    with ThreadPoolExecutor(SOCKETS) as pool:
+        list(pool.map(client, range(SOCKETS)))
+    return requests // SOCKETS // 3 * 3 * SOCKETS / (time.monotonic() - began_s)
+
+
+def newcomer(daemon: Daemon) -> float:
+    """Seconds until a client that comes now has its answer, trying again when it is told to."""
+    began_s = time.monotonic()
+    line = Line(daemon.socket)
+    while (answer := line.ask(REQUEST))["status"] != "ok":
+        time.sleep(answer["error"]["retry_after_ms"] / 1e3)
+    line.close()
+    return time.monotonic() - began_s
+
+
+def run(seconds: float, backend: str, bundle: Path) -> Report:
+    """Find out what it can do, and ask for ten times as much."""
+    answers = Answers()
+    with tempfile.TemporaryDirectory(prefix="overload-") as name:
+        broker = Broker(Path(name), "persistence false", "max_queued_messages 0").start()
+        daemon = Daemon(Path(name), bundle, "--backend", backend, "--mqtt", broker.address, DEVICE="dev")
+        try:
+            broker.tool("mosquitto_sub", "-t", "edgelm/dev/availability", "-C", "1", "-W", "20")
+            most = capacity(daemon, requests=240)
+            alone_s = newcomer(daemon)
+            before = resources(daemon.process.pid).resident_kb
+            rate = TIMES * most / (SOCKETS + 1)
+            resident: list[int] = []
+            with ThreadPoolExecutor(SOCKETS + 1) as pool:
+                floods = [pool.submit(flood_socket, daemon, seconds, rate, answers) for _ in range(SOCKETS)]
+                floods.append(pool.submit(flood_mqtt, broker, seconds, rate, answers))
+                end_s = time.monotonic() + seconds
+                while time.monotonic() < end_s:
+                    resident.append(resources(daemon.process.pid).resident_kb)
+                    time.sleep(0.1)
+                recovery_s = newcomer(daemon)
+                offered = sum(flood.result() for flood in floods)
+            resident.append(resources(daemon.process.pid).resident_kb)
+        finally:
+            daemon.close()
+            broker.stop()
+    return Report(
+        capacity=round(most, 1),
+        offered=offered,
+        offered_rate=round(offered / seconds, 1),
+        answers=dict(answers.codes),
+        retry_after_ms=(min(answers.advice_ms, default=0), max(answers.advice_ms, default=0)),
+        resident_before_kb=before,
+        resident_most_kb=max(resident),
+        recovery_s=round(recovery_s, 2),
+        drain_s=round(ACCEPTED / most + alone_s, 2),
+    )
+
+
+def main() -> int:
+    """Run and report. Returns 1 when something was not as it should be, or recovery took too long."""
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.overload", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--backend", default="fake:20")
+    parser.add_argument("--bundle", type=Path, default=default_bundle())
+    args = parser.parse_args()
+    report = run(args.minutes * 60, args.backend, args.bundle)
+    for name, value in asdict(report).items():
+        print(f"{name:20} {value}")
+    fault = report.fault or ("it recovered too slowly" if report.recovery_s > report.drain_s else None)
+    print(fault or "as it should be")
+    return int(fault is not None)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,85 @@
+"""The kernels on a processor: compiled by the system's compiler, each CUDA thread a fiber."""
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge.backends.trt import kernels
+
+HERE = Path(__file__).parent
+COMPILER = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+# Symbolic: a process may hold the kernels twice, by themselves and in the driver, each with its own threads.
+FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fPIC", "-shared", "-Wl,-Bsymbolic")
+
+Array = NDArray[Any]
+
+
+def build(folder: Path, threads: int) -> "Emulator":
+    """Compile the kernels for blocks of so many threads; skips where no C++ compiler is installed."""
+    library = folder / f"emulator-{threads}.so"
+    _compile("emulator.cpp", library, f"-DTHREADS={threads}")
+    return Emulator(ctypes.CDLL(str(library)))
+
+
+def build_driver(folder: Path) -> None:
+    """Compile a libcuda.so.1, for a process that finds it by LD_LIBRARY_PATH; skips as above."""
+    _compile("libcuda.cpp", folder / "libcuda.so.1", "-DTHREADS=64", "-Wl,-soname,libcuda.so.1", "-ldl")
+
+
+def _compile(source: str, library: Path, *flags: str) -> None:
+    if COMPILER is None:
+        pytest.skip("no C++ compiler is installed (apt: g++)")
+    include = Path(kernels.__file__).parent
+    command = [COMPILER, *FLAGS, f"-I{include}", str(HERE / source), "-o", str(library), *flags]
+    subprocess.run(command, check=True)
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """Calls into the compiled kernels. Arrays are passed by address: C-contiguous, of the kernels' dtypes."""
+
+    library: ctypes.CDLL
+
+    def call(self, name: str, *arguments: Array | int | float) -> int:
+        """Call a function that returns int, or nothing."""
+        return int(getattr(self.library, name)(*(_argument(a) for a in arguments)))
+
+    def time_at(self, schedule: int, masked: int, positions: int) -> float:
+        """time_of(), the one function that returns a float."""
+        function = self.library.time_at
+        function.restype = ctypes.c_float
+        return float(function(schedule, masked, positions))
+
+    def draw(
+        self, logits: Array, canvas: Array, fill: Array, rows: Array, candidates: Array, backwards: bool = False
+    ) -> None:
+        """The first kernel over logits (B, L, V)."""
+        b, length, vocab = logits.shape
+        failed = self.call("emulate_draw", logits, canvas, fill, rows, candidates, length, vocab, b, int(backwards))
+        assert not failed, "threads of a block do not meet at its barriers"
+
+    def commit(
+        self, canvas: Array, fill: Array, rows: Array, ratios: Array, candidates: Array, t: Array,
+        whole_length: int, schedule: int = 0, backwards: bool = False,
+    ) -> None:  # fmt: skip
+        """The second kernel over a canvas (B, L)."""
+        b, length = canvas.shape
+        arguments = (length, ratios.shape[1], whole_length, schedule, b, int(backwards))
+        failed = self.call("emulate_commit", canvas, fill, rows, ratios, candidates, t, *arguments)
+        assert not failed, "threads of a block do not meet at its barriers"
+
+
+def _argument(value: Array | int | float) -> Any:
+    if isinstance(value, np.ndarray):
+        assert value.flags.c_contiguous
+        return ctypes.c_void_p(value.ctypes.data)
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    return ctypes.c_uint64(value) if value >= 2**31 else ctypes.c_int(value)

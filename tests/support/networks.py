@@ -1,0 +1,86 @@
+"""Backends that stand for a network in tests of the edge's loop, and what is asked of every finished canvas."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend, StepResult
+from edge.decoding.canvas import Sampling, unmask
+from shared.schedule import ScheduleName
+from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
+
+NEVER = -1e4
+
+
+@dataclass
+class Noise:
+    """A network whose scores are noise, a function of the whole canvas; forbids what the real graph forbids."""
+
+    vocab: int
+    k: int
+    seed: int
+    lengths: tuple[int, ...]
+    spread: float = 1.0
+    times: list[float] = field(default_factory=list)
+    batches: tuple[int, ...] = (1,)
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        assert canvas.shape in {(1, n) for n in self.lengths}
+        self.times.append(float(t[0]))
+        rng = np.random.default_rng([self.seed, *canvas[0].tolist()])
+        score = rng.normal(0, self.spread, (canvas.shape[1], self.vocab))
+        score[:, [MASK, BOS]] = NEVER
+        last_text = np.flatnonzero(canvas[0] >= FIRST_TEXT_ID)[-1:].max(initial=-1)
+        score[: max(0, last_text), [EOS, PAD]] = NEVER
+        logp = score - np.log(np.exp(score).sum(1, keepdims=True))
+        order = np.argsort(-logp, axis=1, kind="stable")[:, : self.k]
+        entropy = -(np.exp(logp) * logp).sum(1)
+        best = np.take_along_axis(logp, order, 1)
+        return StepResult(order[None].astype(np.int32), best[None].astype(np.float32), entropy[None].astype(np.float32))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass
+class Constant:
+    """The same scored candidates at every position, of one long canvas."""
+
+    ids: NDArray[np.int32]  # (K,)
+    logp: NDArray[np.float32]  # (K,)
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...] = (1,)
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        shape = (1, canvas.shape[1], self.ids.size)
+        entropy = np.full(shape[:2], 1.0, np.float32)
+        return StepResult(np.broadcast_to(self.ids, shape), np.broadcast_to(self.logp, shape), entropy)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def open_canvas(length: int) -> NDArray[np.int32]:
+    canvas = np.full(length, MASK, np.int32)
+    canvas[0] = BOS
+    return canvas
+
+
+def filled(
+    backend: Backend, canvas: NDArray[np.int32], sampling: Sampling, schedule: ScheduleName = "linear"
+) -> tuple[NDArray[np.int32], list[int]]:
+    """→ the finished canvas, and how many positions were open after each pass"""
+    canvas, fill, left = canvas.copy(), canvas == MASK, list[int]()
+    passes = unmask(backend, schedule, canvas, fill, sampling, lambda step, now: left.append(int((now == MASK).sum())))
+    assert passes == len(left)
+    return canvas, left
+
+
+def assert_sound(canvas: NDArray[np.int32]) -> None:
+    """BOS, text, then nothing or EOS and only PAD."""
+    assert canvas[0] == BOS
+    ends = np.flatnonzero(canvas[1:] < FIRST_TEXT_ID) + 1
+    if ends.size:
+        assert canvas[ends[0]] == EOS
+        assert (canvas[ends[0] + 1 :] == PAD).all()

@@ -1,0 +1,158 @@
+"""Continuous batching: who shares a pass with whom, whose turn it is, and that no text shows it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.backends import Backend, StepResult
+from edge.backends.fake import FakeBackend
+from edge.serving.loaded_bundle import Engine
+from edge.serving.scheduler import ACTIVE, Scheduler
+from shared.messages import GenerateRequest
+from tests.support.mailbox import Mailbox, submit
+
+
+class Recorder:
+    """A backend of three lengths that notes the shape of every pass, and can refuse to score a canvas."""
+
+    def __init__(self, inner: Backend, batches: tuple[int, ...]) -> None:
+        self._inner = inner
+        self.lengths: tuple[int, ...] = (16, 32, inner.lengths[-1])
+        self.batches = batches
+        self.shapes: list[tuple[int, int]] = []
+        self.refuses: set[bytes] = set()
+        self.closed = False
+
+    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+        assert canvas.shape[0] in self.batches and canvas.shape[1] in self.lengths
+        if any(row[:8].tobytes() in self.refuses for row in canvas):
+            raise ZeroDivisionError("the accelerator fell off")
+        self.shapes.append((canvas.shape[0], canvas.shape[1]))
+        length = canvas.shape[1]
+        ids, logp, entropy = self._inner.step(canvas, t, wanted)
+        return StepResult(ids[:, :length], logp[:, :length], entropy[:, :length])
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def recorded(folder: Path, *batches: int) -> tuple[Engine, Recorder]:
+    engine = Engine.load(folder, "fake")
+    assert isinstance(engine.backend, FakeBackend)
+    recorder = Recorder(engine.backend, batches)
+    engine.backend = recorder
+    return engine, recorder
+
+
+def serve_all(scheduler: Scheduler) -> None:
+    scheduler.refuse_new()
+    scheduler.run()
+
+
+def test_requests_of_one_length_share_passes_as_far_as_the_backend_takes_them(debug_bundle: Path) -> None:
+    engine, recorder = recorded(debug_bundle, 1, 2, 4)
+    scheduler = Scheduler(engine, queue_size=16)
+    mailboxes = [submit(scheduler, max_tokens=2, steps=2) for _ in range(7)]
+    serve_all(scheduler)
+    assert [mailbox.response().status for mailbox in mailboxes] == ["ok"] * 7
+    assert sum(batch for batch, _ in recorder.shapes) == 7 * 2
+    assert recorder.shapes[:2] == [(4, 16), (4, 16)]  # who was left out is first in the next
+
+
+def test_requests_of_different_lengths_never_pad_each_other(debug_bundle: Path) -> None:
+    engine, recorder = recorded(debug_bundle, 1, 2, 4, 8)
+    scheduler = Scheduler(engine, queue_size=16)
+    short = [submit(scheduler, max_tokens=2, steps=1) for _ in range(2)]
+    long = [submit(scheduler, max_tokens=20, steps=1) for _ in range(2)]
+    serve_all(scheduler)
+    assert all(mailbox.response().status == "ok" for mailbox in [*short, *long])
+    assert recorder.shapes == [(2, 16), (2, 32)]
+
+
+def test_a_text_is_the_same_in_a_batch_and_alone(debug_bundle: Path) -> None:
+    asked: list[dict[str, Any]] = [
+        {"prompt": "time " * i, "seed": i, "steps": 3 + i % 3, "temperature": 1.0} for i in range(12)
+    ]
+    texts = []
+    for batches in [(1,), (1, 2, 4, 8)]:
+        engine, recorder = recorded(debug_bundle, *batches)
+        scheduler = Scheduler(engine, queue_size=16)
+        mailboxes = [submit(scheduler, max_tokens=None, **fields) for fields in asked]
+        serve_all(scheduler)
+        assert max(batch for batch, _ in recorder.shapes) == batches[-1]
+        texts.append([mailbox.response().text for mailbox in mailboxes])
+    assert texts[0] == texts[1]
+
+
+def test_a_suspect_of_an_earlier_crash_shares_no_pass(debug_bundle: Path) -> None:
+    engine, recorder = recorded(debug_bundle, 1, 2, 4)
+    scheduler = Scheduler(engine, queue_size=16)
+    suspect = GenerateRequest(prompt="Once", max_tokens=2, steps=1)
+    scheduler.submit(suspect, Mailbox(), resumed=True, alone=True)
+    others = [submit(scheduler, max_tokens=2, steps=1) for _ in range(2)]
+    serve_all(scheduler)
+    assert recorder.shapes == [(1, 16), (2, 16)] and all(mailbox.answered for mailbox in others)
+
+
+def test_of_a_batch_that_fails_only_the_culprit_is_given_up(debug_bundle: Path) -> None:
+    engine, recorder = recorded(debug_bundle, 1, 2, 4)
+    scheduler = Scheduler(engine, queue_size=16)
+    culprit = GenerateRequest(prompt="culprit of all", max_tokens=4)
+    recorder.refuses.add(engine.prepare(culprit).layout.canvas[:8].tobytes())
+    mailboxes = [submit(scheduler, prompt=text) for text in ("Once", culprit.prompt, "Twice", "Thrice")]
+    serve_all(scheduler)
+    assert [mailbox.response().status for mailbox in mailboxes] == ["ok", "error", "ok", "ok"]
+    assert mailboxes[1].error_code() == "internal"
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_places_are_for_clients_that_have_none(debug_bundle: Path) -> None:
+    engine, _ = recorded(debug_bundle, 1)
+    scheduler = Scheduler(engine, queue_size=7)
+    greedy = [submit(scheduler, client="greedy") for _ in range(8)]
+    modest = [submit(scheduler, client="modest") for _ in range(2)]
+    assert [mailbox.answered for mailbox in greedy] == [False] * 6 + [True] * 2
+    assert [mailbox.answered for mailbox in modest] == [False, True]
+    assert {greedy[-1].error_code(), modest[-1].error_code()} == {"queue_full"}
+    serve_all(scheduler)
+    assert modest[0].response().status == "ok"
+
+
+def test_a_client_does_not_wait_for_a_place_behind_another_that_took_them_all(debug_bundle: Path) -> None:
+    engine, _ = recorded(debug_bundle, 1)
+    scheduler = Scheduler(engine, queue_size=100)
+    order: list[str | None] = []
+    for i in range(ACTIVE + 5):
+        request = GenerateRequest(prompt="Once", id=f"greedy {i}", max_tokens=2, steps=2)
+        scheduler.submit(request, lambda reply: order.append(getattr(reply, "id", None)), client="greedy")
+    request = GenerateRequest(prompt="Once", id="modest", max_tokens=2, steps=2)
+    scheduler.submit(request, lambda reply: order.append(getattr(reply, "id", None)), client="modest")
+    serve_all(scheduler)
+    assert order[0] == "modest" and len(order) == ACTIVE + 6
+
+
+# --- what stands around it -------------------------------------------------------------------------------------------
+
+
+def test_a_reload_lets_accepted_requests_finish_on_their_engine_and_then_closes_it(debug_bundle: Path) -> None:
+    (old, old_backend), (new, new_backend) = recorded(debug_bundle, 1), recorded(debug_bundle, 1)
+    scheduler = Scheduler(old, queue_size=4)
+    before = submit(scheduler, steps=3)
+    scheduler.replace_engine(new)
+    after = submit(scheduler, steps=5)
+    assert not old_backend.closed
+    serve_all(scheduler)
+    assert before.response().status == after.response().status == "ok"
+    assert (len(old_backend.shapes), len(new_backend.shapes)) == (3, 5)
+    assert old_backend.closed and not new_backend.closed and scheduler.engine is new
+
+
+def test_an_engine_that_nobody_uses_is_closed_at_once(debug_bundle: Path) -> None:
+    (old, old_backend), (new, _) = recorded(debug_bundle, 1), recorded(debug_bundle, 1)
+    scheduler = Scheduler(old, queue_size=4)
+    scheduler.replace_engine(new)
+    assert old_backend.closed

@@ -1,0 +1,275 @@
+"""The scheduler: one terminal reply for whatever it took in."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge.serving.loaded_bundle import Engine, Plan, Run
+from edge.serving.scheduler import Scheduler
+from shared.errors import RequestError
+from shared.messages import GenerateRequest, Partial, Reply, Response
+from tests.support.mailbox import Mailbox, submit
+
+
+class GatedEngine(Engine):
+    """The real engine on the fake backend, held behind every pass until the test lets it go on."""
+
+    def __init__(self, inner: Engine) -> None:
+        self.__dict__.update(inner.__dict__)
+        self.at_step = threading.Semaphore(0)
+        self.may_step = threading.Semaphore(0)
+
+    def step(self, runs: Sequence[Run]) -> None:
+        super().step(runs)
+        self.at_step.release()
+        assert self.may_step.acquire(timeout=20)
+
+    def go(self) -> None:
+        """Let every pass go on from now."""
+        self.may_step.release(100_000)
+
+
+@pytest.fixture
+def engine(debug_bundle: Path) -> GatedEngine:
+    return GatedEngine(Engine.load(debug_bundle, "fake"))
+
+
+@pytest.fixture
+def scheduler(engine: GatedEngine) -> Iterator[Scheduler]:
+    """Two may wait."""
+    scheduler = Scheduler(engine, queue_size=2)
+    scheduler.start()
+    yield scheduler
+    engine.go()
+    scheduler.stop()
+
+
+def submit_running(scheduler: Scheduler, engine: GatedEngine, **fields: Any) -> Mailbox:
+    """A request that is held at its first step."""
+    mailbox = submit(scheduler, **fields)
+    assert engine.at_step.acquire(timeout=20)
+    return mailbox
+
+
+def test_equal_requests_are_answered_in_the_order_they_came(engine: GatedEngine) -> None:
+    order: list[str | None] = []
+    engine.backend.batches = (1,)
+    scheduler = Scheduler(engine, queue_size=16)
+    for name in "abcdefghij":
+        request = GenerateRequest(prompt="Once", id=name, max_tokens=3)
+        scheduler.submit(request, lambda reply: order.append(getattr(reply, "id", None)))
+    engine.go()
+    scheduler.refuse_new()
+    scheduler.run()
+    assert order == list("abcdefghij")
+
+
+def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(scheduler: Scheduler, engine: GatedEngine) -> None:
+    long = submit_running(scheduler, engine, max_tokens=60, steps=60)
+    short = submit(scheduler, max_tokens=1)
+    engine.may_step.release(4)
+    assert short.response().status == "ok" and not long.answered
+
+
+def test_a_refused_request_is_answered_at_once_and_by_its_id(scheduler: Scheduler) -> None:
+    mailbox = submit(scheduler, id="x", prompt="time " * 5000)
+    assert mailbox.answered
+    assert mailbox.error_code() == "too_large" and mailbox.response().id == "x"
+
+
+def test_a_full_queue_refuses_and_room_is_room_again(scheduler: Scheduler, engine: GatedEngine) -> None:
+    submit_running(scheduler, engine)
+    waiting = [submit(scheduler) for _ in range(2)]
+    refused = submit(scheduler)
+    assert refused.error_code() == "queue_full"
+    error = refused.response().error
+    assert error is not None and error.retryable and error.retry_after_ms is not None and error.retry_after_ms > 0
+    assert not any(mailbox.answered for mailbox in waiting)
+
+    engine.go()
+    assert all(mailbox.response().status == "ok" for mailbox in waiting)
+    assert submit(scheduler).response().status == "ok"
+
+
+def test_the_time_to_come_again_follows_the_measured_service_time(scheduler: Scheduler, engine: GatedEngine) -> None:
+    def advice() -> int:
+        for _ in range(2):
+            submit(scheduler)
+        error = submit(scheduler).response().error
+        assert error is not None and error.retry_after_ms is not None
+        return error.retry_after_ms
+
+    running = submit_running(scheduler, engine)
+    before = advice()
+    engine.go()
+    running.response()
+    for _ in range(20):
+        submit(scheduler, max_tokens=1).response()
+    while engine.may_step.acquire(blocking=False):
+        pass
+    while engine.at_step.acquire(blocking=False):
+        pass
+    submit_running(scheduler, engine)
+    assert advice() < before  # the fake backend answers in a few milliseconds
+
+
+def test_a_request_nobody_waits_for_stops_at_its_next_step(scheduler: Scheduler, engine: GatedEngine) -> None:
+    left = threading.Event()
+    mailbox = submit_running(scheduler, engine, gone=left.is_set)
+    left.set()
+    engine.may_step.release()
+    assert mailbox.response().status == "cancelled" and mailbox.error_code() == "cancelled"
+
+
+def test_a_deadline_ends_a_running_request(scheduler: Scheduler, engine: GatedEngine) -> None:
+    mailbox = submit_running(scheduler, engine, deadline_ms=300)
+    time.sleep(0.301)
+    engine.may_step.release()
+    assert mailbox.error_code() == "timeout"
+
+
+def test_the_queue_hears_of_its_deadlines_while_another_runs(scheduler: Scheduler, engine: GatedEngine) -> None:
+    running = submit_running(scheduler, engine)
+    left = threading.Event()
+    late, deserted = submit(scheduler, deadline_ms=1), submit(scheduler, gone=left.is_set)
+    time.sleep(0.002)
+    left.set()
+    engine.may_step.release()  # a single step of the running request
+
+    assert late.error_code() == "timeout"
+    assert deserted.error_code() == "cancelled"
+    assert not running.answered
+    assert scheduler.health().queued == 0
+
+
+def test_an_unexpected_failure_ends_one_request_and_not_the_scheduler(
+    scheduler: Scheduler, engine: GatedEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.go()
+
+    def fail(runs: Sequence[Run]) -> None:
+        raise ZeroDivisionError("the accelerator fell off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", fail)
+        mailbox = submit(scheduler)
+        assert mailbox.error_code() == "internal"
+    error = mailbox.response().error
+    assert error is not None and "accelerator" not in error.message  # the client learns nothing of our insides
+    assert "the accelerator fell off" in caplog.text and "Traceback" in caplog.text
+    assert submit(scheduler).response().status == "ok"
+
+
+def test_a_transport_that_fails_does_not_end_the_scheduler(scheduler: Scheduler, engine: GatedEngine) -> None:
+    engine.go()
+
+    def fail(reply: Reply) -> None:
+        raise OSError("no way back")
+
+    scheduler.submit(GenerateRequest(prompt="Once"), fail)
+    assert submit(scheduler).response().status == "ok"
+
+
+def test_snapshots_come_only_to_those_who_ask_and_not_too_often(scheduler: Scheduler, engine: GatedEngine) -> None:
+    engine.go()
+    plain = submit(scheduler)
+    plain.response()
+    streams = {every_s: Mailbox() for every_s in (0.0, 0.05, 3600.0)}
+    started_s = time.monotonic()
+    for every_s, mailbox in streams.items():
+        request = GenerateRequest(prompt="Once", stream=True, steps=20)
+        scheduler.submit(request, mailbox, partial_every_s=every_s)
+    steps = [mailbox.response().usage for mailbox in streams.values()]
+    allowed = 1 + (time.monotonic() - started_s) / 0.05
+
+    for mailbox in streams.values():
+        assert isinstance(mailbox.replies[-1], Response)
+    every, some, one = (
+        [reply for reply in mailbox.replies if isinstance(reply, Partial)] for mailbox in streams.values()
+    )
+    assert steps[0] is not None and len(every) == steps[0].steps - 1 > 1
+    assert 1 <= len(some) <= allowed and len(one) == 1
+    assert len(plain.replies) == 1
+
+
+def test_health_tells_idle_busy_and_draining(scheduler: Scheduler, engine: GatedEngine) -> None:
+    assert scheduler.health().state == "idle" and not scheduler.busy
+    running = submit_running(scheduler, engine)
+    submit(scheduler)
+    assert (scheduler.health().state, scheduler.health().queued, scheduler.busy) == ("busy", 1, True)
+    assert scheduler.health().model == f"{engine.manifest.name}@{engine.digest[:12]}"
+    scheduler.refuse_new()
+    assert scheduler.health().state == "draining"
+    engine.go()
+    running.response()
+
+
+def test_a_drain_finishes_what_was_accepted_and_refuses_the_rest(scheduler: Scheduler, engine: GatedEngine) -> None:
+    accepted = [submit_running(scheduler, engine), submit(scheduler)]
+    scheduler.refuse_new()
+    assert submit(scheduler).error_code() == "draining"
+    engine.go()
+    assert [mailbox.response().status for mailbox in accepted] == ["ok", "ok"]
+
+
+def test_a_stop_answers_what_it_does_not_finish(scheduler: Scheduler, engine: GatedEngine) -> None:
+    unfinished = [submit_running(scheduler, engine), submit(scheduler)]
+    stopping = threading.Thread(target=scheduler.stop)
+    stopping.start()
+    while scheduler.health().state != "draining":
+        time.sleep(0.001)
+    time.sleep(0.01)
+    engine.may_step.release()
+    stopping.join(20)
+    assert [mailbox.error_code() for mailbox in unfinished] == ["draining", "draining"]
+
+
+def test_a_scheduler_serves_in_the_callers_thread_as_well(engine: GatedEngine) -> None:
+    engine.go()
+    scheduler = Scheduler(engine, queue_size=1)
+    mailbox = submit(scheduler, max_tokens=2)
+    scheduler.refuse_new()
+    scheduler.run()
+    assert mailbox.answered and mailbox.response().status == "ok"
+
+
+def test_a_watchdog_can_see_the_passes(scheduler: Scheduler, engine: GatedEngine) -> None:
+    assert scheduler.steps_done == 0
+    submit_running(scheduler, engine, steps=4)
+    engine.may_step.release(2)
+    assert engine.at_step.acquire(timeout=20) and engine.at_step.acquire(timeout=20)
+    assert scheduler.steps_done == 2  # the third is held
+
+
+def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, engine: GatedEngine) -> None:
+    def full(plan: Plan) -> int:
+        raise RequestError("storage_full", "no room")
+
+    mailbox = Mailbox()
+    scheduler.submit(GenerateRequest(prompt="Once"), mailbox, commit=full)
+    assert mailbox.error_code() == "storage_full" and not scheduler.busy
+
+
+def test_it_tells_what_is_on_the_engine(scheduler: Scheduler, engine: GatedEngine) -> None:
+    told: list[list[int]] = []
+    scheduler.watch = lambda tags: told.append(list(tags))
+    engine.go()
+    mailbox = Mailbox()
+    scheduler.submit(GenerateRequest(prompt="Once", max_tokens=4), mailbox, commit=lambda plan: 77)
+    assert mailbox.response().status == "ok"
+    scheduler.stop()
+    assert told == [[77], []]
+
+
+def test_metrics_count_what_was_done(scheduler: Scheduler, engine: GatedEngine) -> None:
+    engine.go()
+    submit(scheduler, max_tokens=4).response()
+    submit(scheduler, prompt="time " * 5000).response()
+    metrics = scheduler.metrics()
+    assert (metrics.accepted, metrics.answered) == (2, {"ok": 1, "too_large": 1})
+    assert metrics.generated_tokens == 4 and metrics.steps == scheduler.steps_done >= 1
+    assert (metrics.active, metrics.queued) == (0, 0) and metrics.resident_mb > 10

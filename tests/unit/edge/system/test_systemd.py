@@ -1,0 +1,169 @@
+"""The service manager's protocols, against real sockets and a real journal stream's rules."""
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge.config import MqttConfig, read_password
+from edge.system import systemd
+from edge.system.systemd import JournalFormatter, Watchdog, on_journal, watchdog_interval_s
+from shared.errors import ConfigError
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The socket that systemd would listen on."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(str(tmp_path / "notify"))
+        heard.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield heard
+
+
+def told(manager: socket.socket) -> dict[str, str]:
+    lines = manager.recv(4096).decode().split("\n")
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_ready_carries_a_status(manager: socket.socket) -> None:
+    systemd.ready("serving debug")
+    assert told(manager) == {"READY": "1", "STATUS": "serving debug"}
+
+
+def test_a_reload_carries_the_time_it_began(manager: socket.socket) -> None:
+    before_us = time.monotonic_ns() // 1000
+    systemd.reloading()
+    sent = told(manager)
+    assert sent["RELOADING"] == "1"
+    assert before_us <= int(sent["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+
+
+def test_a_stop_asks_for_the_time_it_needs(manager: socket.socket) -> None:
+    systemd.stopping(35.5)
+    sent = told(manager)
+    assert (sent["STOPPING"], sent["EXTEND_TIMEOUT_USEC"]) == ("1", "35500000")
+
+
+def test_an_abstract_socket_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"edgelm-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
+        heard.bind(f"\0{name}")
+        heard.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
+        systemd.notify("READY=1")
+        assert heard.recv(100) == b"READY=1"
+
+
+def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    systemd.ready("")
+    assert systemd.activated_socket() is None
+    assert watchdog_interval_s() is None
+    assert systemd.credential("mqtt.password") is None
+
+
+def test_a_manager_that_left_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
+    systemd.ready("")
+    assert "READY=1" in caplog.text
+
+
+def test_descriptors_meant_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid() + 1))
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    assert systemd.activated_socket() is None
+
+
+def test_two_descriptors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "2")
+    with pytest.raises(ConfigError, match="exactly one socket"):
+        systemd.activated_socket()
+    assert "LISTEN_FDS" not in os.environ
+
+
+@pytest.mark.parametrize(("usec", "pid", "expected"), [("3000000", None, 3.0), ("3", "1", None), ("0", None, None)])
+def test_the_watchdog_interval_is_for_the_named_process(
+    usec: str, pid: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", usec)
+    monkeypatch.setenv("WATCHDOG_PID", pid or str(os.getpid()))
+    assert watchdog_interval_s() == expected
+
+
+def test_the_watchdog_is_fed_while_work_goes_on_or_there_is_none(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "40000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    steps, stuck = iter(range(10**9)), threading.Event()
+    last = [0]
+
+    def steps_done() -> int:
+        last[0] = last[0] if stuck.is_set() else next(steps)
+        return last[0]
+
+    busy = threading.Event()
+    busy.set()
+    watchdog = Watchdog(steps_done, busy.is_set)
+    watchdog.start()
+    assert [told(manager) for _ in range(3)] == [{"WATCHDOG": "1"}] * 3  # steps are made
+
+    stuck.set()
+    manager.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        for _ in range(100):
+            told(manager)  # what was sent before, then silence
+
+    busy.clear()
+    manager.settimeout(20)
+    assert told(manager) == {"WATCHDOG": "1"}  # idle
+    watchdog.stop()
+
+
+def record(level: int, text: str) -> logging.LogRecord:
+    return logging.LogRecord("edgelm", level, "", 0, text, (), None)
+
+
+def test_every_line_of_a_record_carries_its_priority() -> None:
+    formatter = JournalFormatter()
+    assert formatter.format(record(logging.INFO, "hello")) == "<6>hello"
+    assert formatter.format(record(logging.WARNING, "a\nb")) == "<4>a\n<4>b"
+    assert formatter.format(record(logging.ERROR, "a")) == "<3>a"
+
+
+def test_only_the_stream_that_systemd_opened_is_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "stderr").open("w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        found = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        assert on_journal()
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino + 1}")
+        assert not on_journal()
+        monkeypatch.delenv("JOURNAL_STREAM")
+        assert not on_journal()
+
+
+def test_the_loaded_credential_is_the_password_unless_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    login = MqttConfig(username="edge01")
+    assert read_password(login) is None
+    (tmp_path / "mqtt.password").write_text("")
+    assert read_password(login) is None
+    (tmp_path / "mqtt.password").write_text("loaded\n")
+    assert read_password(login) == "loaded"
+    assert read_password(MqttConfig()) is None
+    (tmp_path / "own").write_text("own\n")
+    assert read_password(MqttConfig(username="edge01", password_file=tmp_path / "own")) == "own"

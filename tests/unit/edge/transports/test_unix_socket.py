@@ -1,0 +1,48 @@
+"""One connection of the Unix socket: what it reads and serves in a turn. The whole of it: tests/integration."""
+
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edge.serving.loaded_bundle import Engine
+from edge.serving.scheduler import Scheduler
+from edge.transports.unix_socket import _Connection
+from shared.messages import MAX_MESSAGE_BYTES
+
+Ends = tuple[socket.socket, _Connection]
+
+
+@pytest.fixture
+def ends(debug_bundle: Path) -> Iterator[Ends]:
+    """A client, and the daemon's end of its connection."""
+    client, ours = socket.socketpair()
+    client.settimeout(20)
+    connection = _Connection(ours, Scheduler(Engine.load(debug_bundle, "fake"), queue_size=1), lambda: None)
+    yield client, connection
+    connection.close()
+    client.close()
+
+
+def test_a_client_that_sends_many_lines_has_one_of_them_served_in_its_turn(ends: Ends) -> None:
+    client, connection = ends
+    client.sendall(b'{"type": "health"}\n' * 100)
+    connection.receive()
+    for _ in range(100):
+        assert connection.answer_line()
+        assert client.recv(65536).count(b"\n") == 1
+    assert not connection.answer_line()
+
+
+def test_no_more_is_read_than_can_be_served_soon(ends: Ends) -> None:
+    client, connection = ends
+    for _ in range(2):
+        client.sendall(b"\n" * MAX_MESSAGE_BYTES)
+        assert connection.events & select.POLLIN
+        connection.receive()
+    assert not connection.events & select.POLLIN
+    while connection.answer_line():
+        pass
+    assert connection.events & select.POLLIN

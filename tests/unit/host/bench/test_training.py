@@ -1,0 +1,142 @@
+"""`python -m host.bench`: our loop beside a textbook's, and how much work a token is."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from host.bench import __main__ as bench
+from host.bench import training as train_speed
+from host.bench.training import TrainSpeed, batch_gflop, matmul_gflops, measure_training
+from host.data.shards import load_data
+from host.experiments.baseline import Textbook
+from host.model.network import Denoiser, ModelConfig
+from host.train import loss
+from host.train import trainer as train
+from host.train.batches import make_batch
+from host.train.loss import WeightedLoss
+from tests.support.commands import call, refusal
+
+PEAKS = {torch.float32: 80.0, torch.bfloat16: 240.0}
+
+
+@pytest.mark.parametrize(
+    ("mixed", "products", "names"),
+    [
+        (None, [torch.float32], "fp32 peak  of fp32 peak"),
+        (torch.bfloat16, [torch.bfloat16, torch.float32], "bf16 peak  fp32 peak  of bf16 peak"),
+    ],
+    ids=["bf16 is emulated", "bf16 is fast"],
+)
+def test_the_yardstick_is_the_peak_of_the_type_that_the_loop_runs_in(
+    mixed: torch.dtype | None,
+    products: list[torch.dtype],
+    names: str,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where bf16 is emulated the loop runs in float32, and no bf16 product is timed."""
+    timed: list[torch.dtype] = []
+    speeds: list[TrainSpeed] = []
+
+    def peak(device: torch.device, dtype: torch.dtype) -> float:
+        timed.append(dtype)
+        return PEAKS[dtype]
+
+    def measure(*arguments: Any) -> TrainSpeed:
+        speeds.append(measure_training(*arguments))
+        return speeds[-1]
+
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: mixed)
+    monkeypatch.setattr(train_speed, "matmul_gflops", peak)
+    monkeypatch.setattr(train_speed, "measure_training", measure)
+    call(bench.main, *("--config", "debug", "--data", data, "--steps", 2, "--batch-size", 8, "--threads", 1))
+    (speed,) = speeds
+    assert timed == products
+    of_peak = speed.tokens_per_s * speed.gflop_per_token / PEAKS[products[0]]
+    assert speed.fraction_of_peak == pytest.approx(of_peak, rel=1e-9)
+    head, row, source = capsys.readouterr().out.splitlines()
+    assert head.endswith(f"  GFLOP/s  {names}")
+    assert len(row) == len(head)
+    assert source == "real tokens of stories.jsonl, vocabulary 300; medians of 2 steps, in turn, ours of 8 canvases"
+
+
+def test_a_row_is_both_loops_their_ratio_the_work_and_the_peaks(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed = TrainSpeed("debug", "cpu", 1, 3000.0, 750.0, 0.02, {"bf16": 240.0, "fp32": 80.0})
+    monkeypatch.setattr(train_speed, "measure_training", lambda *_: speed)
+    call(bench.main, "--config", "debug", "tiny", "--data", data)
+    head, row, again, _ = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "config"
+    assert row.split() == again.split() == ["debug", "1", "3,000", "750", "4.00", "60", "240", "80", "25%"]
+
+
+def test_the_peak_of_this_machine_is_measured() -> None:
+    assert matmul_gflops(torch.device("cpu"), torch.float32, repeats=3) > 1
+
+
+def test_the_textbook_has_our_number_of_parameters_but_for_the_bias_by_distance() -> None:
+    shape = ModelConfig("test", d_model=64, layers=2, heads=2, vocab_size=300)
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (Denoiser(shape), Textbook(shape)))
+    assert theirs == ours - shape.heads * (2 * shape.canvas_len - 1)
+
+
+def test_the_work_of_a_batch_is_what_its_matrix_products_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows one by one have no padding, so that torch's own count of operations must agree, but for the last queries."""
+    shape = ModelConfig("test", d_model=64, layers=2, heads=2, vocab_size=300, time_input=False)
+    model = Denoiser(shape)
+    monkeypatch.setattr(loss, "SCORED_ALIGNED", 1)
+    batch = make_batch(load_data(data).train, 0, 0, 4, 1, "diffusion", "linear")
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        for part in batch.parts:
+            WeightedLoss(model, fused=True)(part).backward()
+    assert 0.9 < batch_gflop(shape, batch) * 1e9 / counter.get_total_flops() <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--config", "nano"], 78, "unknown configuration 'nano': choose one of debug, tiny"),
+        (["--steps", 0], 78, "--steps must be from 1 to 1,000,000, not 0"),
+        (["--threads", 99999999999], 78, "--threads must be from 1 to 1,024, not 99999999999"),
+        (["step", 64, 2, 2, 512, 256, "--threads", 99999999999], 78, "--threads must be from 1 to 1,024, not 9"),
+        (["--batch-size", 999999999999], 78, "--batch-size must be from 1 to 65,536, not 999999999999"),
+        (["--micro-size", 0], 78, "--micro-size must be from 1 to 65,536, not 0"),
+        (["data", "--gigabytes", math.nan], 78, "--gigabytes must be above 0 and at most 1000, not nan"),
+        (["data", "--gigabytes", math.inf], 78, "--gigabytes must be above 0 and at most 1000, not inf"),
+        (["data", "--gigabytes", 0], 78, "--gigabytes must be above 0 and at most 1000, not 0.0"),
+        (["--data", "nowhere"], 65, "nowhere holds no prepared data"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    flags: list[object], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, sentence = refusal(capsys, bench.main, *flags)
+    assert found == code
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("damaged", "words"),
+    [
+        (lambda content: content[:-2], "bytes instead of"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "was altered since it was written"),
+    ],
+    ids=["truncated", "altered"],
+)
+def test_damaged_data_are_refused(
+    damaged: Callable[[bytes], bytes], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    shard = tmp_path / "data" / "train-00000.bin"
+    shard.write_bytes(damaged(shard.read_bytes()))
+    code, sentence = refusal(capsys, bench.main, "--config", "debug", "--data", tmp_path / "data")
+    assert code == 65
+    assert sentence.startswith(f"{shard} ") and words in sentence

@@ -1,0 +1,276 @@
+"""Samples in numbers: many at once as one by one, judged exactly, beside the data; and the sweep over settings."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from host.data.shards import load_data
+from host.evaluate import likelihood as evaluate
+from host.evaluate import sweep
+from host.evaluate.gen_ppl import Judge, Judged, canvases_of, length_distance
+from host.export.random_weights import untrained
+from host.model.network import Denoiser, config_named
+from host.sampling.many import open_canvas, sample_autoregressive, sample_many
+from host.sampling.reference import Settings, sample
+from host.train import trainer as train
+from host.train.checkpoint import find_checkpoint, load_model
+from host.train.run_folder import load_run
+from host.train.trainer import mixed_precision_dtype
+from shared.errors import ConfigError
+from shared.manifest import TOKENIZER, Figure, SamplingDefaults
+from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
+from tests.support.commands import call, refusal, small
+from tests.support.networks import assert_sound
+
+TOLERANCE = 5e-5  # of log-probabilities, between rows alone and in a batch
+
+
+@pytest.fixture(scope="module")
+def network() -> Denoiser:
+    model, _, _ = untrained(replace(config_named("debug"), canvas_len=48))
+    return model
+
+
+@pytest.fixture(scope="session")
+def judge_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "judge"
+    call(train.main, *small(data, out, "--objective", "ar", "--steps", 40, "--lr", 3e-3, "--valid-every", 40))
+    return out
+
+
+def canvas(*tokens: int, length: int = 16) -> list[int]:
+    return [BOS, *tokens, EOS, *[PAD] * (length - len(tokens) - 2)]
+
+
+RULES = {
+    "random": Settings(0, steps=8),
+    "confidence, cold": Settings(0, steps=6, selection="confidence", temperature=0.7),
+    "threshold": Settings(0, steps=48, threshold=0.05),
+    "entropy bound": Settings(0, steps=48, entropy_bound=9.0),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_many_at_once_are_the_same_as_one_by_one(network: Denoiser, rule: str) -> None:
+    settings = [replace(RULES[rule], seed=seed) for seed in range(20)]  # more than one network call takes
+    decided = 0
+    for one, found in zip(settings, sample_many(network, "linear", settings), strict=True):
+        start = open_canvas(48)
+        alone = sample(network, "linear", start, start != BOS, one)
+        assert_sound(found.canvas.numpy())
+        if alone.margin > TOLERANCE:  # else rounding decides
+            decided += 1
+            assert torch.equal(found.canvas, alone.canvas)
+            assert found.steps == alone.steps
+    assert decided >= 2
+
+
+def test_autoregressive_samples_have_the_frequencies_of_the_model(network: Denoiser) -> None:
+    """The first token of many canvases, against the model's own distribution."""
+    shape = replace(config_named("debug"), vocab_size=12, canvas_len=3, time_input=False)
+    torch.manual_seed(3)
+    model = Denoiser(shape)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.15)
+        first = torch.tensor([[BOS, PAD]])
+        logits = model.logits(model(first, causal=True, at=torch.tensor([1])), torch.tensor([False]))
+    logits[:, PAD] = -torch.inf
+    expected = 3000 * logits.softmax(-1)[0].numpy()
+    found = sample_autoregressive(model, range(3000)).numpy()
+    observed = np.bincount(found[:, 1], minlength=12)
+    possible = expected > 0
+    assert observed[~possible].sum() == 0
+    assert (
+        float(((observed - expected)[possible] ** 2 / expected[possible]).sum()) < 27.9
+    )  # chi square, 9 degrees, 0.1 %
+    for row in found:
+        assert_sound(row)
+    assert np.array_equal(sample_autoregressive(model, [5, 2]).numpy(), found[[5, 2]])  # a seed alone decides
+
+
+def test_an_autoregressive_model_writes_what_it_learned(judge_run: Path) -> None:
+    model, _ = load_model(find_checkpoint(judge_run))
+    (row,) = sample_autoregressive(model, [0], temperature=0).numpy()
+    assert EOS in row
+    assert_sound(row)
+
+
+def test_perplexity_is_that_of_the_exact_likelihood(judge_run: Path, data: Path) -> None:
+    """By hand: every token given the ones before it."""
+    judge = Judge.load(judge_run, judge_run / TOKENIZER)
+    canvases = load_data(data).valid.take(np.arange(3))
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in canvases.astype(np.int64):
+            length = int((row != PAD).sum())
+            scores = judge.model.logits(
+                judge.model(torch.from_numpy(row[None, :length]), causal=True)[0], torch.zeros(length, dtype=torch.bool)
+            ).log_softmax(-1)
+            nats -= float(sum(scores[i, row[i]] for i in range(1, length)))
+            tokens += length - 1
+    assert judge.judge("", canvases).perplexity.value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+def test_entropy_distinct_and_repetition_by_hand(judge_run: Path) -> None:
+    a, b, c = range(FIRST_TEXT_ID, FIRST_TEXT_ID + 3)
+    judge = Judge.load(judge_run, judge_run / TOKENIZER)
+    found = judge.judge("", np.array([canvas(a, b, a, b, a, b), canvas(a, c)], np.uint16))
+    p = np.array([4, 3, 1]) / 8
+    assert found.unigram_entropy_bits == pytest.approx(float(-(p * np.log2(p)).sum()))
+    assert found.distinct == pytest.approx((3 / 8, 3 / 6, 2 / 4))
+    assert found.repetition == pytest.approx(1 / 3)  # abab, baba, and abab again
+    assert found.lengths == (0, 1, 0, 1, 0, 0, 0, 0)
+    empty = judge.judge("", np.array([canvas()], np.uint16))
+    assert (empty.unigram_entropy_bits, empty.distinct, empty.repetition) == (0.0, (0.0, 0.0, 0.0), 0.0)
+
+
+def test_a_dull_text_has_a_low_perplexity_and_is_betrayed_by_the_rest(judge_run: Path, data: Path) -> None:
+    judge = Judge.load(judge_run, judge_run / TOKENIZER)
+    stories = load_data(data).valid.take(np.arange(4))
+    normal, dull = judge.judge("", stories), judge.judge("", np.repeat(stories[:1], 4, axis=0))
+    assert dull.distinct[2] < normal.distinct[2]
+    assert dull.unigram_entropy_bits < normal.unigram_entropy_bits
+
+
+def test_length_histograms_are_compared_by_their_parts() -> None:
+    def of(*lengths: int) -> Judged:
+        return Judged("", sum(lengths), Figure(1.0, 0.0), 0.0, (0.0, 0.0, 0.0), 0.0, lengths)
+
+    assert length_distance(of(1, 1), of(2, 2)) == 0
+    assert length_distance(of(2, 0), of(0, 5)) == 1
+    assert length_distance(of(1, 1), of(4, 0)) == pytest.approx(0.5)
+
+
+def test_autoregressive_samples_are_judged_as_cold_as_a_bundle_writes(judge_run: Path) -> None:
+    _, judged = canvases_of(judge_run, Judge.load(judge_run, judge_run / TOKENIZER), 2)
+    model, _ = load_run(judge_run)
+    dtype = mixed_precision_dtype(torch.device("cpu"))
+    usual, warmer = (
+        sample_autoregressive(model, range(2), degrees, dtype).numpy()
+        for degrees in (SamplingDefaults().temperature, 1.0)
+    )
+    assert np.array_equal(judged, usual) and not np.array_equal(judged, warmer)
+
+
+def test_samples_of_a_run_and_text_files_are_judged_beside_the_data(
+    trained: Path, judge_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for samples, name in ((trained, "trained, sampled"), (judge_run, "judge, sampled"), (corpus, "stories.jsonl")):
+        call(evaluate.main, "--samples", samples, "--judge", judge_run, "--count", 3, "--source", corpus)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line[:32].strip() for line in lines] == [
+            "texts", name, "data", "length in eighths of the canvas,", name, "data"
+        ]  # fmt: skip
+    assert lines[1][32:] == lines[2][32:]  # the texts are the data themselves
+    call(evaluate.main, "--samples", trained, "--judge", judge_run, "--count", 2, "--json")
+    ours, data = json.loads(capsys.readouterr().out)
+    assert (ours["texts"], data["texts"], sum(ours["lengths"])) == (2, 2, 2)
+    assert ours["perplexity"]["value"] > 1
+
+
+def test_a_sweep_prints_one_table_and_draws_one_picture(
+    trained: Path, judge_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    settings = sweep.grid((2, 4), (1.0, 0.5), (0.5,), (1.0,))
+    assert len(settings) == (4 * 2 + 1 + 1) + 2 * 2
+    points = sweep.sweep(run, judge_run, None, 2, settings)
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].startswith("data") and len(table) == len(settings) + 3
+    assert max(len(line) for line in table[:-1]) <= 120
+    assert " distinct-1/2/3 " in table[0]
+    for line, point in zip(table[2:-1], points, strict=True):
+        one, two, three = point.judged.distinct
+        assert f" {one:.3f}/{two:.3f}/{three:.3f} " in line
+    assert all(2 <= p.passes <= 3 for p in points if p.setting.strength == "2 steps")  # ends may wait for a third
+    assert {line[:14].strip() for line in table[2:-1]} == {
+        "random", "confidence", "margin", "entropy", "threshold", "entropy bound"
+    }  # fmt: skip
+    assert matplotlib.image.imread(run / sweep.PICTURE).std() > 0.05
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(trained: Path, judge_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / sweep.PICTURE).mkdir()
+    with pytest.raises(ConfigError, match=r"^the picture .*sweep\.png cannot be written: Is a directory$"):
+        sweep.sweep(run, judge_run, None, 1, sweep.grid((2,), (1.0,), (), ())[:1])
+
+
+def test_the_sweep_goes_from_4_to_256_steps() -> None:
+    assert {s.settings.steps for s in sweep.grid() if s.rule == "random"} == {4, 8, 16, 32, 64, 128, 256}
+
+
+def test_an_autoregressive_run_is_measured_by_its_exact_likelihood(
+    judge_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(evaluate.main, "--run", judge_run)
+    line, source = capsys.readouterr().out.splitlines()
+    assert line.startswith("autoregressive: ") and line.count("±") == 2
+    assert source == "on stories.jsonl, validation split: 4 stories, exact likelihood"
+    call(evaluate.main, "--run", judge_run, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["bits_per_byte"]["value"] < found["nats_per_token"]["value"] < math.log(300)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--samples", "{trained}"], 78, "--samples and --sweep need --judge AR_RUN"),
+        (["--judge", "{judge}"], 78, "--judge and --count need --samples or --sweep"),
+        (["--sweep", "--judge", "{judge}", "--count", 0], 78, "--count must be at least 1"),
+        (["--samples", "{trained}", "--judge", "{trained}"], 78, "{trained} cannot judge: it is a diffusion run"),
+        (["--samples", "nowhere.txt", "--judge", "{judge}"], 65, "nowhere.txt does not exist"),
+        (
+            ["--sweep", "--run", "{judge}", "--judge", "{judge}"],
+            78,
+            "{judge} is an autoregressive run: a sweep",
+        ),
+        (["--sweep", "--json", "--judge", "{judge}"], 78, "--sweep measures a run, and prints one table"),
+        (
+            ["--samples", "{trained}", "--run", "{trained}", "--judge", "{judge}"],
+            78,
+            "--samples names what is judged: neither --run nor --bundle goes with it",
+        ),
+        (["--samples", "{trained}", "--draws", 3, "--judge", "{judge}"], 78, "the number of samples is --count"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_judged_is_refused(
+    trained: Path, judge_run: Path, capsys: pytest.CaptureFixture[str], flags: list[object], code: int, words: str
+) -> None:
+    names = {"trained": trained, "judge": judge_run}
+    found, sentence = refusal(capsys, evaluate.main, *(str(flag).format(**names) for flag in flags))
+    assert found == code
+    assert words.format(**names) in sentence
+
+
+def test_a_judge_of_another_tokenizer_is_refused(
+    trained: Path, judge_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / TOKENIZER).write_text((run / TOKENIZER).read_text() + "\n")
+    code, sentence = refusal(capsys, evaluate.main, "--samples", run, "--judge", judge_run)
+    assert code == 65
+    assert sentence.startswith(f"{judge_run} cannot judge these samples: its tokenizer is another one than ")
+
+
+def test_a_judge_without_its_tokenizer_is_refused(
+    trained: Path, judge_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(judge_run, judge)
+    (judge / TOKENIZER).unlink()
+    code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--judge", judge)
+    assert (code, sentence) == (
+        65, f"{judge / TOKENIZER} is missing, or not the tokenizer that the run was trained with"
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""A run meets only the tokenizer and the data that it was trained on: figures from others would be wrong in silence."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from host import generate
+from host.data.prepare import prepare
+from host.evaluate import likelihood as evaluate
+from host.experiments import compare
+from host.export import __main__ as export
+from host.train import trainer as train
+from host.train.run_folder import CONFIG_FILE
+from shared.manifest import TOKENIZER
+from tests.support.commands import call, refusal
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """A data folder of other text, with a vocabulary as large as that of `data`."""
+    text = tmp_path / "other.txt"
+    text.write_text("\n\n".join(f"Sam saw {i} birds by the {'river' * (i % 3)} side." for i in range(400)))
+    prepare(str(text), tmp_path / "other", vocab_size=300)
+    return tmp_path / "other"
+
+
+def test_the_same_text_prepared_elsewhere_is_the_same_data(
+    corpus: Path, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "copy").mkdir()
+    shutil.copyfile(corpus, tmp_path / "copy" / "stories.jsonl")
+    prepare(str(tmp_path / "copy"), tmp_path / "again", vocab_size=300)
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "again")}))
+    call(compare.main, f"a={run}", "--out", tmp_path / "compare.png")
+    assert "| a | " in capsys.readouterr().out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained`, to be spoilt."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+READERS: list[tuple[Callable[[], None], list[object]]] = [
+    (evaluate.main, ["--run", "{run}", "--draws", 1]),
+    (export.main, ["--run", "{run}", "--out", "{run}-bundle"]),
+]
+OF_DATA: list[tuple[Callable[[], None], list[object]]] = [
+    *READERS,
+    (compare.main, ["a={run}", "b={run}"]),
+    (train.main, ["--resume", "{run}", "--steps", 90]),
+]
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"), [*READERS, (generate.main, ["Tom", "--run", "{run}"])], ids=["evaluate", "export", "generate"]
+)
+@pytest.mark.parametrize("spoil", ["replaced", "missing"])
+def test_another_tokenizer_in_the_run_folder_is_refused(
+    run: Path,
+    other: Path,
+    capsys: pytest.CaptureFixture[str],
+    main: Callable[[], None],
+    flags: list[object],
+    spoil: str,
+) -> None:
+    (run / TOKENIZER).unlink()
+    if spoil == "replaced":
+        shutil.copyfile(other / TOKENIZER, run / TOKENIZER)
+    code, sentence = refusal(capsys, main, *(str(flag).format(run=run) for flag in flags))
+    assert (code, sentence) == (
+        65, f"{run / TOKENIZER} is missing, or not the tokenizer that the run was trained with"
+    )  # fmt: skip
+    assert not Path(f"{run}-bundle").exists()
+
+
+@pytest.mark.parametrize(("main", "flags"), OF_DATA, ids=["evaluate", "export", "compare", "train"])
+def test_a_data_folder_that_was_prepared_anew_is_refused(
+    run: Path, other: Path, capsys: pytest.CaptureFixture[str], main: Callable[[], None], flags: list[object]
+) -> None:
+    config = json.loads((run / CONFIG_FILE).read_text())
+    (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(other)}))
+    code, sentence = refusal(capsys, main, *(str(flag).format(run=run) for flag in flags))
+    assert (code, sentence) == (
+        65, f"{other} holds other data than {run} was trained on: prepare it again from that text"
+    )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Between validations, too, a run is saved every few minutes, and only while it works."""
+
+from pathlib import Path
+
+import pytest
+
+from host.train import trainer as train
+from host.train.checkpoint import LAST, read_progress
+from host.train.trainer import Trainer
+from tests.support.commands import call, refusal, small
+
+
+class DiesAtFive(Trainer):
+    """Ends without a word in its fifth step."""
+
+    def step(self) -> tuple[float, float, int]:
+        if self.progress.step == 4:
+            raise KeyboardInterrupt
+        return super().step()
+
+
+def test_between_validations_the_state_is_saved_every_few_minutes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(train, "Trainer", DiesAtFive)
+    with pytest.raises(KeyboardInterrupt):
+        call(train.main, *small(data, tmp_path / "run", "--steps", 9))
+    assert read_progress(tmp_path / "run" / LAST).step == 3  # whose loss, in the fourth step, was a number
+
+
+def test_what_is_saved_between_validations_can_be_continued(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that diverges keeps the weights from before, not those that do not work."""
+    monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(train, "learning_rate_factor", lambda done, warmup: 1.0 if done < 0.5 else 1e30)
+    run = tmp_path / "run"
+    refusal(capsys, train.main, *small(data, run, "--steps", 8))
+    step = read_progress(run / LAST).step
+    assert 1 <= step <= 4
+    monkeypatch.setattr(train, "learning_rate_factor", lambda done, warmup: 1e-3)
+    call(train.main, "--resume", run, "--steps", step + 1)
