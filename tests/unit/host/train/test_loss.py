@@ -222,11 +222,11 @@ def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
     with torch.autocast("cpu", torch.bfloat16):
         ours, our_gradients = loss_and_gradients(model, made, fused=True)
         monkeypatch.setattr(
-            host.model,
+            host.model.network,
             "attend",
             lambda q, k, v, bias: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         )
-        monkeypatch.setattr(host.model, "gelu", lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
+        monkeypatch.setattr(host.model.network, "gelu", lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
         standard, standard_gradients = loss_and_gradients(model, made, fused=False)
     error, standard_error = apart(our_gradients, gradients), apart(standard_gradients, gradients)
     print(f"gradients apart from float32: {error:.4f}, by the standard kernels {standard_error:.4f}")
