@@ -20,7 +20,7 @@ help:
 	echo "make demo    install the edge, and watch the shipped model write a story"
 	echo "make test    install everything, and run the tests; those of MQTT need mosquitto"
 	echo "make test-systemd   the installed service on a booted systemd; needs root and systemd-container"
-	echo "make check   formatting, types, import boundaries, file sizes"
+	echo "make check   formatting, types, imports, file sizes, line budget"
 	echo "make clean   remove .venv and caches; data, runs and bundles stay"
 
 demo: $(EDGE)
@@ -38,7 +38,7 @@ check: $(ALL)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy host edge shared tests
-	$(BIN)/python -m pytest -q tests/contract/test_imports.py tests/contract/test_file_sizes.py
+	$(BIN)/python -m pytest -q tests/contract/test_imports.py tests/contract/test_floors.py tests/contract/test_file_sizes.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
