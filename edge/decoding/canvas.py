@@ -202,12 +202,17 @@ def chance_order(sampling: Sampling, step: int, position: NDArray[np.intp]) -> N
 def how_many(
     order: NDArray[np.intp], entropy: Floats, confidence: Floats, sampling: Sampling, step: int, left: int
 ) -> int:
-    """How many positions this pass commits: at least one, and all that are left in the last pass."""
+    """How many positions this pass commits: at least one, and all that are left in the last pass.
+
+    entropy_bound is the rule of the EB-sampler (Ben-Hamu et al., arXiv 2505.24857): the largest set U, taken by
+    ascending entropy H, with Σ H(U) − max H(U) ≤ bound, which bounds the tokens' mutual information given the canvas.
+    """
     if step < sampling.steps - 1:
         if sampling.threshold is not None:
             return max(1, int(np.count_nonzero(confidence >= np.log(np.float32(sampling.threshold)))))
         if sampling.entropy_bound is not None:
-            return max(1, int(np.count_nonzero(np.cumsum(entropy[order]) <= sampling.entropy_bound)))
+            before = np.cumsum(entropy[order][:-1])  # entropies ascend: a set's sum less its largest
+            return 1 + int(np.count_nonzero(before <= sampling.entropy_bound))
     return on_grid(sampling, step, left)
 
 

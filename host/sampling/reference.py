@@ -98,7 +98,7 @@ def commit_pass(canvas: Tensor, open_positions: Tensor, logp: Tensor, step: int,
     canvas (L,), open_positions (M,), logp (M, V)
     """
     entropy = -(logp.exp() * logp.clamp(min=-1e6)).sum(-1)
-    best, ids = logp.topk(settings.top_k)
+    best, ids = _best(logp, max(2, settings.top_k))  # two: `margin` compares them
     token, confidence, margin = _draw(best, ids, open_positions, step, settings)
     score = _order_score(best, entropy, confidence, open_positions, step, settings)
     ranked, order = score.sort(descending=True, stable=True)
@@ -111,18 +111,31 @@ def commit_pass(canvas: Tensor, open_positions: Tensor, logp: Tensor, step: int,
     return margin
 
 
+def _best(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row, best first; ties: the lower id first, which `topk` leaves open.
+
+    logp (M, V) → log-probabilities (M, k), ids (M, k)
+    """
+    at_least = int((logp >= logp.topk(k).values[:, -1:]).sum(-1).max())  # k, and what ties with the k-th
+    ids = logp.topk(at_least).indices.sort(-1).values
+    best, order = logp.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return best[:, :k], ids.gather(-1, order)[:, :k]
+
+
 def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, float]:
     """A draw from the softmax over the kept candidates.  → token (M,), confidence (M,), smallest gap to the second"""
     if s.temperature == 0:
         return ids[:, 0], logp[:, 0], float((logp[:, 0] - logp[:, 1]).min())
+    logp, ids = logp[:, : s.top_k], ids[:, : s.top_k]
     score = logp.double() / s.temperature
     p = score.softmax(-1)
     kept = p.cumsum(-1) - p < s.top_p
     noise = -(-uniforms(s.seed, step, position[:, None], ids, domain=0).log()).log()
     noisy = torch.where(kept, score + noise, -torch.inf)
-    two, column = noisy.topk(2)
-    chosen = column[:, :1]
-    return ids.gather(1, chosen)[:, 0], logp.gather(1, chosen)[:, 0], float((two[:, 0] - two[:, 1]).min())
+    best = noisy.amax(-1, keepdim=True)
+    token = ids.masked_fill(noisy < best, torch.iinfo(ids.dtype).max).amin(-1, keepdim=True)  # ties: the lower id
+    second = noisy.masked_fill(ids == token, -torch.inf).amax(-1, keepdim=True)
+    return token[:, 0], logp[ids == token], float((best - second).min())
 
 
 def _order_score(logp: Tensor, entropy: Tensor, confidence: Tensor, position: Tensor, step: int, s: Settings) -> Tensor:
@@ -144,8 +157,8 @@ def _how_many(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s:
         above = confidence - math.log(s.threshold)
         return max(1, int((above >= 0).sum())), float(above.abs().min())
     if s.entropy_bound is not None:
-        room = s.entropy_bound - entropy.cumsum(0)
-        return max(1, int((room >= 0).sum())), float(room.abs().min())
+        room = s.entropy_bound - (entropy.cumsum(0) - entropy)  # ascending: the last of a set is its largest
+        return int((room >= 0).sum()), float(room[1:].abs().min()) if len(room) > 1 else float("inf")
     return reveal_count(len(ranked), step, s.steps), float("inf")
 
 

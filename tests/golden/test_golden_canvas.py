@@ -26,6 +26,7 @@ REQUESTS = {
     "cold": GenerateRequest(prompt="abc", temperature=0.7, steps=8, max_tokens=60),
     "nucleus": GenerateRequest(prompt="abc", top_p=0.8, temperature=1.3, steps=8, max_tokens=60),
     "few candidates": GenerateRequest(prompt="abc", top_k=5, steps=8, max_tokens=60),
+    "one candidate": GenerateRequest(prompt="abc", top_k=1, selection="margin", steps=8, max_tokens=24),
     "threshold": GenerateRequest(prompt="abc", threshold=0.05, max_tokens=24),
     "entropy bound": GenerateRequest(prompt="abc", entropy_bound=9.0, max_tokens=24),
     "infill": GenerateRequest(segments=["the ", Gap(4), " and ", Gap(3), "."], steps=5),

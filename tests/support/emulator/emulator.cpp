@@ -72,6 +72,7 @@ void softmax_row(const u16* logits, int n, int parts, float* logp, float* entrop
     *entropy = entropy_of(whole);
 }
 
+int within(const float* entropy, int count, double bound) { return within_bound(entropy, count, (float)bound); }
 int reveal(int masked, double ratio) { return reveal_count(masked, ratio); }
 float time_at(int schedule, int masked, int positions) { return time_of(schedule, masked, positions); }
 

@@ -172,11 +172,12 @@ SHARED_FN int reveal_count(int masked, double ratio) {
     return revealed < 1 ? 1 : revealed;
 }
 
-// How many of the longest run of committed positions stay within the bound of summed entropy.
+// The EB-sampler's rule (arXiv 2505.24857) over ascending entropies: how many, when their sum less the largest, which is
+// the last, may be `bound` at most. At least one.
 SHARED_FN int within_bound(const float* entropy, int count, float bound) {
-    int within = 0;
-    float sum = 0.0f;
-    for (int i = 0; i < count; ++i) within += (sum += entropy[i]) <= bound;
+    int within = 1;
+    float before = 0.0f;
+    for (int i = 1; i < count; ++i) within += (before += entropy[i - 1]) <= bound;
     return within;
 }
 

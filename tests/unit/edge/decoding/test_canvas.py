@@ -102,9 +102,16 @@ def test_how_many_a_pass_commits() -> None:
 
     assert count(replace(PLAIN, threshold=0.55)) == 2
     assert count(replace(PLAIN, threshold=1.0)) == 1
-    assert count(replace(PLAIN, entropy_bound=0.35)) == 2
-    assert count(replace(PLAIN, entropy_bound=0.0)) == 1
     assert count(replace(PLAIN, threshold=1.0), step=63) == 4
+
+
+@pytest.mark.parametrize(("bound", "committed"), [(0.0, 1), (0.09, 1), (0.11, 2), (0.31, 3), (0.59, 3), (0.61, 4)])
+def test_entropy_bound_is_the_sum_less_the_largest(bound: float, committed: int) -> None:
+    """Sets by ascending entropy: {0.1}: 0, {0.1, 0.2}: 0.1, with 0.3: 0.3, with 0.4: 0.6 (EB-sampler, 2505.24857)."""
+    entropy = np.array([0.3, 0.1, 0.4, 0.2], np.float32)
+    sampling = replace(PLAIN, steps=64, entropy_bound=bound)
+    order = rank(np.repeat(LOGP, 4, 0), entropy, np.zeros(4, np.float32), sampling, 0, np.arange(1, 5))
+    assert how_many(order, entropy, np.zeros(4, np.float32), sampling, 0, 4) == committed
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------

@@ -125,6 +125,11 @@ def test_the_reveal_grid(emulator: Emulator, steps: int) -> None:
             assert emulator.call("reveal", masked, float(table[step])) == reveal_count(masked, step, steps)
 
 
+@pytest.mark.parametrize(("bound", "committed"), [(0.0, 1), (0.09, 1), (0.11, 2), (0.31, 3), (0.59, 3), (0.61, 4)])
+def test_entropy_bound_is_the_sum_less_the_largest(emulator: Emulator, bound: float, committed: int) -> None:
+    assert emulator.call("within", np.array([0.1, 0.2, 0.3, 0.4], np.float32), 4, bound) == committed
+
+
 @pytest.mark.parametrize("schedule", get_args(ScheduleName))
 def test_the_time_of_the_next_pass(emulator: Emulator, schedule: ScheduleName) -> None:
     for positions in (15, 255, 1023):
