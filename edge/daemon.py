@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from edge.backends import may_use_gpu
 from edge.config import Config, load_config, parse_broker
 from edge.serving.loaded_bundle import Engine
 from edge.serving.scheduler import Scheduler
 from edge.system import systemd
+from edge.system.gpu_deaths import GpuDeaths
 from edge.system.systemd import JournalFormatter
 from edge.transports.unix_socket import SocketServer
 from shared.errors import DeviceError, DiffusionLLMError
@@ -118,11 +120,26 @@ def serve(read_config: Callable[[], Config]) -> None:
             systemd.stopping(FAREWELL_S, f"the device has failed: {worker.failure}")
             raise DeviceError(f"the device has failed, and only a new start can use it again: {worker.failure}")
         _drain(config, worker, signals)
+    GpuDeaths(config.state).end()
 
 
 def _load(config: Config) -> Engine:
+    """The bundle on its backend; on the CPU, degraded, once the daemon has died twice on the GPU."""
     # Where a link leads is decided once: files of two bundles must not mix when it is swapped meanwhile.
-    return Engine.load(config.bundle.resolve(), config.backend, config.threads)
+    folder = config.bundle.resolve()
+    if not may_use_gpu(config.backend):
+        return Engine.load(folder, config.backend, config.threads)
+    deaths = GpuDeaths(config.state)
+    if (why := deaths.too_many()) is not None:
+        log.warning("the CPU serves: %s", why)
+        engine = Engine.load(folder, "ort", config.threads)
+        engine.degraded = why
+        return engine
+    deaths.begin()
+    engine = Engine.load(folder, config.backend, config.threads)
+    if engine.backend_name != "trt":
+        deaths.cancel()
+    return engine
 
 
 def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler) -> Config:

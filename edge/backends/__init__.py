@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ConfigError, DiffusionLLMError
+from shared.errors import ConfigError, DiffusionLLMError, one_line
 from shared.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -98,35 +98,52 @@ def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> 
     return trt.load(folder, manifest, argument)
 
 
-def _load_auto(folder: Path, manifest: Manifest, threads: int, argument: str) -> AnyBackend:
-    """The GPU once `edge.build` has made an engine there; when that no longer fits, a device must go on serving."""
-    from edge.backends.trt import engine_cache as engines
-
-    if argument:
-        raise ConfigError(f"backend 'auto' takes no argument; found {argument!r} behind its colon")
-    if engines.any_built(engines.cache_folders()):
-        try:
-            return _load_trt(folder, manifest, threads, "")
-        except DiffusionLLMError as error:
-            log.warning("the GPU cannot be used, and the CPU serves: %s", error)
-    return _load_ort(folder, manifest, threads, "")
-
-
 _LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {
-    "auto": _load_auto,
     "ort": _load_ort,
     "trt": _load_trt,
     "fake": _load_fake,
 }
 
 
-def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
-    """The backend of that name, warmed up: "ort", "trt" ("trt:pycuda" takes its memory from pycuda), "auto" (trt where
-    an engine was built, else ort), or "fake" ("fake:20" takes 20 ms a step).
+class Chosen(NamedTuple):
+    """A loaded backend. degraded: why this device computes with less than it has; None when it does not."""
+
+    backend: AnyBackend
+    name: str  # "ort", "trt" or "fake"
+    degraded: str | None = None
+
+
+def may_use_gpu(name: str) -> bool:
+    """Whether the backend of that name tries the GPU on this device."""
+    from edge.backends.trt import engine_cache
+
+    return name.startswith("trt") or (name == "auto" and engine_cache.any_built(engine_cache.cache_folders()))
+
+
+def choose_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> Chosen:
+    """The backend of that name, warmed up: "ort", "trt" ("trt:pycuda" takes its memory from pycuda), "fake" ("fake:20"
+    takes 20 ms a step), or "auto": trt where an engine was built, else ort.
 
     threads: how many to compute with on the CPU; 0 takes every processor this process may use.
     """
     kind, _, argument = name.partition(":")
-    if kind not in _LOADERS:
-        raise ConfigError(f"unknown backend {name!r}: choose one of {', '.join(_LOADERS)}")
-    return _LOADERS[kind](folder, manifest, threads, argument)
+    if kind in _LOADERS:
+        return Chosen(_LOADERS[kind](folder, manifest, threads, argument), kind)
+    if kind != "auto":
+        raise ConfigError(f"unknown backend {name!r}: choose one of auto, {', '.join(_LOADERS)}")
+    if argument:
+        raise ConfigError(f"backend 'auto' takes no argument; found {argument!r} behind its colon")
+    degraded = None
+    if may_use_gpu(name):
+        try:
+            return Chosen(_load_trt(folder, manifest, threads, ""), "trt")
+        except Exception as error:  # TensorRT and its bindings raise their own: the device must go on serving
+            ours = isinstance(error, DiffusionLLMError)
+            degraded = str(error) if ours else one_line(f"{type(error).__name__}: {error}")
+            log.warning("the GPU cannot be used, and the CPU serves: %s", degraded, exc_info=not ours)
+    return Chosen(_load_ort(folder, manifest, threads, ""), "ort", degraded)
+
+
+def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
+    """`choose_backend` for those who need not know which it was."""
+    return choose_backend(name, folder, manifest, threads).backend

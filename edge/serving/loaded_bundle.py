@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge.backends import AnyBackend, LoopBackend, load_backend
+from edge.backends import Chosen, LoopBackend, choose_backend
 from edge.decoding.canvas import Row, Sampling, active_bucket, advance
 from edge.decoding.layout_text import Layout, Texts
 from shared.errors import BundleError, RequestError
@@ -89,12 +89,15 @@ class Run:
 
 
 class Engine:
-    """One bundle on one backend. Not thread-safe, except for `prepare`."""
+    """One bundle on one backend. Not thread-safe, except for `prepare`.
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: AnyBackend, texts: Texts) -> None:
+    backend_name: "ort", "trt" or "fake". degraded: why the device computes with less than it has, or None.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, chosen: Chosen, texts: Texts) -> None:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
-        self.backend = backend
+        self.backend, self.backend_name, self.degraded = chosen
         self._texts = texts
 
     @classmethod
@@ -110,7 +113,7 @@ class Engine:
             sizes = f"{tokenizer.get_vocab_size()} tokens, the model {manifest.model.vocab_size}"
             raise BundleError(f"{folder / TOKENIZER} has {sizes}")
         texts = Texts(tokenizer, manifest.model.canvas_len)
-        return cls(folder, manifest, load_backend(backend, folder, manifest, threads), texts)
+        return cls(folder, manifest, choose_backend(backend, folder, manifest, threads), texts)
 
     @property
     def model(self) -> str:

@@ -1,6 +1,7 @@
 """A GPU that fails under the daemon: everybody hears of it, nothing is lost, and a new process takes over."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ def test_a_request_at_which_the_gpu_fails_each_time_is_given_up(
     start(0, "--mqtt", broker.address)
     answer = json.loads(listener.next("edgelm/dev/response/a").payload)
     assert answer["error"]["code"] == "internal" and "ended 2 times" in answer["error"]["message"]
+
+
+def test_after_the_second_failure_the_cpu_serves_and_a_restart_tries_the_gpu_again(start: Start) -> None:
+    for _ in range(2):
+        daemon = start(3)
+        daemon.line().send(STORY)
+        assert daemon.exit_code() == DeviceError.exit_code
+    daemon = start(3)
+    assert "the daemon died 2 times on the GPU within an hour" in daemon.log.read_text()
+    assert daemon.line().ask(STORY)["status"] == "ok"
+    daemon.signal(signal.SIGTERM)
+    assert daemon.exit_code() == 0
+    daemon = start(3)
+    daemon.line().send(STORY)
+    assert daemon.exit_code() == DeviceError.exit_code
 
 
 def test_health_tells_while_the_daemon_still_answers(debug_bundle: Path) -> None:

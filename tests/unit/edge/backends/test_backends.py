@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import numpy as np
@@ -13,15 +15,29 @@ import pytest
 from msgspec.structs import replace
 from onnx import helper, numpy_helper
 
-from edge.backends import Backend, LoopBackend, load_backend
+import edge.backends
+from edge.backends import Backend, LoopBackend, choose_backend, load_backend
 from edge.backends.ort import OrtBackend
 from edge.backends.trt import engine_cache as engines
 from edge.serving.loaded_bundle import Engine
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DeviceError
 from shared.manifest import MANIFEST, read_manifest, sha256_of
 from shared.messages import GenerateRequest
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.conftest import Exported
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Puts some engine into the only cache folder."""
+    monkeypatch.setattr(engines, "cache_folders", lambda: (tmp_path / "none", tmp_path / "cache"))
+
+    def build() -> None:
+        place = tmp_path / "cache" / "key"
+        place.mkdir(parents=True)
+        (place / engines.ENGINE).write_bytes(b"")
+
+    return build
 
 
 def loaded(bundle: Path, name: str) -> Backend:
@@ -30,17 +46,32 @@ def loaded(bundle: Path, name: str) -> Backend:
     return backend
 
 
-@pytest.mark.parametrize("built", [False, True], ids=["no engine", "an engine without its GPU"])
-def test_auto_takes_the_processor_where_the_gpu_cannot_be_used(
-    debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, built: bool
-) -> None:
-    monkeypatch.setattr(engines, "cache_folders", lambda: (tmp_path / "none", tmp_path))
-    if built:
-        (tmp_path / "key").mkdir()
-        (tmp_path / "key" / engines.ENGINE).write_bytes(b"")
-    backend = load_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
+def test_auto_without_an_engine_is_the_cpu_and_all_is_well(debug_bundle: Path, built: Callable[[], None]) -> None:
+    backend, name, degraded = choose_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
     assert isinstance(backend, OrtBackend)
-    assert ("the GPU cannot be used, and the CPU serves: " in caplog.text) == built
+    assert (name, degraded) == ("ort", None)
+    backend.close()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_auto_on_a_gpu_device_that_falls_back_is_degraded(
+    debug_bundle: Path,
+    built: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ours: bool,
+) -> None:
+    """Whatever was raised: TensorRT's bindings and pybind11 raise what they like."""
+    built()
+
+    def broken(*_: object) -> NoReturn:
+        raise DeviceError("no engine for this bundle") if ours else RuntimeError("Myelin:\nsegment")
+
+    monkeypatch.setitem(edge.backends._LOADERS, "trt", broken)
+    monkeypatch.setattr(edge.backends, "_load_trt", broken)
+    backend, name, degraded = choose_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
+    assert (name, degraded) == ("ort", "no engine for this bundle" if ours else "RuntimeError: Myelin:\\nsegment")
+    assert "the GPU cannot be used, and the CPU serves: " in caplog.text
     backend.close()
 
 

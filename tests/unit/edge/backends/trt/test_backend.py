@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from edge.backends import LoopBackend, StepResult
+from edge.backends import Chosen, LoopBackend, StepResult
 from edge.backends.trt.backend import EngineRejected, TrtBackend
 from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable
@@ -232,7 +232,7 @@ def test_a_whole_text_is_the_one_of_the_processor(bench: Bench, debug_bundle: Pa
     """To the last token, on the same logits; a draw too close for float32 may part the two, but not on all seeds."""
     on_cpu = Engine.load(debug_bundle, "fake")
     backend = bench.open()
-    on_gpu = Engine(debug_bundle, bench.manifest, backend, on_cpu._texts)
+    on_gpu = Engine(debug_bundle, bench.manifest, Chosen(backend, "trt"), on_cpu._texts)
     on_cpu.backend = SameLogits(bench.graph, backend.lengths, bench.manifest.top_k)
     agreed = 0
     for seed in range(4):
