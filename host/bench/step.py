@@ -48,7 +48,7 @@ def torch_step_ms(config: ModelConfig, threads: int) -> float:
 
     @torch.inference_mode()
     def step() -> None:
-        model.logits(model(canvas, t)[masked], ends_impossible(canvas)[masked])
+        model.logits(model.score_canvas(canvas, t)[masked], ends_impossible(canvas)[masked])
 
     return _median_ms(step)
 

@@ -126,7 +126,7 @@ class StepBuilder(GraphBuilder):
     def feed_forward(self, x: str, block: str) -> str:
         """The second half of a block."""
         h = self.linear(self.norm(x, f"{block}.norm2"), f"{block}.up", f"{block}.up.out")
-        h = self.op("Gelu", f"{block}.gelu", h, approximate="tanh")
+        h = self.op("Gelu", f"{block}.gelu", h, approximate="none")
         return self.op("Add", f"{block}.x2", x, self.linear(h, f"{block}.down", f"{block}.down.out"))
 
     def attended(self) -> str:

@@ -67,7 +67,7 @@ def top1_agreement(model: Denoiser, graph: GraphScorer, canvases: Canvases) -> f
     for canvas, t in canvases:
         row = torch.from_numpy(canvas.astype(np.int64))[None]
         masked = row[0] == MASK
-        hidden = model(row, torch.tensor([t]) if model.config.time_input else None)[0, masked]
+        hidden = model.score_canvas(row, torch.tensor([t]) if model.config.time_input else None)[0, masked]
         reference = model.logits(hidden, ends_impossible(row)[0, masked]).argmax(-1).numpy()
         same += int((graph.logits(canvas, t).argmax(-1) == reference).sum())
         total += int(masked.sum())
@@ -81,7 +81,7 @@ def dropped_mass(model: Denoiser, canvases: Canvases, top_k: int, temperature: f
     for canvas, t in canvases:
         row = torch.from_numpy(canvas.astype(np.int64))[None]
         masked = row[0] == MASK
-        hidden = model(row, torch.tensor([t]) if model.config.time_input else None)[0, masked]
+        hidden = model.score_canvas(row, torch.tensor([t]) if model.config.time_input else None)[0, masked]
         p = (model.logits(hidden, ends_impossible(row)[0, masked]) / temperature).softmax(-1)  # (M, V)
         dropped.append(1 - p.topk(top_k).values.double().sum(-1))
     return float(torch.cat(dropped).mean())

@@ -66,7 +66,7 @@ class _Torch:
     def logits(self, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
         row = torch.from_numpy(canvas.astype(np.int64))[None]
         masked = row[0] == MASK
-        hidden = self.model(row, torch.tensor([t]) if self.model.config.time_input else None)[0, masked]
+        hidden = self.model.score_canvas(row, torch.tensor([t]) if self.model.config.time_input else None)[0, masked]
         scores: NDArray[np.float32] = self.model.logits(hidden, ends_impossible(row)[0, masked]).numpy()
         return scores
 

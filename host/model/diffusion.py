@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from host.model.network import Denoiser, ends_impossible, first_end
+from host.model.layouts import causal, first_end
+from host.model.network import NO_PADDING, Denoiser, ends_impossible
 from shared.schedule import ScheduleName, loss_weight, mask_prob
 from shared.tokens import BOS, MASK, PAD
 
@@ -66,7 +67,7 @@ def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[floa
     """Cross-entropy of each scored position, in nats, and the row it belongs to.  → (M,), (M,)"""
     time = torch.tensor(t, device=x0.device) if model.config.time_input else None
     at = batch.scored.flatten().nonzero()[:, 0]
-    logits = model.logits(model(batch.xt, time, at=at), ends_impossible(batch.xt).flatten()[at])  # (M, V)
+    logits = model.logits(model.score_canvas(batch.xt, time, at), ends_impossible(batch.xt).flatten()[at])  # (M, V)
     return F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none"), at // x0.shape[1]
 
 
@@ -84,6 +85,6 @@ def nelbo_sums(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], sc
 def autoregressive_sums(model: Denoiser, x0: Tensor) -> Tensor:
     """Each row's exact negative log-likelihood under a causal mask, in nats.  → (B,)"""
     at = ((x0 != PAD) & (x0 != BOS)).flatten().nonzero()[:, 0]
-    logits = model.logits(model(x0, causal=True, at=at), torch.zeros_like(at, dtype=torch.bool))
+    logits = model.logits(model(*causal(x0), at=at - 1), torch.full_like(at, NO_PADDING))
     losses = F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none")
     return torch.zeros(x0.shape[0], device=x0.device).index_add(0, at // x0.shape[1], losses)

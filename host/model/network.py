@@ -1,22 +1,29 @@
-"""The network: a bidirectional pre-norm transformer that scores every position of a canvas.
+"""The network: a pre-norm transformer over rows, each a token at a position that sees some of the others.
 
-`python -m host.model` prints the configurations. B: batch, L: canvas length, D: width, H: heads, V: vocabulary.
+`python -m host.model` prints the configurations. B: batch, N: rows, S: cached rows, L: canvas length, D: width,
+H: heads, V: vocabulary. Who sees whom is decided in `host.model.layouts`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from host.model.layouts import canvas as canvas_layout
 from shared.errors import ConfigError
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
 CANVAS_LEN: Final = 256
 RELATIVE_UNIT: Final = 10.0
 """Of the stored relative bias, in scores: an optimizer's step then moves a bias ten times as far as a weight."""
+BIAS_FLOOR: Final = -60.0
+"""Least relative bias, in scores: e^-60 is nothing beside 1 in float32, and far smaller probabilities are denormal
+numbers, with which an Intel processor takes half of a step."""
+ANY_END, NO_END, NO_PADDING = 0, 1, 2
+"""Which control tokens a row may score: EOS and PAD; neither, as left of visible text; EOS only, as left to right."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,6 @@ def config_named(name: str) -> ModelConfig:
     if name not in CONFIGS:
         raise ConfigError(f"unknown configuration {name!r}: choose one of {', '.join(CONFIGS)}")
     return CONFIGS[name]
-
-
-def first_end(canvas: Tensor) -> Tensor:
-    """Position of the first visible EOS or PAD in each row, L where there is none.  (B, L) → (B,)"""
-    length = canvas.shape[1]
-    position = torch.arange(length, device=canvas.device)
-    return torch.where((canvas == EOS) | (canvas == PAD), position, length).amin(1)
 
 
 def ends_impossible(canvas: Tensor) -> Tensor:
@@ -97,19 +97,47 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return mixed
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU by tanh; on a CPU in bf16 by erf, at most 5e-4 away, for which torch has kernels five times as fast."""
-    exact = x.device.type == "cpu" and x.dtype is torch.bfloat16
-    return F.gelu(x, approximate="none" if exact else "tanh")
+@dataclass
+class Cache:
+    """Keys and values of the rows that are kept, of each layer, and those of the last pass until `keep` is called.
+
+    A key carries no position (the bias is that of logical positions), so nothing is ever computed again.
+    """
+
+    positions: Tensor  # (B, S)
+    keys: list[Tensor]  # of each layer (B, H, S, D/H)
+    values: list[Tensor]
+    fresh: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of each layer, (B, H, N, D/H)
+    fresh_positions: Tensor | None = None  # (B, N)
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int = 1) -> "Cache":
+        """Nothing kept yet."""
+        shape = (batch, config.heads, 0, config.d_model // config.heads)
+        keys, values = ([torch.zeros(shape) for _ in range(config.layers)] for _ in range(2))
+        return cls(torch.zeros(batch, 0, dtype=torch.long), keys, values)
+
+    def __len__(self) -> int:
+        return self.positions.shape[1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Append these rows (M,) of the last pass; the others leave nothing."""
+        assert self.fresh_positions is not None
+        self.positions = torch.cat([self.positions, self.fresh_positions[:, rows]], 1)
+        for layer, (key, value) in enumerate(self.fresh):
+            self.keys[layer] = torch.cat([self.keys[layer], key[:, :, rows]], 2)
+            self.values[layer] = torch.cat([self.values[layer], value[:, :, rows]], 2)
+        self.fresh, self.fresh_positions = [], None
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a LayerNorm and added to the residual stream."""
+    """Attention and feed-forward, each after a LayerNorm and added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d = config.d_model
         self.heads = config.heads
+        self.dropout: float = 0.0  # of what is added to the residual stream, in training
         self.norm1 = nn.LayerNorm(d)
         self.qkv = nn.Linear(d, 3 * d)
         self.attention_out = nn.Linear(d, d)
@@ -117,20 +145,25 @@ class Block(nn.Module):
         self.up = nn.Linear(d, 4 * d)
         self.down = nn.Linear(4 * d, d)
 
-    def forward(self, x: Tensor, bias: Tensor, at: Tensor | None = None) -> Tensor:
-        """x (B, L, D) → (B, L, D), or (M, D) for the positions `at` (M,), counted over all rows."""
-        b, length, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, length, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = attend(q, k, v, bias).transpose(1, 2).reshape(b, length, d)
+    def forward(
+        self, x: Tensor, bias: Tensor, *, at: Tensor | None = None, cache: Cache | None = None, layer: int = 0
+    ) -> Tensor:
+        """x (B, N, D), bias (B or 1, H, N, S + N) → (B, N, D), or (M, D) for rows `at` (M,), counted over the batch."""
+        b, n, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache.fresh.append((k, v))
+            k, v = torch.cat([cache.keys[layer], k], 2), torch.cat([cache.values[layer], v], 2)
+        mixed = attend(q, k, v, bias).transpose(1, 2).reshape(b, n, d)
         if at is not None:
             x, mixed = x.view(-1, d).index_select(0, at), mixed.view(-1, d).index_select(0, at)
-        x = x + self.attention_out(mixed)
-        hidden: Tensor = self.down(gelu(self.up(self.norm2(x))))
-        return x + hidden
+        x = x + F.dropout(self.attention_out(mixed), self.dropout, self.training)
+        hidden = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + F.dropout(hidden, self.dropout, self.training)
 
 
 class Denoiser(nn.Module):
-    """Scores the tokens that masked positions may hold; the same body serves the autoregressive baseline."""
+    """Scores, for each row, the token of the next position."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,9 +176,10 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.vocab_size)
-        never_control = torch.zeros(2, FIRST_TEXT_ID, dtype=torch.bool)  # row 1: also left of visible text
+        never_control = torch.zeros(3, FIRST_TEXT_ID, dtype=torch.bool)  # by ANY_END, NO_END, NO_PADDING
         never_control[:, [MASK, BOS]] = True
-        never_control[1, [EOS, PAD]] = True
+        never_control[NO_END, [EOS, PAD]] = True
+        never_control[NO_PADDING, PAD] = True
         self.never_control: Tensor
         self.register_buffer("never_control", never_control, persistent=False)
         self.apply(self._init)
@@ -160,46 +194,76 @@ class Denoiser(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    def set_dropout(self, probability: float) -> None:
+        """Dropout of what each block adds to the residual stream, in training."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.dropout = probability
+
     def forward(
-        self, canvas: Tensor, t: Tensor | None = None, causal: bool = False, at: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        cache: Cache | None = None,
+        *,
+        at: Tensor | None = None,
+        t: Tensor | None = None,
     ) -> Tensor:
-        """What `logits` reads each position's scores from.  canvas (B, L) integer ids, t (B,) if timed → (B, L, D)
+        """What `logits` reads the token of each row's next position from.
 
-        at (M,): positions counted over all rows, i·L + j, none of them a BOS; only those are read out.  → (M, D)
+        tokens (B, N), positions (B or 1, N), visible (B or 1, N, S + N) bool, the cached rows first; a row that sees
+        nothing gets NaN. at (M,): only these rows, counted over the batch. t (B,): diffusion time, if conditioned on
+        it. → (B, N, D), or (M, D)
 
-        The read-out is shifted: position i is scored from the state at i − 1, in diffusion as in the autoregressive
-        objective, so that a diffusion run started from autoregressive weights predicts well from its first step.
-        Position 0 holds BOS, which nobody scores.
-        Positions behind the first visible EOS or PAD are certain, so nothing attends to them.
+        The read-out is shifted: the row at position p scores the token of position p + 1, in every layout.
         """
-        x = self.token_embedding(canvas) + self.position_embedding.weight[: canvas.shape[1]]
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
         if self.time_mlp is not None and t is not None:
             x = x + self.time_mlp(timestep_embedding(t, self.config.d_model))[:, None]
-        bias = self.attention_bias(canvas, causal)
-        *body, last = self.blocks
-        for block in body:
-            x = block(x, bias)
-        states: Tensor = self.norm(last(x, bias, None if at is None else at - 1))
-        return states if at is not None else torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        if cache is not None:
+            cache.fresh, cache.fresh_positions = [], positions.expand(tokens.shape[0], -1)
+        bias = self.attention_bias(positions, visible, None if cache is None else cache.positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, bias, at=at if layer == len(self.blocks) - 1 else None, cache=cache, layer=layer)
+        states: Tensor = self.norm(x)
+        return states
 
-    def attention_bias(self, canvas: Tensor, causal: bool) -> Tensor:
-        """By distance, and −inf where nobody looks; in the type of autocast.  canvas (B, L) → (B or 1, H, L, L)"""
-        device, longest, length = canvas.device.type, self.config.canvas_len, canvas.shape[1]
-        # Windows, not a lookup of L² distances, whose gradient is summed by several threads in no fixed order.
-        windows = self.relative_bias[:, longest - length : longest + length - 1].unfold(1, length, 1)
-        bias = RELATIVE_UNIT * windows.flip(1)  # (H, L, L)
-        position = torch.arange(length, device=canvas.device)
-        last_seen = position[:, None] if causal else first_end(canvas)[:, None, None, None]
-        bias = bias.masked_fill(position > last_seen, -torch.inf)
+    def attention_bias(self, positions: Tensor, visible: Tensor, cached: Tensor | None = None) -> Tensor:
+        """Relative position bias plus mask (−inf at invisible keys), in the autocast dtype.
+
+        positions (B or 1, N), visible (B or 1, N, S + N), cached: positions (B, S) of the cached keys
+        → (B or 1, H, N, S + N)
+        """
+        device, longest = positions.device.type, self.config.canvas_len
+        # Windows and whole rows and columns of them: the gradient of a lookup of N² distances would be summed by
+        # several threads in no fixed order.
+        windows = self.relative_bias.unfold(1, longest, 1).flip(1)  # (H, L, L)
+        table = (RELATIVE_UNIT * windows).clamp(min=BIAS_FLOOR)
+        keys = positions if cached is None else torch.cat([cached, positions.expand(len(cached), -1)], 1)
+        rows = zip(positions.expand(len(keys), -1), keys, strict=True)
+        bias = torch.stack([table.index_select(1, query).index_select(2, key) for query, key in rows])
+        bias = bias.masked_fill(~visible[:, None], -torch.inf)
         return bias.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else bias
 
-    def logits(self, hidden: Tensor, ends_are_impossible: Tensor) -> Tensor:
-        """Float32 scores, −inf where a token cannot stand: MASK, BOS; EOS and PAD left of visible text.
+    def score_canvas(self, canvas: Tensor, t: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """States that the tokens of a canvas are read from, for full-canvas diffusion.  canvas (B, L) → (B, L, D)
 
-        hidden (N, D), ends_are_impossible (N,) bool → (N, V)
+        at (M,): positions counted over all rows, i·L + j, none of them a BOS.  → (M, D)
+        Positions after the first visible EOS or PAD are certain, so nothing attends to them. Position 0 holds BOS,
+        which nobody scores: its state is that of position 1.
+        """
+        rows = canvas_layout(canvas)
+        states = self(*rows, at=None if at is None else at - 1, t=t)
+        return states if at is not None else torch.cat([states[:, :1], states[:, :-1]], dim=1)
+
+    def logits(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """Float32 scores, −inf where a token cannot stand: MASK and BOS always, others by `ends`.
+
+        hidden (N, D), ends (N,) of ANY_END, NO_END, NO_PADDING; True reads as NO_END → (N, V)
         """
         control, text = self.head(hidden).float().tensor_split([FIRST_TEXT_ID], dim=1)
-        never = self.never_control[ends_are_impossible.long()]  # (N, FIRST_TEXT_ID)
+        never = self.never_control[ends.long()]  # (N, FIRST_TEXT_ID)
         return torch.cat([control.masked_fill(never, -torch.inf), text], dim=1)
 
 

@@ -6,7 +6,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from host.model.network import Denoiser, ends_impossible, first_end
+from host.model.layouts import causal, first_end
+from host.model.network import NO_PADDING, Denoiser, ends_impossible
 from host.sampling.reference import Sampled, Settings, commit_pass, uniforms
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, EOS, MASK, PAD
@@ -54,7 +55,7 @@ def _scores(
     at = masked.flatten().nonzero()[:, 0]
     times = [time_of_masked_fraction(schedule, float(row.sum()) / (length - 1)) for row in masked]
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        hidden = model(cut, torch.tensor(times) if model.config.time_input else None, at=at)
+        hidden = model.score_canvas(cut, torch.tensor(times) if model.config.time_input else None, at)
         logp = model.logits(hidden, ends_impossible(cut).flatten()[at]).log_softmax(-1)
     parts: tuple[Tensor, ...] = logp.split(masked.sum(1).tolist())
     return parts
@@ -76,11 +77,10 @@ def sample_autoregressive(
     for i in range(1 + len(prompt), length):
         rows = (canvases != EOS).all(1).nonzero()[:, 0]
         for part in rows.split(ROWS):
-            at = torch.arange(len(part)) * (i + 1) + i
+            at = torch.arange(len(part)) * i + i - 1
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                hidden = model(canvases[part, : i + 1], causal=True, at=at)
-                logits = model.logits(hidden, torch.zeros(len(part), dtype=torch.bool)).double()
-            logits[:, PAD] = -torch.inf  # behind an end only, which ends the row here
+                hidden = model(*causal(canvases[part, :i]), at=at)
+                logits = model.logits(hidden, torch.full_like(at, NO_PADDING)).double()
             for row, scores in zip(part.tolist(), logits, strict=True):
                 noise = -(-uniforms(seeds[row], 0, torch.tensor(i), vocabulary, domain=0).log()).log()
                 noisy = scores / temperature + noise if temperature > 0 else scores

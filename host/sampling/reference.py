@@ -84,9 +84,9 @@ def sample(
     while (open_positions := (fill & (canvas == MASK)).nonzero()[:, 0]).numel():
         on_pass(canvas)
         t = time_of_masked_fraction(schedule, float((canvas == MASK).sum()) / (canvas.numel() - 1))
-        hidden = model(canvas[None], torch.tensor([t]) if model.config.time_input else None)[0, open_positions]
+        hidden = model.score_canvas(canvas[None], torch.tensor([t]) if model.config.time_input else None)
         impossible = ends_impossible(canvas[None])[0, open_positions]
-        logp = model.logits(hidden, impossible).log_softmax(-1)  # (M, V)
+        logp = model.logits(hidden[0, open_positions], impossible).log_softmax(-1)  # (M, V)
         margin = min(margin, commit_pass(canvas, open_positions, logp, step, settings))
         step += 1
     return Sampled(canvas, step, margin)

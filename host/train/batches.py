@@ -19,7 +19,7 @@ from host.model.diffusion import (
     low_discrepancy_times,
     token_weight,
 )
-from host.model.network import ends_impossible
+from host.model.network import NO_PADDING, ends_impossible
 from shared.schedule import ScheduleName
 from shared.tokens import BOS, FIRST_TEXT_ID, PAD
 
@@ -38,7 +38,7 @@ class MicroBatch:
     at: Tensor  # (M,) int64, i·L + j
     target: Tensor  # (M,) int64
     weight: Tensor  # (M,) float32
-    ends_impossible: Tensor  # (M,) bool
+    ends: Tensor  # (M,) int64, see `Denoiser.logits`
     causal: bool
 
     def on(self, device: torch.device) -> "MicroBatch":
@@ -55,7 +55,7 @@ class MicroBatch:
             at=F.pad(self.at, (0, more), value=1),
             target=F.pad(self.target, (0, more), value=FIRST_TEXT_ID),
             weight=F.pad(self.weight, (0, more)),
-            ends_impossible=F.pad(self.ends_impossible, (0, more)),
+            ends=F.pad(self.ends, (0, more)),
         )
 
     def pinned(self) -> "MicroBatch":
@@ -133,7 +133,9 @@ def make_batch(
                 at=at,
                 target=x0[rows, :longest].flatten()[at],
                 weight=weights[rows][at // longest],
-                ends_impossible=ends_impossible(canvas).flatten()[at] & (objective == "diffusion"),
+                ends=torch.full_like(at, NO_PADDING)
+                if objective == "ar"
+                else ends_impossible(canvas).flatten()[at].long(),
                 causal=objective == "ar",
             )
         )

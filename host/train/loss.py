@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from host.model.layouts import canvas, causal
 from host.model.network import Denoiser
 from host.train.batches import MicroBatch
 from shared.tokens import FIRST_TEXT_ID
@@ -28,14 +29,15 @@ class WeightedLoss(nn.Module):
         if self.fused and torch.is_autocast_enabled("cpu"):
             batch = batch.padded(SCORED_ALIGNED)
         timed = self.model.config.time_input
-        hidden = self.model(batch.canvas, batch.t if timed else None, causal=batch.causal, at=batch.at)  # (M, D)
+        rows = causal(batch.canvas) if batch.causal else canvas(batch.canvas)
+        hidden = self.model(*rows, at=batch.at - 1, t=batch.t if timed else None)  # (M, D)
         if self.fused and torch.is_grad_enabled():
             head = self.model.head
             loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-                hidden, head.weight, head.bias, self.model.never_control[batch.ends_impossible.long()], batch
+                hidden, head.weight, head.bias, self.model.never_control[batch.ends], batch
             )
             return loss
-        logits = self.model.logits(hidden, batch.ends_impossible)  # (M, V)
+        logits = self.model.logits(hidden, batch.ends)  # (M, V)
         return (F.cross_entropy(logits, batch.target, reduction="none") * batch.weight).sum()
 
 

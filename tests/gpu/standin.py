@@ -35,7 +35,7 @@ class Network:
     @torch.no_grad()
     def __call__(self, canvas: Tensor, t: Tensor | None) -> Tensor:
         """canvas int32 (B, L), t float32 (B,) if timed → (B, L, V) float16"""
-        hidden = self._model(canvas, t)
+        hidden = self._model.score_canvas(canvas, t)
         scores = self._model.logits(hidden.flatten(0, 1), ends_impossible(canvas).flatten())
         return scores.clamp(min=-1e4).half().view(*canvas.shape, -1)
 

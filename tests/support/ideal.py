@@ -44,7 +44,7 @@ class Ideal:
         marginals: NDArray[np.float64] = (posterior[:, None, None] * one_hot).sum(0)
         return marginals
 
-    def __call__(self, canvas: Tensor, t: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    def score_canvas(self, canvas: Tensor, t: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """As a network: the "hidden state" of a position is its distribution.  (B, L) → (B, L, V), or (M, V) at `at`"""
         hidden = torch.from_numpy(np.stack([self.marginals(_complete(row)) for row in canvas.numpy()]))
         return hidden if at is None else hidden.flatten(0, 1)[at]

@@ -16,7 +16,8 @@ from host.evaluate import likelihood as evaluate
 from host.evaluate import sweep
 from host.evaluate.gen_ppl import Judge, Judged, canvases_of, length_distance
 from host.export.random_weights import untrained
-from host.model.network import Denoiser, config_named
+from host.model.layouts import causal
+from host.model.network import NO_PADDING, Denoiser, config_named
 from host.sampling.many import open_canvas, sample_autoregressive, sample_many
 from host.sampling.reference import Settings, sample
 from host.train import trainer as train
@@ -79,9 +80,7 @@ def test_autoregressive_samples_have_the_frequencies_of_the_model(network: Denoi
     model = Denoiser(shape)
     with torch.no_grad():
         model.head.weight.normal_(std=0.15)
-        first = torch.tensor([[BOS, PAD]])
-        logits = model.logits(model(first, causal=True, at=torch.tensor([1])), torch.tensor([False]))
-    logits[:, PAD] = -torch.inf
+        logits = model.logits(model(*causal(torch.tensor([[BOS]])))[0], torch.tensor([NO_PADDING]))
     expected = 3000 * logits.softmax(-1)[0].numpy()
     found = sample_autoregressive(model, range(3000)).numpy()
     observed = np.bincount(found[:, 1], minlength=12)
@@ -110,10 +109,9 @@ def test_perplexity_is_that_of_the_exact_likelihood(judge_run: Path, data: Path)
     with torch.no_grad():
         for row in canvases.astype(np.int64):
             length = int((row != PAD).sum())
-            scores = judge.model.logits(
-                judge.model(torch.from_numpy(row[None, :length]), causal=True)[0], torch.zeros(length, dtype=torch.bool)
-            ).log_softmax(-1)
-            nats -= float(sum(scores[i, row[i]] for i in range(1, length)))
+            states = judge.model(*causal(torch.from_numpy(row[None, : length - 1])))[0]
+            scores = judge.model.logits(states, torch.full((length - 1,), NO_PADDING)).log_softmax(-1)
+            nats -= float(sum(scores[i - 1, row[i]] for i in range(1, length)))
             tokens += length - 1
     assert judge.judge("", canvases).perplexity.value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 

@@ -167,7 +167,7 @@ class AsDenoiser:
     def __init__(self, textbook: Textbook) -> None:
         self.textbook, self.config = textbook, textbook.config
 
-    def __call__(self, canvas: Tensor, t: Tensor, at: Tensor) -> Tensor:
+    def score_canvas(self, canvas: Tensor, t: Tensor, at: Tensor) -> Tensor:
         scores: Tensor = self.textbook(canvas, t).flatten(0, 1)[at]
         return scores
 

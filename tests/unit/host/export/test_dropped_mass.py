@@ -24,7 +24,7 @@ def test_equals_the_tail_of_the_sorted_softmax(model: Denoiser) -> None:
     """By hand: masked positions only, the sum behind the K-th best probability."""
     row = torch.from_numpy(CANVAS).long()[None]
     with torch.no_grad():
-        logits = model.logits(model(row, torch.tensor([0.8]))[0], ends_impossible(row)[0]).numpy()
+        logits = model.logits(model.score_canvas(row, torch.tensor([0.8]))[0], ends_impossible(row)[0]).numpy()
     p = np.exp(logits / 1.5)
     p /= p.sum(1, keepdims=True)
     tail = -np.sort(-p, axis=1)[CANVAS == MASK, 64:].sum(1).mean()

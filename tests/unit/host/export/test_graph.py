@@ -49,7 +49,7 @@ def canvases() -> NDArray[np.int32]:
 def reference(model: Denoiser, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
     """Log-probabilities of one canvas, finite.  → (L, V)"""
     row = torch.from_numpy(canvas.astype(np.int64))[None]
-    hidden = model(row, torch.tensor([t]) if model.config.time_input else None)[0]
+    hidden = model.score_canvas(row, torch.tensor([t]) if model.config.time_input else None)[0]
     logp: NDArray[np.float32] = model.logits(hidden, ends_impossible(row)[0]).log_softmax(-1).clamp(min=NEVER).numpy()
     return logp
 
