@@ -19,6 +19,7 @@ import numpy as np
 
 from host.data.prepare import DEFAULT_OUT
 from host.data.shards import load_data
+from host.files import check_numbers
 from shared.errors import ConfigError, DataError, run_main
 from shared.tokens import FIRST_TEXT_ID
 
@@ -26,8 +27,7 @@ GIGABYTE: Final = 1_000_000_000
 WORDS: Final = 30_000  # distinct ones, about as many as TinyStories has
 STORY_WORDS: Final = (120, 260)
 STORIES_AT_ONCE: Final = 1000
-MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micro_size": 1 << 16}
-MOST_GIGABYTES: Final = 1000
+MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micro_size": 1 << 16, "gigabytes": 1000}
 
 
 def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
@@ -68,20 +68,12 @@ def bench_data(gigabytes: float) -> None:
     )
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """ConfigError names the flag whose number is out of range."""
-    for name, most in MOST.items():
-        value = getattr(args, name, None)
-        if value is not None and not 1 <= value <= most:
-            raise ConfigError(f"--{name.replace('_', '-')} must be from 1 to {most:,}, not {value}")
-
-
 def bench_step(args: argparse.Namespace) -> None:
     """Print the StepSpeed of the shape that the command line gives."""
     shape = [args.d_model, args.layers, args.heads, args.vocab_size, args.canvas_len]
     if min(shape) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
         raise ConfigError(f"no network has the shape {' '.join(map(str, shape))}")
-    check_numbers(args)
+    check_numbers(args, MOST)
     from host.bench.step import measure_step
     from host.model.network import ModelConfig  # torch, which `data` does without
 
@@ -90,7 +82,7 @@ def bench_step(args: argparse.Namespace) -> None:
 
 def bench_train(args: argparse.Namespace) -> None:
     """Print the TrainSpeed of each configuration."""
-    check_numbers(args)
+    check_numbers(args, MOST)
     from host.bench.training import measure_training
     from host.model.network import config_named  # torch, which `data` does without
     from host.train.optim import PEAK_RATES
@@ -153,8 +145,7 @@ def main() -> None:
     if args.command == "step":
         bench_step(args)
         return
-    if not 0 < args.gigabytes <= MOST_GIGABYTES:
-        raise ConfigError(f"--gigabytes must be above 0 and at most {MOST_GIGABYTES}, not {args.gigabytes}")
+    check_numbers(args, MOST)
     bench_data(args.gigabytes)
 
 

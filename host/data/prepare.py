@@ -4,14 +4,10 @@ Text is streamed twice, first to draw the tokenizer's sample, then to encode; me
 """
 
 import argparse
-import fcntl
 import hashlib
-import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +27,7 @@ from host.data.tokenizer import (
     train_tokenizer,
 )
 from host.data.tokenizer_sample import DISTINCT_WORD_BYTES, SAMPLE_BYTES, SpreadSample, with_bearable_words
+from host.files import swapped_in
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, sha256_of
 
@@ -112,50 +109,6 @@ def check_replaceable(out: Path) -> None:
         raise DataError(f"--out {out} exists and is not a data folder: choose another --out")
 
 
-@contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A scratch folder beside `out` that takes its place at the end, and vanishes when the block fails.
-
-    What a killed run left there is cleared first. Raises DataError when another run is at work on `out`, or the disk
-    refuses.
-    """
-    out = out.resolve()  # a link stays a link, and renaming stays on one disk
-    scratch = out.with_name(f".{out.name}.partial")
-    replaced = out.with_name(f".{out.name}.replaced")
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with locked(scratch, f"another run is preparing {out}: wait for it, or choose another --out"):
-            for left_over in scratch.iterdir():
-                left_over.unlink()
-            try:
-                yield scratch
-                shutil.rmtree(replaced, ignore_errors=True)
-                if out.exists():
-                    out.rename(replaced)
-                scratch.rename(out)
-                shutil.rmtree(replaced, ignore_errors=True)
-            except BaseException:
-                shutil.rmtree(scratch, ignore_errors=True)
-                raise
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold a folder against other processes; DataError(refusal) when one of them holds it."""
-    with ExitStack() as opened:
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-            opened.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(refusal) from None
-        except OSError as error:
-            raise DataError(f"{folder} cannot be locked: {error.strerror}") from None
-        yield
-
-
 def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> DataMeta:
     """Make the data folder `out` from `source`, unless it is there and nothing changed.
 
@@ -169,7 +122,7 @@ def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Dat
         return load_data(out).meta
     check_replaceable(out)
     corpus = open_corpus(source)
-    with replacing(out) as folder:
+    with swapped_in(out) as folder:
         tokenizer = learn_tokenizer(corpus, vocab_size)
         (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         writers = write_splits(corpus, tokenizer, folder)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from msgspec import Struct
 
+from host.device import mixed_precision_dtype
 from host.evaluate.likelihood import HeldOut, held_out_files, held_out_split, ratio
 from host.export.pipeline import TOP_K
 from host.model.diffusion import autoregressive_sums, counted_tokens
@@ -22,7 +23,6 @@ from host.sampling.many import sample_autoregressive, sample_many
 from host.sampling.reference import Settings
 from host.train.checkpoint import BEST, LAST
 from host.train.run_folder import data_of, load_run
-from host.train.trainer import mixed_precision_dtype
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, Figure, SamplingDefaults, sha256_of
 from shared.tokens import FIRST_TEXT_ID, PAD

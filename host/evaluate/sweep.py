@@ -10,13 +10,13 @@ from typing import Final, get_args
 
 import torch
 
+from host.device import mixed_precision_dtype
 from host.evaluate.gen_ppl import Judge, Judged, length_distance
 from host.export.pipeline import TOP_K
 from host.sampling.many import sample_many
 from host.sampling.reference import Settings
 from host.train.plots import save_picture
 from host.train.run_folder import load_run
-from host.train.trainer import mixed_precision_dtype
 from shared.errors import ConfigError
 from shared.manifest import TOKENIZER, Selection
 

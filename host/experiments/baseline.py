@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from host.data.shards import DataFolder, load_data
+from host.device import machine_of
+from host.files import check_numbers
 from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import CONFIGS, ModelConfig, config_named, timestep_embedding
 from host.train.batches import MicroBatch, make_batch, story_indices
@@ -26,14 +28,13 @@ from host.train.logging import LOG_FILE, open_log, progress_bar
 from host.train.optim import PEAK_RATES, learning_rate_factor
 from host.train.plots import plot_curves
 from host.train.run_folder import (
+    AT_MOST,
     VALIDATION_DRAWS,
     VALIDATION_SEED,
     TrainConfig,
-    check_numbers,
     fresh_folder,
     write_config,
 )
-from host.train.trainer import machine_of
 from shared.errors import ConfigError, DiffusionLLMError
 from shared.tokens import PAD
 
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="default: %(default)s steps")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     args = parser.parse_args()
-    check_numbers(args)
+    check_numbers(args, AT_MOST)
     if args.out.exists():
         raise ConfigError(f"{args.out} exists: choose another --out")
     data = load_data(args.data, verify=True)

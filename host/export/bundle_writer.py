@@ -1,13 +1,8 @@
 """Write a bundle: graphs, tokenizer and manifest, in a temporary folder that takes its place when it is whole."""
 
-import ctypes
-import errno
-import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +10,10 @@ from pathlib import Path
 import msgspec
 import onnx
 
+from host.files import swapped_in
 from host.model.network import Denoiser, ModelConfig, count_parameters
 from host.train.checkpoint import Progress
-from shared.errors import ConfigError, DiffusionLLMError
+from shared.errors import ConfigError
 from shared.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -43,8 +39,6 @@ _DTYPES = {
     int(onnx.TensorProto.FLOAT): "float32",
     int(onnx.TensorProto.FLOAT16): "float16",
 }
-
-_HERE, _RENAME_EXCHANGE = -100, 2  # of Linux: AT_FDCWD, and renameat2's flag
 
 
 @dataclass(frozen=True)
@@ -85,45 +79,6 @@ def check_replaceable(out: Path) -> None:
         raise ConfigError(f"--out {out}: a bundle's name is letters, digits, '.', '_' and '-', at most 100") from None
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step: whoever looks finds the old or the new, at every moment.
-
-    False where the file system cannot (some network shares): nothing has moved then. Raises OSError.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
-@contextmanager
-def _swapped_in(out: Path) -> Iterator[Path]:
-    """A scratch folder beside `out` that takes its place when the block has ended well; else the old one stays."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-            folder, replaced = Path(temporary) / out.name, Path(temporary) / "replaced"
-            folder.mkdir()
-            yield folder
-            for path in folder.iterdir():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-            if not out.exists():
-                folder.rename(out)
-            elif not _exchange(folder, out):
-                out.rename(replaced)
-                try:
-                    folder.rename(out)
-                except OSError:
-                    replaced.rename(out)
-                    raise
-    except OSError as error:
-        raise DiffusionLLMError(f"the bundle {out} cannot be written: {error.strerror}") from None
-
-
 def write_bundle(
     out: Path,
     model: Denoiser,
@@ -142,7 +97,7 @@ def write_bundle(
     disk refuses.
     """
     check_replaceable(out)
-    with _swapped_in(out) as folder:
+    with swapped_in(out) as folder:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         for graph in graphs:
             onnx.save(graph.model, folder / graph.file)

@@ -12,8 +12,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, locked, prepare
+from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.data.shards import DataFolder, load_data
+from host.files import check_numbers, locked
 from host.model.diffusion import Weighting
 from host.model.network import CONFIGS, Denoiser, ModelConfig, config_named
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, load_model, read_progress
@@ -25,9 +26,12 @@ from shared.manifest import TOKENIZER, sha256_of
 CONFIG_FILE = "config.json"
 VALIDATION_SEED = 0x5EED
 VALIDATION_DRAWS = 2
-ABOVE_ZERO = ("steps", "minutes", "batch_size", "micro_size", "valid_every", "lr")
 CPU_BATCH_SIZE = 16
-AT_MOST = {"batch_size": 1 << 16, "micro_size": 1 << 16}
+AT_MOST = {
+    "batch_size": 1 << 16,
+    "micro_size": 1 << 16,
+    **dict.fromkeys(("steps", "minutes", "valid_every", "lr"), math.inf),
+}
 CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
 OF_DIFFUSION = ("schedule", "weighting", "time_input")
 
@@ -138,7 +142,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     args = parser.parse_args(arguments)
-    check_numbers(args)
+    check_numbers(args, AT_MOST)
     untouched = object()  # a default fills only what a namespace lacks, so that what was typed can be told
     typed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
     for name in (name for name, value in vars(typed).items() if value is not untouched):
@@ -147,17 +151,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if args.objective == "ar" and name in OF_DIFFUSION:
             raise ConfigError(f"{_flag(name)} does not go with --objective ar: nothing is masked")
     return args
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """ConfigError names the flag whose number is out of range."""
-    for name, value in vars(args).items():
-        if name in ABOVE_ZERO and value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{_flag(name)} must be a number above 0, not {value}")
-        if name in AT_MOST and value is not None and value > AT_MOST[name]:
-            raise ConfigError(f"{_flag(name)} must be at most {AT_MOST[name]:,}, not {value}")
-    if not 0 <= args.seed < 1 << 63:
-        raise ConfigError(f"--seed must be at least 0 and below 2**63, not {args.seed}")
 
 
 def _flag(name: str) -> str:

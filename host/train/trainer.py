@@ -7,8 +7,6 @@ curves.png and the tokenizer. `torchrun --nproc-per-node N -m host.train` shares
 import argparse
 import contextlib
 import math
-import platform
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from host.data.shards import DataFolder, Split, load_data
+from host.device import machine_of, mixed_precision_dtype
 from host.model.network import Denoiser
 from host.train.batches import Batch, MicroBatch, make_batch
 from host.train.checkpoint import (
@@ -258,25 +257,6 @@ def training_loss(model: Denoiser, device: torch.device, ranks: Ranks) -> nn.Mod
         torch.set_float32_matmul_precision("high")
         loss.compile(dynamic=True)
     return loss if ranks.processes == 1 else DistributedDataParallel(loss, broadcast_buffers=False)
-
-
-def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
-    """bf16 where the chip multiplies it, FP16 on older GPUs, None (float32) on CPUs that would emulate it."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else None
-
-
-def machine_of(device: torch.device) -> str:
-    """What a second is worth: the processor's name and the fastest type that it trains in."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpu_info = Path("/proc/cpuinfo")
-        found = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.exists() else "", re.MULTILINE)
-        name = f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{name}, {str(mixed_precision_dtype(device) or torch.float32).removeprefix('torch.')}"
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from host.data.prepare import prepare, replacing
+from host.data.prepare import prepare
 from host.data.shards import DATA_FILE, load_data
 from host.data.tokenizer import encode_stories, load_tokenizer
-from shared.errors import ConfigError, DataError
+from host.files import swapped_in
+from shared.errors import ConfigError, DataError, DiffusionLLMError
 from shared.tokens import SPECIAL_TOKENS
 
 REPOSITORY = Path(__file__).parents[4]
@@ -126,7 +127,7 @@ def test_what_host_data_did_not_make_is_never_replaced(make: object, source: Pat
 
 
 def test_a_place_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="out cannot be written: Not a directory"):
+    with pytest.raises(DiffusionLLMError, match="out cannot be written: Not a directory"):
         prepare(str(source), source / "out", vocab_size=280)
 
 
@@ -141,8 +142,8 @@ def test_a_linked_folder_is_replaced_where_it_really_is(source: Path, tmp_path: 
 
 
 def test_two_runs_cannot_prepare_the_same_folder(source: Path, tmp_path: Path) -> None:
-    with replacing(tmp_path / "out"):
-        with pytest.raises(DataError, match="another run is preparing"):
+    with swapped_in(tmp_path / "out"):
+        with pytest.raises(DataError, match="another process is writing"):
             prepare(str(source), tmp_path / "out", vocab_size=280)
         (tmp_path / ".out.partial" / DATA_FILE).touch()
     assert names(tmp_path / "out") == {DATA_FILE}

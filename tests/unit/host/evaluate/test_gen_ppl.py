@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from host.data.shards import load_data
+from host.device import mixed_precision_dtype
 from host.evaluate import likelihood as evaluate
 from host.evaluate import sweep
 from host.evaluate.gen_ppl import Judge, Judged, canvases_of, length_distance
@@ -23,7 +24,6 @@ from host.sampling.reference import Settings, sample
 from host.train import trainer as train
 from host.train.checkpoint import find_checkpoint, load_model
 from host.train.run_folder import load_run
-from host.train.trainer import mixed_precision_dtype
 from shared.errors import ConfigError
 from shared.manifest import TOKENIZER, Figure, SamplingDefaults
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from host.data.shards import load_data
 from host.data.tokenizer import load_tokenizer
+from host.device import machine_of
 from host.experiments import baseline as textbook
 from host.experiments import compare
 from host.experiments.baseline import Textbook, TextbookLoop
@@ -133,7 +134,7 @@ def test_hours_of_different_machines_are_called_so(
     call(compare.main, f"moved={moved}", f"textbook={runs / 'textbook'}", "--out", picture)
     assert "different machines" not in capsys.readouterr().out
     *lines, last = (moved / "log.csv").read_text().splitlines()
-    here = train.machine_of(torch.device("cpu"))
+    here = machine_of(torch.device("cpu"))
     assert last.endswith(f',"{here}"') and here.endswith(("bfloat16", "float32"))
     (moved / "log.csv").write_text("\n".join([*lines, last.replace(here, "another, AVX2, float32"), ""]))
     call(compare.main, f"moved={moved}", f"textbook={runs / 'textbook'}", "--out", picture)

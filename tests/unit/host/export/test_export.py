@@ -8,10 +8,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from host import files
 from host.evaluate.likelihood import evaluate, held_out_split
 from host.evaluate.scorers import TorchScorer
 from host.export import __main__ as export
-from host.export import bundle_writer as bundle
 from host.model.network import count_parameters
 from host.train.checkpoint import BEST, LAST, load_model
 from host.train.run_folder import data_of
@@ -181,7 +181,7 @@ def test_at_no_moment_is_there_no_bundle(tmp_path: Path) -> None:
     moments: list[bool] = []
 
     def replace(content: str) -> None:
-        with bundle._swapped_in(out) as folder:
+        with files.swapped_in(out) as folder:
             (folder / MANIFEST).write_text(content)
 
     replace("old")
@@ -198,7 +198,7 @@ def test_at_no_moment_is_there_no_bundle(tmp_path: Path) -> None:
 def test_a_disk_that_cannot_exchange_gets_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--untrained", "debug", "--out", out)
-    monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)  # there is no such disk here
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # there is no such disk here
     call(export.main, "--untrained", "debug", "--out", out, "--fp16")
     assert [g.file for g in read_manifest(out).graphs] == ["step.cuda.fp16.onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, capsys: pytest.Captur
     before = snapshot(tmp_path)
     with small_disk(200_000):  # the tokenizer fits, the graph does not
         refused = refusal(capsys, export.main, "--untrained", "debug", "--out", out, "--fp16")
-    assert refused == (1, f"the bundle {out} cannot be written: File too large")
+    assert refused == (1, f"{out} cannot be written: File too large")
     assert snapshot(tmp_path) == before
 
 

@@ -11,8 +11,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from host.data.prepare import locked, prepare
+from host.data.prepare import prepare
 from host.data.shards import DATA_FILE
+from host.files import locked
 from host.train import trainer as train
 from host.train.checkpoint import BEST, LAST, read_progress
 from host.train.logging import LOG_FILE, read_log

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from host.data.shards import load_data
+from host.device import mixed_precision_dtype
 from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times, nelbo_sums
 from host.train import trainer as train
 from host.train.batches import story_indices
@@ -30,7 +31,7 @@ from host.train.run_folder import (
     parse_arguments,
     run_laid_out,
 )
-from host.train.trainer import Trainer, mixed_precision_dtype
+from host.train.trainer import Trainer
 from shared.manifest import TOKENIZER
 from tests.support.commands import call, refusal, small
 

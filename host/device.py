@@ -1,0 +1,26 @@
+"""What the machine at hand multiplies fast, and what it is called."""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+
+def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
+    """bf16 where the chip multiplies it, FP16 on older GPUs, None (float32) on CPUs that would emulate it."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else None
+
+
+def machine_of(device: torch.device) -> str:
+    """The processor's name, a CPU's vector instructions, and the type that training multiplies in."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu_info = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.exists() else "", re.MULTILINE)
+        name = f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{name}, {str(mixed_precision_dtype(device) or torch.float32).removeprefix('torch.')}"
