@@ -151,8 +151,9 @@ def model_of(folder: Path) -> str:
 def install(store: Store, source: Path, service: Service, check: Callable[[Path], None]) -> str:
     """Copy, check the copy, serve it.  → what to tell the user. Raises BundleError; then nothing has changed."""
     with store.locked():
-        store.prune()  # what a killed command left may be the room that is missing now
+        store.discard_partials()  # what a killed command left may be the room that is missing now
         staged = store.stage(source)
+        before = store.names()
         try:
             check(staged)
             name = store.admit(staged)
@@ -163,9 +164,13 @@ def install(store: Store, source: Path, service: Service, check: Callable[[Path]
         links = store.links
         previous = links.previous if links.current == name else links.current
         try:
-            return switch(store, Links(name, previous), service)
-        finally:
-            store.prune()
+            told = switch(store, Links(name, previous), service)
+        except (BundleError, ConfigError):
+            if name not in before:
+                store.discard(store.folder / name)
+            raise
+        store.prune()
+        return told
 
 
 def rollback(store: Store, service: Service) -> str:

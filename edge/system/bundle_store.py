@@ -6,6 +6,8 @@
       previous        link to the one before: what a rollback returns to
 
 A link is swapped by renaming a new one over it, so that at every moment there is a whole one. Two bundles are kept.
+Removed is only what is provably a bundle of this store, named by its own manifest's digest, and only while both links
+show one.
 """
 
 import errno
@@ -26,6 +28,7 @@ from shared.manifest import MANIFEST, TOKENIZER, Manifest, bundle_digest, read_m
 
 SIGNATURE: Final = f"{MANIFEST}.minisig"
 PARTIAL: Final = ".partial-"
+LOCK: Final = ".lock"
 
 
 def check_files(folder: Path) -> Manifest:
@@ -77,10 +80,16 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else changes the store meanwhile."""
+        """Nobody else changes the store meanwhile. A folder becomes a store while it is empty, and never otherwise."""
+        for outer in (self.folder.absolute(), *self.folder.absolute().parents):
+            if (outer / MANIFEST).exists():
+                raise BundleError(f"{self.folder} cannot be a store of bundles: {outer} is a bundle itself")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            lock = self.folder / LOCK
+            if not lock.exists() and (found := next(self.folder.iterdir(), None)) is not None:
+                raise BundleError(f"{self.folder} is no store of bundles, and it is not empty: it holds {found.name}")
+            handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield
@@ -126,12 +135,12 @@ class Store:
         return staged
 
     def discard(self, staged: Path) -> None:
-        """Remove what was staged."""
+        """Remove a staged or admitted bundle."""
         shutil.rmtree(staged, ignore_errors=True)
 
     def admit(self, staged: Path) -> str:
         """Take a verified folder in; one of its name that is there is repaired, file by file.  → its name"""
-        name = f"{read_manifest(staged).name}-{bundle_digest(staged)[:12]}"
+        name = _name_of(staged)
         final = self.folder / name
         if final.is_dir():  # the name says that the files are the same, or were
             for file in staged.iterdir():
@@ -158,16 +167,34 @@ class Store:
                 (self.folder / f".{link}").rename(self.folder / link)
         _flush(self.folder)
 
+    def discard_partials(self) -> None:
+        """Remove what killed commands left."""
+        for path in self.folder.glob(f"{PARTIAL}*"):
+            self.discard(path)
+
     def prune(self) -> None:
-        """Remove all but the two that the links show, and what interrupted commands left."""
+        """Remove the bundles of this store that neither link shows; none when a link was lost, for it may be any."""
         keep = (self.links.current, self.links.previous)
-        for path in self.folder.iterdir():
-            if path.name.startswith(PARTIAL) or (path.name in self.names() and path.name not in keep):
-                shutil.rmtree(path, ignore_errors=True)
+        if any(name is None or not (self.folder / name).is_dir() for name in keep):
+            return
+        for name in self.names():
+            if name not in keep and _is_named_by_its_content(self.folder / name):
+                self.discard(self.folder / name)
 
     def _target(self, link: str) -> str | None:
         path = self.folder / link
         return path.readlink().name if path.is_symlink() else None
+
+
+def _name_of(folder: Path) -> str:
+    return f"{read_manifest(folder).name}-{bundle_digest(folder)[:12]}"
+
+
+def _is_named_by_its_content(folder: Path) -> bool:
+    try:
+        return folder.name == _name_of(folder)
+    except BundleError:
+        return False
 
 
 def _flush(path: Path) -> None:

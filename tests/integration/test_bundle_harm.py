@@ -15,6 +15,7 @@ from edge.bundle import Service
 from edge.config import Config
 from edge.system.bundle_store import Store, check_files, check_signature
 from shared.errors import BundleError
+from shared.manifest import bundle_digest
 from tests.integration.harness import ROOT, clean_environment
 from tests.integration.test_bundle_command import (
     bundle_command,
@@ -135,8 +136,8 @@ def test_what_a_killed_command_left_makes_room_for_the_next(
     small_disk: Path, debug_bundle: Path, tmp_path: Path
 ) -> None:
     store = small_disk / "store"
-    store.mkdir()
-    (store / ".partial-1").mkdir()
+    (store / ".partial-1").mkdir(parents=True)
+    (store / ".lock").touch()
     shutil.copytree(debug_bundle, store / ".partial-1/copy")
     name = install(store, debug_bundle)
     assert contents(store) == {name}
@@ -156,3 +157,58 @@ def test_killed_at_any_step_it_leaves_a_whole_bundle_current(debug_bundle: Path,
     steps = [line["before"] for line in told]
     assert any(step.startswith("os.rename .current") for step in steps) and len(steps) > 15
     assert {tuple(line["left"]) for line in told} == {tuple(told[-1]["left"])} and told[-1]["survived"]
+
+
+def test_a_folder_of_something_else_is_refused_and_keeps_what_it_holds(debug_bundle: Path, tmp_path: Path) -> None:
+    """`--store .` beside the bundle, as one types it in a checkout."""
+    mine = tmp_path / "mine"
+    bundle = variant(debug_bundle, mine, "mine")
+    (mine / "photos").mkdir()
+    (mine / "photos" / "one.jpg").write_text("dear")
+    before = sorted(path.relative_to(mine) for path in mine.rglob("*"))
+    said = refusal(bundle_command(mine, "install", bundle))
+    assert f"{mine} is no store of bundles, and it is not empty: it holds " in said
+    assert sorted(path.relative_to(mine) for path in mine.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["", "store", "a/store"])
+def test_a_store_within_a_bundle_is_refused(inside: str, debug_bundle: Path, tmp_path: Path) -> None:
+    bundle = variant(debug_bundle, tmp_path, "mine")
+    before = sorted(bundle.rglob("*"))
+    said = refused(bundle / inside, bundle)
+    assert f"{bundle / inside} cannot be a store of bundles: {bundle} is a bundle itself" in said
+    assert sorted(bundle.rglob("*")) == before
+
+
+def test_what_is_not_provably_a_bundle_of_the_store_survives_in_it(debug_bundle: Path, tmp_path: Path) -> None:
+    """Photos, a bundle that somebody copied there by hand, and one whose name says another digest."""
+    store = tmp_path / "store"
+    install(store, debug_bundle)
+    (store / "photos-0123456789ab").mkdir()
+    variant(debug_bundle, store, "by-hand")
+    variant(debug_bundle, store, "debug-0123456789ab")
+    for name in ("second", "third", "fourth"):
+        install(store, variant(debug_bundle, tmp_path, name))
+    kept = {"photos-0123456789ab", "by-hand", "debug-0123456789ab"}
+    assert {name.rpartition("-")[0] for name in contents(store) - kept} == {"third", "fourth"}
+    assert kept <= contents(store)
+
+
+def test_a_store_that_lost_its_links_keeps_its_bundles(debug_bundle: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    names = {install(store, debug_bundle), install(store, variant(debug_bundle, tmp_path, "second"))}
+    for link in ("current", "previous"):
+        (store / link).unlink()
+    third = install(store, variant(debug_bundle, tmp_path, "third"))
+    assert contents(store) == names | {third} and links(store) == (third, None)
+    assert install(store, store / next(iter(names))) in names, "one of them can be served again"
+
+
+def test_a_bundle_that_is_refused_removes_nothing(debug_bundle: Path, tmp_path: Path) -> None:
+    """Bundles are removed after the new one was verified, and not before it was even read."""
+    store = tmp_path / "store"
+    names = {install(store, debug_bundle), install(store, variant(debug_bundle, tmp_path, "second"))}
+    spare = variant(debug_bundle, store, "spare")
+    name = spare.rename(store / f"spare-{bundle_digest(spare)[:12]}").name
+    refused(store, tmp_path / "nothing")
+    assert contents(store) == names | {name}
