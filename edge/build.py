@@ -17,7 +17,7 @@ import msgspec
 from edge.backends.trt.engine_builder import Order, no_room
 from edge.backends.trt.engine_cache import writable_cache
 from edge.config import default_bundle
-from shared.errors import BundleError, ConfigError, DeviceError, run_main
+from shared.errors import BundleError, ConfigError, DeviceError, command_name, run_main
 from shared.manifest import find_graph, read_manifest
 
 WORKSPACE_MIB: Final = 512
@@ -73,7 +73,7 @@ def _died(status: int, order: Order) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line, build, say where."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge.build",
+        prog=command_name("edge.build"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=EPILOG,

@@ -16,7 +16,7 @@ from typing import Final
 from edge.client import ask, connect
 from edge.config import FILE_VARIABLE, STORE, Config, load_config
 from edge.system.bundle_store import Links, Store, check_files, check_signature
-from shared.errors import BundleError, ConfigError, RequestError, run_main
+from shared.errors import BundleError, ConfigError, RequestError, command_name, run_main
 from shared.manifest import bundle_digest, read_manifest
 from shared.messages import GenerateRequest, Response
 
@@ -202,7 +202,7 @@ def describe(store: Store) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and do it."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge.bundle",
+        prog=command_name("edge.bundle"),
         description="The bundles of this device.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,6 +3,7 @@
 Parsed once at the start and frozen; everything behind this file sees a `Config`.
 """
 
+import logging
 import os
 import re
 import socket
@@ -19,6 +20,8 @@ from shared.errors import ConfigError
 
 PREFIX: Final = "EDGELM_"
 FILE_VARIABLE: Final = "EDGELM_CONFIG"
+LOG_VARIABLE: Final = "EDGELM_LOG"
+LEVELS: Final = ("debug", "info", "warning", "error")
 VARIABLES: Final[dict[str, str]] = {
     "EDGELM_BUNDLE": "bundle",
     "EDGELM_SOCKET": "socket",
@@ -125,7 +128,8 @@ def load_config(
     if file is None and environ.get(FILE_VARIABLE):
         file = Path(environ[FILE_VARIABLE])
     config = Config() if file is None else _convert(_read_toml(file), str(file), file.absolute().parent, strict=True)
-    for variable in sorted(name for name in environ if name.startswith(PREFIX) and name != FILE_VARIABLE):
+    ours = {name for name in environ if name.startswith(PREFIX)} - {FILE_VARIABLE, LOG_VARIABLE}
+    for variable in sorted(ours):
         if variable not in VARIABLES:
             raise ConfigError(f"unknown environment variable {variable}: known are {', '.join(VARIABLES)}")
         if environ[variable]:
@@ -135,6 +139,14 @@ def load_config(
     if config.mqtt.password_file and not config.mqtt.username:
         raise ConfigError("mqtt.password_file needs mqtt.username: brokers take a password only with a name")
     return config
+
+
+def log_level(*, default: str) -> int:
+    """The level that EDGELM_LOG names. Raises ConfigError."""
+    name = os.environ.get(LOG_VARIABLE) or default
+    if name not in LEVELS:
+        raise ConfigError(f"{LOG_VARIABLE}={name}: choose one of {', '.join(LEVELS)}")
+    return int(getattr(logging, name.upper()))
 
 
 def parse_broker(text: str) -> dict[str, str]:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from edge.backends import may_use_gpu
-from edge.config import Config, load_config, parse_broker
+from edge.config import Config, load_config, log_level, parse_broker
 from edge.serving.loaded_bundle import Engine
 from edge.serving.scheduler import Scheduler
 from edge.system import systemd
 from edge.system.gpu_deaths import GpuDeaths
 from edge.system.systemd import JournalFormatter
 from edge.transports.unix_socket import SocketServer
-from shared.errors import DeviceError, DiffusionLLMError
+from shared.errors import DeviceError, DiffusionLLMError, command_name
 
 if TYPE_CHECKING:
     from edge.transports.mqtt.client import MqttTransport
@@ -191,7 +191,7 @@ def _drain(config: Config, worker: Scheduler, signals: Signals) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and serve. Returns 0 after a drain."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge",
+        prog=command_name("edge"),
         description="Serve a bundle on a Unix socket and, if a broker is configured, over MQTT.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     handler = logging.StreamHandler(sys.stderr)
     to_journal = systemd.on_journal()
     handler.setFormatter(JournalFormatter() if to_journal else logging.Formatter("%(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=log_level(default="info"), handlers=[handler])
     try:
         serve(lambda: load_config(args.config, given | broker))
     except DiffusionLLMError as error:

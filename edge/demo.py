@@ -17,7 +17,7 @@ from edge.client import connect
 from edge.config import PREFIX, default_bundle
 from edge.generate import ask_daemon, unwrap
 from edge.terminal_view import View, printable
-from shared.errors import ConfigError, DiffusionLLMError, run_main
+from shared.errors import ConfigError, DiffusionLLMError, command_name, run_main
 from shared.messages import GenerateRequest
 
 PROMPT: Final = "Once upon a time"
@@ -72,7 +72,7 @@ def _failure_to_start(daemon: "subprocess.Popen[bytes]", log: IO[bytes]) -> Diff
 def main(argv: list[str] | None = None) -> int:
     """Run the demonstration; its daemon and its files are gone afterwards, also after Ctrl-C."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge.demo",
+        prog=command_name("edge.demo"),
         description="Start a daemon in a temporary folder, watch it write a story, stop it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

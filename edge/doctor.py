@@ -25,7 +25,7 @@ from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, on_jetson
 from edge.backends.trt.profiles import buckets
 from edge.config import default_bundle
 from edge.decoding.canvas import Row, Sampling, advance
-from shared.errors import DeviceError, DiffusionLLMError, run_main
+from shared.errors import DeviceError, DiffusionLLMError, command_name, run_main
 from shared.manifest import Manifest, find_graph, read_manifest
 from shared.tokens import BOS, MASK
 
@@ -212,7 +212,7 @@ def _guarded(name: str, work: Callable[[], list[Finding]]) -> list[Finding]:
 def main(argv: list[str] | None = None) -> int:
     """Print the report; the exit status is 0 when nothing is to be fixed for the GPU, else 69."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge.doctor",
+        prog=command_name("edge.doctor"),
         description=__doc__,
         epilog="exit codes: 0 all is well, 69 something is to be fixed",
     )

@@ -15,7 +15,7 @@ import msgspec
 from edge.client import ask, connect
 from edge.config import Config, default_socket, load_config, socket_candidates
 from edge.terminal_view import View, printable
-from shared.errors import ERROR_CODES, ConfigError, DiffusionLLMError, RequestError, run_main
+from shared.errors import ERROR_CODES, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
 from shared.manifest import Selection
 from shared.messages import GenerateRequest, Partial, Reply, Response, decode_request, encode
 
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 def command_line() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge.generate",
+        prog=command_name("edge.generate"),
         description="Ask the daemon for text. Fields left out take the bundle's defaults.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,5 +1,15 @@
 """The training host: data, model, diffusion, training, evaluation, export."""
 
 import os
+import sys
+from importlib.util import find_spec
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's wheels report home unless told before the import
+
+# While Python looks for the module of `python -m host.…`, argv[0] is "-m": a command without its packages is to end in
+# one sentence. A program that imports the host gets Python's own error.
+if sys.argv[:1] == ["-m"]:
+    needed = ("torch", "datasets", "pyarrow", "safetensors", "onnx", "tqdm", "matplotlib")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        remedy = "pip install 'diffusion-llm[host]', in a checkout pip install -e '.[host]' -c constraints.txt"
+        sys.exit(f"error: the training host needs {', '.join(missing)}: {remedy}")

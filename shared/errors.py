@@ -86,8 +86,16 @@ class RequestError(DiffusionLLMError):
         self.retry_after_ms = retry_after_ms
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command line's `main`: our errors become one line on stderr and an exit code, Ctrl-C becomes 130."""
+def command_name(module: str) -> str:
+    """How this command was called, for its help: `edgelm build`, or `python -m edge.build`."""
+    return sys.argv[0] if sys.argv[0].startswith("edgelm ") else f"python -m {module}"
+
+
+def run_main(main: Callable[[], int | None], *, debug: bool = False) -> None:
+    """Run a command line's `main`: our errors become one line on stderr and an exit code, Ctrl-C becomes 130.
+
+    debug: let errors of ours be tracebacks.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark
             stream.reconfigure(errors="replace")
@@ -96,6 +104,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()  # a reader that left must be met here, not in the interpreter's own last flush
         sys.exit(status)
     except DiffusionLLMError as error:
+        if debug:
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output left, as `head` does

@@ -29,7 +29,7 @@ from edge.decoding.canvas import Row, Sampling
 from edge.measure.clients import measure, print_clients, serving
 from edge.measure.roofline import BOARDS, floor
 from edge.serving.loaded_bundle import Engine
-from shared.errors import ConfigError
+from shared.errors import ConfigError, command_name
 from shared.manifest import MAX_STEPS, find_graph, read_manifest
 from shared.messages import GenerateRequest, Response, encode
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
@@ -258,7 +258,7 @@ def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
-        prog="python -m edge.bench",
+        prog=command_name("edge.bench"),
         description=__doc__,
         epilog="example: python -m edge.bench --bundle bundles/mine --json",
     )

@@ -1,0 +1,66 @@
+"""`edgelm`: the commands of the device behind one name. Each is also a `python -m edge…` of its own."""
+
+import importlib
+import logging
+import os
+import sys
+from typing import Final
+
+from shared.errors import ConfigError, run_main
+
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "serve": ("edge.daemon", "answer requests on a Unix socket and over MQTT"),
+    "generate": ("edge.generate", "write a text, by the daemon or without one"),
+    "bundle": ("edge.bundle", "install, list, roll back and verify bundles"),
+    "build": ("edge.build", "build the TensorRT engine of a bundle on this device"),
+    "doctor": ("edge.doctor", "what this device has, what it lacks, and what to do first"),
+    "bench": ("edge.measure.bench", "measure a bundle on this device"),
+    "demo": ("edge.demo", "start a daemon, watch it write a story, stop it"),
+}
+"""Sub-command → the module whose `main` it is, imported only when it is asked for; and what it does."""
+
+USAGE: Final = """usage: edgelm [--debug] COMMAND ...
+       edgelm --version
+
+commands:
+{commands}
+
+  --debug    on an error, a traceback instead of one sentence
+
+`edgelm COMMAND --help` explains a command. EDGELM_LOG sets the log level: debug, info, warning or error."""
+
+
+def main(arguments: list[str]) -> int | None:
+    """Run a sub-command. Raises ConfigError for an unknown one."""
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())))
+        return 0
+    if name == "--version":
+        from importlib.metadata import PackageNotFoundError, version  # 30 ms that no other command need pay
+
+        try:
+            print(f"edgelm {version('diffusion-llm')}")
+        except PackageNotFoundError:
+            print("edgelm, from a checkout that is not installed")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"edgelm knows no command {name!r}: choose one of {', '.join(COMMANDS)}")
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's wheels report home unless told before their import
+    if name != "serve":  # the daemon sets its own log up
+        from edge.config import log_level
+
+        logging.basicConfig(level=log_level(default="warning"), format="%(levelname)s %(message)s")
+    sys.argv = [f"edgelm {name}", *rest]
+    status: int | None = importlib.import_module(COMMANDS[name][0]).main()
+    return status
+
+
+def run() -> None:
+    """The program `edgelm`."""
+    debug, arguments = sys.argv[1:2] == ["--debug"], sys.argv[1:]
+    run_main(lambda: main(arguments[debug:]), debug=debug)
+
+
+if __name__ == "__main__":
+    run()
