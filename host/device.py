@@ -2,6 +2,8 @@
 
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,3 +26,8 @@ def machine_of(device: torch.device) -> str:
         found = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.exists() else "", re.MULTILINE)
         name = f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, {str(mixed_precision_dtype(device) or torch.float32).removeprefix('torch.')}"
+
+
+def work_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds of work: CPU time of all threads, or on a GPU, which works while its host waits, the time it is held."""
+    return time.perf_counter if device.type == "cuda" else time.process_time

@@ -1,4 +1,4 @@
-"""`python -m host.textbook`: train the baseline, the loop of a textbook."""
+"""The earlier name of `python -m host.baseline`."""
 
 from host.experiments.baseline import main
 from shared.errors import run_main

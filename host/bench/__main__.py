@@ -1,7 +1,7 @@
 """Benchmarks of the training host.
 
-`python -m host.bench` races our training loop against a textbook's; `data` proves that data preparation streams; `step`
-measures what `edge.bench` compares with.
+`python -m host.bench` times our training loop beside the baseline's; `data` proves that data preparation streams;
+`step` measures what `edge.bench` compares with.
 """
 
 import argparse
@@ -104,10 +104,10 @@ def bench_train(args: argparse.Namespace) -> None:
         speed = measure_training(config, data, settings, args.steps, args.threads)
         if number == 0:
             peaks = " ".join(f"{f'{name} peak':>10}" for name in speed.peaks)
-            print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'textbook':>9} {'ratio':>6} "
-                  f"{'GFLOP/s':>8} {peaks} {f'of {speed.yardstick} peak':>13}")  # fmt: skip
+            print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'baseline':>9} {'ratio':>6} "
+                  f"{'GFLOP/s':>8} {peaks} {f'of {speed.peak_type} peak':>13}")  # fmt: skip
         peaks = " ".join(f"{peak:10.0f}" for peak in speed.peaks.values())
-        print(f"{speed.config:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.textbook_tokens_per_s:9,.0f} "
+        print(f"{speed.config:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.baseline_tokens_per_s:9,.0f} "
               f"{speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} {speed.fraction_of_peak:13.0%}")  # fmt: skip
     source = f"{data.meta.source}, vocabulary {data.meta.vocab_size:,}"
     print(f"real tokens of {source}; medians of {args.steps} steps, in turn, ours of {batch_size} canvases")
@@ -122,7 +122,7 @@ def main() -> None:
         "python -m host.bench step 384 6 6 8192 256",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="our training loop, a textbook's and the matmul peaks (the default)")
+    train = commands.add_parser("train", help="our training loop, the baseline's and the matmul peaks (the default)")
     train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
     train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
     train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")

@@ -1,4 +1,4 @@
-"""What a step costs in torch, and what this machine could do at best: the yardsticks of `edge.bench`."""
+"""What a step costs in torch, and what this machine could do at best: what `edge.bench` compares with."""
 
 import statistics
 import time

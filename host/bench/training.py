@@ -1,4 +1,4 @@
-"""How fast training is: our loop and a textbook's in turn on the same data, beside what the machine could do at best.
+"""How fast training is: our loop and the baseline's in turn on the same data, beside what the machine could do at best.
 
 Tokens are real ones, text and EOS; work done on padding counts for neither loop.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from host.data.shards import DataFolder
-from host.experiments.baseline import TextbookLoop
+from host.experiments.baseline import BaselineLoop
 from host.model.network import ModelConfig
 from host.train.batches import Batch
 from host.train.checkpoint import Progress
@@ -30,38 +30,38 @@ DTYPE_NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float
 
 
 class TrainSpeed(msgspec.Struct, frozen=True):
-    """Medians over steps. gflop_per_token: forward and backward, without padding and unscored read-outs.
+    """Medians over steps. gflop_per_token: forward and backward, without padding and unscored positions.
 
-    peaks: 10⁹ operations a second of square products, by type; first that of the type which our loop runs in.
+    peaks: GFLOP/s of square products, by type; first that of the type which our loop runs in.
     """
 
     config: str
     device: str
     threads: int
     tokens_per_s: float
-    textbook_tokens_per_s: float
+    baseline_tokens_per_s: float
     gflop_per_token: float
     peaks: dict[str, float]
 
     @property
     def ratio(self) -> float:
-        """Our tokens a second over the textbook's."""
-        return self.tokens_per_s / self.textbook_tokens_per_s
+        """Our tokens/s over the baseline's."""
+        return self.tokens_per_s / self.baseline_tokens_per_s
 
     @property
-    def yardstick(self) -> str:
+    def peak_type(self) -> str:
         """The type whose peak is the best that our loop could reach."""
         return next(iter(self.peaks))
 
     @property
     def gflops(self) -> float:
-        """Model work a second."""
+        """Matrix products of the model, GFLOP/s."""
         return self.tokens_per_s * self.gflop_per_token
 
     @property
     def fraction_of_peak(self) -> float:
-        """Model work a second over the peak of our loop's type."""
-        return self.gflops / self.peaks[self.yardstick]
+        """Those over the peak of our loop's type."""
+        return self.gflops / self.peaks[self.peak_type]
 
 
 def measure_training(
@@ -71,9 +71,9 @@ def measure_training(
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = replace(config, vocab_size=data.meta.vocab_size)
-    theirs, numbers = TextbookLoop(model, data, device), itertools.count()
+    theirs, numbers = BaselineLoop(model, data, device), itertools.count()
 
-    def textbook() -> int:
+    def baseline() -> int:
         return theirs.step(next(numbers))[2]
 
     with tempfile.TemporaryDirectory(prefix="host-bench-") as out:
@@ -84,9 +84,9 @@ def measure_training(
             trainer.progress = replace(trainer.progress, step=trainer.progress.step + 1)
             return tokens
 
-        for loop in (ours, textbook):  # buffers, kernels, clocks
+        for loop in (ours, baseline):  # buffers, kernels, clocks
             loop()
-        rates: list[tuple[float, float]] = [(_rate(ours, device), _rate(textbook, device)) for _ in range(steps)]
+        rates: list[tuple[float, float]] = [(_rate(ours, device), _rate(baseline, device)) for _ in range(steps)]
         batches = [
             trainer.batch_at(data.train, settings.seed, step, settings.batch_size) for step in range(1, 1 + steps)
         ]
@@ -97,14 +97,14 @@ def measure_training(
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         threads=threads,
         tokens_per_s=our_rate,
-        textbook_tokens_per_s=their_rate,
+        baseline_tokens_per_s=their_rate,
         gflop_per_token=statistics.mean(batch_gflop(model, batch) / batch.tokens for batch in batches),
         peaks={DTYPE_NAMES[dtype]: matmul_gflops(device, dtype) for dtype in dict.fromkeys((own, torch.float32))},
     )
 
 
 def _rate(loop: Callable[[], int], device: torch.device) -> float:
-    """Tokens a second of one step."""
+    """Tokens/s of one step."""
     _wait_for(device)
     started = time.perf_counter()
     tokens = loop()

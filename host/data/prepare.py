@@ -13,7 +13,6 @@ from typing import Final
 
 import msgspec
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from host.data.shards import DATA_FILE, FORMAT_VERSION, DataMeta, SplitName, SplitWriter, load_data
 from host.data.sources import FILE_ENDINGS, Corpus, open_corpus, source_identity
@@ -28,6 +27,7 @@ from host.data.tokenizer import (
 )
 from host.data.tokenizer_sample import DISTINCT_WORD_BYTES, SAMPLE_BYTES, SpreadSample, with_bearable_words
 from host.files import swapped_in
+from host.progress import progress
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, sha256_of
 
@@ -51,7 +51,7 @@ def labelled_texts(corpus: Corpus) -> Iterator[tuple[SplitName, str]]:
 def learn_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
     """Train on a sample of the training text: of all of it where it is local, of its beginning where it is not."""
     sample = SpreadSample()
-    for split, text in tqdm(labelled_texts(corpus), desc="reading", unit=" stories", unit_scale=True, mininterval=1):
+    for split, text in progress(labelled_texts(corpus), desc="reading", unit=" stories", unit_scale=True):
         if split == "train":
             sample.offer(head(text))
         if sample.stride > 1 and not corpus.cheap_to_reread:
@@ -69,7 +69,7 @@ def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[Spl
         "valid": SplitWriter(folder, "valid", token_bytes),
     }
     waiting: dict[SplitName, list[str]] = {"train": [], "valid": []}
-    for split, text in tqdm(labelled_texts(corpus), desc="encoding", unit=" stories", unit_scale=True, mininterval=1):
+    for split, text in progress(labelled_texts(corpus), desc="encoding", unit=" stories", unit_scale=True):
         waiting[split].append(head(text))
         if len(waiting[split]) == STORIES_AT_ONCE:
             writers[split].add(encode_stories(tokenizer, waiting[split]))

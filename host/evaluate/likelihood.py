@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from host.data.shards import DataFolder
 from host.data.sources import read_texts
@@ -23,6 +22,7 @@ from host.data.tokenizer import encode_stories, load_tokenizer, token_byte_lengt
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer, load_graph
 from host.model.diffusion import Corrupted, corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import Denoiser
+from host.progress import progress
 from host.train.checkpoint import newest_run
 from host.train.run_folder import data_of, load_run
 from shared.errors import ConfigError, DataError
@@ -61,7 +61,7 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
     n = len(x0)
     nelbo = np.zeros((draws, n))  # nats of each story
     masked, masked_tokens = np.zeros((draws, n)), np.zeros((draws, n))
-    with tqdm(total=2 * draws * n, desc=scorer.name, unit=" canvases", unit_scale=True) as bar:
+    with progress(total=2 * draws * n, desc=scorer.name, unit=" canvases", unit_scale=True) as bar:
         for draw in range(draws):
             noise = np.random.default_rng((SEED, draw))
             t = np.array(low_discrepancy_times(n, noise.random()))[noise.permutation(n)]

@@ -1,9 +1,8 @@
-"""The loop of a textbook, a yardstick: `host.bench train` races it against ours, `host.compare` shows its curve.
+"""The baseline: `host.bench train` times it beside ours, `host.compare` shows its learning curve.
 
-nn.MultiheadAttention, dropout, scores of every position, float32, canvases of full length, AdamW: what the first
-version of such a model usually looks like, and what this model family began as. It learns from the same corrupted
-canvases, with plain cross-entropy on masked positions. `python -m host.textbook` trains it and saves nothing but its
-log.
+A masked diffusion model as one would first write it in PyTorch: nn.MultiheadAttention, dropout, logits of every
+position, float32, canvases of full length, AdamW, plain cross-entropy on masked positions. `python -m host.baseline`
+trains it and keeps its log, no weights.
 """
 
 import argparse
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from host.data.shards import DataFolder, load_data
-from host.device import machine_of
+from host.device import work_clock
 from host.files import check_numbers
 from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import CONFIGS, ModelConfig, config_named, timestep_embedding
@@ -29,6 +28,7 @@ from host.train.optim import PEAK_RATES, learning_rate_factor
 from host.train.plots import plot_curves
 from host.train.run_folder import (
     AT_MOST,
+    VALID_EVERY,
     VALIDATION_DRAWS,
     VALIDATION_SEED,
     TrainConfig,
@@ -42,7 +42,7 @@ DROPOUT: Final = 0.1
 ROWS: Final = 16  # of a step
 
 
-class TextbookBlock(nn.Module):
+class BaselineBlock(nn.Module):
     """Pre-norm transformer block from torch's own parts."""
 
     def __init__(self, d: int, heads: int) -> None:
@@ -60,8 +60,8 @@ class TextbookBlock(nn.Module):
         return x + hidden
 
 
-class Textbook(nn.Module):
-    """The widths and depths of `host.model.Denoiser`, and its parameters but for the bias by distance."""
+class Baseline(nn.Module):
+    """The widths and depths of `host.model.Denoiser`, and its parameters but for the relative position bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Textbook(nn.Module):
         d = config.d_model
         self.tokens, self.positions = nn.Embedding(config.vocab_size, d), nn.Embedding(config.canvas_len, d)
         self.time = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
-        self.blocks = nn.Sequential(*(TextbookBlock(d, config.heads) for _ in range(config.layers)))
+        self.blocks = nn.Sequential(*(BaselineBlock(d, config.heads) for _ in range(config.layers)))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, config.vocab_size)
 
     def forward(self, canvas: Tensor, t: Tensor) -> Tensor:
@@ -79,18 +79,18 @@ class Textbook(nn.Module):
         return scores
 
 
-class TextbookLoop:
+class BaselineLoop:
     """Owns the network and its optimizer, and makes its own batches."""
 
     def __init__(self, model: ModelConfig, data: DataFolder, device: torch.device, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.data, self.device, self.seed = data, device, seed
-        self.model = Textbook(model).to(device)
+        self.model = Baseline(model).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=PEAK_RATES["adamw"])
         self.noise = np.random.default_rng(seed)
 
     def step(self, number: int) -> tuple[float, float, int]:
-        """One optimizer step.  → (cross-entropy of a masked token in nats, gradient norm, tokens)"""
+        """One optimizer step.  → (cross-entropy of a masked token, in nats, gradient norm, tokens)"""
         rows = self.data.train.take(story_indices(self.seed, number, ROWS, len(self.data.train)))
         x0 = torch.from_numpy(rows.astype(np.int64))
         t = low_discrepancy_times(ROWS, float(self.noise.random()))
@@ -106,7 +106,7 @@ class TextbookLoop:
 
     @torch.no_grad()
     def nelbo(self, stories: int) -> float:
-        """The bound in nats a token, on the stories and noise that `host.train` validates with."""
+        """NELBO in nats per token, on the stories and noise that `host.train` validates with."""
         self.model.eval()
         nats, tokens = 0.0, 0
         for draw in range(VALIDATION_DRAWS):
@@ -126,34 +126,35 @@ class TextbookLoop:
 
 def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
     """Train for `config.steps` steps with host.train's rates; write log.csv and curves.png."""
-    loop = TextbookLoop(model, data, torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.seed)
-    stories, machine = min(config.valid_stories, len(data.valid)), machine_of(loop.device)
-    tokens, seconds, processor_s = 0, 0.0, 0.0
+    loop = BaselineLoop(model, data, torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.seed)
+    stories, work_s = min(config.valid_stories, len(data.valid)), work_clock(loop.device)
+    every = config.valid_every or VALID_EVERY
+    tokens, seconds, compute_s = 0, 0.0, 0.0
     with open_log(config.out / LOG_FILE, 0) as log, progress_bar(config.steps, None) as bar:
         for number in range(config.steps):
             rate = config.lr * learning_rate_factor(number / config.steps, config.warmup)
             loop.optimizer.param_groups[0]["lr"] = rate
-            started, worked = time.perf_counter(), time.process_time()
+            started, worked = time.perf_counter(), work_s()
             loss, norm, of_step = loop.step(number)
             if not math.isfinite(loss):
                 raise DiffusionLLMError(f"the loss became {loss} at step {number}; try a lower --lr")
             elapsed = time.perf_counter() - started
             tokens, seconds = tokens + of_step, seconds + elapsed
-            processor_s += time.process_time() - worked
+            compute_s += work_s() - worked
             step = number + 1
-            valid = loop.nelbo(stories) if step % config.valid_every == 0 or step == config.steps else None
+            valid = loop.nelbo(stories) if step % every == 0 or step == config.steps else None
             log((step, tokens, f"{seconds:.1f}", f"{loss:.4f}", "" if valid is None else f"{valid:.4f}",
-                 f"{rate:.2e}", f"{norm:.3f}", f"{of_step / elapsed:.0f}", f"{processor_s:.1f}", machine))  # fmt: skip
+                 f"{rate:.2e}", f"{norm:.3f}", f"{of_step / elapsed:.0f}", f"{compute_s:.1f}"))  # fmt: skip
             bar(step, seconds, loss, valid, of_step / elapsed)
         plot_curves(config.out)
 
 
 def main() -> None:
-    """Train the yardstick."""
+    """Train the baseline."""
     parser = argparse.ArgumentParser(
-        prog="python -m host.textbook",
-        description="Train the yardstick that host.compare sets beside a run: a textbook's model and loop.",
-        epilog="example: python -m host.textbook --data data/tinystories --steps 3000 --out runs/textbook",
+        prog="python -m host.baseline",
+        description="Train the baseline that host.compare sets beside a run: plain PyTorch, float32, AdamW.",
+        epilog="example: python -m host.baseline --data data/tinystories --steps 3000 --out runs/baseline",
     )
     parser.add_argument("--config", choices=list(CONFIGS), default="tiny", help="model shape (default: %(default)s)")
     parser.add_argument("--data", type=Path, required=True, help="prepared data")
@@ -162,8 +163,8 @@ def main() -> None:
     parser.add_argument(
         "--lr", type=float, default=PEAK_RATES["adamw"], help="peak learning rate (default: %(default)s)"
     )
-    parser.add_argument("--valid-every", type=int, default=TrainConfig.valid_every, help="default: %(default)s steps")
-    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    parser.add_argument("--valid-every", type=int, default=VALID_EVERY, help="steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
     args = parser.parse_args()
     check_numbers(args, AT_MOST)
     if args.out.exists():

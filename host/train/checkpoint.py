@@ -33,7 +33,7 @@ class Progress:
     step: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0
-    processor_seconds: float = 0.0  # of all processes and their threads, in steps
+    compute_seconds: float = 0.0  # in steps: CPU time of all threads and processes, or time on each GPU
     best_nats: float | None = None
     tokenizer_sha256: str = ""
     data_source: str = ""

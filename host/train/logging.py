@@ -5,15 +5,11 @@ import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
+from host.progress import progress
 from shared.errors import ConfigError, DiffusionLLMError
 
 LOG_FILE = "log.csv"
-MACHINE = "machine"
-NUMBERS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "processor_s")
-LOG_COLUMNS = (*NUMBERS, MACHINE)
-UNNAMED = "a machine that an older version did not name"
+LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "compute_s")
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
@@ -23,16 +19,11 @@ def read_log(path: Path) -> list[dict[str, str]]:
         return [row for row in rows if (row.get("step") or "").isdigit()]
 
 
-def machines_of(log: list[dict[str, str]]) -> tuple[str, ...]:
-    """Those that a run was trained on, the first process's of several."""
-    return tuple(dict.fromkeys(row.get(MACHINE) or UNNAMED for row in log))
-
-
 @contextlib.contextmanager
 def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tuple[object, ...]], None]]:
     """Append rows to the CSV log; each row is on disk at once.
 
-    Rows behind `step`, which a crash left after the checkpoint that is resumed, are dropped first.
+    Rows after `step`, which a crash left after the checkpoint that is resumed, are dropped first.
     Without `write`, as on all processes but the first, rows go nowhere.
     """
     if not write:
@@ -59,24 +50,27 @@ def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tu
 
 @contextlib.contextmanager
 def progress_bar(
-    steps: int, seconds: float | None, shown: bool = True
+    steps: int, minutes: float | None, visible: bool = True
 ) -> Iterator[Callable[[int, float, float, float | None, float], None]]:
-    """A bar over steps, or over the seconds given, with loss, tokens a second and time left.
+    """Progress in steps, or in the minutes given, with loss, tokens/s and time left.
 
-    Yields show(step, seconds, loss, validation loss or None, tokens a second).
+    Yields show(step, seconds, loss, validation loss or None, tokens/s).
     """
-    total = steps if seconds is None else round(seconds)
-    last_valid = "-"
-    with tqdm(total=total, unit="step" if seconds is None else "s", dynamic_ncols=True, disable=not shown) as bar:
+    numbers = "{n_fmt}/{total_fmt} steps" if minutes is None else "{n:.1f}/{total:g} min"
+    layout = "{percentage:3.0f}%|{bar}| " + numbers + " [{elapsed}<{remaining}{postfix}]"
+    valid_shown = ""
+    with progress(total=steps if minutes is None else minutes, bar_format=layout, disable=not visible) as bar:
 
-        def show(step: int, spent: float, loss: float, valid: float | None, tokens_per_s: float) -> None:
-            nonlocal last_valid
-            last_valid = last_valid if valid is None else f"{valid:.3f}"
-            now = min(total, step if seconds is None else round(spent))
-            if bar.n == 0 and now > 1:
+        def show(step: int, seconds: float, loss: float, valid: float | None, tokens_per_s: float) -> None:
+            nonlocal valid_shown
+            valid_shown = valid_shown if valid is None else f", validation {valid:.3f}"
+            now = step if minutes is None else min(minutes, seconds / 60)
+            if bar.n == 0 and step > 1:
                 bar.initial = bar.n = now  # a resumed run: count its speed from here
+            counted = "" if minutes is None else f"step {step:,}, "
+            shown = f"{counted}loss {loss:.3f}{valid_shown}, {tokens_per_s:,.0f} tokens/s"
             try:
-                bar.set_postfix_str(f"loss {loss:.3f}, valid {last_valid}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(shown, refresh=False)
                 bar.update(now - bar.n)
             except OSError:  # Ctrl-C ends a `tee` behind the bar, too; the run has yet to be saved
                 bar.disable = True

@@ -18,7 +18,7 @@ from host.files import check_numbers, locked
 from host.model.diffusion import Weighting
 from host.model.network import CONFIGS, Denoiser, ModelConfig, config_named
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, load_model, read_progress
-from host.train.logging import LOG_FILE, UNNAMED, machines_of, read_log
+from host.train.logging import LOG_FILE, read_log
 from host.train.optim import PEAK_RATES, OptimizerName
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, sha256_of
@@ -26,6 +26,7 @@ from shared.manifest import TOKENIZER, sha256_of
 CONFIG_FILE = "config.json"
 VALIDATION_SEED = 0x5EED
 VALIDATION_DRAWS = 2
+VALID_EVERY = 500  # steps
 CPU_BATCH_SIZE = 16
 AT_MOST = {
     "batch_size": 1 << 16,
@@ -38,11 +39,10 @@ OF_DIFFUSION = ("schedule", "weighting", "time_input")
 
 @dataclass(frozen=True)
 class Work:
-    """What weights have cost, with the runs that they came from; processor_seconds: None where one did not count it."""
+    """What weights have cost, with the runs that they came from."""
 
-    processor_seconds: float | None = 0.0
+    compute_seconds: float = 0.0
     tokens: int = 0
-    machines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class TrainConfig:
     warmup: float = 0.03  # part of the run
     clip_norm: float = 1.0
     ema_decay: float = 0.999
-    valid_every: int = 500  # steps
+    valid_every: int | None = None  # steps; see validation_due
     valid_stories: int = 256  # in each of two samples
     seed: int = 0
     init: Path | None = None  # the run whose weights it began with
-    init_work: Work | None = None  # behind those weights; unknown in runs from before it was kept
+    init_work: Work | None = None  # that went into those weights
     data_sha256: str = ""  # DataMeta.sha256 of what `data` held; unknown in runs from before it was kept
 
 
@@ -76,16 +76,18 @@ def fraction_done(config: TrainConfig, progress: Progress) -> float:
     return min(1.0, progress.step / config.steps)
 
 
+def validation_due(config: TrainConfig, before: Progress, after: Progress) -> bool:
+    """After every `valid_every` steps; where that is not given every 500, and at each fifth of the run; at its end."""
+    fifths = [int(5 * fraction_done(config, progress)) for progress in (before, after)]
+    if config.valid_every is not None:
+        return after.step % config.valid_every == 0 or fraction_done(config, after) >= 1
+    return after.step % VALID_EVERY == 0 or fifths[0] < fifths[1]
+
+
 def work_behind(run: Path) -> Work:
     """What the weights cost that another run would begin with; DataError when `run` holds none."""
-    progress = read_progress(find_checkpoint(run))
-    before, spent_s = work_before(read_config(run)), progress.processor_seconds
-    tokens = before.tokens + progress.tokens_seen
-    if before.processor_seconds is None or (progress.step and not spent_s):
-        return Work(None, tokens)
-    log = run / LOG_FILE
-    machines = (*before.machines, *(machines_of(read_log(log)) if log.exists() else (UNNAMED,)))
-    return Work(before.processor_seconds + spent_s, tokens, tuple(dict.fromkeys(machines)))
+    progress, before = read_progress(find_checkpoint(run)), work_before(read_config(run))
+    return Work(before.compute_seconds + progress.compute_seconds, before.tokens + progress.tokens_seen)
 
 
 def work_before(config: TrainConfig) -> Work:
@@ -109,7 +111,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
-    length.add_argument("--minutes", type=float, help="train for so long in all, validation not counted")
+    length.add_argument(
+        "--minutes",
+        type=float,
+        help="of training in all, without validation; sets the learning rate",
+    )
     parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion", help="default: %(default)s")
     parser.add_argument(
         "--schedule", choices=["linear", "cosine"], default="linear", help="noise (default: %(default)s)"
@@ -136,8 +142,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--valid-every",
         type=int,
-        default=TrainConfig.valid_every,
-        help="steps between validations (default: %(default)s)",
+        help=f"steps between validations (default: {VALID_EVERY}, and at each fifth of the run)",
     )
     parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
@@ -203,7 +208,7 @@ def check_free(out: Path) -> None:
         raise ConfigError(f"{out} already holds a run: continue it with --resume {out}, or choose another --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).exists()):
         raise ConfigError(f"{out} exists and is no run: choose another --out")
-    if (out / LOG_FILE).exists() and any(row["valid"] for row in read_log(out / LOG_FILE)):  # of a yardstick
+    if (out / LOG_FILE).exists() and any(row["valid"] for row in read_log(out / LOG_FILE)):  # of a baseline
         raise ConfigError(f"{out} holds the log of a run that saved no weights: choose another --out")
 
 

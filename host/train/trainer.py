@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from host.data.shards import DataFolder, Split, load_data
-from host.device import machine_of, mixed_precision_dtype
+from host.device import machine_of, mixed_precision_dtype, work_clock
 from host.model.network import Denoiser
 from host.train.batches import Batch, MicroBatch, make_batch
 from host.train.checkpoint import (
@@ -33,7 +33,7 @@ from host.train.checkpoint import (
     save_checkpoint,
 )
 from host.train.distributed import Ranks, joined_ranks
-from host.train.logging import LOG_FILE, NUMBERS, open_log, progress_bar, start_wandb
+from host.train.logging import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
 from host.train.loss import WeightedLoss
 from host.train.optim import Ema, build_optimizers, learning_rate_factor
 from host.train.plots import plot_curves
@@ -44,10 +44,12 @@ from host.train.run_folder import (
     fraction_done,
     parse_arguments,
     run_laid_out,
+    validation_due,
 )
 from shared.errors import DiffusionLLMError
 
 SAVE_EVERY_S: Final = 300.0  # of training, between validations
+LONGEST_STEP: Final = 4.0  # as counted, in usual ones
 ROWS_ALIGNED: Final = 16
 """Where mixed precision pays, canvases are cut at multiples of this. On CUDA attention with a bias wants rows of a
 multiple of 8, and products of half-precision matrices are fastest so; on a CPU see `host.train.loss.SCORED_ALIGNED`."""
@@ -194,46 +196,60 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, or until `stopping` is set; either way the last state is saved."""
         c = self.config
-        minutes_total = None if c.minutes is None else 60 * c.minutes
-        machine = machine_of(self.device)
-        stopped = False
+        work_s = work_clock(self.device)
+        stopped, usual_s = False, math.inf
         with (
             open_log(c.out / LOG_FILE, self.progress.step, self.ranks.first) as log,
-            progress_bar(c.steps, minutes_total, self.ranks.first) as bar,
+            progress_bar(c.steps, c.minutes, self.ranks.first) as bar,
             self._preparer,
         ):
             while not stopped and fraction_done(c, self.progress) < 1.0:
-                started, worked = time.perf_counter(), time.process_time()
+                started, worked = time.perf_counter(), work_s()
                 loss, norm, tokens = self.step()
                 # One clock and one decision for all processes, or they would part at the next exchange.
                 elapsed, stop = self.ranks.largest(time.perf_counter() - started, self.stopping)
-                (worked_s,) = self.ranks.sums(time.process_time() - worked)
+                (worked_s,) = self.ranks.sums(work_s() - worked)
                 stopped = stop > 0
                 p = self.progress
+                counted_s, usual_s = counted_seconds(elapsed, usual_s)
                 self.progress = replace(
                     p,
                     step=p.step + 1,
                     tokens_seen=p.tokens_seen + tokens,
-                    seconds=p.seconds + elapsed,
-                    processor_seconds=p.processor_seconds + worked_s,
+                    seconds=p.seconds + counted_s,
+                    compute_seconds=p.compute_seconds + worked_s,
                 )
-                due = self.progress.step % c.valid_every == 0 or fraction_done(c, self.progress) >= 1.0
+                due = validation_due(c, p, self.progress)
                 valid = self.validate_and_keep() if due else None
                 row: tuple[int | str, ...] = (
                        self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
                        "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
-                       f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.processor_seconds:.1f}",
-                       machine)  # fmt: skip
+                       f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.compute_seconds:.1f}")  # fmt: skip
                 log(row)  # before the checkpoint: a row too many is dropped when the run goes on, a missing one is lost
                 if due:
                     self.save(LAST)
                     self.draw_curves()
                 if self.wandb is not None:
-                    self.wandb({k: float(v) for k, v in zip(NUMBERS, row[:-1], strict=True) if v != ""})
+                    self.wandb({k: float(v) for k, v in zip(LOG_COLUMNS, row, strict=True) if v != ""})
                 bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
             self.stopping = stopped
             self.save(LAST)
             self.draw_curves()
+
+    def describe(self) -> str:
+        """What is about to be trained, on what, and where it is kept."""
+        c, p = self.config, self.progress
+        length = f"{c.steps:,} steps" if c.minutes is None else f"{c.minutes:g} minutes"
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        processes = f", {self.ranks.processes} processes" if self.ranks.processes > 1 else ""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"{p.model.name}, {parameters / 1e6:.2f} M parameters, objective {p.objective}, "
+            f"on {machine_of(self.device)}{threads}{processes}\n"
+            f"data {c.data}: {len(self.data.train):,} stories; {length}, {c.batch_size} stories a step, "
+            f"from step {p.step:,}\n"
+            f"run folder {c.out}: Ctrl-C saves and ends; go on with --resume {c.out}"
+        )
 
     def draw_curves(self) -> None:
         """Redraw the picture of the log."""
@@ -248,6 +264,14 @@ class Trainer:
             self.progress = replace(self.progress, best_nats=valid)
             self.save(BEST)
         return valid
+
+
+def counted_seconds(elapsed: float, usual: float) -> tuple[float, float]:
+    """A step's share of --minutes: one that waits for a suspended or suddenly busy machine counts like a few others,
+    so that the learning rate does not fall by its wait.  → seconds, and what is usual by now
+    """
+    counted = min(elapsed, LONGEST_STEP * usual)
+    return counted, counted if usual == math.inf else 0.9 * usual + 0.1 * counted
 
 
 def training_loss(model: Denoiser, device: torch.device, ranks: Ranks) -> nn.Module:
@@ -293,6 +317,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, stop)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup would have it
             signal.signal(signal.SIGHUP, stop)
+        if ranks.first:
+            print(trainer.describe(), flush=True)
         trainer.run()
     if not ranks.first:
         return

@@ -22,13 +22,13 @@ FLOORS: Final[dict[str, tuple[str, ...]]] = {
     "edge 4": ("edge.measure", "edge.transports"),
     "edge 5": ("edge.bench", "edge.build", "edge.bundle", "edge.daemon", "edge.doctor", "edge.generate"),
     "edge 6": ("edge.__main__", "edge.cli", "edge.demo"),
-    "host 0": ("host.device", "host.files"),
+    "host 0": ("host.device", "host.files", "host.progress"),
     "host 1": ("host.data", "host.model"),
     "host 2": ("host.sampling", "host.train"),
     "host 3": ("host.evaluate",),
     "host 4": ("host.export",),
     "host 5": ("host.experiments", "host.generate"),
-    "host 6": ("host.ablate", "host.bench", "host.compare", "host.textbook"),
+    "host 6": ("host.ablate", "host.baseline", "host.bench", "host.compare", "host.textbook"),
 }
 EDGE_ROOMS_OF_THE_HOST: Final = frozenset({"edge.backends", "edge.decoding"})
 """All that the training host may import of the edge: what it measures its graphs against."""

@@ -1,4 +1,4 @@
-"""`python -m host.bench`: our loop beside a textbook's, and how much work a token is."""
+"""`python -m host.bench`: our loop beside the baseline's, and how much work a token is."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from host.bench import __main__ as bench
 from host.bench import training as train_speed
 from host.bench.training import TrainSpeed, batch_gflop, matmul_gflops, measure_training
 from host.data.shards import load_data
-from host.experiments.baseline import Textbook
+from host.experiments.baseline import Baseline
 from host.model.network import Denoiser, ModelConfig
 from host.train import loss
 from host.train import trainer as train
@@ -33,7 +33,7 @@ PEAKS = {torch.float32: 80.0, torch.bfloat16: 240.0}
     ],
     ids=["bf16 is emulated", "bf16 is fast"],
 )
-def test_the_yardstick_is_the_peak_of_the_type_that_the_loop_runs_in(
+def test_peak_type_is_that_of_the_loop(
     mixed: torch.dtype | None,
     products: list[torch.dtype],
     names: str,
@@ -82,9 +82,9 @@ def test_the_peak_of_this_machine_is_measured() -> None:
     assert matmul_gflops(torch.device("cpu"), torch.float32, repeats=3) > 1
 
 
-def test_the_textbook_has_our_number_of_parameters_but_for_the_bias_by_distance() -> None:
+def test_baseline_has_our_parameters_but_for_the_relative_position_bias() -> None:
     shape = ModelConfig("test", d_model=64, layers=2, heads=2, vocab_size=300)
-    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (Denoiser(shape), Textbook(shape)))
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (Denoiser(shape), Baseline(shape)))
     assert theirs == ours - shape.heads * (2 * shape.canvas_len - 1)
 
 

@@ -1,7 +1,6 @@
-"""`python -m host.textbook` and `host.compare`: yardsticks at equal hours, charged for what they began with."""
+"""`python -m host.baseline` and `host.compare`: runs at equal hours, charged for what they began with."""
 
 import csv
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,16 +11,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from host.data.shards import load_data
 from host.data.tokenizer import load_tokenizer
-from host.device import machine_of
-from host.experiments import baseline as textbook
-from host.experiments import compare
-from host.experiments.baseline import Textbook, TextbookLoop
+from host.experiments import baseline, compare
+from host.experiments.baseline import Baseline, BaselineLoop
 from host.experiments.compare import Curve, Point
 from host.model.diffusion import corrupt, low_discrepancy_times, nelbo_sums
 from host.model.network import Denoiser, ModelConfig
@@ -35,22 +30,22 @@ from tests.support.commands import call, refusal
 
 @pytest.fixture(scope="module")
 def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An autoregressive run, a diffusion run that began with it, and the textbook's."""
-    out = tmp_path_factory.mktemp("yardsticks")
+    """An autoregressive run, a diffusion run that began with it, and the baseline."""
+    out = tmp_path_factory.mktemp("compared")
     common = ("--config", "debug", "--data", data, "--valid-every", 2)
     call(train.main, *common, "--batch-size", 8, "--steps", 4, "--objective", "ar", "--out", out / "ar")
     call(train.main, *common, "--batch-size", 8, "--steps", 6, "--init", out / "ar", "--out", out / "ours")
-    call(textbook.main, *common, "--steps", 4, "--out", out / "textbook")
+    call(baseline.main, *common, "--steps", 4, "--out", out / "baseline")
     return out
 
 
 def test_one_table_and_one_picture(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "picture.png"
-    call(compare.main, *(f"{name}={runs / name}" for name in ("ours", "textbook", "ar")), "--out", picture)
+    call(compare.main, *(f"{name}={runs / name}" for name in ("ours", "baseline", "ar")), "--out", picture)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     head, _, *rows = lines
-    assert head[:5] == ["run", "processor-hours", "million tokens", "epochs", "bits a byte"]
-    assert [row[0] for row in rows] == ["ours", "textbook", "ar"]
+    assert head[:5] == ["run", compare.HOURS, "million tokens", "epochs", "bits per byte"]
+    assert [row[0] for row in rows] == ["ours", "baseline", "ar"]
     assert all(0 < float(row[4]) < 20 for row in rows)
     assert matplotlib.image.imread(picture).std() > 0.05
 
@@ -60,9 +55,9 @@ def test_a_run_is_charged_for_the_one_it_began_with(runs: Path) -> None:
     with (runs / "ours" / "log.csv").open(newline="") as file:
         logged = [row for row in csv.DictReader(file) if row["valid"]]
     points = compare.read_curve("ours", runs / "ours").points
-    assert parent.processor_seconds > 0
-    assert [p.processor_s for p in points] == pytest.approx(
-        [parent.processor_seconds + float(row["processor_s"]) for row in logged]
+    assert parent.compute_seconds > 0
+    assert [p.compute_s for p in points] == pytest.approx(
+        [parent.compute_seconds + float(row["compute_s"]) for row in logged]
     )
     assert [p.tokens for p in points] == [parent.tokens_seen + int(row["tokens"]) for row in logged]
 
@@ -74,32 +69,11 @@ def test_what_a_run_began_with_stays_what_it_was(runs: Path, data: Path, tmp_pat
     shutil.copytree(runs / "ar", parent)
     call(train.main, *common, "--steps", 2, "--init", parent, "--out", child)
     before = compare.read_curve("ours", child)
-    assert before.points[0].processor_s >= read_progress(find_checkpoint(runs / "ar")).processor_seconds
+    assert before.points[0].compute_s >= read_progress(find_checkpoint(runs / "ar")).compute_seconds
     call(train.main, "--resume", parent, "--steps", 8)
     assert compare.read_curve("ours", child) == before
     shutil.rmtree(parent)
     assert compare.read_curve("ours", child) == before
-
-
-def test_a_run_that_began_with_uncounted_hours_is_refused(
-    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As older versions trained it."""
-    parent, child = tmp_path / "ar", tmp_path / "ours"
-    shutil.copytree(runs / "ar", parent)
-    for file in parent.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata()
-        progress = json.loads(metadata["progress"])
-        del progress["processor_seconds"]
-        save_file(load_file(file), file, metadata=metadata | {"progress": json.dumps(progress)})
-    call(
-        train.main,
-        *("--config", "debug", "--data", data, "--batch-size", 8, "--steps", 2, "--init", parent, "--out", child),
-    )
-    code, sentence = refusal(capsys, compare.main, f"ours={child}")
-    assert code == 65
-    assert sentence == f"{child} began with a run that an older version trained, without counting its processor time"
 
 
 def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
@@ -113,7 +87,7 @@ def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
     nats = 3.0 * ((valid >= FIRST_TEXT_ID).sum() + (valid == EOS).sum())
     bits_per_byte = float(nats * math.log2(math.e) / len("".join(spelled).encode()))
     write_config(TrainConfig(tmp_path, data))
-    (tmp_path / "log.csv").write_text(f"step,tokens,valid,processor_s\n1,{2 * tokens},3.0,7200\n")
+    (tmp_path / "log.csv").write_text(f"step,tokens,valid,compute_s\n1,{2 * tokens},3.0,7200\n")
     drawn: list[Any] = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, path: drawn.append(figure))
     call(compare.main, f"run={tmp_path}")
@@ -123,28 +97,6 @@ def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
     by_hours, by_epochs = (axes.lines[0].get_xydata().tolist() for axes in drawn[0].axes)
     assert by_hours == [pytest.approx([2.0, bits_per_byte], rel=1e-9)]
     assert by_epochs == [pytest.approx([2.0, bits_per_byte], rel=1e-9)]
-
-
-def test_hours_of_different_machines_are_called_so(
-    runs: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each row of a log names its machine; a run that moved is known, and one that began with its weights."""
-    moved = shutil.copytree(runs / "ar", tmp_path / "moved")
-    picture = tmp_path / "picture.png"
-    call(compare.main, f"moved={moved}", f"textbook={runs / 'textbook'}", "--out", picture)
-    assert "different machines" not in capsys.readouterr().out
-    *lines, last = (moved / "log.csv").read_text().splitlines()
-    here = machine_of(torch.device("cpu"))
-    assert last.endswith(f',"{here}"') and here.endswith(("bfloat16", "float32"))
-    (moved / "log.csv").write_text("\n".join([*lines, last.replace(here, "another, AVX2, float32"), ""]))
-    call(compare.main, f"moved={moved}", f"textbook={runs / 'textbook'}", "--out", picture)
-    shown = capsys.readouterr().out
-    assert "processor-hours are of different machines:\n" in shown
-    assert f"moved: {here}; another, AVX2, float32\ntextbook: {here}\n" in shown
-    child = tmp_path / "child"
-    begun = ("--config", "debug", "--data", data, "--valid-every", 2, "--batch-size", 8, "--steps", 2, "--init", moved)
-    call(train.main, *begun, "--out", child)
-    assert compare.read_curve("child", child).machines == (here, "another, AVX2, float32")
 
 
 def test_the_picture_holds_the_best_of_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,23 +115,23 @@ def test_bits_a_byte_at_a_time_lie_on_the_line_between_measurements() -> None:
 
 
 class AsDenoiser:
-    """The textbook, as `nelbo_sums` asks a network."""
+    """The baseline, as `nelbo_sums` asks a network."""
 
-    def __init__(self, textbook: Textbook) -> None:
-        self.textbook, self.config = textbook, textbook.config
+    def __init__(self, baseline: Baseline) -> None:
+        self.baseline, self.config = baseline, baseline.config
 
     def score_canvas(self, canvas: Tensor, t: Tensor, at: Tensor) -> Tensor:
-        scores: Tensor = self.textbook(canvas, t).flatten(0, 1)[at]
+        scores: Tensor = self.baseline(canvas, t).flatten(0, 1)[at]
         return scores
 
     def logits(self, scores: Tensor, ends_are_impossible: Tensor) -> Tensor:
         return scores
 
 
-def test_the_textbook_is_validated_by_the_bound_itself(data: Path) -> None:
+def test_baseline_nelbo_is_the_bound_itself(data: Path) -> None:
     """On whole canvases, with the noise that `host.train` draws for the same stories."""
     shape = ModelConfig("test", d_model=64, layers=1, heads=2, vocab_size=300)
-    loop, valid = TextbookLoop(shape, load_data(data), torch.device("cpu")), load_data(data).valid
+    loop, valid = BaselineLoop(shape, load_data(data), torch.device("cpu")), load_data(data).valid
     loop.step(0)
     n, nats, tokens = len(valid), 0.0, 0
     for draw in range(VALIDATION_DRAWS):
@@ -198,9 +150,9 @@ def test_the_textbook_is_validated_by_the_bound_itself(data: Path) -> None:
     assert loop.nelbo(n) == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_the_textbook_learns(data: Path) -> None:
+def test_baseline_learns(data: Path) -> None:
     """On sixteen stories over and over; an untrained one of 300 words is near log 300 = 5.7 nats."""
-    loop = TextbookLoop(
+    loop = BaselineLoop(
         ModelConfig("test", d_model=64, layers=1, heads=2, vocab_size=300), load_data(data), torch.device("cpu")
     )
     before = loop.nelbo(8)
@@ -214,7 +166,7 @@ def test_the_textbook_learns(data: Path) -> None:
     [
         (["runs/ours"], 78, "'runs/ours' is not NAME=RUN, for instance ours=runs/tinystories"),
         (["ours=nowhere"], 65, "nowhere/config.json cannot be read"),
-        (["old={tmp}"], 65, "log.csv counts no processor time: it was written by an older version"),
+        (["old={tmp}"], 65, "log.csv has no column compute_s: it was written by another version"),
         (["ours={runs}/ours", "--out", "nowhere/a.png"], 78, "the picture nowhere/a.png cannot be written"),
     ],
 )
@@ -233,15 +185,15 @@ def test_what_cannot_be_compared_is_refused(
     [
         (("--steps", 0), "--steps must be a number above 0, not 0"),
         (("--lr", "inf"), "--lr must be a number above 0, not inf"),
-        (("--out", "{runs}/textbook"), "exists: choose another --out"),
+        (("--out", "{runs}/baseline"), "exists: choose another --out"),
     ],
 )
-def test_a_yardstick_that_cannot_be_trained_is_refused(
+def test_baseline_refuses_what_cannot_be_trained(
     runs: Path, data: Path, changed: tuple[object, ...], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [str(flag).format(runs=runs) for flag in changed]
     code, sentence = refusal(
-        capsys, textbook.main, "--data", data, "--steps", 2, "--out", "unused", "--config", "debug", *flags
+        capsys, baseline.main, "--data", data, "--steps", 2, "--out", "unused", "--config", "debug", *flags
     )
     assert code == 78
     assert words in sentence
@@ -263,7 +215,7 @@ def test_damaged_data_are_refused_before_anything_is_written(
     shard.write_bytes(damaged(shard.read_bytes()))
     code, sentence = refusal(
         capsys,
-        textbook.main,
+        baseline.main,
         *("--config", "debug", "--data", tmp_path / "data", "--steps", 1, "--out", tmp_path / "run"),
     )
     assert code == 65
@@ -271,23 +223,23 @@ def test_damaged_data_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_yardstick_that_diverges_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_baseline_that_diverges_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, sentence = refusal(
         capsys,
-        textbook.main,
+        baseline.main,
         *("--config", "debug", "--data", data, "--steps", 9, "--lr", 1e30, "--out", tmp_path / "run"),
     )
     assert code == 1
     assert sentence.startswith("the loss became nan at step ")
 
 
-def test_a_run_does_not_write_over_the_log_of_a_yardstick(
+def test_train_does_not_write_over_the_log_of_a_baseline(
     runs: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (runs / "textbook" / "log.csv").read_bytes()
+    before = (runs / "baseline" / "log.csv").read_bytes()
     code, sentence = refusal(
-        capsys, train.main, "--config", "debug", "--data", data, "--steps", 1, "--out", runs / "textbook"
+        capsys, train.main, "--config", "debug", "--data", data, "--steps", 1, "--out", runs / "baseline"
     )
     assert code == 78
-    assert sentence == f"{runs / 'textbook'} holds the log of a run that saved no weights: choose another --out"
-    assert (runs / "textbook" / "log.csv").read_bytes() == before
+    assert sentence == f"{runs / 'baseline'} holds the log of a run that saved no weights: choose another --out"
+    assert (runs / "baseline" / "log.csv").read_bytes() == before

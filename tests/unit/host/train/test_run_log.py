@@ -1,6 +1,7 @@
 """What a run tells of itself: its log, and the picture of it."""
 
 import io
+import itertools
 import math
 import shutil
 import sys
@@ -8,10 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.axes import Axes
 
+from host.device import machine_of, work_clock
+from host.model.network import config_named
+from host.train import trainer as train
+from host.train.checkpoint import Progress
 from host.train.logging import LOG_FILE, open_log, progress_bar, read_log
 from host.train.plots import plot_curves
+from host.train.run_folder import TrainConfig, fraction_done, validation_due
+from host.train.trainer import counted_seconds
+from tests.support.commands import call, small
 
 
 def test_curves_show_an_overfitting_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +42,9 @@ class Terminal(io.StringIO):
 
     left = False
 
+    def isatty(self) -> bool:
+        return True
+
     def write(self, text: str) -> int:
         if self.left:
             raise BrokenPipeError
@@ -45,11 +57,81 @@ def test_a_bar_whose_reader_left_is_silent(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress_bar(3, None) as show:
         for step in (1, 2, 3):
-            time.sleep(0.11)  # so that the bar is drawn
+            time.sleep(0.21)  # so that the bar is drawn
             show(step, step, 1.0, None, 1.0)
             terminal.left = True
     assert "1/3" in terminal.getvalue()
     assert "2/3" not in terminal.getvalue()
+
+
+def test_progress_in_a_log_file_is_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with progress_bar(300, None) as show:
+        for step in range(1, 301):
+            time.sleep(0.002)
+            show(step, step, 1.5, 2.5, 1000.0)
+    lines = log.getvalue().splitlines()
+    assert len(lines) == 2 and "\r" not in log.getvalue()
+    assert "300/300 steps" in lines[-1] and "loss 1.500, validation 2.500, 1,000 tokens/s" in lines[-1]
+
+
+def test_progress_with_minutes_counts_minutes_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with progress_bar(20_000, 2.0) as show:
+        show(7, 90.0, 1.5, None, 1000.0)
+    last = log.getvalue().splitlines()[-1]
+    assert "1.5/2 min" in last and "step 7, loss 1.500, 1,000 tokens/s" in last
+
+
+@pytest.mark.parametrize(
+    ("config", "due"),
+    [
+        ({"steps": 10}, [2, 4, 6, 8, 10]),
+        ({"steps": 1100}, [220, 440, 500, 660, 880, 1000, 1100]),
+        ({"steps": 10, "valid_every": 4}, [4, 8, 10]),
+        ({"minutes": 0.1}, [2, 3, 4, 5, 6]),  # steps of a second: fifths of six end at 1.2, 2.4, 3.6, 4.8, 6
+    ],
+)
+def test_validation_is_due_at_each_fifth_of_a_short_run(config: dict[str, float], due: list[int]) -> None:
+    settings = TrainConfig(Path(), Path(), **config)  # type: ignore[arg-type]
+    at = [Progress(config_named("debug"), "ar", "linear", step=step, seconds=step) for step in range(1101)]
+    going = [(a, b) for a, b in itertools.pairwise(at) if fraction_done(settings, a) < 1]
+    assert [b.step for a, b in going if validation_due(settings, a, b)] == due
+
+
+def test_counted_seconds_of_a_pause_are_those_of_a_few_steps() -> None:
+    """A machine suspended for an hour; then one that has become ten times slower for good."""
+    counted, usual = counted_seconds(1.0, math.inf)
+    assert counted_seconds(1.0, usual) == (1.0, 1.0)
+    assert counted_seconds(3600.0, usual)[0] == 4.0
+    for _ in range(50):
+        counted, usual = counted_seconds(10.0, usual)
+    assert counted == 10.0
+
+
+def test_train_says_first_what_it_trains_and_where(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    call(train.main, *small(data, run, "--steps", 1))
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("debug, 0.") and "M parameters" in first and first.endswith(" threads")
+    assert machine_of(torch.device("cpu")) in first
+    assert second == f"data {data}: 396 stories; 1 steps, 8 stories a step, from step 0"
+    assert third == f"run folder {run}: Ctrl-C saves and ends; go on with --resume {run}"
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cpu", 0.0), ("cuda", 0.05)])
+def test_work_clock_counts_a_wait_on_a_gpu_alone(device: str, seconds: float) -> None:
+    """CPU-hours of CUDA training were those of its host, which mostly waits."""
+    clock = work_clock(torch.device(device))
+    before = clock()
+    time.sleep(0.05)
+    assert seconds <= clock() - before
+    if not seconds:
+        assert clock() - before < 0.03
 
 
 def test_lines_of_the_log_that_a_crash_spoilt_do_not_count(trained: Path, tmp_path: Path) -> None:
