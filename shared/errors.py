@@ -65,12 +65,15 @@ ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {
     "too_large": (413, False),
     "queue_full": (429, True),
     "cancelled": (499, False),
-    "internal": (500, True),
+    "internal": (500, False),
     "draining": (503, True),
-    "timeout": (504, True),
+    "timeout": (504, False),
     "storage_full": (507, True),
 }
-"""Reply code → (the HTTP status a reader may know, whether the same request may succeed later)."""
+"""Reply code → (the HTTP status a reader may know, whether the same request, sent again under its id, may succeed).
+
+Not retryable is what ends an accepted request: its id is answered so from then on. To try again takes another id.
+"""
 
 
 class RequestError(DiffusionLLMError):

@@ -1,7 +1,8 @@
 """What the daemon promised over MQTT, kept where neither a crash nor a power cut can take it: one SQLite file.
 
 A request is written before it is acknowledged, its answer before it is published. It is known by (reply address, id):
-asked again with the same payload it gets the stored answer, byte for byte; with another payload it is a conflict.
+sent again with the same payload it gets the stored answer, byte for byte; with another payload it is a conflict. That
+holds for KEEP_S after the answer was delivered, whatever the load: when the file is full, new requests are refused.
 The Unix socket needs none of this: its client is there until the answer, and hanging up cancels.
 """
 
@@ -11,7 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,44 +20,59 @@ from typing import Final
 from shared.errors import ConfigError, RequestError
 
 KEEP_S: Final = 24 * 3600.0
-"""How long an answer can be had again, in the journal's own time."""
-KEEP_ROWS: Final = 10_000
-MAX_BYTES: Final = 64 << 20
-"""Size of the file above which new requests are refused until old answers have gone."""
+"""How long a delivered answer can be had again, in the journal's own time."""
+MAX_BYTES: Final = 256 << 20
+"""Size of the file above which new requests are refused, until answers are old enough to go."""
+SHARED: Final = 0.75
+"""Above this part of MAX_BYTES only clients that hold little are accepted: who fills the journal leaves them room."""
+LITTLE: Final = 0.05
+"""Part of MAX_BYTES."""
+ROW_BYTES: Final = 200
+"""What a row takes beside its payloads, about."""
 SPARE_BYTES: Final = 4 << 20
 """Below this much free space new requests are refused, so that answers to accepted ones still find room."""
 RETRY_AFTER_MS: Final = 60_000
 MAX_ATTEMPTS: Final = 2
 MAX_COMPUTING: Final = 64
+FILE: Final = "journal.sqlite"
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS request (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again: the answer to an old one cannot meet a new one
+    client TEXT NOT NULL,
     address TEXT NOT NULL,
     id TEXT,
     payload_sha256 BLOB NOT NULL,
-    request BLOB NOT NULL,                  -- JSON with its seed
-    correlation BLOB,
+    request BLOB NOT NULL,                  -- JSON with its seed; empty once it is delivered
+    correlation BLOB,                       -- the same
     bundle TEXT NOT NULL,
     accepted_s REAL NOT NULL,               -- Unix time
     deadline_s REAL,                        -- Unix time
-    attempts INTEGER NOT NULL DEFAULT 0,    -- how often the process ended while it computed this
+    suspect INTEGER NOT NULL DEFAULT 0,     -- whether the process ever ended while it computed this
+    attempts INTEGER NOT NULL DEFAULT 0,    -- how often it did so while it computed nothing else
     answer BLOB,
     answered_s REAL,                        -- the journal's own time
-    delivered INTEGER NOT NULL DEFAULT 0
+    delivered_s REAL                        -- the same
 );
 CREATE UNIQUE INDEX IF NOT EXISTS identity ON request (address, id) WHERE id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS open ON request (seq) WHERE answer IS NULL;
-CREATE INDEX IF NOT EXISTS undelivered ON request (seq) WHERE answer IS NOT NULL AND NOT delivered;
-CREATE INDEX IF NOT EXISTS delivered ON request (seq) WHERE delivered;
+CREATE INDEX IF NOT EXISTS undelivered ON request (seq) WHERE answer IS NOT NULL AND delivered_s IS NULL;
+CREATE INDEX IF NOT EXISTS client ON request (client);
+CREATE INDEX IF NOT EXISTS delivered ON request (delivered_s) WHERE delivered_s IS NOT NULL;
 """
-_VERSION: Final = 1
-_ENTRY: Final = "seq, address, id, payload_sha256, request, correlation, bundle, deadline_s, attempts, answer"
+_VERSION: Final = 2
+_ENTRY: Final = "seq, address, id, payload_sha256, request, correlation, bundle, deadline_s, suspect, attempts, answer"
+_PAYLOADS: Final = ("address", "request", "correlation", "answer")
+_SIZE: Final = " + ".join([str(ROW_BYTES), *(f"coalesce(length({column}), 0)" for column in _PAYLOADS)])
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A request of the journal. deadline_s: Unix time. answer: None while it is unfinished."""
+    """A request of the journal. deadline_s: Unix time. answer: None while it is unfinished.
+
+    suspect: the process ended at least once while it computed this, perhaps beside others. attempts: how often it ended
+    while it computed nothing else.
+    """
 
     seq: int
     address: str
@@ -66,19 +82,20 @@ class Entry:
     correlation: bytes | None
     bundle: str
     deadline_s: float | None
+    suspect: bool
     attempts: int
     answer: bytes | None
 
 
 class Journal:
-    """One file, owned by one daemon. Thread-safe. Raises ConfigError when it cannot be opened.
+    """One file in the state folder, owned by one daemon. Thread-safe. Raises ConfigError when it cannot be opened.
 
     Its own time goes on while it is open, and from the last answer when it is opened again: a clock that is set, by
     years perhaps when a device finds a network, makes no answer old.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._path = path = folder / FILE
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -86,10 +103,10 @@ class Journal:
             self._computing = os.open(path.with_suffix(".computing"), os.O_RDWR | os.O_CREAT, 0o600)
         except (sqlite3.Error, OSError) as error:
             if "locked" in str(error):
-                raise ConfigError(f"journal {path} is used by another daemon; give each its own `device`") from None
+                raise ConfigError(f"journal {path} is used by another daemon; give each its own `state`") from None
             raise ConfigError(f"journal {path} cannot be opened: {error}") from None
-        (last_s,) = self._db.execute("SELECT coalesce(max(answered_s), 0) FROM request").fetchone()
-        self._began_s: float = last_s - time.monotonic()
+        last = "SELECT max(coalesce(max(answered_s), 0), coalesce(max(delivered_s), 0)) FROM request"
+        self._began_s: float = self._db.execute(last).fetchone()[0] - time.monotonic()
         self._blame()
 
     def find(self, address: str, id: str) -> Entry | None:
@@ -99,6 +116,8 @@ class Journal:
 
     def accept(
         self,
+        *,
+        client: str,
         address: str,
         id: str | None,
         payload_sha256: bytes,
@@ -107,30 +126,35 @@ class Journal:
         bundle: str,
         deadline_s: float | None,
     ) -> int:
-        """Write a request for good.  → its number. Raises RequestError `storage_full`."""
-        if _free_bytes(self._path) < SPARE_BYTES or self._bytes() > MAX_BYTES:
-            self.prune()  # makes room for the next one
-            raise storage_full()
-        row = (address, id, payload_sha256, request, correlation, bundle, time.time(), deadline_s)
+        """Write a request for good.  → its number. Raises RequestError `storage_full`.
+
+        client: whose share of the file it counts for.
+        """
+        self._make_room(client)
+        row = (client, address, id, payload_sha256, request, correlation, bundle, time.time(), deadline_s)
+        columns = "client, address, id, payload_sha256, request, correlation, bundle, accepted_s, deadline_s"
         try:
             with self._transaction() as db:
-                columns = "address, id, payload_sha256, request, correlation, bundle, accepted_s, deadline_s"
-                done = db.execute(f"INSERT INTO request ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+                done = db.execute(f"INSERT INTO request ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.OperationalError:  # the disk is full, or fails
-            raise storage_full() from None
+            raise storage_full("the disk has no room to keep this request safe") from None
         assert done.lastrowid is not None
         return done.lastrowid
 
     def record(self, answers: Iterable[tuple[int, bytes]] = (), delivered: Iterable[int] = ()) -> None:
         """Write answers, and which were taken by their broker, in one transaction.
 
-        The first answer to a request stays. Raises sqlite3.Error, when the disk is full for one.
+        The first answer to a request stays. Of what was delivered only what its sender can ask for again stays:
+        nothing of a request without an id. Raises sqlite3.Error, when the disk is full for one.
         """
         now = self._now_s()
         with self._transaction() as db:
             rows = [(answer, now, seq) for seq, answer in answers]
             db.executemany("UPDATE request SET answer = ?, answered_s = ? WHERE seq = ? AND answer IS NULL", rows)
-            db.executemany("UPDATE request SET delivered = 1 WHERE seq = ?", [(seq,) for seq in delivered])
+            numbers = [(seq,) for seq in delivered]
+            db.executemany("DELETE FROM request WHERE seq = ? AND id IS NULL", numbers)
+            kept = "request = x'', correlation = NULL, delivered_s = coalesce(delivered_s, ?)"
+            db.executemany(f"UPDATE request SET {kept} WHERE seq = ?", [(now, *number) for number in numbers])
 
     def unfinished(self) -> list[Entry]:
         """Accepted and not answered, oldest first."""
@@ -138,22 +162,12 @@ class Journal:
 
     def undelivered(self) -> list[Entry]:
         """Answered, and not known to have arrived, oldest first."""
-        return list(self._select("answer IS NOT NULL AND NOT delivered"))
+        return list(self._select("answer IS NOT NULL AND delivered_s IS NULL"))
 
     def prune(self) -> None:
-        """Forget delivered answers that are too old or too many.
-
-        Never those still to be delivered. When nothing else is left, new requests are refused.
-        """
-        try:
-            with self._transaction() as db:
-                db.execute("DELETE FROM request WHERE delivered AND answered_s < ?", (self._now_s() - KEEP_S,))
-                (rows,) = db.execute("SELECT count(*) FROM request").fetchone()
-                surplus = max(0, rows - KEEP_ROWS, rows // 4 if self._used_bytes() > MAX_BYTES // 2 else 0)
-                oldest = "SELECT seq FROM request WHERE delivered ORDER BY seq LIMIT ?"
-                db.execute(f"DELETE FROM request WHERE seq IN ({oldest})", (surplus,))
-        except sqlite3.Error:  # a full disk forgets nothing
-            return
+        """Forget answers that were delivered more than KEEP_S ago, and nothing else."""
+        with suppress(sqlite3.Error), self._transaction() as db:  # a full disk forgets nothing
+            db.execute("DELETE FROM request WHERE delivered_s < ?", (self._now_s() - KEEP_S,))
 
     def computing(self, numbers: Iterable[int]) -> None:
         """Note which requests are on the engine now, in a way that outlives the process but costs no sync."""
@@ -169,12 +183,36 @@ class Journal:
             self._db.close()
 
     def _blame(self) -> None:
-        """Charge an attempt to the requests during which the last process ended."""
+        """Note the requests during which the last process ended; whoever was alone then is charged with it."""
         noted = os.pread(self._computing, 8 * MAX_COMPUTING, 0).ljust(8 * MAX_COMPUTING, b"\0")
-        numbers = struct.unpack(f"<{MAX_COMPUTING}q", noted)
+        numbers = [(number,) for number in struct.unpack(f"<{MAX_COMPUTING}q", noted) if number]
+        charge = "suspect = 1, attempts = attempts + 1" if len(numbers) == 1 else "suspect = 1"
         with self._transaction() as db:
-            db.executemany("UPDATE request SET attempts = attempts + 1 WHERE seq = ?", [(n,) for n in numbers if n])
+            db.executemany(f"UPDATE request SET {charge} WHERE seq = ?", numbers)
         self.computing([])
+
+    def _make_room(self, client: str) -> None:
+        """Raises RequestError `storage_full` when nothing more of that client's may be kept."""
+        if _free_bytes(self._path) < SPARE_BYTES:
+            raise storage_full("the disk has no room to keep this request safe")
+        used = self._bytes()
+        if used > SHARED * MAX_BYTES:
+            self.prune()
+            used = self._bytes()
+        if used > MAX_BYTES:
+            raise storage_full("the journal is full of answers that are kept for a day")
+        if used > SHARED * MAX_BYTES and self._holds_more(client, LITTLE * MAX_BYTES):
+            raise storage_full("the journal is almost full, and most of its last room is for other clients")
+
+    def _holds_more(self, client: str, most_bytes: float) -> bool:
+        """Whether more is kept for a client."""
+        held = 0
+        with self._lock:
+            for (size,) in self._db.execute(f"SELECT {_SIZE} FROM request WHERE client = ?", (client,)):
+                held += size
+                if held > most_bytes:
+                    return True
+        return False
 
     def _select(self, condition: str, *values: object) -> Iterator[Entry]:
         with self._lock:
@@ -208,9 +246,9 @@ class Journal:
         return int((pages - free) * size)
 
 
-def storage_full() -> RequestError:
+def storage_full(why: str) -> RequestError:
     """The refusal of a request that could not be kept."""
-    return RequestError("storage_full", "no room is left to keep this request safe", retry_after_ms=RETRY_AFTER_MS)
+    return RequestError("storage_full", why, retry_after_ms=RETRY_AFTER_MS)
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -223,7 +261,7 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA cache_size = -256")  # KiB; whatever else is read lies in the kernel's cache
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
-            raise sqlite3.DatabaseError(f"it is of version {version}, made by a later release")
+            raise sqlite3.DatabaseError(f"it is of version {version}, this release makes version {_VERSION}")
         db.executescript(_SCHEMA)
         db.execute(f"PRAGMA user_version = {_VERSION}")
     except sqlite3.Error:

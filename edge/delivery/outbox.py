@@ -11,7 +11,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +19,7 @@ from msgspec.structs import replace
 from edge.delivery.journal import MAX_ATTEMPTS, Entry, Journal
 from edge.serving.loaded_bundle import Plan
 from edge.serving.scheduler import Scheduler
+from edge.system.heartbeat import Heartbeat
 from shared.errors import RequestError
 from shared.messages import (
     MAX_DEADLINE_MS,
@@ -92,7 +92,8 @@ class Promises:
         self._unmarked: list[int] = []  # arrivals,
         self._under_way: dict[int, Letter] = {}  # and what was published and did not arrive yet
         self._pruned_s = float("-inf")
-        self._thread = threading.Thread(target=self._run, name="promises", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self.heartbeat = Heartbeat(self._thread)
 
     def start(self) -> None:
         """Publish what was not delivered, take up what was not finished, and begin to serve."""
@@ -135,7 +136,16 @@ class Promises:
             nonlocal seq
             fixed = encode(replace(request, seed=plan.seed))
             bundle = self._scheduler.model
-            seq = self._journal.accept(address, request.id, digest, fixed, correlation, bundle, deadline_s)
+            seq = self._journal.accept(
+                client=_client(address),
+                address=address,
+                id=request.id,
+                payload_sha256=digest,
+                request=fixed,
+                correlation=correlation,
+                bundle=bundle,
+                deadline_s=deadline_s,
+            )
             with self._lock:
                 self._open[seq] = opened
             accepted()
@@ -197,7 +207,9 @@ class Promises:
             self._reply(entry.seq, error_response(error, entry.id))
             return
         if entry.attempts >= MAX_ATTEMPTS:
-            message = f"the daemon ended {entry.attempts} times while it worked on this request; it is not tried again"
+            message = (
+                f"the daemon ended {entry.attempts} times while it worked on this request alone; it is not tried again"
+            )
             self._reply(entry.seq, error_response(RequestError("internal", message), entry.id))
             return
         within_s = None
@@ -211,7 +223,7 @@ class Promises:
             lambda plan: entry.seq,
             within_s,
             resumed=True,
-            alone=entry.attempts > 0,
+            alone=entry.suspect,
         )
 
     def _submit(
@@ -223,7 +235,7 @@ class Promises:
         within_s: float | None,
         **more: bool,
     ) -> None:
-        client = "/".join(opened.address.split("/")[:3])  # edgelm/reply/<client>/…
+        client = _client(opened.address)
         self._scheduler.submit(
             request, reply, lambda: opened.cancelled, client, commit, within_s, partial_every_s=SNAPSHOT_S, **more
         )
@@ -244,21 +256,28 @@ class Promises:
     def _run(self) -> None:
         while not (self._stopping and self._work.empty() and not self._under_way and not self._unstored):
             try:
-                self._take_work()
-                self._store()
-                if time.monotonic() - self._pruned_s > PRUNE_S:
-                    self._pruned_s = time.monotonic()
-                    self._journal.prune()
+                work = self._wait()
+                with self.heartbeat:
+                    self._do(work)
+                    self._store()
+                    if time.monotonic() - self._pruned_s > PRUNE_S:
+                        self._pruned_s = time.monotonic()
+                        self._journal.prune()
             except Exception:  # the thread must live on
                 log.exception("an answer could not be handed on")
 
-    def _take_work(self) -> None:
-        """Wait for work, and do all there is, for one transaction."""
-        waits = self._unstored or self._unmarked
-        with suppress(queue.Empty):
-            self._work.get(timeout=RETRY_S if waits else PRUNE_S)()
-        while not self._work.empty():
-            self._work.get()()
+    def _wait(self) -> Callable[[], None] | None:
+        """The next piece of work; None when it is time to look around."""
+        try:
+            return self._work.get(timeout=RETRY_S if self._unstored or self._unmarked else PRUNE_S)
+        except queue.Empty:
+            return None
+
+    def _do(self, work: Callable[[], None] | None) -> None:
+        """That, and all there is, for one transaction."""
+        while work is not None:
+            work()
+            work = None if self._work.empty() else self._work.get()
 
     def _store(self) -> None:
         """Keep answers and arrivals in one transaction, then publish the answers. On a full disk they wait."""
@@ -291,6 +310,11 @@ class Promises:
         letters, self._under_way = list(self._under_way.values()), {}
         for letter in letters:
             self._publish(letter)
+
+
+def _client(address: str) -> str:
+    """Whose answer goes there: edgelm/reply/CLIENT/…"""
+    return "/".join(address.split("/")[:3])
 
 
 def _letter(entry: Entry, correlation: bytes | None) -> Letter:

@@ -11,10 +11,11 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from edge.system.heartbeat import Sign
 from shared.errors import ConfigError
 
 log = logging.getLogger("edgelm")
@@ -81,15 +82,16 @@ def watchdog_interval_s() -> float | None:
 
 
 class Watchdog:
-    """Feeds systemd's watchdog as long as work goes on, in a thread of its own.
+    """Feeds systemd's watchdog as long as work goes on everywhere, in a thread of its own.
 
-    steps_done: a count that grows with the work. busy: whether it has to. A worker that is busy and stands still is
-    not fed for, and systemd starts the daemon anew.
+    signs: of the threads that serve, by their names. While one of them has work and stands still nothing is fed, and
+    systemd starts the daemon again.
     """
 
-    def __init__(self, steps_done: Callable[[], int], busy: Callable[[], bool]) -> None:
-        self._steps_done = steps_done
-        self._busy = busy
+    def __init__(self, signs: Mapping[str, Sign]) -> None:
+        self._signs = signs
+        self._seen: dict[str, int] = {}
+        self._unfed = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -105,14 +107,26 @@ class Watchdog:
     def _run(self) -> None:
         interval_s = watchdog_interval_s()
         assert interval_s is not None
-        seen = -1
         while True:
-            steps = self._steps_done()
-            if steps != seen or not self._busy():
+            if stuck := self._stuck():
+                self._unfed += 1
+                if self._unfed == CHECKS // 2:  # once may be a moment between two steps
+                    log.error("no progress in %s: systemd will start the daemon again", ", ".join(stuck))
+            else:
+                self._unfed = 0
                 notify("WATCHDOG=1")
-            seen = steps
             if self._ended.wait(interval_s / CHECKS):
                 return
+
+    def _stuck(self) -> list[str]:
+        """Who has work and did none of it since the last look."""
+        stuck = []
+        for name, sign in self._signs.items():
+            count, has_work = sign()
+            if has_work and self._seen.get(name) == count:
+                stuck.append(name)
+            self._seen[name] = count
+        return stuck
 
 
 def on_journal() -> bool:

@@ -50,4 +50,4 @@ def test_the_log_holds_no_prompt_however_a_request_ends(
     assert "mqtt connected" in log and SECRET not in log
     for path in tmp_path.rglob("*"):  # but for the journal, which is its owner's alone
         if path.is_file() and SECRET.encode() in path.read_bytes():
-            assert path.name.startswith("dev.sqlite") and path.stat().st_mode & 0o077 == 0
+            assert path.name.startswith("journal.") and path.stat().st_mode & 0o077 == 0

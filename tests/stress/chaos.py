@@ -123,7 +123,7 @@ class Chaos:
         return Daemon(self._folder, self._bundle, *flags, environment=environment, DEVICE="dev")
 
     def _read(self) -> None:
-        self.kept.append(read_journal(self._folder / "dev.sqlite"))
+        self.kept.append(read_journal(self._folder / "journal.sqlite"))
 
     def _kill_daemon(self) -> None:
         self.counts["daemon kills"] += 1

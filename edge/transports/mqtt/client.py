@@ -32,6 +32,7 @@ from edge.config import Config, read_password
 from edge.delivery.journal import Journal
 from edge.delivery.outbox import Letter, Promises
 from edge.serving.scheduler import Scheduler
+from edge.system.heartbeat import Heartbeat, Sign
 from edge.transports.mqtt.status import Status
 from edge.transports.mqtt.topics import (
     Topics,
@@ -74,15 +75,21 @@ class MqttTransport:
         self._unreachable = False  # said once, not at every attempt
         self._parted = threading.Event()
         self._connections = 0
+        self._heartbeat = Heartbeat()
         self._client = self._make_client(MQTTProtocolVersion.MQTTv5)
         self._scheduler = scheduler
-        self._promises = Promises(Journal(config.state / f"{config.device}.sqlite"), scheduler, self._send, self._show)
+        self._promises = Promises(Journal(config.state), scheduler, self._send, self._show)
         self._status = Status(scheduler, config.queue_size, self._tell)
 
     @property
     def broker(self) -> str:
         """Host and port."""
         return f"{self._host}:{self._config.port}"
+
+    @property
+    def signs(self) -> dict[str, Sign]:
+        """Of its threads, for the watchdog."""
+        return {"mqtt": self._heartbeat, "outbox": self._promises.heartbeat, "status": self._status.heartbeat}
 
     @property
     def _modern(self) -> bool:
@@ -135,8 +142,8 @@ class MqttTransport:
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
-        client.on_message = self._on_message
-        client.on_publish = self._on_publish
+        client.on_message = self._heartbeat.around(self._on_message)
+        client.on_publish = self._heartbeat.around(self._on_publish)
         return client
 
     def _announce(self, state: str) -> Any:

@@ -5,6 +5,7 @@ import time
 from typing import Final, Protocol
 
 from edge.serving.scheduler import Scheduler
+from edge.system.heartbeat import Heartbeat
 from edge.transports.mqtt.topics import info
 from shared.messages import Health, encode
 
@@ -29,6 +30,7 @@ class Status:
         self._all = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
+        self.heartbeat = Heartbeat(self._thread)
 
     def start(self) -> None:
         """Begin to look."""
@@ -51,10 +53,11 @@ class Status:
             if self._all:
                 self._all, self._told, connected, metrics_s = False, None, True, float("-inf")
             if connected:
-                self._tell_changes()
-                if stopping or time.monotonic() - metrics_s >= METRICS_S:
-                    metrics_s = time.monotonic()
-                    self._tell("metrics", encode(self._scheduler.metrics()), qos=0)
+                with self.heartbeat:
+                    self._tell_changes()
+                    if stopping or time.monotonic() - metrics_s >= METRICS_S:
+                        metrics_s = time.monotonic()
+                        self._tell("metrics", encode(self._scheduler.metrics()), qos=0)
             if stopping:
                 return
 

@@ -94,7 +94,7 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
 def test_a_request_error_knows_whether_to_try_again(code: str) -> None:
     error = RequestError(code, "because")
     assert (error.code, str(error), error.retry_after_ms) == (code, "because", None)
-    assert error.retryable == (code in {"queue_full", "internal", "draining", "timeout", "storage_full"})
+    assert error.retryable == (code in {"queue_full", "draining", "storage_full"})
 
 
 def test_an_error_code_nobody_defined_is_our_bug() -> None:

@@ -11,24 +11,25 @@ from typing import Any
 import pytest
 
 import edge.delivery.journal
-from edge.delivery.journal import Journal
+from edge.delivery.journal import FILE, KEEP_S, LITTLE, SHARED, Journal
 from shared.errors import ConfigError, RequestError
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "state" / "journal.sqlite"
+    return tmp_path / "state" / FILE
 
 
 @pytest.fixture
 def journal(path: Path) -> Iterator[Journal]:
-    journal = Journal(path)
+    journal = Journal(path.parent)
     yield journal
     journal.close()
 
 
 def accept(journal: Journal, id: str | None = None, **changed: Any) -> int:
     fields: dict[str, Any] = {
+        "client": "me",
         "address": "edgelm/reply/me",
         "payload_sha256": b"\1" * 32,
         "request": b'{"prompt":"x","seed":7}',
@@ -40,10 +41,10 @@ def accept(journal: Journal, id: str | None = None, **changed: Any) -> int:
 
 
 def test_what_is_accepted_is_there_again_with_all_it_was_accepted_with(path: Path) -> None:
-    journal = Journal(path)
+    journal = Journal(path.parent)
     seq = accept(journal, "a")
     journal.close()
-    journal = Journal(path)
+    journal = Journal(path.parent)
     (entry,) = journal.unfinished()
     assert journal.find("edgelm/reply/me", "a") == entry and entry.seq == seq
     assert (entry.address, entry.id, entry.payload_sha256) == ("edgelm/reply/me", "a", b"\1" * 32)
@@ -82,29 +83,30 @@ DIES = """
 import os, sys
 from pathlib import Path
 from edge.delivery.journal import Journal
-journal = Journal(Path(sys.argv[1]))
+journal = Journal(Path(sys.argv[1]).parent)
 journal.computing([int(n) for n in sys.argv[2:]])
 os.kill(os.getpid(), 9)
 """
 
 
-def test_the_requests_on_the_engine_are_blamed_for_the_end_of_the_process(path: Path) -> None:
-    journal = Journal(path)
+def test_only_a_request_that_ran_alone_is_blamed_for_the_end_of_the_process(path: Path) -> None:
+    journal = Journal(path.parent)
     first, second, third = accept(journal), accept(journal), accept(journal)
     journal.close()
     for numbers in [(first, second), (second,)]:
         subprocess.run([sys.executable, "-c", DIES, str(path), *map(str, numbers)], check=False)
-    journal = Journal(path)
-    assert {entry.seq: entry.attempts for entry in journal.unfinished()} == {first: 1, second: 2, third: 0}
+    journal = Journal(path.parent)
+    blamed = {entry.seq: (bool(entry.suspect), entry.attempts) for entry in journal.unfinished()}
+    assert blamed == {first: (True, 0), second: (True, 1), third: (False, 0)}
     journal.close()
 
 
 def test_nobody_is_blamed_for_an_orderly_end(path: Path) -> None:
-    journal = Journal(path)
+    journal = Journal(path.parent)
     seq = accept(journal)
     journal.computing([seq])
     journal.close()
-    journal = Journal(path)
+    journal = Journal(path.parent)
     assert [entry.attempts for entry in journal.unfinished()] == [0]
     journal.close()
 
@@ -112,7 +114,7 @@ def test_nobody_is_blamed_for_an_orderly_end(path: Path) -> None:
 def test_old_answers_are_forgotten_when_they_were_delivered(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     delivered, undelivered, unfinished = accept(journal, "a"), accept(journal, "b"), accept(journal, "c")
     journal.record(answers=[(delivered, b"1"), (undelivered, b"2")], delivered=[delivered])
-    later = time.monotonic() + edge.delivery.journal.KEEP_S + 1
+    later = time.monotonic() + KEEP_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     journal.prune()
     assert journal.find("edgelm/reply/me", "a") is None
@@ -121,50 +123,103 @@ def test_old_answers_are_forgotten_when_they_were_delivered(journal: Journal, mo
 
 
 def test_a_clock_that_is_set_makes_no_answer_old(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(path)
+    journal = Journal(path.parent)
     seq = accept(journal, "a")
     journal.record(answers=[(seq, b"1")], delivered=[seq])
-    far = time.time() + 100 * edge.delivery.journal.KEEP_S
+    far = time.time() + 100 * KEEP_S
     monkeypatch.setattr(time, "time", lambda: far)
     journal.prune()
     journal.close()
-    journal = Journal(path)
+    journal = Journal(path.parent)
     journal.prune()
     assert journal.find("edgelm/reply/me", "a") is not None
-    later = time.monotonic() + edge.delivery.journal.KEEP_S + 1  # nor young for ever
+    later = time.monotonic() + KEEP_S + 1  # nor young for ever
     monkeypatch.setattr(time, "monotonic", lambda: later)
     journal.prune()
     assert journal.find("edgelm/reply/me", "a") is None
     journal.close()
 
 
-def test_there_is_a_bound_to_their_number(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge.delivery.journal, "KEEP_ROWS", 5)
-    numbers = [accept(journal, str(i)) for i in range(8)]
-    journal.record(answers=[(seq, b"x") for seq in numbers], delivered=numbers[:6])
-    journal.prune()
-    assert [journal.find("edgelm/reply/me", str(i)) is not None for i in range(8)] == [False] * 3 + [True] * 5
-
-
-def test_and_to_the_size_of_the_file(journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge.delivery.journal, "MAX_BYTES", 1 << 20)
-    refused = 0
-    for _ in range(200):
+def fill(journal: Journal, client: str, *, prefix: str, request: bytes = b"x" * 60_000, answer: bytes = b"y") -> int:
+    """Requests of a client that were taken, answered and delivered, until the journal refuses one.  → their number"""
+    for number in range(10_000):
+        id = f"{prefix}{number}"
         try:
-            seq = accept(journal, request=b"x" * 60_000)
+            seq = accept(journal, id, client=client, address=f"edgelm/reply/{client}", request=request)
         except RequestError as error:
             assert error.code == "storage_full" and error.retryable and error.retry_after_ms
-            refused += 1
-            continue
-        journal.record(answers=[(seq, b"y")], delivered=[seq])
-    assert 0 < refused < 100  # each refusal makes room by forgetting what was delivered
+            return number
+        journal.record(answers=[(seq, answer)], delivered=[seq])
+    raise AssertionError("the journal is never full")
+
+
+def test_a_full_journal_refuses_what_is_new_and_forgets_nothing_younger_than_a_day(
+    journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge.delivery.journal, "MAX_BYTES", 1 << 20)
+    taken = fill(journal, "me", prefix="a", answer=b"z" * 5_000)
+    assert taken > 80
+    fill(journal, "you", prefix="b", request=b"x", answer=b"z" * 60_000)
+    for _ in range(3):
+        journal.prune()
+    answers = [journal.find("edgelm/reply/me", f"a{number}") for number in range(taken)]
+    assert all(entry is not None and entry.answer == b"z" * 5_000 for entry in answers)
     assert path.stat().st_size < 2 << 20
+
+    later = time.monotonic() + KEEP_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    accept(journal, "the day after")
+    assert journal.find("edgelm/reply/me", "a0") is None
+
+
+def test_many_small_answers_are_all_kept(journal: Journal) -> None:
+    """More than the 10,000 of which the oldest were once forgotten."""
+    first = accept(journal, "first")
+    journal.record(answers=[(first, b"mine")], delivered=[first])
+    with journal._transaction() as db:
+        columns = "client, address, id, payload_sha256, request, bundle, accepted_s, answer, answered_s, delivered_s"
+        rows = (
+            ("you", "edgelm/reply/you", str(i), b"\1" * 32, b"", "debug", 0.0, b"x", 0.0, 0.0) for i in range(10_050)
+        )
+        db.executemany(f"INSERT INTO request ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    journal.prune()
+    found = journal.find("edgelm/reply/me", "first")
+    assert found is not None and found.answer == b"mine"
+
+
+def test_a_client_that_fills_the_journal_leaves_room_for_others(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge.delivery.journal, "MAX_BYTES", 4 << 20)
+    fill(journal, "greedy", prefix="a", request=b"x", answer=b"z" * 30_000)
+    with pytest.raises(RequestError, match="most of its last room is for other clients"):
+        accept(journal, "more", client="greedy")
+    few = fill(journal, "modest", prefix="b", request=b"x", answer=b"z" * 30_000)
+    assert few >= (1 - SHARED) * LITTLE * (4 << 20) // 30_000 and few >= 5
+    accept(journal, "one", client="new")
+
+
+def test_what_is_delivered_keeps_neither_its_request_nor_its_correlation_data(journal: Journal) -> None:
+    seq = accept(journal, "a", request=b"x" * 60_000, correlation=b"c" * 60_000)
+    journal.record(answers=[(seq, b"answer")], delivered=[seq])
+    entry = journal.find("edgelm/reply/me", "a")
+    assert entry is not None and (entry.request, entry.correlation, entry.answer) == (b"", None, b"answer")
+    assert entry.payload_sha256 == b"\1" * 32
+
+
+def test_a_request_without_an_id_is_forgotten_when_its_answer_is_delivered(journal: Journal) -> None:
+    seq = accept(journal)
+    journal.record(answers=[(seq, b"answer")])
+    assert [entry.seq for entry in journal.undelivered()] == [seq]
+    journal.record(delivered=[seq])
+    assert journal.undelivered() == []
+    assert journal._db.execute("SELECT count(*) FROM request").fetchone() == (0,)
 
 
 def test_a_disk_with_little_room_takes_nothing_new(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     seq = accept(journal, "a")
     monkeypatch.setattr(edge.delivery.journal, "SPARE_BYTES", 1 << 60)
-    with pytest.raises(RequestError, match="no room is left") as refused:
+    with pytest.raises(RequestError, match="no room to keep") as refused:
         accept(journal, "b")
     assert refused.value.code == "storage_full"
     journal.record(answers=[(seq, b"still kept")])
@@ -172,10 +227,8 @@ def test_a_disk_with_little_room_takes_nothing_new(journal: Journal, monkeypatch
 
 
 def test_two_daemons_do_not_share_one(journal: Journal, path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from edge.delivery.journal import Journal; Journal(Path(sys.argv[1]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False, capture_output=True, text=True)
+    script = "import sys; from pathlib import Path; from edge.delivery.journal import *; Journal(Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", script, str(path.parent)], check=False, capture_output=True, text=True)
     assert f"ConfigError: journal {path} is used by another daemon" in done.stderr
 
 
@@ -183,16 +236,16 @@ def test_two_daemons_do_not_share_one(journal: Journal, path: Path) -> None:
 def test_a_file_that_is_no_journal_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "journal.sqlite").write_bytes(content)
     with pytest.raises(ConfigError, match=r"journal .*journal\.sqlite cannot be opened: file is not a database"):
-        Journal(tmp_path / "journal.sqlite")
+        Journal(tmp_path)
 
 
-def test_a_journal_of_a_later_release_is_refused(path: Path) -> None:
-    Journal(path).close()
+def test_a_journal_of_another_release_is_refused(path: Path) -> None:
+    Journal(path.parent).close()
     db = sqlite3.connect(path)
-    db.execute("PRAGMA user_version = 2")
+    db.execute("PRAGMA user_version = 1")
     db.close()
-    with pytest.raises(ConfigError, match="made by a later release"):
-        Journal(path)
+    with pytest.raises(ConfigError, match="it is of version 1, this release makes version 2"):
+        Journal(path.parent)
 
 
 def test_prompts_are_for_the_owner_alone(journal: Journal, path: Path) -> None:

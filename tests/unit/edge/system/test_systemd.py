@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from edge.config import MqttConfig, read_password
 from edge.system import systemd
+from edge.system.heartbeat import Heartbeat
 from edge.system.systemd import JournalFormatter, Watchdog, on_journal, watchdog_interval_s
 from shared.errors import ConfigError
 
@@ -101,34 +103,41 @@ def test_the_watchdog_interval_is_for_the_named_process(
     assert watchdog_interval_s() == expected
 
 
-def test_the_watchdog_is_fed_while_work_goes_on_or_there_is_none(
-    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+def test_watchdog_is_fed_unless_some_thread_stands_still_at_its_work(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "40000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    steps, stuck = iter(range(10**9)), threading.Event()
-    last = [0]
-
-    def steps_done() -> int:
-        last[0] = last[0] if stuck.is_set() else next(steps)
-        return last[0]
-
-    busy = threading.Event()
-    busy.set()
-    watchdog = Watchdog(steps_done, busy.is_set)
+    passes = count()
+    outbox = Heartbeat()
+    watchdog = Watchdog({"scheduler": lambda: (next(passes), True), "outbox": outbox})
     watchdog.start()
-    assert [told(manager) for _ in range(3)] == [{"WATCHDOG": "1"}] * 3  # steps are made
+    assert [told(manager) for _ in range(3)] == [{"WATCHDOG": "1"}] * 3  # passes are made, the outbox waits for work
 
-    stuck.set()
-    manager.settimeout(0.2)
-    with pytest.raises(TimeoutError):
-        for _ in range(100):
-            told(manager)  # what was sent before, then silence
+    with outbox:
+        manager.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            for _ in range(100):
+                told(manager)  # what was sent before, then silence
+    assert "no progress in outbox" in caplog.text
 
-    busy.clear()
     manager.settimeout(20)
-    assert told(manager) == {"WATCHDOG": "1"}  # idle
+    assert told(manager) == {"WATCHDOG": "1"}  # the outbox is done with it
     watchdog.stop()
+
+
+def test_heartbeat_counts_pieces_of_work_and_the_end_of_its_thread() -> None:
+    thread = threading.Thread(target=lambda: None)
+    heartbeat = Heartbeat(thread)
+    thread.start()
+    thread.join()
+    assert heartbeat() == (0, True)  # nothing will ever be done here
+
+    heartbeat = Heartbeat()
+    seen = []
+    heartbeat.around(lambda value: seen.append((value, heartbeat())))("work")
+    assert seen == [("work", (1, True))]
+    assert heartbeat() == (1, False)
 
 
 def record(level: int, text: str) -> logging.LogRecord:

@@ -1,0 +1,44 @@
+"""Signs of life of the daemon's threads, for the watchdog."""
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import ParamSpec
+
+P = ParamSpec("P")
+Sign = Callable[[], tuple[int, bool]]
+"""A count that grows with the work, and whether there is work now. Work at which the count stands still is stuck."""
+
+
+class Heartbeat:
+    """The sign of one thread, which enters it for each piece of work and leaves it before it waits for the next.
+
+    thread: its end counts as work that stands still, because nothing more will be done.
+    """
+
+    def __init__(self, thread: threading.Thread | None = None) -> None:
+        self._thread = thread
+        self._beats = 0
+        self._working = False
+
+    def __enter__(self) -> None:
+        self._beats += 1
+        self._working = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._working = False
+
+    def around(self, work: Callable[P, None]) -> Callable[P, None]:
+        """`work` as a piece of work."""
+
+        def beat(*args: P.args, **kwargs: P.kwargs) -> None:
+            with self:
+                work(*args, **kwargs)
+
+        return beat
+
+    def __call__(self) -> tuple[int, bool]:
+        dead = self._thread is not None and not self._thread.is_alive()
+        return self._beats, self._working or dead
