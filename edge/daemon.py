@@ -20,6 +20,7 @@ from edge.serving.loaded_bundle import Engine
 from edge.serving.scheduler import Scheduler
 from edge.system import systemd
 from edge.system.gpu_deaths import GpuDeaths
+from edge.system.heartbeat import Sign
 from edge.system.systemd import JournalFormatter
 from edge.transports.unix_socket import SocketServer
 from shared.errors import DeviceError, DiffusionLLMError, command_name
@@ -109,7 +110,8 @@ def serve(read_config: Callable[[], Config]) -> None:
             stack.callback(mqtt.close)
         worker.start()
         stack.callback(worker.stop)
-        watchdog = systemd.Watchdog(lambda: worker.steps_done, lambda: worker.busy)
+        signs: dict[str, Sign] = {"scheduler": worker.sign, "socket": socket.heartbeat}
+        watchdog = systemd.Watchdog(signs if mqtt is None else signs | mqtt.signs)
         watchdog.start()
         stack.callback(watchdog.stop)
         print(_ready_line(path, worker, mqtt), flush=True)
@@ -206,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     broker = {} if args.mqtt is None else parse_broker(args.mqtt)
     handler = logging.StreamHandler(sys.stderr)
     to_journal = systemd.on_journal()
-    handler.setFormatter(JournalFormatter() if to_journal else logging.Formatter("%(levelname)s %(message)s"))
+    in_terminal = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JournalFormatter() if to_journal else in_terminal)
     logging.basicConfig(level=log_level(default="info"), handlers=[handler])
     try:
         serve(lambda: load_config(args.config, given | broker))

@@ -13,12 +13,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
 from edge.serving.fair_queue import Turns
 from edge.serving.job import Job
 from edge.serving.loaded_bundle import Engine, Plan
+from edge.serving.request_log import RequestLog
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Health, Metrics, Reply, Response, State, error_response
 
@@ -60,16 +62,16 @@ class Scheduler:
         self.failure: str | None = None
         self.steps_done = 0
         """Passes made so far: a watchdog sees by it that a busy scheduler moves."""
+        self.requests = RequestLog()
         self._limit = queue_size + 1
         self._started_s = time.monotonic()
+        self._version = version()
         self._changed = threading.Condition()  # guards all down to the blank line
         self._engine = engine
         self._waiting: deque[Job] = deque()
         self._load: Counter[str] = Counter()  # client → accepted and unanswered
         self._users: Counter[Engine] = Counter()  # engine → the same
         self._accepted = 0
-        self._answered: Counter[str] = Counter()
-        self._tokens = 0
         self._draining = False
         self._stopping = False
 
@@ -107,6 +109,10 @@ class Scheduler:
         with self._changed:
             return self._load.total() > 0
 
+    def sign(self) -> tuple[int, bool]:
+        """For the watchdog: passes made so far, and whether there is anything to make them for."""
+        return self.steps_done, self.busy
+
     def health(self) -> Health:
         """How the daemon is. version: of the installed distribution."""
         with self._changed:
@@ -115,19 +121,20 @@ class Scheduler:
                 state=state if self.failure is None else "error",
                 queued=len(self._waiting),
                 model=self.model,
-                version=version(),
+                version=self._version,
                 failure=self.failure,
             )
 
     def metrics(self) -> Metrics:
         """What was done so far."""
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        answered, tokens = self.requests.counts()
         with self._changed:
             return Metrics(
                 uptime_s=round(time.monotonic() - self._started_s, 3),
                 accepted=self._accepted,
-                answered=dict(self._answered),
-                generated_tokens=self._tokens,
+                answered=answered,
+                generated_tokens=tokens,
                 steps=self.steps_done,
                 active=self._load.total() - len(self._waiting),
                 queued=len(self._waiting),
@@ -166,8 +173,7 @@ class Scheduler:
             if not isinstance(error, RequestError):
                 log.exception("a request could not be prepared")
                 error = _internal()
-            with self._changed:
-                self._answered[error.code] += 1
+            self.requests.note(code=error.code, id=request.id, client=client)
             if engine is not None:
                 self._release(client, engine)
             _deliver(reply, error_response(error, request.id))
@@ -296,8 +302,14 @@ class Scheduler:
                 self._waiting.remove(job)
             else:
                 self._turns.leave(job)
-            self._answered["ok" if response.error is None else response.error.code] += 1
-            self._tokens += 0 if response.usage is None else response.usage.generated_tokens
+        self.requests.note(
+            code="ok" if response.error is None else response.error.code,
+            id=job.request.id,
+            client=job.client,
+            prompt_tokens=job.run.plan.prompt_tokens,
+            tokens=0 if response.usage is None else response.usage.generated_tokens,
+            ms=(time.monotonic() - job.accepted_s) * 1e3,
+        )
         self._release(job.client, job.engine)
         _deliver(job.reply, response)
 
@@ -329,9 +341,7 @@ def _internal() -> RequestError:
 
 def version() -> str:
     """Of the installed distribution."""
-    from importlib.metadata import PackageNotFoundError, version  # 15 ms that a start need not pay
-
     try:
-        return version("diffusion-llm")
-    except PackageNotFoundError:
+        return metadata.version("diffusion-llm")
+    except metadata.PackageNotFoundError:
         return "unknown"

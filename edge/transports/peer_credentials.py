@@ -21,13 +21,18 @@ def group_id(name: str) -> int:
         raise ConfigError(f"socket_group {name!r} does not exist; create it with: groupadd --system {name}") from None
 
 
+def user_id(peer: socket.socket) -> int:
+    """The user of a connected client. Inside a user namespace all foreign ones but root are the same: nobody."""
+    return _credentials(peer)[0]
+
+
 def is_member(peer: socket.socket, gid: int) -> bool:
     """Whether a connected client is root, this daemon's own user, or in the group, first or supplementary.
 
     As it was when the client connected. Inside a user namespace (PrivateUsers=) the kernel shows foreign groups as
     nobody's, so the unit has to run with this group as its own.
     """
-    _, uid, first = CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+    uid, first = _credentials(peer)
     if uid in (0, os.geteuid()) or first == gid:
         return True
     try:
@@ -35,3 +40,8 @@ def is_member(peer: socket.socket, gid: int) -> bool:
     except OSError:  # in more groups than fit: only the first counts
         return False
     return gid in struct.unpack(f"{len(packed) // 4}I", packed)
+
+
+def _credentials(peer: socket.socket) -> tuple[int, int]:
+    _, uid, gid = CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+    return uid, gid

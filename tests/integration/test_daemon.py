@@ -8,6 +8,7 @@ import socket as sockets
 import stat
 import subprocess
 import sys
+import tempfile
 import termios
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,24 @@ def test_a_socket_left_by_a_killed_daemon_is_replaced(start_daemon: StartDaemon)
     assert killed.socket.exists()
 
     assert start_daemon().line().ask(STORY)["status"] == "ok"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
+def test_dead_socket_of_another_user_is_refused_in_one_sentence(debug_bundle: Path) -> None:
+    """In a folder where each may remove only his own, as in /tmp."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o1777)
+        with sockets.socket(sockets.AF_UNIX) as dead:
+            dead.bind(str(folder / "s"))
+        (folder / "s").chmod(0o777)
+        script = (
+            "import os, sys; from pathlib import Path; from edge.transports.unix_socket import _clear_stale;"
+            "os.setgroups([]); os.setuid(4711); _clear_stale(Path(sys.argv[1]))"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(folder / "s")], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("shared.errors.ConfigError") and "a dead socket of root lies there" in last
 
 
 def test_a_socket_that_is_served_already_is_left_alone(start_daemon: StartDaemon, debug_bundle: Path) -> None:

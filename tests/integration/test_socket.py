@@ -115,19 +115,6 @@ def test_a_client_that_reads_nothing_holds_up_nobody(shared_daemon: Daemon, line
     assert line.ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
 
 
-def test_one_client_too_many_is_told_so(shared_daemon: Daemon) -> None:
-    crowd = [Line(shared_daemon.socket) for _ in range(80)]
-    try:
-        crowd[-1].sock.settimeout(5)
-        reply = crowd[-1].read()
-        assert reply is not None and reply["error"]["code"] == "queue_full"
-        assert crowd[-1].read() is None
-        assert crowd[0].ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
-    finally:
-        for client in crowd:
-            client.close()
-
-
 def slow_daemon(start_daemon: Callable[..., Daemon], **settings: str) -> Daemon:
     """A step takes 20 ms, a whole canvas more than a second."""
     return start_daemon(backend="fake:20", **settings)
@@ -177,7 +164,8 @@ def test_a_deadline_counts_from_acceptance(start_daemon: Callable[..., Daemon]) 
     line.send(STORY | {"id": "first"}, STORY | {"id": "waiting", "deadline_ms": 100})
 
     reply = line.read() or {}
-    assert reply["id"] == "waiting" and reply["error"]["code"] == "timeout" and reply["error"]["retryable"]
+    assert reply["id"] == "waiting" and reply["error"]["code"] == "timeout"
+    assert "retryable" not in reply["error"]
     assert (line.read() or {})["status"] == "ok"
 
 

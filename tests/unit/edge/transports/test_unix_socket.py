@@ -9,10 +9,10 @@ import pytest
 
 from edge.serving.loaded_bundle import Engine
 from edge.serving.scheduler import Scheduler
-from edge.transports.unix_socket import _Connection
+from edge.transports.socket_connection import Connection
 from shared.messages import MAX_MESSAGE_BYTES
 
-Ends = tuple[socket.socket, _Connection]
+Ends = tuple[socket.socket, Connection]
 
 
 @pytest.fixture
@@ -20,7 +20,9 @@ def ends(debug_bundle: Path) -> Iterator[Ends]:
     """A client, and the daemon's end of its connection."""
     client, ours = socket.socketpair()
     client.settimeout(20)
-    connection = _Connection(ours, Scheduler(Engine.load(debug_bundle, "fake"), queue_size=1), lambda: None)
+    connection = Connection(
+        ours, Scheduler(Engine.load(debug_bundle, "fake"), queue_size=1), uid=0, name="test", wake=lambda: None
+    )
     yield client, connection
     connection.close()
     client.close()

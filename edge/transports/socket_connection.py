@@ -1,0 +1,235 @@
+"""One client of the Unix socket: bytes in, bytes out, and whether it is still there."""
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from edge.serving.scheduler import Scheduler
+from shared.errors import RequestError
+from shared.messages import (
+    MAX_MESSAGE_BYTES,
+    CancelRequest,
+    HealthRequest,
+    Partial,
+    Reply,
+    Response,
+    decode_line,
+    encode,
+    error_response,
+    id_of,
+)
+
+MAX_UNREAD_BYTES: Final = 256 * 1024
+"""A client that leaves this much unread is not served either, until it catches up."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request in flight."""
+
+    id: str | None
+    cancelled: bool = False
+
+
+class _Requests:
+    """What a client waits for. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the set
+        self._open: set[_Request] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    def add(self, id: str | None) -> _Request:
+        """One more."""
+        request = _Request(id)
+        with self._lock:
+            self._open.add(request)
+        return request
+
+    def discard(self, request: _Request) -> None:
+        """It is answered."""
+        with self._lock:
+            self._open.discard(request)
+
+    def cancel(self, id: str) -> None:
+        """Those of that id are to stop."""
+        with self._lock:
+            for request in self._open:
+                request.cancelled |= request.id == id
+
+
+class _Sender:
+    """Replies on their way to a client, from any thread. gone: the client closed, or we did."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.gone = False
+        self._sock = sock
+        self._lock = threading.Lock()  # guards the bytes, and the socket's writing side
+        self._unsent = bytearray()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the client did not take yet."""
+        return len(self._unsent)
+
+    def send(self, reply: Reply) -> None:
+        """Send it as far as the client takes it now. A snapshot is left out while anything is unsent."""
+        with self._lock:
+            if isinstance(reply, Partial) and self._unsent:
+                return
+            self._unsent += encode(reply) + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the client takes now."""
+        with self._lock:
+            try:
+                while self._unsent and not self.gone:
+                    del self._unsent[: self._sock.send(self._unsent)]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.gone = True
+
+    def close(self) -> None:
+        """Hang up; replies still to come are dropped."""
+        with self._lock:
+            self.gone = True
+            self._sock.close()
+
+
+class Connection:
+    """What a client sends is served line by line. All but the replies happens in the thread that polls.
+
+    uid: its user. name: for the log, and whom the scheduler is fair to. wake: has the polling thread look again.
+    """
+
+    def __init__(
+        self, sock: socket.socket, scheduler: Scheduler, *, uid: int, name: str, wake: Callable[[], None]
+    ) -> None:
+        sock.setblocking(False)
+        self.uid = uid
+        self.used_s = time.monotonic()
+        """When it last sent or got anything."""
+        self._name = name
+        self._sock = sock
+        self._scheduler = scheduler
+        self._wake = wake
+        self._ended = False  # nothing more is read: the client sent its last line, or one that was too long
+        self._unserved = bytearray()
+        self._requests = _Requests()
+        self._sender = _Sender(sock)
+
+    @property
+    def events(self) -> int:
+        """What to poll for; a hang-up is reported in any case."""
+        reads = not self._ended and self._sender.unsent < MAX_UNREAD_BYTES and len(self._unserved) <= MAX_MESSAGE_BYTES
+        return (select.POLLIN if reads else 0) | (select.POLLOUT if self._sender.unsent else 0)
+
+    @property
+    def flushed(self) -> bool:
+        """Whether no reply waits to be sent."""
+        return self._sender.gone or not self._sender.unsent
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for nothing. What it left unread does not count, nor does half a line."""
+        return not self._requests
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client left, or is not served any longer: then its requests are cancelled."""
+        return self._sender.gone
+
+    @gone.setter
+    def gone(self, gone: bool) -> None:
+        self._sender.gone = gone
+
+    @property
+    def finished(self) -> bool:
+        """Whether all requests are answered, and nothing more will be requested."""
+        return self._sender.gone or (self._ended and not self._unserved and self.flushed and self.idle)
+
+    def receive(self) -> None:
+        """Read what is there. The last line needs no newline when the client shuts its writing side."""
+        try:
+            data = self._sock.recv(MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._sender.gone = True
+            return
+        self._unserved += data
+        if not data:
+            self._ended = True
+            self._unserved += b"\n" if self._unserved else b""
+
+    def answer_line(self) -> bool:
+        """Serve one complete line, if there is one and the client takes its replies.  → whether there was one
+
+        One: a client that sends thousands at once holds nobody up.
+        """
+        if self._sender.gone or self._sender.unsent >= MAX_UNREAD_BYTES:
+            return False
+        end = self._unserved.find(b"\n")
+        line = bytes(self._unserved[:end] if end >= 0 else self._unserved)
+        if len(line) > MAX_MESSAGE_BYTES:
+            self._ended = True  # where the next line begins is anyone's guess: answer, then close
+            self._unserved.clear()
+        elif end < 0:
+            return False
+        else:
+            del self._unserved[: end + 1]
+        if line.strip():
+            self.used_s = time.monotonic()
+            self._answer(line)
+        return True
+
+    def flush(self) -> None:
+        """Send what the client takes now."""
+        self._sender.flush()
+
+    def refuse(self, error: RequestError, id: str | None = None) -> None:
+        """Say why a line, or this client, is not served."""
+        self._scheduler.requests.note(code=error.code, id=id, client=self._name)
+        self._sender.send(error_response(error, id))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._sender.close()
+
+    def _answer(self, line: bytes) -> None:
+        try:
+            message = decode_line(line)
+            if not isinstance(message, HealthRequest) and message.response_topic is not None:
+                raise RequestError("bad_request", "`response_topic` is for MQTT: here the answer takes the way back")
+        except RequestError as error:
+            self.refuse(error, id_of(line))
+            return
+        if isinstance(message, HealthRequest):
+            self._sender.send(self._scheduler.health())
+            return
+        if isinstance(message, CancelRequest):
+            self._requests.cancel(message.id)
+            return
+        request = self._requests.add(message.id)
+        self._scheduler.submit(
+            message,
+            lambda reply: self._reply(request, reply),
+            lambda: request.cancelled or self._sender.gone,
+            self._name,
+        )
+
+    def _reply(self, request: _Request, reply: Reply) -> None:
+        self._sender.send(reply)
+        self.used_s = time.monotonic()
+        if isinstance(reply, Response):
+            self._requests.discard(request)
+        if self._sender.unsent or self._unserved or self._ended:
+            self._wake()
