@@ -138,19 +138,22 @@ class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     parts: list[Part] = []
 
 
-State = Literal["idle", "busy", "draining", "error"]
+State = Literal["idle", "busy", "degraded", "draining", "error"]
 
 
 class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="health"):
     """The daemon's answer to a HealthRequest. queued: accepted requests that have no turns on the engine yet.
 
-    failure: why the device is out of service, in the state "error"; the daemon ends then, to be started anew.
+    backend: what computes, such as "ort" or "trt". state: "degraded" is a GPU device that serves from its CPU, whether
+    idle or busy; "error" a GPU that has failed under this daemon, which ends to be started again. failure: why, in
+    these two states.
     """
 
     v: int = PROTOCOL_VERSION
     state: State
     queued: int
     model: str
+    backend: str
     version: str
     failure: str | None = None
 
@@ -158,8 +161,8 @@ class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=
 class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="metrics"):
     """Counters since the daemon started; answered: by "ok" or error code, refusals included.
 
-    active: requests that have their turns on the engine. resident_mb: megabytes of memory, 10^6 bytes each. failure: as
-    in Health.
+    active: requests that have their turns on the engine. resident_mb: megabytes of memory, 10^6 bytes each. backend and
+    failure: as in Health.
     """
 
     v: int = PROTOCOL_VERSION
@@ -171,6 +174,7 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     active: int
     queued: int
     resident_mb: float
+    backend: str
     failure: str | None = None
 
 
@@ -190,6 +194,7 @@ class Info(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="i
     v: int = PROTOCOL_VERSION
     version: str
     model: str
+    backend: str
     limits: Limits
     schemas: dict[str, dict[str, Any]]
 

@@ -116,13 +116,14 @@ class Scheduler:
     def health(self) -> Health:
         """How the daemon is. version: of the installed distribution."""
         with self._changed:
-            state: State = "draining" if self._draining else "busy" if self._load.total() else "idle"
+            engine = self._engine
             return Health(
-                state=state if self.failure is None else "error",
+                state=self._state(engine.degraded),
                 queued=len(self._waiting),
-                model=self.model,
+                model=engine.model,
+                backend=engine.backend_name,
                 version=self._version,
-                failure=self.failure,
+                failure=self.failure or engine.degraded,
             )
 
     def metrics(self) -> Metrics:
@@ -139,7 +140,8 @@ class Scheduler:
                 active=self._load.total() - len(self._waiting),
                 queued=len(self._waiting),
                 resident_mb=round(resident_pages * mmap.PAGESIZE / 1e6, 1),
-                failure=self.failure,
+                backend=self._engine.backend_name,
+                failure=self.failure or self._engine.degraded,
             )
 
     def submit(
@@ -203,6 +205,15 @@ class Scheduler:
         self.refuse_new()
         self._stopping = True
         self._thread.join(STOP_GRACE_S)
+
+    def _state(self, degraded: str | None) -> State:
+        if self.failure is not None:
+            return "error"
+        if self._draining:
+            return "draining"
+        if degraded is not None:
+            return "degraded"
+        return "busy" if self._load.total() else "idle"
 
     def _reserve(self, client: str, resumed: bool) -> tuple[Engine, int]:
         """A place, and the engine to fill it for.  → engine, number in the order of acceptance"""

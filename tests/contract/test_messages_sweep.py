@@ -72,12 +72,20 @@ EXAMPLES: tuple[Struct, ...] = (
         steps=96,
         active=1,
         queued=2,
+        backend="ort",
         resident_mb=92.5,
         failure="cuEventSynchronize failed",
     ),
     Limits(message_bytes=65536, canvas_tokens=256, steps=1024, top_k=64, queue_size=32),
-    Info(v=2, version="0.1.0", model="tinystories@01", limits=Limits(1, 2, 3, 4, 5), schemas={"x": {"type": "object"}}),
-    Health(v=2, state="error", queued=2, model="tinystories@0123456789ab", version="0.1.0", failure="it burns"),
+    Info(
+        v=2,
+        version="0.1.0",
+        model="tinystories@01",
+        backend="trt",
+        limits=Limits(1, 2, 3, 4, 5),
+        schemas={"x": {"type": "object"}},
+    ),
+    Health(v=2, state="error", queued=2, model="tinystories@01", backend="trt", version="0.1.0", failure="it burns"),
 )
 """Two requests, because `prompt` excludes `segments` and `threshold` excludes `entropy_bound`."""
 

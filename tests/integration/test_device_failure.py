@@ -110,6 +110,9 @@ def test_after_the_second_failure_the_cpu_serves_and_a_restart_tries_the_gpu_aga
     daemon = start(3)
     assert "the daemon died 2 times on the GPU within an hour" in daemon.log.read_text()
     assert daemon.line().ask(STORY)["status"] == "ok"
+    health = daemon.line().ask({"type": "health"})
+    assert (health["state"], health["backend"]) == ("degraded", "ort")
+    assert health["failure"].startswith("the daemon died 2 times on the GPU")
     daemon.signal(signal.SIGTERM)
     assert daemon.exit_code() == 0
     daemon = start(3)

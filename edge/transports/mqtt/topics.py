@@ -127,6 +127,7 @@ def info(health: Health, canvas_len: int, top_k: int, queue_size: int) -> Info:
     return Info(
         version=health.version,
         model=health.model,
+        backend=health.backend,
         limits=limits,
         schemas={name: _schema(kind) for name, kind in schemas.items()},
     )
