@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +20,7 @@ from edge.serving.fair_queue import Turns
 from edge.serving.job import Job
 from edge.serving.loaded_bundle import Engine, Plan
 from edge.serving.request_log import RequestLog
+from edge.system.installed import version
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Health, Metrics, Reply, Response, State, error_response
 
@@ -114,7 +114,7 @@ class Scheduler:
         return self.steps_done, self.busy
 
     def health(self) -> Health:
-        """How the daemon is. version: of the installed distribution."""
+        """How the daemon is."""
         with self._changed:
             engine = self._engine
             return Health(
@@ -348,11 +348,3 @@ def _deliver(reply: Callable[[Reply], None], message: Reply) -> None:
 
 def _internal() -> RequestError:
     return RequestError("internal", "the daemon failed on this request; its log has the details")
-
-
-def version() -> str:
-    """Of the installed distribution."""
-    try:
-        return metadata.version("diffusion-llm")
-    except metadata.PackageNotFoundError:
-        return "unknown"
