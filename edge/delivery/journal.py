@@ -1,8 +1,9 @@
 """What the daemon promised over MQTT, kept where neither a crash nor a power cut can take it: one SQLite file.
 
-A request is written before it is acknowledged, its answer before it is published. It is known by (reply address, id):
-sent again with the same payload it gets the stored answer, byte for byte; with another payload it is a conflict. That
-holds for KEEP_S after the answer was delivered, whatever the load: when the file is full, new requests are refused.
+A request is written before it is acknowledged, its answer before it is published. It is known by (client, reply
+address, id): sent again with the same payload it gets the stored answer, byte for byte; with another payload it is a
+conflict. That holds for KEEP_S after the answer was delivered, whatever the load: when the file is full, new requests
+are refused.
 The Unix socket needs none of this: its client is there until the answer, and hanging up cancels.
 """
 
@@ -52,16 +53,18 @@ CREATE TABLE IF NOT EXISTS request (
     attempts INTEGER NOT NULL DEFAULT 0,    -- how often it did so while it computed nothing else
     answer BLOB,
     answered_s REAL,                        -- the journal's own time
-    delivered_s REAL                        -- the same
+    tries INTEGER NOT NULL DEFAULT 0,       -- how often the broker refused to take the answer
+    delivered_s REAL                        -- when the broker took it, or it was given up: the journal's own time
 );
-CREATE UNIQUE INDEX IF NOT EXISTS identity ON request (address, id) WHERE id IS NOT NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS identity ON request (client, address, id) WHERE id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS open ON request (seq) WHERE answer IS NULL;
 CREATE INDEX IF NOT EXISTS undelivered ON request (seq) WHERE answer IS NOT NULL AND delivered_s IS NULL;
 CREATE INDEX IF NOT EXISTS client ON request (client);
 CREATE INDEX IF NOT EXISTS delivered ON request (delivered_s) WHERE delivered_s IS NOT NULL;
 """
 _VERSION: Final = 2
-_ENTRY: Final = "seq, address, id, payload_sha256, request, correlation, bundle, deadline_s, suspect, attempts, answer"
+_COLUMNS: Final = ("seq", "client", "address", "id", "payload_sha256", "request", "correlation", "bundle", "deadline_s")
+_ENTRY: Final = ", ".join([*_COLUMNS, "suspect", "attempts", "answer", "tries"])
 _PAYLOADS: Final = ("address", "request", "correlation", "answer")
 _SIZE: Final = " + ".join([str(ROW_BYTES), *(f"coalesce(length({column}), 0)" for column in _PAYLOADS)])
 
@@ -75,6 +78,7 @@ class Entry:
     """
 
     seq: int
+    client: str
     address: str
     id: str | None
     payload_sha256: bytes
@@ -85,6 +89,7 @@ class Entry:
     suspect: bool
     attempts: int
     answer: bytes | None
+    tries: int
 
 
 class Journal:
@@ -109,10 +114,13 @@ class Journal:
         self._began_s: float = self._db.execute(last).fetchone()[0] - time.monotonic()
         self._blame()
 
-    def find(self, address: str, id: str) -> Entry | None:
+    def find(self, client: str, address: str, id: str) -> Entry | None:
         """The request known by that name."""
-        found = list(self._select("address = ? AND id = ?", address, id))
-        return found[0] if found else None
+        return next(self._select("client = ? AND address = ? AND id = ?", client, address, id), None)
+
+    def entry(self, seq: int) -> Entry | None:
+        """The request of that number, if it was not forgotten."""
+        return next(self._select("seq = ?", seq), None)
 
     def accept(
         self,
@@ -141,31 +149,45 @@ class Journal:
         assert done.lastrowid is not None
         return done.lastrowid
 
-    def record(self, answers: Iterable[tuple[int, bytes]] = (), delivered: Iterable[int] = ()) -> None:
-        """Write answers, and which were taken by their broker, in one transaction.
+    def record(
+        self,
+        answers: Iterable[tuple[int, bytes, bytes | None]] = (),
+        delivered: Iterable[int] = (),
+        tried: Iterable[int] = (),
+        given_up: Iterable[int] = (),
+    ) -> None:
+        """Write answers with the correlation data they go out with, and what became of sending, in one transaction.
 
-        The first answer to a request stays. Of what was delivered only what its sender can ask for again stays:
-        nothing of a request without an id. Raises sqlite3.Error, when the disk is full for one.
+        delivered: the broker has them; what their senders can ask for again stays: nothing of a request without an id.
+        tried: it refused them, once more. given_up: they are not sent any more, unless asked for. The first answer to a
+        request stays. Raises sqlite3.Error, when the disk is full for one.
         """
         now = self._now_s()
         with self._transaction() as db:
-            rows = [(answer, now, seq) for seq, answer in answers]
-            db.executemany("UPDATE request SET answer = ?, answered_s = ? WHERE seq = ? AND answer IS NULL", rows)
+            rows = [(answer, now, correlation, seq) for seq, answer, correlation in answers]
+            stores = "UPDATE request SET answer = ?, answered_s = ?, correlation = ? WHERE seq = ? AND answer IS NULL"
+            db.executemany(stores, rows)
+            db.executemany("UPDATE request SET tries = tries + 1 WHERE seq = ?", [(seq,) for seq in tried])
             numbers = [(seq,) for seq in delivered]
             db.executemany("DELETE FROM request WHERE seq = ? AND id IS NULL", numbers)
-            kept = "request = x'', correlation = NULL, delivered_s = coalesce(delivered_s, ?)"
-            db.executemany(f"UPDATE request SET {kept} WHERE seq = ?", [(now, *number) for number in numbers])
+            closed = "request = x'', correlation = NULL, delivered_s = coalesce(delivered_s, ?)"
+            ended = [(now, seq) for seq in (*(seq for (seq,) in numbers), *given_up)]
+            db.executemany(f"UPDATE request SET {closed} WHERE seq = ?", ended)
 
     def unfinished(self) -> list[Entry]:
         """Accepted and not answered, oldest first."""
         return list(self._select("answer IS NULL"))
 
-    def undelivered(self) -> list[Entry]:
-        """Answered, and not known to have arrived, oldest first."""
-        return list(self._select("answer IS NOT NULL AND delivered_s IS NULL"))
+    def undelivered(self) -> list[int]:
+        """Numbers of what is answered and still to be delivered, oldest first: the answers might fill the memory."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT seq FROM request WHERE answer IS NOT NULL AND delivered_s IS NULL ORDER BY seq"
+            )
+            return [seq for (seq,) in rows]
 
     def prune(self) -> None:
-        """Forget answers that were delivered more than KEEP_S ago, and nothing else."""
+        """Forget answers that were delivered, or given up, more than KEEP_S ago, and nothing else."""
         with suppress(sqlite3.Error), self._transaction() as db:  # a full disk forgets nothing
             db.execute("DELETE FROM request WHERE delivered_s < ?", (self._now_s() - KEEP_S,))
 

@@ -97,8 +97,9 @@ class Promises:
 
     def start(self) -> None:
         """Publish what was not delivered, take up what was not finished, and begin to serve."""
-        for entry in self._journal.undelivered():
-            self._post(_letter(entry, entry.correlation))
+        for seq in self._journal.undelivered():
+            if (stored := self._journal.entry(seq)) is not None:
+                self._post(_letter(stored, stored.correlation))
         for entry in self._journal.unfinished():
             self._resume(entry)
         self._journal.computing([])
@@ -118,7 +119,7 @@ class Promises:
         within_s: how long it is of use, if not as long as its own deadline. Called from one thread only.
         """
         digest = hashlib.sha256(encode(request)).digest()
-        known = None if request.id is None else self._journal.find(address, request.id)
+        known = None if request.id is None else self._journal.find(_client(address), address, request.id)
         if known is not None and known.payload_sha256 != digest:
             message = f"`id` {request.id!r} was given to another request before; each needs its own"
             self.refuse(address, correlation, error_response(RequestError("conflict", message), request.id), accepted)
@@ -194,8 +195,7 @@ class Promises:
             if opened is not None:
                 opened.correlation = correlation
         if opened is None and known.answer is None:  # answered since it was looked up
-            assert known.id is not None
-            known = self._journal.find(known.address, known.id) or known
+            known = self._journal.entry(known.seq) or known
         if known.answer is not None:
             self._post(_letter(known, correlation))
 
@@ -284,7 +284,8 @@ class Promises:
         if not self._unstored and not self._unmarked:
             return
         try:
-            self._journal.record(self._unstored, self._unmarked)
+            answers = [(seq, payload, self._open[seq].correlation) for seq, payload in self._unstored]
+            self._journal.record(answers, self._unmarked)
         except sqlite3.Error as error:
             log.warning("%d answers wait to be stored: %s", len(self._unstored), error)
             return

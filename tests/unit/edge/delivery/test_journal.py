@@ -46,18 +46,19 @@ def test_what_is_accepted_is_there_again_with_all_it_was_accepted_with(path: Pat
     journal.close()
     journal = Journal(path.parent)
     (entry,) = journal.unfinished()
-    assert journal.find("edgelm/reply/me", "a") == entry and entry.seq == seq
+    assert journal.find("me", "edgelm/reply/me", "a") == entry and entry.seq == seq
     assert (entry.address, entry.id, entry.payload_sha256) == ("edgelm/reply/me", "a", b"\1" * 32)
     assert (entry.request, entry.correlation) == (b'{"prompt":"x","seed":7}', b"\0\xff")
     assert (entry.bundle, entry.deadline_s, entry.attempts, entry.answer) == ("debug@0123", 1e10, 0, None)
     journal.close()
 
 
-def test_a_name_is_address_and_id_together(journal: Journal) -> None:
+def test_a_name_is_client_address_and_id_together(journal: Journal) -> None:
     accept(journal, "a")
     accept(journal, "b")
     accept(journal, "a", address="edgelm/reply/you")
-    assert journal.find("edgelm/reply/you", "b") is None
+    accept(journal, "a", client="you")
+    assert journal.find("me", "edgelm/reply/you", "b") is None
     with pytest.raises(sqlite3.IntegrityError):
         accept(journal, "a")
 
@@ -69,13 +70,14 @@ def test_requests_without_an_id_are_never_the_same(journal: Journal) -> None:
 
 def test_an_answer_is_undelivered_until_it_is_delivered_and_the_first_one_stays(journal: Journal) -> None:
     seq = accept(journal, "a")
-    journal.record(answers=[(seq, b"first")])
-    journal.record(answers=[(seq, b"second")])
-    (entry,) = journal.undelivered()
-    assert entry.answer == b"first" and journal.unfinished() == []
+    journal.record(answers=[(seq, b"first", None)])
+    journal.record(answers=[(seq, b"second", None)])
+    assert journal.undelivered() == [seq] and journal.unfinished() == []
+    entry = journal.entry(seq)
+    assert entry is not None and entry.answer == b"first"
     journal.record(delivered=[seq])
     assert journal.undelivered() == []
-    found = journal.find("edgelm/reply/me", "a")
+    found = journal.find("me", "edgelm/reply/me", "a")
     assert found is not None and found.answer == b"first"
 
 
@@ -113,30 +115,30 @@ def test_nobody_is_blamed_for_an_orderly_end(path: Path) -> None:
 
 def test_old_answers_are_forgotten_when_they_were_delivered(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     delivered, undelivered, unfinished = accept(journal, "a"), accept(journal, "b"), accept(journal, "c")
-    journal.record(answers=[(delivered, b"1"), (undelivered, b"2")], delivered=[delivered])
+    journal.record(answers=[(delivered, b"1", None), (undelivered, b"2", None)], delivered=[delivered])
     later = time.monotonic() + KEEP_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     journal.prune()
-    assert journal.find("edgelm/reply/me", "a") is None
-    assert [entry.seq for entry in journal.undelivered()] == [undelivered]
+    assert journal.find("me", "edgelm/reply/me", "a") is None
+    assert journal.undelivered() == [undelivered]
     assert [entry.seq for entry in journal.unfinished()] == [unfinished]
 
 
 def test_a_clock_that_is_set_makes_no_answer_old(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(path.parent)
     seq = accept(journal, "a")
-    journal.record(answers=[(seq, b"1")], delivered=[seq])
+    journal.record(answers=[(seq, b"1", None)], delivered=[seq])
     far = time.time() + 100 * KEEP_S
     monkeypatch.setattr(time, "time", lambda: far)
     journal.prune()
     journal.close()
     journal = Journal(path.parent)
     journal.prune()
-    assert journal.find("edgelm/reply/me", "a") is not None
+    assert journal.find("me", "edgelm/reply/me", "a") is not None
     later = time.monotonic() + KEEP_S + 1  # nor young for ever
     monkeypatch.setattr(time, "monotonic", lambda: later)
     journal.prune()
-    assert journal.find("edgelm/reply/me", "a") is None
+    assert journal.find("me", "edgelm/reply/me", "a") is None
     journal.close()
 
 
@@ -149,7 +151,7 @@ def fill(journal: Journal, client: str, *, prefix: str, request: bytes = b"x" * 
         except RequestError as error:
             assert error.code == "storage_full" and error.retryable and error.retry_after_ms
             return number
-        journal.record(answers=[(seq, answer)], delivered=[seq])
+        journal.record(answers=[(seq, answer, None)], delivered=[seq])
     raise AssertionError("the journal is never full")
 
 
@@ -162,20 +164,20 @@ def test_a_full_journal_refuses_what_is_new_and_forgets_nothing_younger_than_a_d
     fill(journal, "you", prefix="b", request=b"x", answer=b"z" * 60_000)
     for _ in range(3):
         journal.prune()
-    answers = [journal.find("edgelm/reply/me", f"a{number}") for number in range(taken)]
+    answers = [journal.find("me", "edgelm/reply/me", f"a{number}") for number in range(taken)]
     assert all(entry is not None and entry.answer == b"z" * 5_000 for entry in answers)
     assert path.stat().st_size < 2 << 20
 
     later = time.monotonic() + KEEP_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     accept(journal, "the day after")
-    assert journal.find("edgelm/reply/me", "a0") is None
+    assert journal.find("me", "edgelm/reply/me", "a0") is None
 
 
 def test_many_small_answers_are_all_kept(journal: Journal) -> None:
     """More than the 10,000 of which the oldest were once forgotten."""
     first = accept(journal, "first")
-    journal.record(answers=[(first, b"mine")], delivered=[first])
+    journal.record(answers=[(first, b"mine", None)], delivered=[first])
     with journal._transaction() as db:
         columns = "client, address, id, payload_sha256, request, bundle, accepted_s, answer, answered_s, delivered_s"
         rows = (
@@ -183,7 +185,7 @@ def test_many_small_answers_are_all_kept(journal: Journal) -> None:
         )
         db.executemany(f"INSERT INTO request ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     journal.prune()
-    found = journal.find("edgelm/reply/me", "first")
+    found = journal.find("me", "edgelm/reply/me", "first")
     assert found is not None and found.answer == b"mine"
 
 
@@ -201,16 +203,16 @@ def test_a_client_that_fills_the_journal_leaves_room_for_others(
 
 def test_what_is_delivered_keeps_neither_its_request_nor_its_correlation_data(journal: Journal) -> None:
     seq = accept(journal, "a", request=b"x" * 60_000, correlation=b"c" * 60_000)
-    journal.record(answers=[(seq, b"answer")], delivered=[seq])
-    entry = journal.find("edgelm/reply/me", "a")
+    journal.record(answers=[(seq, b"answer", None)], delivered=[seq])
+    entry = journal.find("me", "edgelm/reply/me", "a")
     assert entry is not None and (entry.request, entry.correlation, entry.answer) == (b"", None, b"answer")
     assert entry.payload_sha256 == b"\1" * 32
 
 
 def test_a_request_without_an_id_is_forgotten_when_its_answer_is_delivered(journal: Journal) -> None:
     seq = accept(journal)
-    journal.record(answers=[(seq, b"answer")])
-    assert [entry.seq for entry in journal.undelivered()] == [seq]
+    journal.record(answers=[(seq, b"answer", None)])
+    assert journal.undelivered() == [seq]
     journal.record(delivered=[seq])
     assert journal.undelivered() == []
     assert journal._db.execute("SELECT count(*) FROM request").fetchone() == (0,)
@@ -222,8 +224,8 @@ def test_a_disk_with_little_room_takes_nothing_new(journal: Journal, monkeypatch
     with pytest.raises(RequestError, match="no room to keep") as refused:
         accept(journal, "b")
     assert refused.value.code == "storage_full"
-    journal.record(answers=[(seq, b"still kept")])
-    assert [entry.answer for entry in journal.undelivered()] == [b"still kept"]
+    journal.record(answers=[(seq, b"still kept", None)])
+    assert journal.undelivered() == [seq]
 
 
 def test_two_daemons_do_not_share_one(journal: Journal, path: Path) -> None:
@@ -252,3 +254,13 @@ def test_prompts_are_for_the_owner_alone(journal: Journal, path: Path) -> None:
     accept(journal)
     assert {file.stat().st_mode & 0o077 for file in path.parent.iterdir()} == {0}
     assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_an_answer_that_is_given_up_is_no_longer_owed_and_can_be_had_again(journal: Journal) -> None:
+    seq = accept(journal, "a")
+    journal.record(answers=[(seq, b"text", None)])
+    journal.record(tried=[seq])
+    journal.record(tried=[seq], given_up=[seq])
+    assert journal.undelivered() == []
+    found = journal.find("me", "edgelm/reply/me", "a")
+    assert found is not None and found.answer == b"text" and found.tries == 2
