@@ -13,9 +13,8 @@ import torch
 
 from edge.decoding.layout_text import Texts
 from host.data.tokenizer import load_tokenizer
-from host.export.pipeline import TOP_K
 from host.sampling.many import sample_autoregressive
-from host.sampling.reference import Settings, sample
+from host.sampling.reference import TOP_K, Settings, sample
 from host.train.checkpoint import newest_run
 from host.train.run_folder import load_run
 from shared.errors import ConfigError, RequestError, run_main

@@ -12,3 +12,6 @@ SPECIAL_TOKENS: Final = ("<PAD>", "<BOS>", "<EOS>", "<MASK>")
 
 FIRST_TEXT_ID: Final = len(SPECIAL_TOKENS)
 """Ids from here on are text; ids below are control tokens that no prompt can produce."""
+
+CANVAS_LEN: Final = 256
+"""Positions of a canvas, of whatever is trained here; at the edge a bundle's manifest says it."""

@@ -14,9 +14,9 @@ from host.export.bundle_writer import StepGraph, write_bundle
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import quantize
 from host.export.cuda_graph import cuda_graph
-from host.export.pipeline import TOP_K
 from host.export.random_weights import untrained
 from host.model.network import Denoiser, config_named
+from host.sampling.reference import TOP_K
 from tests.support.emulator import Emulator, build
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
@@ -46,7 +46,7 @@ def _export(folder: Path, int8: bool) -> Exported:
         StepGraph(cuda_graph(model), "fp16", "cuda"),
     )
     with tokenizer as path:
-        write_bundle(folder, model, progress, path, shipped, TOP_K)
+        write_bundle(folder, model, progress, tokenizer=path, graphs=shipped, top_k=TOP_K)
     return Exported(model, folder)
 
 

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from host.data.shards import DATA_FILE, FORMAT_VERSION, DataMeta, SplitName, SplitWriter, load_data
 from host.data.sources import FILE_ENDINGS, Corpus, open_corpus, source_identity
 from host.data.tokenizer import (
-    CANVAS_LEN,
     MAX_VOCAB_SIZE,
     MIN_VOCAB_SIZE,
     encode_stories,
@@ -30,6 +29,7 @@ from host.files import swapped_in
 from host.progress import progress
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, sha256_of
+from shared.tokens import CANVAS_LEN
 
 DEFAULT_SOURCE: Final = "roneneldan/TinyStories"
 DEFAULT_OUT: Final = Path("data/tinystories")

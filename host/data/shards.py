@@ -14,10 +14,9 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from host.data.tokenizer import CANVAS_LEN
 from shared.errors import DataError
 from shared.manifest import TOKENIZER, sha256_of
-from shared.tokens import EOS, PAD
+from shared.tokens import CANVAS_LEN, EOS, PAD
 
 FORMAT_VERSION: Final = 1
 DATA_FILE: Final = "data.json"

@@ -9,9 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from shared.errors import DataError
-from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD, SPECIAL_TOKENS
+from shared.tokens import BOS, CANVAS_LEN, EOS, FIRST_TEXT_ID, PAD, SPECIAL_TOKENS
 
-CANVAS_LEN: Final = 256  # positions
 MIN_VOCAB_SIZE: Final = FIRST_TEXT_ID + 256  # control tokens and every byte
 MAX_VOCAB_SIZE: Final = 1 << 16  # ids are stored as uint16
 MAX_TOKEN_BYTES: Final = 32

@@ -16,11 +16,10 @@ from msgspec import Struct
 
 from host.device import mixed_precision_dtype
 from host.evaluate.likelihood import HeldOut, held_out_files, held_out_split, ratio
-from host.export.pipeline import TOP_K
 from host.model.diffusion import autoregressive_sums, counted_tokens
 from host.model.network import Denoiser
 from host.sampling.many import sample_autoregressive, sample_many
-from host.sampling.reference import Settings
+from host.sampling.reference import TOP_K, Settings
 from host.train.checkpoint import BEST, LAST
 from host.train.run_folder import data_of, load_run
 from shared.errors import ConfigError, DataError

@@ -12,9 +12,8 @@ import torch
 
 from host.device import mixed_precision_dtype
 from host.evaluate.gen_ppl import Judge, Judged, length_distance
-from host.export.pipeline import TOP_K
 from host.sampling.many import sample_many
-from host.sampling.reference import Settings
+from host.sampling.reference import TOP_K, Settings
 from host.train.plots import save_picture
 from host.train.run_folder import load_run
 from shared.errors import ConfigError

@@ -14,12 +14,13 @@ from host.evaluate.likelihood import STORIES, evaluate, held_out_files, held_out
 from host.evaluate.scorers import GraphScorer, TorchScorer
 from host.export.bundle_writer import StepGraph, check_replaceable, write_bundle
 from host.export.parity import dropped_mass
-from host.export.pipeline import TOP_K, Wanted, build, build_untrained, yardstick
+from host.export.pipeline import Wanted, build, build_untrained, yardstick
 from host.export.random_weights import untrained
 from host.export.report import print_report
 from host.model.network import CONFIGS, config_named
+from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
-from host.train.run_folder import data_of, load_run
+from host.train.run_folder import data_of, load_run, work_behind
 from shared.errors import ConfigError, run_main
 from shared.manifest import MAX_STEPS, TOKENIZER, SamplingDefaults
 
@@ -115,9 +116,18 @@ def main() -> None:
     else:
         print_table(evaluations)
     write_bundle(
-        out, model, progress, tokenizer, graphs, top_k, evaluations, parities,
-        calibration, defaults,
-    )  # fmt: skip
+        out,
+        model,
+        progress,
+        tokenizer=tokenizer,
+        graphs=graphs,
+        top_k=top_k,
+        tokens_seen=work_behind(run).tokens,
+        evaluations=evaluations,
+        parity=parities,
+        calibration=calibration,
+        defaults=defaults,
+    )
     say_what_was_written(out, graphs)
 
 
@@ -126,7 +136,8 @@ def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingD
     model, progress, tokenizer = untrained(config_named(config))
     graphs = build_untrained(wanted, model)
     with tokenizer as path:
-        write_bundle(out, model, progress, path, graphs, min(TOP_K, model.config.vocab_size), defaults=defaults)
+        top_k = min(TOP_K, model.config.vocab_size)
+        write_bundle(out, model, progress, tokenizer=path, graphs=graphs, top_k=top_k, defaults=defaults)
     say_what_was_written(out, graphs)
 
 

@@ -83,15 +83,19 @@ def write_bundle(
     out: Path,
     model: Denoiser,
     progress: Progress,
+    *,
     tokenizer: Path,
     graphs: Sequence[StepGraph],
     top_k: int,
+    tokens_seen: int = 0,
     evaluations: Sequence[Evaluation] = (),
     parity: Sequence[Parity] = (),
     calibration: str = "none",
     defaults: SamplingDefaults | None = None,
 ) -> Manifest:
     """Write everything beside `out`, then swap it in; an older bundle there is replaced only when the new one is whole.
+
+    tokens_seen: in training, by all the runs that the weights went through.
 
     Raises ConfigError when `out` exists and is no bundle, or has an unusable name; DiffusionLLMError when the
     disk refuses.
@@ -119,7 +123,7 @@ def write_bundle(
                 name=progress.data_source,
                 licence=progress.data_licence,
                 stories=progress.data_stories,
-                tokens_seen=progress.tokens_seen,
+                tokens_seen=tokens_seen,
             ),
             made_with={
                 "python": platform.python_version(),

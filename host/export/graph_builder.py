@@ -6,14 +6,14 @@ runtimes' fusions. A parity test holds both graphs to `host.model`.
 B: batch, L: length, D: width, V: vocabulary, M: wanted positions, K: candidates.
 """
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from host.model.network import RELATIVE_UNIT, Denoiser
+from host.model.network import BIAS_FLOOR, RELATIVE_UNIT, Denoiser
 from shared.tokens import EOS, FIRST_TEXT_ID, PAD
 
 NEVER = -1e4
@@ -21,7 +21,8 @@ NEVER = -1e4
 
 Float = Literal["float32", "float16"]
 ONNX_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int32": TensorProto.INT32}
-OPSET = 20  # the most that TensorRT 10.3 parses
+OPSET: Final = 20  # the most that TensorRT 10.3 parses
+IR_VERSION: Final = 10
 
 
 Value = tuple[str, str, tuple[str | int, ...]]
@@ -36,8 +37,10 @@ class GraphBuilder:
         self.constants: dict[str, onnx.TensorProto] = {}
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        """A named initializer; made once."""
-        self.constants.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(value), name))
+        """A named initializer. Asked for again it is made once; ValueError when the value is another one."""
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        if self.constants.setdefault(name, tensor) != tensor:
+            raise ValueError(f"two constants under the name {name}")
         return name
 
     def op(self, kind: str, name: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> str:
@@ -51,7 +54,7 @@ class GraphBuilder:
         read, made = ([helper.make_tensor_value_info(n, ONNX_TYPE[t], s) for n, t, s in v] for v in (inputs, outputs))
         graph = helper.make_graph(self.nodes, "step", read, made, list(self.constants.values()))
         opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid("com.microsoft", 1)] if contrib else [])
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="diffusion-llm")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="diffusion-llm")
         onnx.checker.check_model(model)
         return model
 
@@ -63,7 +66,8 @@ class StepBuilder(GraphBuilder):
         super().__init__()
         self.config = model.config
         self.weights = {n: p.detach().cpu().numpy() for n, p in model.named_parameters()}
-        self.weights["relative_bias"] = RELATIVE_UNIT * self.weights["relative_bias"]  # (H, 2·L − 1), in scores
+        bias = RELATIVE_UNIT * self.weights["relative_bias"]  # (H, 2·L − 1), in scores
+        self.weights["relative_bias"] = np.maximum(bias, np.float32(BIAS_FLOOR))
         self._dtype: Float = dtype
         self._fp32_norms = fp32_norms
 

@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper, shape_inference
 
-OPSET: Final = 20  # the most that TensorRT 10.3 parses
-IR_VERSION: Final = 10
+from host.export.graph_builder import IR_VERSION, OPSET
+
 ALLOWED_OPS: Final = frozenset(
     {
         *("Add", "Cast", "Concat", "Cos", "DequantizeLinear", "Equal", "Gather", "Gelu", "GreaterOrEqual"),

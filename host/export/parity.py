@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from host.evaluate.likelihood import HeldOut, evaluate
 from host.evaluate.scorers import Canvases, GraphScorer, TorchScorer
 from host.model.network import Denoiser, ends_impossible
-from host.sampling.reference import Settings, sample
+from host.sampling.reference import TOP_K, Settings, sample
 from shared.manifest import Parity
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
@@ -41,7 +41,7 @@ def trajectories(
         if i < len(stories) // 2:
             prompt = story[1 : 1 + PROMPT_TOKENS]
             canvas[1 : 1 + len(prompt)] = torch.from_numpy(np.maximum(prompt, FIRST_TEXT_ID).astype(np.int64))
-        settings = Settings(seed=seed + i, steps=steps, top_k=min(64, model.config.vocab_size))
+        settings = Settings(seed=seed + i, steps=steps, top_k=min(TOP_K, model.config.vocab_size))
         sample(model, schedule, canvas, canvas == MASK, settings, on_pass=remember)
     return visited
 

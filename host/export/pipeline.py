@@ -22,11 +22,11 @@ from host.export.lint import slow_shapes, violations
 from host.export.parity import MAX_NELBO_CHANGE, MIN_TOP1_AGREEMENT, measure, passes, stratified, trajectories
 from host.export.sensitivity import LayerError, layer_errors
 from host.model.network import Denoiser
+from host.sampling.reference import TOP_K
 from host.train.checkpoint import Progress
 from shared.errors import BundleError
 from shared.manifest import Parity
 
-TOP_K: Final = 64
 CALIBRATION_STORIES: Final = 8
 CALIBRATION_STEPS: Final = 64
 STRATA: Final = 8  # bands of mask rates, each of which gives as many calibration canvases

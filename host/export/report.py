@@ -13,9 +13,10 @@ from host.evaluate.likelihood import evaluate, print_table
 from host.evaluate.scorers import GraphScorer
 from host.export.bundle_writer import StepGraph
 from host.export.cuda_graph import cuda_graph
-from host.export.pipeline import FP16, PARITY_SEED, PARITY_STORIES, TOP_K, Yardstick, held_to
+from host.export.pipeline import FP16, PARITY_SEED, PARITY_STORIES, Yardstick, held_to
 from host.export.sensitivity import layer_errors
 from host.model.network import Denoiser, ends_impossible
+from host.sampling.reference import TOP_K
 from shared.manifest import Evaluation
 from shared.tokens import BOS, MASK, PAD
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from host.model.layouts import canvas as canvas_layout
 from shared.errors import ConfigError
-from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
+from shared.tokens import BOS, CANVAS_LEN, EOS, FIRST_TEXT_ID, MASK, PAD
 
-CANVAS_LEN: Final = 256
 RELATIVE_UNIT: Final = 10.0
 """Of the stored relative bias, in scores: an optimizer's step then moves a bias ten times as far as a weight."""
 BIAS_FLOOR: Final = -60.0

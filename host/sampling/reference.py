@@ -6,6 +6,7 @@ It scores the whole vocabulary itself, keeps the K best, and shares no code with
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from host.model.network import Denoiser, ends_impossible
 from shared.manifest import Selection
 from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
+
+TOP_K: Final = 64
+"""Candidates of each position: the most that `top_k` can be, and what a bundle's CPU graph returns."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Settings:
     steps: int = 64
     selection: Selection = "random"
     temperature: float = 1.0
-    top_k: int = 64
+    top_k: int = TOP_K
     top_p: float = 1.0
     threshold: float | None = None
     entropy_bound: float | None = None

@@ -64,10 +64,8 @@ KNOWN: Final[frozenset[tuple[str, str]]] = frozenset(
         ("edge.backends", "edge.backends.trt.backend"),
         ("edge.backends.trt.backend", "edge.backends.trt.engine_builder"),
         ("edge.decoding.canvas", "edge.backends"),
-        ("host.evaluate.gen_ppl", "host.export.pipeline"),
         ("host.evaluate.likelihood", "host.evaluate.gen_ppl"),
         ("host.evaluate.likelihood", "host.evaluate.sweep"),
-        ("host.evaluate.sweep", "host.export.pipeline"),
     }
 )
 

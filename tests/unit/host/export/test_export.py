@@ -1,5 +1,6 @@
 """`python -m host.export`: a whole bundle that passed its gate, or nothing."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from host.evaluate.scorers import TorchScorer
 from host.export import __main__ as export
 from host.model.network import count_parameters
 from host.train.checkpoint import BEST, LAST, load_model
-from host.train.run_folder import data_of
+from host.train.run_folder import CONFIG_FILE, data_of
 from shared.manifest import MANIFEST, TOKENIZER, read_manifest, verified_bytes
 from tests.support.commands import call, refusal, small_disk
 
@@ -229,6 +230,17 @@ def test_figures_can_come_from_other_text(trained: Path, corpus: Path, tmp_path:
         ("step.cpu.fp32.onnx", "stories.jsonl", 3),
     ]
     assert found[0].nelbo_nats_per_token.value == pytest.approx(found[1].nelbo_nats_per_token.value, rel=1e-4)
+
+
+def test_tokens_of_every_stage_are_added_up(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    """A run that began with another's weights learned from that one's tokens too."""
+    for run in ("first", "second"):
+        shutil.copytree(trained, tmp_path / run)
+    config = json.loads((tmp_path / "second" / CONFIG_FILE).read_text())
+    (tmp_path / "second" / CONFIG_FILE).write_text(json.dumps(config | {"init": str(tmp_path / "first")}))
+    out = tmp_path / "bundle"
+    call(export.main, "--run", tmp_path / "second", "--out", out, "--source", corpus, "--stories", 2)
+    assert read_manifest(out).data.tokens_seen == 2 * load_model(trained / LAST)[1].tokens_seen > 0
 
 
 @pytest.mark.parametrize(

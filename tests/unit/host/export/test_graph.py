@@ -10,15 +10,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from host.evaluate.scorers import GraphScorer
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import quantize
 from host.export.cuda_graph import cuda_graph
 from host.export.cuda_qdq import activation_ranges, quantize_linears
-from host.export.graph_builder import NEVER
+from host.export.graph_builder import NEVER, GraphBuilder
 from host.export.random_weights import untrained
-from host.model.network import CONFIGS, Denoiser, count_parameters, ends_impossible
+from host.model.network import BIAS_FLOOR, CONFIGS, Denoiser, count_parameters, ends_impossible
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
 K = 64
@@ -191,6 +192,34 @@ def test_int8_graph_stays_near() -> None:
         difference.append(np.abs(found - expected)[expected > -20].mean())
     print(f"INT8 top-1 agreement {np.mean(agree):.1%}, mean log-probability difference {np.mean(difference):.3f}")
     assert np.mean(agree) > 0.9 and np.mean(difference) < 0.1
+
+
+def test_two_constants_under_one_name_are_an_error() -> None:
+    graph = GraphBuilder()
+    assert graph.constant("scale", np.ones(1, np.float32)) == graph.constant("scale", np.ones(1, np.float32))
+    for other in (np.zeros(1, np.float32), np.ones(1, np.float16), np.ones((1, 1), np.float32)):
+        with pytest.raises(ValueError, match="two constants under the name scale"):
+            graph.constant("scale", other)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_relative_bias_has_a_floor_in_every_graph(name: str) -> None:
+    """Smaller probabilities are denormal numbers, with which an Intel processor takes half of a step."""
+    learned = NETWORKS[name].relative_bias
+    assert 10 * learned.min() < BIAS_FLOOR
+    half = cuda_graph(NETWORKS[name])
+    ranges = activation_ranges(half, [(canvas, 0.4) for canvas in canvases()[:1]])["largest"]
+    exact = cpu_graph(NETWORKS[name], K)
+    for graph in (exact, quantize(exact, "dynamic", []), half, quantize_linears(half, ranges, [])):
+        table = next(numpy_helper.to_array(t) for t in graph.graph.initializer if t.name == "relative_bias")
+        assert table.min() == BIAS_FLOOR
+
+
+def test_every_graph_has_the_gelu_that_was_trained() -> None:
+    """By erf, as torch computes it."""
+    for graph in (cpu_graph(NETWORKS["time input False"], K), cuda_graph(NETWORKS["time input False"])):
+        gelus = [node.attribute for node in graph.graph.node if node.op_type == "Gelu"]
+        assert len(gelus) == 2 and all(a.s == b"none" for attributes in gelus for a in attributes)
 
 
 def test_graph_files_hold_their_weights(tmp_path: Path) -> None:
