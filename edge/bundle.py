@@ -10,13 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from edge.backends import may_use_gpu
+from edge.backends.trt.build_process import WORKSPACE_MIB, run_build
+from edge.backends.trt.engine_builder import Order
+from edge.backends.trt.engine_cache import writable_cache
+from edge.backends.trt.find_tensorrt import is_gpu_device
 from edge.client import ask, connect
 from edge.config import FILE_VARIABLE, STORE, Config, load_config
 from edge.system.bundle_store import Links, Store, check_files, check_signature
-from shared.errors import BundleError, ConfigError, RequestError, command_name, run_main
+from edge.system.privileges import become_nobody
+from shared.errors import BundleError, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
 from shared.manifest import bundle_digest, read_manifest
 from shared.messages import GenerateRequest, Response
 
@@ -38,15 +46,24 @@ minisign -Sm NAME/manifest.json); without one, signatures are not asked for."""
 
 
 def self_test(folder: Path, config: Config) -> None:
-    """Run ten steps, twice, to the same text. Raises BundleError."""
+    """Run ten steps, twice, to the same text; root becomes nobody for it, and stays so. Raises BundleError."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the engine imports ONNX Runtime
     from edge.serving.loaded_bundle import Engine  # not at the top: listing and rolling back need no runtime
 
-    engine = Engine.load(folder, config.backend, config.threads)
+    with suppress(ImportError):  # while this user may read every package: Python may lie in root's home
+        import onnxruntime  # noqa: F401
+
+        import edge.backends.ort  # noqa: F401
+    os.chdir(folder)  # nobody may not walk through every folder above it
+    become_nobody()
     try:
-        first, second = (engine.run(engine.prepare(TEST)) for _ in range(2))
-    finally:
-        engine.close()
+        engine = Engine.load(Path(), config.backend, config.threads)
+        try:
+            first, second = (engine.run(engine.prepare(TEST)) for _ in range(2))
+        finally:
+            engine.close()
+    except BundleError as error:
+        raise BundleError(f"{folder} fails its self-test: {error}") from None
     if not 1 <= first.steps <= 10 or first.text != second.text:
         raise BundleError(f"{folder} fails its self-test: two runs of one request differ, or take {first.steps} steps")
 
@@ -148,14 +165,42 @@ def model_of(folder: Path) -> str:
     return f"{read_manifest(folder).name}@{bundle_digest(folder)[:12]}"
 
 
-def install(store: Store, source: Path, service: Service, check: Callable[[Path], None]) -> str:
-    """Copy, check the copy, serve it.  → what to tell the user. Raises BundleError; then nothing has changed."""
+def build_engine(folder: Path, config: Config) -> str:
+    """On a device with a GPU, build the bundle's engine, which takes minutes.  → what to add to the report
+
+    Raises DeviceError or BundleError when the configuration asks for the GPU and nothing else.
+    """
+    only_gpu = config.backend.startswith("trt")
+    if not only_gpu and not (config.backend == "auto" and (may_use_gpu("auto") or is_gpu_device())):
+        return ""
+    try:
+        order = Order(str(folder.absolute()), str(writable_cache()), WORKSPACE_MIB, force=False)
+        run_build(order, lambda line: print(line, file=sys.stderr))
+    except DiffusionLLMError as error:
+        if only_gpu:
+            raise
+        return f"; the CPU will compute, for want of an engine: {error}"
+    return ""
+
+
+def install(
+    store: Store,
+    source: Path,
+    service: Service,
+    check: Callable[[Path], None],
+    build: Callable[[Path], str] = lambda folder: "",
+) -> str:
+    """Copy, check the copy, serve it.  → what to tell the user. Raises BundleError; then nothing has changed.
+
+    check: raises BundleError. build: makes the engine of the checked copy.  → what to add to the report
+    """
     with store.locked():
         store.discard_partials()  # what a killed command left may be the room that is missing now
         staged = store.stage(source)
         before = store.names()
         try:
             check(staged)
+            built = build(staged)
             name = store.admit(staged)
         except BundleError as error:  # as in `stage`
             raise BundleError(str(error).replace(str(staged), str(source))) from None
@@ -170,7 +215,7 @@ def install(store: Store, source: Path, service: Service, check: Callable[[Path]
                 store.discard(store.folder / name)
             raise
         store.prune()
-        return told
+        return told + built
 
 
 def rollback(store: Store, service: Service) -> str:
@@ -229,11 +274,13 @@ def main(argv: list[str] | None = None) -> int:
         print(rollback(store, Service(config)))
     elif args.command == "verify":
         folder = args.folder or store.folder / "current"
-        verify(folder, key_for(args.key), config)
-        print(f"{folder} is whole and works" + ("" if key_for(args.key) else "; its signature was not asked for"))
+        key = key_for(args.key)
+        verify(folder, key, config)
+        print(f"{folder} is whole and works" + ("" if key else "; its signature was not asked for"))
     else:
         passed_on = [f"--{name}={value}" for name in ("key", "config") if (value := getattr(args, name)) is not None]
-        print(install(store, args.folder, Service(config), lambda staged: verify_apart(staged, passed_on)))
+        check = partial(verify_apart, arguments=passed_on)
+        print(install(store, args.folder, Service(config), check, lambda staged: build_engine(staged, config)))
     return 0
 
 

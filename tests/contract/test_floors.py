@@ -48,6 +48,7 @@ HEAVY: Final[dict[str, str]] = {
 LATE: Final[dict[tuple[str, str], str]] = {
     # Rooms of our own that a function may import, with the reason. A circle is none: they are found anyway.
     ("edge.backends", "edge.backends"): "the table of backends loads the one that is asked for",
+    ("edge.bundle", "edge.backends"): "the self-test loads the runtime before root is given up, listing does not",
     ("edge.bundle", "edge.serving"): "listing and rolling back need no runtime",
     ("edge.cli", "*"): "a sub-command loads what it needs itself, so that `edgelm --version` answers at once",
     ("edge.daemon", "edge.transports"): "a daemon without a broker saves 60 ms and 12 MB",
@@ -58,11 +59,9 @@ LATE: Final[dict[tuple[str, str], str]] = {
 KNOWN: Final[frozenset[tuple[str, str]]] = frozenset(
     {
         # Arrows of today that run up or in a circle. Only ever removed from.
-        ("edge.backends.trt.backend", "edge.build"),
         ("edge.backends", "edge.backends.fake"),
         ("edge.backends", "edge.backends.ort"),
         ("edge.backends", "edge.backends.trt.backend"),
-        ("edge.backends.trt.backend", "edge.backends.trt.engine_builder"),
         ("edge.decoding.canvas", "edge.backends"),
         ("host.evaluate.likelihood", "host.evaluate.gen_ppl"),
         ("host.evaluate.likelihood", "host.evaluate.sweep"),

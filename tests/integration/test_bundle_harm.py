@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import edge.bundle
-from edge.bundle import Service
+from edge.backends.trt.engine_builder import Order
+from edge.bundle import Service, build_engine
 from edge.config import Config
 from edge.system.bundle_store import Store, check_files, check_signature
-from shared.errors import BundleError
+from shared.errors import BundleError, DeviceError
 from shared.manifest import bundle_digest
 from tests.integration.harness import ROOT, clean_environment
 from tests.integration.test_bundle_command import (
@@ -212,3 +213,66 @@ def test_a_bundle_that_is_refused_removes_nothing(debug_bundle: Path, tmp_path: 
     name = spare.rename(store / f"spare-{bundle_digest(spare)[:12]}").name
     refused(store, tmp_path / "nothing")
     assert contents(store) == names | {name}
+
+
+WATCHED = """
+import os, sys
+import edge.bundle, edge.serving.loaded_bundle as m
+real = m.Engine.load
+def load(*arguments):
+    print(os.getresuid(), os.getresgid())
+    return real(*arguments)
+m.Engine.load = load
+edge.bundle.main(["verify", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="who is not root has nothing to give up")
+def test_a_strangers_graph_is_loaded_as_nobody(debug_bundle: Path, tmp_path: Path) -> None:
+    bundle = variant(debug_bundle, tmp_path, "strange")
+    command = [sys.executable, "-c", WATCHED, str(bundle)]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "(65534, 65534, 65534) (65534, 65534, 65534)"
+    assert second == f"{bundle} is whole and works; its signature was not asked for"
+
+
+@pytest.mark.parametrize("backend", ["auto", "trt"])
+def test_a_device_with_a_gpu_gets_the_engine_or_is_told_why_not(
+    backend: str, debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built from the checked copy, before it is served."""
+    config, store = Config(backend=backend), Store(tmp_path / "store")
+    monkeypatch.setattr(edge.bundle, "is_gpu_device", lambda: True)
+    monkeypatch.setattr(edge.bundle, "writable_cache", lambda: tmp_path)
+    orders: list[Order] = []
+
+    def run_build(order: Order, tell: object) -> None:
+        assert contents(store.folder) == {Path(order.bundle).name}, "it is staged, and not yet served"
+        orders.append(order)
+        if len(orders) > 1:
+            raise DeviceError("TensorRT 10.3.0 ran out of memory")
+
+    monkeypatch.setattr(edge.bundle, "run_build", run_build)
+
+    def install() -> str:
+        shutil.rmtree(store.folder, ignore_errors=True)
+        service = Service(config)
+        return edge.bundle.install(store, debug_bundle, service, lambda _: None, lambda f: build_engine(f, config))
+
+    assert install().endswith("the next to start serves it")
+    if backend == "trt":
+        with pytest.raises(DeviceError, match="ran out of memory"):
+            install()
+        assert contents(store.folder) == set()
+    else:
+        told = "; the CPU will compute, for want of an engine: TensorRT 10.3.0 ran out of memory"
+        assert install().endswith(told)
+
+
+def test_a_device_without_a_gpu_builds_nothing(debug_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge.bundle, "run_build", lambda *_: pytest.fail("nothing to build"))
+    monkeypatch.setattr(edge.bundle, "is_gpu_device", lambda: False)
+    monkeypatch.setattr(edge.bundle, "may_use_gpu", lambda name: False)
+    assert build_engine(debug_bundle, Config(backend="auto")) == build_engine(debug_bundle, Config(backend="ort")) == ""

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends.trt import kernels
+from edge.backends.trt import build_process, kernels
+from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
+from edge.backends.trt.engine_builder import Order
 from edge.backends.trt.find_tensorrt import import_tensorrt, log_messages, make_logger
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable, length_buckets
 from edge.decoding.canvas import Row
@@ -291,10 +293,6 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     argument: "" for memory from the driver, "pycuda" for memory from pycuda. An engine that TensorRT no longer takes is
     built once more. Raises ConfigError, BundleError or DeviceError.
     """
-    from edge import build
-    from edge.backends.trt import engine_builder as build_engine
-    from edge.backends.trt import engine_cache as engines
-
     if argument not in ("", "pycuda"):
         raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' behind its colon; found {argument!r}")
     check_servable(manifest)
@@ -313,7 +311,7 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
         return TrtBackend(trt, gpu, memory, manifest, *built)
     except EngineRejected as error:
         log.warning("%s: building it once more, which takes minutes", str(error))
-    order = build_engine.Order(str(folder.absolute()), str(place.parent), build.WORKSPACE_MIB, force=True)
-    build.run_build(order, log.info)
+    order = Order(str(folder.absolute()), str(place.parent), build_process.WORKSPACE_MIB, force=True)
+    build_process.run_build(order, log.info)
     gpu = Gpu()
     return TrtBackend(trt, gpu, PycudaMemory() if argument else CudaMemory(gpu), manifest, *engines.load(place))

@@ -1,9 +1,10 @@
-"""The process that `edge.build` starts: ONNX in, TensorRT engine out. Its memory goes back to the device when it ends.
+"""The process that `build_process` starts: ONNX in, TensorRT engine out. Its memory goes back to the device at its end.
 
 On standard output it tells one JSON object a line: {"phase", "done", "of"}, {"severity", "message"} of TensorRT, and as
 the last {"engine"} or {"error"}.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from edge.backends.trt import kernels
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import import_tensorrt, make_logger
 from edge.backends.trt.profiles import buckets, check_servable
-from shared.errors import DeviceError, DiffusionLLMError
+from edge.system.privileges import become_nobody
+from shared.errors import ConfigError, DeviceError, DiffusionLLMError
 from shared.manifest import Manifest, find_graph, read_manifest, verified_bytes
 
 LEVEL: Final = 3  # TensorRT's default effort; 4 and 5 take several times as long
@@ -152,11 +154,8 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
         raise
     if trt.Runtime(logger).deserialize_cuda_engine(engine) is None:
         raise DeviceError(f"TensorRT {trt.__version__} does not take the engine that it has just built")
-    place = engines.store(facts, engines.Built(engine, cubin), cache)
-    fresh = timing_file.with_suffix(".new")
-    engines.write_durably(fresh, timings)
-    fresh.replace(timing_file)
-    return place
+    engines.replace_durably(timing_file, timings)
+    return engines.store(facts, engines.Built(engine, cubin), cache)
 
 
 def _throttled(tell: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
@@ -174,10 +173,19 @@ def _throttled(tell: Callable[[str, int, int], None]) -> Callable[[str, int, int
 
 def main() -> int:
     """Read the order, carry it out, tell how it ended."""
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        print(
+            "edge.build starts this program and tells it what to build: see python -m edge.build --help",
+            file=sys.stderr,
+        )
+        return ConfigError.exit_code
     order = msgspec.json.decode(sys.argv[1], type=Order)
     try:
         manifest = read_manifest(Path(order.bundle))
         find_graph(Path(order.bundle), manifest, "cuda")
+        os.chdir(order.bundle)  # nobody may not walk through every folder above it
+        become_nobody()
+        order = msgspec.structs.replace(order, bundle=".")
         gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so
         place = fulfil(order, import_tensorrt(), gpu, manifest)
         gpu.close()

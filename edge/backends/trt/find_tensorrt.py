@@ -11,8 +11,13 @@ from shared.errors import DeviceError
 
 log = logging.getLogger("edgelm")
 
-SYSTEM_PACKAGES: Final = (Path("/usr/lib/python3/dist-packages"), Path("/usr/lib/python3.10/dist-packages"))
+SYSTEM_PACKAGES: Final = (
+    ("/usr/lib", "python3*/dist-packages"),  # apt: python3.10 on JetPack 6, python3.12 on JetPack 7
+    ("/usr/local/lib", "python3*/dist-packages"),  # pip as root
+    ("~/.local/lib", "python3*/site-packages"),  # pip as this user
+)
 TEGRA: Final = (Path("/etc/nv_tegra_release"), Path("/proc/device-tree/model"))
+DRIVER_NODE: Final = Path("/dev/nvidiactl")
 OLDEST: Final = (10, 3)
 
 
@@ -26,13 +31,19 @@ def on_jetson() -> bool:
         return False
 
 
+def is_gpu_device() -> bool:
+    """Whether this machine is meant to compute on an NVIDIA GPU: one of their boards, or with their driver loaded."""
+    return on_jetson() or DRIVER_NODE.exists()
+
+
 def why_absent() -> str:
     """What to do about a TensorRT that cannot be imported."""
-    if any((folder / "tensorrt").is_dir() for folder in SYSTEM_PACKAGES):
-        return (
-            "TensorRT is installed for the system's Python, but this virtual environment does not see it: "
-            "make it again with python3 -m venv --system-site-packages"
-        )
+    for base, pattern in SYSTEM_PACKAGES:
+        for folder in Path(base).expanduser().glob(f"{pattern}/tensorrt"):
+            return (
+                f"TensorRT is in {folder}, but this virtual environment does not see it: "
+                "make it again with that Python's -m venv --system-site-packages"
+            )
     if on_jetson():
         return "TensorRT is not installed: sudo apt install python3-libnvinfer (a part of nvidia-jetpack)"
     return "TensorRT is not installed: pip install 'diffusion-llm[tensorrt]', or take the backend 'ort'"

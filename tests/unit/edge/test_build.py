@@ -1,6 +1,9 @@
 """`edge.build`: one engine a key, whole or not at all, and one sentence when there is none."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +13,10 @@ import msgspec
 import pytest
 
 from edge import build
+from edge.backends.trt import build_process, find_tensorrt
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.engine_builder import Order
-from edge.backends.trt.find_tensorrt import why_absent
+from edge.backends.trt.find_tensorrt import SYSTEM_PACKAGES, why_absent
 from shared.errors import DeviceError
 from shared.manifest import read_manifest
 
@@ -50,17 +54,119 @@ def test_an_engine_is_stored_whole_and_replaced_whole(debug_bundle: Path, tmp_pa
     assert engines.store(mine, engines.Built(b"second", b"cubin"), tmp_path) == place
     assert engines.load(engines.find(mine, (tmp_path / "absent", tmp_path)) or tmp_path) == (b"second", b"cubin")
     assert [path.name for path in tmp_path.iterdir()] == [mine.key]
+
+
+def test_an_engine_is_there_at_every_moment_of_its_replacement(
+    debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = facts(debug_bundle)
+    engines.store(mine, engines.Built(b"first", b"cubin"), tmp_path)
+    seen: list[bytes] = []
+
+    def watched(name: str) -> None:
+        real = getattr(Path, name)
+
+        def change(path: Path, target: Path) -> Path:
+            moved: Path = real(path, target)
+            seen.append(engines.load(engines.find(mine, (tmp_path,)) or tmp_path).engine)
+            return moved
+
+        monkeypatch.setattr(Path, name, change)
+
+    watched("rename")
+    watched("replace")
+    engines.store(mine, engines.Built(b"second", b"cubin"), tmp_path)
+    assert set(seen) <= {b"first", b"second"} and seen[-1] == b"second"
+
+
+def test_engines_that_were_not_used_for_longest_are_removed(debug_bundle: Path, tmp_path: Path) -> None:
+    """And nothing else: the timing caches, somebody's folder, an engine under another key."""
+    for name in ("timings-10.3.0-sm_87-8.cache", "mine"):
+        (tmp_path / name).write_bytes(b"")
+    oldest = engines.store(facts(debug_bundle), engines.Built(b"", b""), tmp_path)
+    shutil.copytree(oldest, tmp_path / "renamed")
+    os.utime(oldest, (0, 0))
+    versions = [facts(debug_bundle, tensorrt=f"10.{n}") for n in range(engines.KEPT + 3)]
+    for age, one in enumerate(versions):
+        place = engines.store(one, engines.Built(b"", b""), tmp_path)
+        os.utime(place, (1 + age, 1 + age))
+        engines.load(tmp_path / versions[0].key)  # in use all the time
+    kept = {path.name for path in tmp_path.iterdir()}
+    newest = {one.key for one in versions[-engines.KEPT + 1 :]}
+    assert kept == {"timings-10.3.0-sm_87-8.cache", "mine", "renamed", versions[0].key, *newest}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+def test_an_engine_of_another_user_is_not_loaded(debug_bundle: Path, tmp_path: Path) -> None:
+    """The daemon's user owns its cache: root must not run what lies there."""
+    mine = facts(debug_bundle)
+    place = engines.store(mine, engines.Built(b"", b""), tmp_path)
+    assert engines.find(mine, (tmp_path,)) == place and engines.any_built((tmp_path,))
+    for path in (place / engines.ENGINE, place, tmp_path):
+        os.chown(path, 12345, 0)
+        assert engines.find(mine, (tmp_path,)) is None and not engines.any_built((tmp_path,))
+        os.chown(path, 0, 0)
+
+
+BUILDER = """
+import json, os, sys
+from pathlib import Path
+from edge.backends.trt import engine_cache as engines
+from edge.system.privileges import become_nobody
+import msgspec
+order = json.loads(sys.argv[-1])
+become_nobody()
+facts = msgspec.json.decode(sys.argv[1], type=engines.Facts)
+cache = Path(order["cache"])
+timings = cache / "timings-x.cache"
+place = engines.store(facts, engines.Built(timings.read_bytes() + str(os.getresuid()).encode(), b"cubin"), cache)
+engines.replace_durably(timings, b"more")
+if LINK:
+    (place / "step.engine").unlink()
+    (place / "step.engine").symlink_to("/etc/shadow")
+print(json.dumps({"engine": str(place)}))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="who is not root has nothing to give up")
+@pytest.mark.parametrize("link", [False, True])
+def test_root_builds_as_nobody_and_takes_over_plain_files(debug_bundle: Path, tmp_path: Path, link: bool) -> None:
+    mine = facts(debug_bundle)
+    (tmp_path / "timings-x.cache").write_bytes(b"timings ")
+    script = BUILDER.replace("LINK", str(link))
+    order = Order(str(debug_bundle), str(tmp_path), 512, False)
+    command = (sys.executable, "-c", script, msgspec.json.encode(mine).decode())
+    if link:
+        with pytest.raises(DeviceError, match="cannot be taken over"):
+            build_process.run_build(order, print, command)
+        assert engines.find(mine, (tmp_path,)) is None
+    else:
+        place = build_process.run_build(order, print, command)
+        assert place == tmp_path / mine.key and engines.load(place).engine == b"timings (65534, 65534, 65534)"
+        assert (place / engines.ENGINE).stat().st_uid == 0
+    assert (tmp_path / "timings-x.cache").read_bytes() == b"more"
+
+
+def test_the_builders_own_help_names_the_command() -> None:
+    command = [sys.executable, "-m", "edge.backends.trt.engine_builder", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 78 and done.stderr.endswith("see python -m edge.build --help\n")
+
+
+def test_an_engine_whose_file_is_missing_is_named(debug_bundle: Path, tmp_path: Path) -> None:
+    place = engines.store(facts(debug_bundle), engines.Built(b"", b""), tmp_path)
     (place / engines.KERNELS).unlink()
     with pytest.raises(DeviceError, match="cannot be read"):
         engines.load(place)
 
 
-def run(script: str, tmp_path: Path, told: list[str] | None = None) -> Path:
-    order = Order(str(tmp_path), str(tmp_path), 512, False)
-    return build.run_build(order, (told if told is not None else []).append, (sys.executable, "-c", script))
+def run(script: str, cache: Path, told: list[str] | None = None) -> Path:
+    order = Order(str(cache), str(cache), 512, False)
+    return build_process.run_build(order, (told if told is not None else []).append, (sys.executable, "-c", script))
 
 
-def test_progress_and_tensorrts_words_reach_the_screen(tmp_path: Path) -> None:
+def test_progress_and_tensorrts_words_reach_the_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_process, "is_root", lambda: False)
     lines = [
         {"phase": "kernels", "done": 0, "of": 1},
         {"severity": "WARNING", "message": "slow"},
@@ -96,12 +202,15 @@ def test_without_a_gpu_the_real_command_says_so(
 
 
 def test_an_absent_tensorrt_comes_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge.backends.trt import find_tensorrt as tensorrt_lookup
-
-    monkeypatch.setattr(tensorrt_lookup, "SYSTEM_PACKAGES", (tmp_path,))
-    monkeypatch.setattr(tensorrt_lookup, "TEGRA", (tmp_path / "release", tmp_path / "model"))
+    patterns = (str(tmp_path), "python3*/dist-packages"), (str(tmp_path), "python3*/site-packages")
+    monkeypatch.setattr(find_tensorrt, "SYSTEM_PACKAGES", patterns)
+    monkeypatch.setattr(find_tensorrt, "TEGRA", (tmp_path / "release", tmp_path / "model"))
     assert "diffusion-llm[tensorrt]" in why_absent()
     (tmp_path / "release").touch()
     assert "sudo apt install python3-libnvinfer" in why_absent()
-    (tmp_path / "tensorrt").mkdir()
-    assert "--system-site-packages" in why_absent()
+    for folder in ("python3.12/dist-packages/tensorrt", "python3.10/site-packages/tensorrt"):
+        (tmp_path / folder).mkdir(parents=True)
+        assert f"TensorRT is in {tmp_path / folder}" in why_absent() and "--system-site-packages" in why_absent()
+        shutil.rmtree(tmp_path / folder)
+    places = [base for base, _ in SYSTEM_PACKAGES]
+    assert places == ["/usr/lib", "/usr/local/lib", "~/.local/lib"]

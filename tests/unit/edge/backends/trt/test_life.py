@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from edge import build, doctor
+from edge import doctor
 from edge.backends import load_backend
 from edge.backends.trt import backend as trt
+from edge.backends.trt import build_process
 from edge.backends.trt import engine_builder as build_engine
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import Gpu
@@ -122,7 +123,7 @@ def test_the_builders_process_tells_a_bundle_from_a_device(tmp_path: Path) -> No
     script = """import sys; print('{"error": "it does not fit"}'); sys.exit(66)"""
     order = Order(str(tmp_path), str(tmp_path), 512, False)
     with pytest.raises(BundleError, match="it does not fit"):
-        build.run_build(order, print, (sys.executable, "-c", script))
+        build_process.run_build(order, print, (sys.executable, "-c", script))
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def rebuilds(jetson: Jetson, monkeypatch: pytest.MonkeyPatch) -> list[Order]:
         orders.append(order)
         return jetson.fulfil(order.force)
 
-    monkeypatch.setattr(build, "run_build", run_build)
+    monkeypatch.setattr(build_process, "run_build", run_build)
     return orders
 
 
@@ -162,7 +163,7 @@ def test_an_engine_that_tensorrt_no_longer_takes_is_built_once_more(
 
 def test_and_not_a_second_time(jetson: Jetson, rebuilds: list[Order], monkeypatch: pytest.MonkeyPatch) -> None:
     stale(jetson)
-    monkeypatch.setattr(build, "run_build", lambda order, tell: rebuilds.append(order))
+    monkeypatch.setattr(build_process, "run_build", lambda order, tell: rebuilds.append(order))
     with pytest.raises(DeviceError, match="does not take the cached engine"):
         load_backend("trt", jetson.bundle, jetson.manifest, 0)
     assert len(rebuilds) == 1
