@@ -3,6 +3,7 @@
 import argparse
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import IO, Final
 from edge.client import connect
 from edge.config import PREFIX, default_bundle
 from edge.generate import ask_daemon, unwrap
-from edge.terminal_view import View, printable
+from edge.terminal_view import View, laid_out
 from shared.errors import ConfigError, DiffusionLLMError, command_name, run_main
 from shared.messages import GenerateRequest
 
@@ -84,11 +85,11 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         with (folder / "daemon.log").open("w+b") as log, running_daemon(args.bundle, folder / "socket", log) as ready:
             print(ready)
-            _tell_story(folder / "socket")
+            _tell_story(folder / "socket", args.bundle)
     return 0
 
 
-def _tell_story(socket: Path) -> None:
+def _tell_story(socket: Path, bundle: Path) -> None:
     started_s = time.monotonic()
     connection = connect(socket)
     if connection is None:
@@ -98,12 +99,24 @@ def _tell_story(socket: Path) -> None:
         response = ask_daemon(connection, request, view.show)
     seconds = time.monotonic() - started_s
     text = unwrap(response)
-    assert response.usage is not None
+    assert response.usage is not None and response.seed is not None
     tokens, steps = response.usage.generated_tokens, response.usage.steps
-    print(f"\n{printable(text)}\n")
-    print(f"{tokens} tokens in {steps} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens a second")
-    flags = f"--steps {STEPS} --selection {SELECTION} --temperature {TEMPERATURE:g} --seed {response.seed}"
-    print(f'again: python -m edge.generate "{PROMPT}" --stream {flags}')
+    print(f"\n{laid_out(text, sys.stdout)}\n")
+    print(f"{tokens} tokens in {steps} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
+    print(f"again: {command_to_repeat(bundle, response.seed)}")
+
+
+def command_to_repeat(bundle: Path, seed: int) -> str:
+    """What writes the same text again when pasted into a shell in this folder, whatever environment is active there."""
+    flags = f"--steps {STEPS} --selection {SELECTION} --temperature {TEMPERATURE:g} --seed {seed}"
+    command = [_short(Path(sys.executable)), "-m", "edge.generate", PROMPT, "--bundle", _short(bundle), "--stream"]
+    return f"{shlex.join(command)} {flags}"
+
+
+def _short(path: Path) -> str:
+    """`path` from the working directory, if it lies below."""
+    path, here = path.absolute(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import msgspec
 
 from edge.client import ask, connect
 from edge.config import Config, default_socket, load_config, socket_candidates
-from edge.terminal_view import View, printable
+from edge.terminal_view import View, laid_out
 from shared.errors import ERROR_CODES, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
-from shared.manifest import Selection
+from shared.manifest import SamplingDefaults, Selection
 from shared.messages import GenerateRequest, Partial, Reply, Response, decode_request, encode
 
 DEFAULT_GAP: Final = 4
@@ -26,11 +26,6 @@ EPILOG = """examples:
   python -m edge.generate "Once upon a time" --stream
   python -m edge.generate --infill "Tom had a ___ and it was ___:6." --seed 7
   python -m edge.generate "Lily found a" --steps 32 --temperature 0.8 --json"""
-
-FIELDS: Final = (
-    "seed", "steps", "temperature", "top_p", "top_k", "selection", "threshold", "entropy_bound", "max_tokens", "stream"
-)  # fmt: skip
-"""Flags that go into the request as they are."""
 
 
 def parse_infill(text: str) -> list[Any]:
@@ -47,13 +42,12 @@ def parse_infill(text: str) -> list[Any]:
 
 def build_request(args: argparse.Namespace) -> GenerateRequest:
     """The request that the flags describe, checked as the daemon would. Raises RequestError."""
-    fields = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
+    names = GenerateRequest.__struct_fields__
+    fields = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     for name, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers, and would say null
             raise RequestError("bad_request", f"`{name}` must be a number, not {value}")
-    if args.infill is None:
-        fields["prompt"] = args.prompt
-    else:
+    if args.infill is not None:
         fields["segments"] = parse_infill(args.infill)
     try:
         return decode_request(msgspec.json.encode(fields))
@@ -61,12 +55,17 @@ def build_request(args: argparse.Namespace) -> GenerateRequest:
         raise RequestError("bad_request", "the text is not UTF-8: check the terminal's locale") from None
 
 
-def find_daemon(config: Config) -> socket.socket | None:
-    """A connection to the configured socket, or to the first default one that answers; None when none does."""
-    if config.socket != default_socket():
-        return connect(config.socket)
+def find_daemon(config: Config, named: bool = False) -> socket.socket | None:
+    """A connection to the configured socket, or to the first default one that answers; None when none does.
+
+    named: the user named this socket, default or not. Raises ConfigError when none listens at a named one.
+    """
+    if named or config.socket != default_socket():
+        if (connection := connect(config.socket)) is None:
+            raise ConfigError(f"no daemon listens at {config.socket}; --bundle DIR generates without one")
+        return connection
     for path in socket_candidates():
-        with suppress(OSError, ConfigError):  # nobody said that a daemon listens there
+        with suppress(OSError, ConfigError):  # no daemon is expected there
             # In a folder open to all, anyone could pose as the daemon and read the prompts.
             if path.lstat().st_uid in (0, os.getuid()) and (connection := connect(path)) is not None:
                 return connection
@@ -123,28 +122,28 @@ def main(argv: list[str] | None = None) -> int:
     request = build_request(args)
     flags = {key: value for key in ("bundle", "socket") if (value := getattr(args, key)) is not None}
     config = load_config(flags=flags)
-    connection = None if args.bundle is not None else find_daemon(config)
+    connection = find_daemon(config, named=args.socket is not None) if args.bundle is None else None
     with View(sys.stderr) as view:
         if connection is not None:
             with connection:
                 response = ask_daemon(connection, request, view.show)
         else:
-            absent = "" if args.bundle is not None else f"no daemon listens at {config.socket}; "
+            absent = "no daemon listens; " if args.bundle is None else ""
             print(f"{absent}generating in this process with {config.bundle}", file=sys.stderr)
             response = generate_here(config, request, view.show)
     if args.json:
         print(encode(response).decode())
         return 0 if response.error is None else RequestError.exit_code
-    text = unwrap(response)
-    print(printable(text) if sys.stdout.isatty() else text)
+    print(laid_out(unwrap(response), sys.stdout))
     return 0
 
 
 def command_line() -> argparse.ArgumentParser:
     """The flags."""
+    usual = SamplingDefaults()
     parser = argparse.ArgumentParser(
         prog=command_name("edge.generate"),
-        description="Ask the daemon for text. Fields left out take the bundle's defaults.",
+        description="Ask the daemon for text, or generate in this process when none listens.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -152,20 +151,26 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--infill", metavar="TEXT", help="text with gaps: ___ for 4 tokens, ___:6 for 6")
     parser.add_argument("--stream", action="store_true", default=None, help="watch the canvas unmask (on stderr)")
     parser.add_argument("--json", action="store_true", help="print the whole response")
-    parser.add_argument(
-        "--seed", type=int, help="repeats a text exactly, on the same kind of processor (default: random)"
-    )
-    parser.add_argument("--steps", type=int, help="passes of the network; the most of them with the two bounds below")
-    parser.add_argument("--threshold", type=float, metavar="P", help="commit every token at least this probable")
-    parser.add_argument("--entropy-bound", type=float, metavar="NATS", help="commit tokens up to this summed entropy")
-    parser.add_argument("--selection", choices=get_args(Selection), help="which tokens to commit first")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this total mass")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to add to a prompt")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--socket", metavar="PATH", help="the daemon's socket")
-    where.add_argument("--bundle", metavar="DIR", help="generate in this process with this bundle, ask no daemon")
+    where.add_argument(
+        "--socket", metavar="PATH", help="the daemon's socket (default: the first that answers of the usual ones)"
+    )
+    where.add_argument(
+        "--bundle", metavar="DIR", help="generate in this process with this bundle (default: the daemon's)"
+    )
+    sampling = parser.add_argument_group(
+        "sampling", "Defaults are those of the bundle's manifest; in brackets, what a bundle has unless told otherwise."
+    )
+    add = sampling.add_argument
+    add("--seed", type=int, help="repeats a text exactly, on the same kind of processor (random)")
+    add("--steps", type=int, metavar="N", help=f"denoising steps; at most so many with a bound below ({usual.steps})")
+    add("--selection", choices=get_args(Selection), help=f"which tokens to commit first ({usual.selection})")
+    add("--threshold", type=float, metavar="P", help="instead: commit every token at least this probable (off)")
+    add("--entropy-bound", type=float, metavar="NATS", help="instead: commit tokens up to this summed entropy (off)")
+    add("--temperature", type=float, metavar="T", help=f"0 always takes the likeliest token ({usual.temperature})")
+    add("--top-p", type=float, metavar="P", help=f"sample from the likeliest tokens of this mass ({usual.top_p:g})")
+    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (as many as the bundle has)")
+    add("--max-tokens", type=int, metavar="N", help="most tokens to add to a prompt (as many as fit)")
     return parser
 
 

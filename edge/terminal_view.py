@@ -22,12 +22,26 @@ def printable(text: str) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def laid_out(text: str, out: TextIO) -> str:
+    """A finished text as `out` takes it: on a terminal harmless and broken between words, elsewhere as it is."""
+    if not out.isatty():
+        return text
+    return "\n".join(wrap(printable(text), _size(out).columns))
+
+
+def _size(out: TextIO) -> os.terminal_size:
+    """Columns and rows of a terminal; some pseudo-terminals say 0, which counts as 80 columns."""
+    size = os.get_terminal_size(out.fileno())
+    return os.terminal_size((size.columns or 80, size.lines))
+
+
 class View:
     """Shows one request's snapshots on `out`; a context manager that leaves the terminal clean."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        # Without a height, a frame may be taller than the terminal, and what has scrolled away cannot be redrawn.
+        self._live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb" and _size(out).lines > 0
         self._drawn_lines = 0
         self._next_plain_step = 0
         self._first: tuple[float, int] | None = None  # seconds and open positions at the first snapshot
@@ -56,9 +70,7 @@ class View:
             self._drawn_lines = 0
 
     def _draw(self, partial: Partial) -> None:
-        size = os.get_terminal_size(self._out.fileno())
-        # Rows scrolled off the top cannot be redrawn: show what fits above the status line.
-        columns, rows = size.columns or 80, size.lines or 24  # some pseudo-terminals say 0
+        columns, rows = _size(self._out)
         lines = dimmed(partial.parts, columns)[: max(rows - 2, 1)]
         lines.append(f"{DIM}{self._status(partial)}{RESET}")
         frame = "".join(f"{line}\n" for line in lines)

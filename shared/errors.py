@@ -8,6 +8,7 @@ DiffusionLLMError           one sentence naming the field, file or value; printe
 └── RequestError            a refused or failed request; carries the typed `code` of the reply
 """
 
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,10 @@ from typing import Final
 
 MAX_SENTENCE: Final = 1000
 """Characters of an error that quotes what a stranger sent: his value may be as long as a whole message."""
+
+
+OUTPUT_ERRNOS: Final = frozenset({errno.EPIPE, errno.ENOSPC, errno.EDQUOT})
+"""A reader that left, or a disk that is full: no fault of the program, so no traceback."""
 
 
 def one_line(text: str) -> str:
@@ -111,8 +116,13 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRNOS:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has to go somewhere
-        sys.exit(0)
+        if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does
+            sys.exit(0)
+        print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(os.EX_IOERR)
     except KeyboardInterrupt:
         sys.exit(130)

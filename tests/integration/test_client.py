@@ -41,11 +41,33 @@ def test_daemon_and_own_process_give_the_same_text(ask: list[str], debug_bundle:
     assert own.stderr == f"generating in this process with {debug_bundle}\n"
 
 
-def test_without_a_daemon_it_generates_itself_and_says_so(tmp_path: Path, debug_bundle: Path) -> None:
-    flags = ["--socket", str(tmp_path / "none")]
-    result = run_module("edge.generate", PROMPT, *flags, BUNDLE=str(debug_bundle), BACKEND="ort")
+def test_generate_without_a_daemon_generates_itself_and_says_so(debug_bundle: Path) -> None:
+    """In a process without default sockets, since a daemon may run on this machine."""
+    code = "import sys; from edge import config, generate; generate.socket_candidates = lambda: ()\n"
+    code += "sys.exit(generate.main(sys.argv[1:]))"
+    environment = clean_environment(BUNDLE=str(debug_bundle), BACKEND="ort")
+    command = [sys.executable, "-c", code, PROMPT]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and result.stdout.startswith(PROMPT)
-    assert result.stderr == f"no daemon listens at {tmp_path}/none; generating in this process with {debug_bundle}\n"
+    assert result.stderr == f"no daemon listens; generating in this process with {debug_bundle}\n"
+
+
+def test_generate_wants_the_daemon_of_a_named_socket(tmp_path: Path, debug_bundle: Path) -> None:
+    sentence = f"error: no daemon listens at {tmp_path}/none; --bundle DIR generates without one\n"
+    flag = run_module("edge.generate", PROMPT, "--socket", str(tmp_path / "none"), BUNDLE=str(debug_bundle))
+    assert (flag.returncode, flag.stdout, flag.stderr) == (78, "", sentence)
+    variable = run_module("edge.generate", PROMPT, SOCKET=str(tmp_path / "none"), BUNDLE=str(debug_bundle))
+    assert (variable.returncode, variable.stdout, variable.stderr) == (78, "", sentence)
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_generate_says_in_a_sentence_that_the_disk_is_full(ask: list[str], flags: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "edge.generate", PROMPT, *ask, *flags]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            command, cwd=ROOT, env=clean_environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (result.returncode, result.stderr) == (74, "error: the output cannot be written: No space left on device\n")
 
 
 def test_gaps_are_filled(ask: list[str]) -> None:
@@ -130,17 +152,28 @@ def temporary() -> Iterator[Path]:
     folder.rmdir()
 
 
-def test_the_demo_shows_a_story_and_leaves_nothing(debug_bundle: Path, temporary: Path) -> None:
+def test_demo_shows_a_story_and_leaves_nothing(debug_bundle: Path, temporary: Path) -> None:
     result = run_module("edge.demo", "--bundle", str(debug_bundle), temporary=temporary)
 
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
     assert lines[0].startswith("ready in ") and lines[1].startswith("step 1/")
     assert any(line.startswith(PROMPT) for line in lines)
-    assert "tokens a second" in result.stdout and "--seed " in lines[-1]
+    assert "tokens/s" in result.stdout and "--seed " in lines[-1]
 
 
-def test_the_demo_says_why_its_daemon_did_not_start(temporary: Path) -> None:
+def test_demo_prints_a_command_that_repeats_the_text_outside_the_environment(
+    debug_bundle: Path, temporary: Path
+) -> None:
+    told = run_module("edge.demo", "--bundle", str(debug_bundle), temporary=temporary).stdout
+    command = told.splitlines()[-1].removeprefix("again: ")
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(temporary)}
+    again = subprocess.run(["sh", "-c", command], cwd=ROOT, env=bare, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0 and f"with {debug_bundle}" in again.stderr
+    assert again.stdout.strip() and f"\n{again.stdout}" in told
+
+
+def test_demo_says_why_its_daemon_did_not_start(temporary: Path) -> None:
     result = run_module("edge.demo", "--bundle", "/none", temporary=temporary)
     assert result.returncode == 66 and result.stdout == ""
     assert result.stderr == "error: /none is not a bundle: cannot read manifest.json (No such file or directory)\n"

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 
 from edge import config as config_module
-from edge.config import Config
+from edge import generate
+from edge.config import Config, default_socket
 from edge.generate import build_request, command_line, find_daemon, parse_infill, unwrap
-from shared.errors import DiffusionLLMError, RequestError
+from shared.errors import ConfigError, DiffusionLLMError, RequestError
 from shared.messages import ErrorInfo, Gap, Response
 
 
@@ -26,16 +27,16 @@ from shared.messages import ErrorInfo, Gap, Response
         ("snake_case and __init__ ___", ["snake_case and __init__ ", {"gap": 4}]),
     ],
 )
-def test_three_underscores_are_a_gap(text: str, segments: list[Any]) -> None:
+def test_parse_infill_three_underscores_are_a_gap(text: str, segments: list[Any]) -> None:
     assert parse_infill(text) == segments
 
 
-def test_a_text_without_a_gap_is_no_infill() -> None:
+def test_parse_infill_refuses_a_text_without_a_gap() -> None:
     with pytest.raises(RequestError, match="___"):
         parse_infill("Tom had a ball")
 
 
-def test_flags_become_fields_and_the_rest_stays_open() -> None:
+def test_build_request_takes_flags_and_leaves_the_rest_open() -> None:
     flags = ["--seed", "7", "--steps", "8", "--temperature", "0", "--top-p", "0.5", "--top-k", "3", "--max-tokens", "9"]
     request = build_request(command_line().parse_args(["Once", *flags, "--selection", "margin", "--threshold", "0.9"]))
     sent = msgspec.to_builtins(request)
@@ -46,7 +47,7 @@ def test_flags_become_fields_and_the_rest_stays_open() -> None:
     assert msgspec.to_builtins(build_request(command_line().parse_args(["x"]))) == {"type": "generate", "prompt": "x"}
 
 
-def test_infill_becomes_segments() -> None:
+def test_build_request_turns_infill_into_segments() -> None:
     request = build_request(command_line().parse_args(["--infill", "a ___:2", "--stream"]))
     assert request.prompt is None and request.segments == ["a ", Gap(2)] and request.stream
 
@@ -64,12 +65,12 @@ def test_infill_becomes_segments() -> None:
         (["\udcff"], "UTF-8"),
     ],
 )
-def test_what_no_daemon_would_take_is_refused_by_name(flags: list[str], named: str) -> None:
+def test_build_request_refuses_by_name_what_no_daemon_takes(flags: list[str], named: str) -> None:
     with pytest.raises(RequestError, match=named):
         build_request(command_line().parse_args(flags))
 
 
-def test_an_answers_error_is_raised() -> None:
+def test_unwrap_raises_the_error_of_an_answer() -> None:
     error = ErrorInfo("queue_full", "come again", retryable=True, retry_after_ms=5)
     with pytest.raises(RequestError, match="come again") as caught:
         unwrap(Response(status="error", error=error))
@@ -79,29 +80,35 @@ def test_an_answers_error_is_raised() -> None:
     assert unwrap(Response(status="ok", text="Once")) == "Once"
 
 
-def test_of_the_default_sockets_the_one_that_answers_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_daemon_takes_the_default_socket_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stale, live = tmp_path / "stale", tmp_path / "live"
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(stale))
-    monkeypatch.setattr(config_module, "SYSTEM_SOCKET", live)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
+    default = tmp_path / "edgelm-default.sock"
+    monkeypatch.setattr(config_module, "socket_candidates", lambda: (default, live))
+    monkeypatch.setattr(generate, "socket_candidates", lambda: (default, live))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(live))
         listener.listen()
         found = find_daemon(Config())
         assert found is not None
         found.close()
-        assert find_daemon(Config(socket=stale)) is None  # a socket that was asked for stands for no other
+        with pytest.raises(ConfigError, match=r"no daemon listens at .*stale"):
+            find_daemon(Config(socket=stale))  # a named socket stands for no other
+        with pytest.raises(ConfigError, match=r"no daemon listens at .*edgelm-.*\.sock"):
+            find_daemon(Config(socket=default), named=True)
 
 
-def test_a_strangers_socket_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_find_daemon_does_not_trust_a_strangers_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "edgelm.sock"
+    monkeypatch.setattr(config_module, "socket_candidates", lambda: (path,))  # no other: a daemon may run here
+    monkeypatch.setattr(generate, "socket_candidates", lambda: (path,))
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "edgelm.sock"))
+        listener.bind(str(path))
         listener.listen()
         me = os.getuid()
         if me == 0:
-            os.chown(tmp_path / "edgelm.sock", 1, -1)
+            os.chown(path, 1, -1)
         else:
             monkeypatch.setattr(os, "getuid", lambda: me + 1)
-        assert find_daemon(Config()) is None
+        assert find_daemon(Config(socket=default_socket())) is None
