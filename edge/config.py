@@ -17,6 +17,7 @@ from msgspec import Meta, Struct, field
 
 from edge.system.systemd import credential
 from shared.errors import ConfigError
+from shared.validation import explain
 
 PREFIX: Final = "EDGELM_"
 FILE_VARIABLE: Final = "EDGELM_CONFIG"
@@ -44,9 +45,11 @@ SYSTEM_SOCKET: Final = Path("/run/edgelm.sock")
 STORE: Final = Path("/opt/edgelm/bundles")
 """Where a device keeps its bundles."""
 
-Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+_DEVICE: Final = "1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit"
+_PREFIX: Final = "a topic that ends in `/`, without `+`, `#` and control characters, and that does not begin with `$`"
+Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description=_DEVICE)]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
-ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z", max_length=256)]
+ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z", max_length=256, description=_PREFIX)]
 
 
 def default_bundle() -> Path:
@@ -200,10 +203,7 @@ def _convert(settings: dict[str, Any], source: str, base: Path, strict: bool) ->
     try:
         return msgspec.convert(settings, Config, strict=strict, dec_hook=_path_below(base))
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$")
-        key = where.strip("`.")
-        what = what.replace("Object contains unknown field", "unknown key").replace("Expected", "expected")
-        raise ConfigError(f"{source}: {what} in `{key}`" if key else f"{source}: {what}") from None
+        raise ConfigError(f"{source}: {explain(error, Config, settings)}") from None
 
 
 def _path_below(base: Path) -> Callable[[type, object], object]:

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 
 from shared.errors import ERROR_CODES, RequestError
 from shared.manifest import MAX_STEPS, Selection
+from shared.validation import explain
 
 PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 64 * 1024
@@ -17,10 +18,8 @@ MAX_GAP: Final = 1024
 MAX_SEGMENTS: Final = 64
 MAX_DEADLINE_MS: Final = 600_000
 
-_ID_PATTERN: Final = r"^[^/+#\x00-\x1f]+\Z"
-_ID_PATTERN_TOLD: Final = f"Expected `str` matching regex {_ID_PATTERN!r}"
-_ID_TOLD: Final = "Expected an id without `/`, `+`, `#` and control characters"
-Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=_ID_PATTERN)]
+_ID: Final = "1 to 128 characters without `/`, `+`, `#` and control characters"
+Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^/+#\x00-\x1f]+\Z", description=_ID)]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 
 
@@ -221,9 +220,18 @@ def _decode(payload: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(payload, type=kind)
     except UnicodeDecodeError:
         raise RequestError("bad_request", "the message is not UTF-8") from None
+    except msgspec.ValidationError as error:
+        raise RequestError("bad_request", explain(error, kind, _plain(payload))) from None
     except (msgspec.DecodeError, RecursionError) as error:
-        told = str(error).replace("Object contains", "the request has an").replace(_ID_PATTERN_TOLD, _ID_TOLD)
-        raise RequestError("bad_request", told) from None
+        raise RequestError("bad_request", f"the message is not JSON: {error}") from None
+
+
+def _plain(payload: bytes) -> object:
+    """A message without its type; `...` where it is no JSON further on."""
+    try:
+        return msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ...
 
 
 def decode_request(payload: bytes) -> GenerateRequest:

@@ -55,7 +55,7 @@ def test_a_bundle_that_the_daemon_refuses_is_taken_back(device: Machine, setting
     device.write("/srv/works.toml", ['socket = "/run/edgelm.sock"'])  # for the test; the daemon reads its own
     settings.write_text("sokcet = 1\n" + settings.read_text())
     status, said = bundle_command(device, "install", newer(device, "refused"), "--config=/srv/works.toml")
-    assert status == 66 and f"{before} serves again" in said and "unknown key `sokcet`" in said
+    assert status == 66 and f"{before} serves again" in said and "unknown field `sokcet`" in said
     assert (served(device), current(device)) == (SHIPPED_MODEL, before)
 
 

@@ -87,7 +87,7 @@ def test_a_reload_that_fails_serves_on_and_says_so_once(device: Machine, setting
     device.until(lambda: "the last reload failed" in device.show("StatusText"), "the reload to fail")
     assert served(device) == SHIPPED_MODEL
     errors = device.journal(f"--since={since}", "--priority=err")
-    assert len(errors) == 1 and "unknown key `sokcet`" in errors[0]
+    assert len(errors) == 1 and "unknown field `sokcet`" in errors[0]
 
 
 def test_a_stop_finishes_what_was_accepted(device: Machine) -> None:
