@@ -5,17 +5,18 @@ Text is streamed twice, first to draw the tokenizer's sample, then to encode; me
 
 import argparse
 import hashlib
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 from tokenizers import Tokenizer
 
-from host.data.shards import DATA_FILE, FORMAT_VERSION, DataMeta, SplitName, SplitWriter, load_data
-from host.data.sources import FILE_ENDINGS, Corpus, open_corpus, source_identity
+from host.data.shards import DATA_FILE, FORMAT_VERSION, SPLITS, DataMeta, SplitMeta, SplitName, SplitWriter, load_data
+from host.data.sources import FILE_ENDINGS, Corpus, corpus_name, open_corpus, source_identity
 from host.data.tokenizer import (
     MAX_VOCAB_SIZE,
     MIN_VOCAB_SIZE,
@@ -34,18 +35,27 @@ from shared.tokens import CANVAS_LEN
 DEFAULT_SOURCE: Final = "roneneldan/TinyStories"
 DEFAULT_OUT: Final = Path("data/tinystories")
 DEFAULT_VOCAB_SIZE: Final = 8192
-HOLD_OUT_EVERY: Final = 100
+HOLD_OUT_OF: Final = 50
 STORIES_AT_ONCE: Final = 256  # bounds memory: long stories make 4,000 tokens each before they are cut
 
 
 def labelled_texts(corpus: Corpus) -> Iterator[tuple[SplitName, str]]:
-    """Every story with its split; without validation files, every 100th story is held out, the first included."""
-    for number, text in enumerate(corpus.train()):
-        held_out = corpus.valid is None and number % HOLD_OUT_EVERY == 0
-        yield ("valid" if held_out else "train"), text
-    if corpus.valid is not None:
-        for text in corpus.valid():
+    """Every story with its split: as the corpus has it, else one text in HOLD_OUT_OF is held out for each split.
+
+    By the hash of the text, so that a story told twice is on one side.
+    """
+    for text in corpus.train():
+        bucket = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % HOLD_OUT_OF
+        if bucket == 0 and corpus.valid is None:
             yield "valid", text
+        elif bucket == 1 and corpus.test is None:
+            yield "test", text
+        else:
+            yield "train", text
+    if corpus.valid is not None:
+        yield from (("valid", text) for text in corpus.valid())
+    if corpus.test is not None:
+        yield from (("test", text) for text in corpus.test())
 
 
 def learn_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
@@ -57,18 +67,15 @@ def learn_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
         if sample.stride > 1 and not corpus.cheap_to_reread:
             break
     if not sample.texts:
-        raise DataError(f"{corpus.name} has too few stories: at least two are needed, one of them to validate on")
+        raise DataError(f"{corpus.name} has too few stories: none is left to train on")
     return train_tokenizer(with_bearable_words(sample.texts), vocab_size)
 
 
-def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[SplitName, SplitWriter]:
-    """Encode every story into the shards of its split.  → the writers, to be finished"""
+def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[SplitName, SplitMeta]:
+    """Encode every story into the shards of its split; DataError when a split gets none."""
     token_bytes = token_byte_lengths(tokenizer)
-    writers: dict[SplitName, SplitWriter] = {
-        "train": SplitWriter(folder, "train", token_bytes),
-        "valid": SplitWriter(folder, "valid", token_bytes),
-    }
-    waiting: dict[SplitName, list[str]] = {"train": [], "valid": []}
+    writers = {split: SplitWriter(folder, split, token_bytes) for split in SPLITS}
+    waiting: dict[SplitName, list[str]] = {split: [] for split in SPLITS}
     for split, text in progress(labelled_texts(corpus), desc="encoding", unit=" stories", unit_scale=True):
         waiting[split].append(head(text))
         if len(waiting[split]) == STORIES_AT_ONCE:
@@ -76,10 +83,15 @@ def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[Spl
             waiting[split].clear()
     for split, texts in waiting.items():
         writers[split].add(encode_stories(tokenizer, texts))
-    return writers
+    metas = {split: writer.finish() for split, writer in writers.items()}
+    for split, meta in metas.items():
+        if not meta.stories:
+            raise DataError(f"{corpus.name} has too few stories: none fell to {split}, which takes one text in "
+                            f"{HOLD_OUT_OF}; add some, or give files named valid* and test*")  # fmt: skip
+    return metas
 
 
-def input_fingerprint(source: str, vocab_size: int) -> str:
+def input_fingerprint(sources: Sequence[str], vocab_size: int) -> str:
     """Hash of everything that decides what the folder holds: files, options, format."""
     parts = [
         FORMAT_VERSION,
@@ -87,45 +99,54 @@ def input_fingerprint(source: str, vocab_size: int) -> str:
         vocab_size,
         SAMPLE_BYTES,
         DISTINCT_WORD_BYTES,
-        HOLD_OUT_EVERY,
-        *source_identity(source),
+        HOLD_OUT_OF,
+        *source_identity(sources),
     ]
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 def is_up_to_date(out: Path, fingerprint: str) -> bool:
-    """Whether `out` is whole and was made from the same input with the same options."""
+    """Whether `out` is whole and was made from the same input with the same options.
+
+    Raises DataError where preparing would delete something else: whole data of other text, or what is no data.
+    """
     try:
-        return load_data(out).meta.fingerprint == fingerprint
-    except DataError:
+        meta = load_data(out).meta
+    except DataError:  # nothing, or damaged, or of another version
+        ours = (out.is_dir() and not any(out.iterdir())) or (out / DATA_FILE).exists()
+        if (out.is_symlink() or out.exists()) and not ours:
+            raise DataError(f"--out {out} exists and is not a data folder: choose another --out") from None
         return False
+    if meta.fingerprint != fingerprint:
+        raise DataError(f"{out} holds data prepared from {meta.source} with other text or settings: "
+                        "choose another --out, or remove it first")  # fmt: skip
+    return True
 
 
-def check_replaceable(out: Path) -> None:
-    """Raise DataError when `out` is something that host.data did not make, which it must not delete."""
-    if out.is_dir() and ((out / DATA_FILE).exists() or not any(out.iterdir())):
-        return
-    if out.exists() or out.is_symlink():
-        raise DataError(f"--out {out} exists and is not a data folder: choose another --out")
+def default_out(sources: Sequence[str]) -> Path:
+    """data/NAME, called after the sources."""
+    name = corpus_name(sources).split("/")[-1].lower()
+    for ending in FILE_ENDINGS:
+        name = name.removesuffix(ending)
+    return Path("data") / re.sub(r"[^\w.-]+", "-", name)
 
 
-def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> DataMeta:
-    """Make the data folder `out` from `source`, unless it is there and nothing changed.
+def prepare(sources: Sequence[str], out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> DataMeta:
+    """Make the data folder `out`, unless it is there and nothing changed; data of other text are never replaced.
 
-    Raises DataError for unusable text or folders, ConfigError for an impossible vocabulary size.
+    sources: local files and folders, or one data set of the Hub. Raises DataError for unusable text or folders,
+    ConfigError for an impossible vocabulary size, DiffusionLLMError when the disk refuses.
     """
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise ConfigError(f"--vocab-size must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}")
-    fingerprint = input_fingerprint(source, vocab_size)
+    fingerprint = input_fingerprint(sources, vocab_size)
     if is_up_to_date(out, fingerprint):
         print(f"{out} is up to date")
         return load_data(out).meta
-    check_replaceable(out)
-    corpus = open_corpus(source)
+    corpus = open_corpus(sources)
     with swapped_in(out) as folder:
         tokenizer = learn_tokenizer(corpus, vocab_size)
         (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        writers = write_splits(corpus, tokenizer, folder)
         meta = DataMeta(
             format_version=FORMAT_VERSION,
             source=corpus.name,
@@ -134,16 +155,16 @@ def prepare(source: str, out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Dat
             canvas_len=CANVAS_LEN,
             tokenizer_sha256=sha256_of(folder / TOKENIZER),
             fingerprint=fingerprint,
-            train=writers["train"].finish(),
-            valid=writers["valid"].finish(),
+            **write_splits(corpus, tokenizer, folder),
         )
         (folder / DATA_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(meta)))
-    for name, split in (("train", meta.train), ("valid", meta.valid)):
+    for split in SPLITS:
+        of_split: SplitMeta = getattr(meta, split)
         print(
-            f"{name}: {split.stories} stories, {split.tokens} tokens, {split.text_bytes} bytes of text, "
-            f"{split.truncated} stories cut at {CANVAS_LEN} positions"
+            f"{split}: {of_split.stories} stories, {of_split.tokens} tokens, {of_split.text_bytes} bytes of text, "
+            f"{of_split.truncated} stories cut at {CANVAS_LEN} positions"
         )
-    print(f"{out} is ready, with a vocabulary of {meta.vocab_size}")
+    print(f"{out} is ready, with a vocabulary of {meta.vocab_size}; train with python -m host.train --data {out}")
     return meta
 
 
@@ -152,17 +173,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m host.data",
         description="Train a tokenizer and write stories as memory-mapped canvases of 256 tokens.",
-        epilog="example: python -m host.data --source stories.jsonl.gz --out data/stories --vocab-size 4096",
+        epilog="example: python -m host.data --source train.jsonl.gz valid.jsonl.gz test.jsonl.gz --out data/stories",
     )
     parser.add_argument(
         "--source",
-        default=DEFAULT_SOURCE,
-        help=f"a data set of the Hugging Face hub, or a local file or folder of {', '.join(FILE_ENDINGS)}; JSON lines "
-        'and parquet have a field "text"; stories of a .txt file are separated by <|endoftext|> lines or, if it has '
-        "none, by blank lines; files named valid* are the validation split, else every 100th story is "
-        "(default: %(default)s)",
+        nargs="+",
+        action="extend",
+        help=f"local files and folders of {', '.join(FILE_ENDINGS)}, or one data set OWNER/NAME of the Hugging Face "
+        'Hub; JSON lines and parquet have a field "text"; stories of a .txt file are separated by <|endoftext|> lines '
+        "or, if it has none, by blank lines; of several files those named valid* and test* are these splits, else one "
+        f"text in {HOLD_OUT_OF} goes to each (default: {DEFAULT_SOURCE})",
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="data folder to make (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="data folder to make (default: data/NAME, after the source)")
     parser.add_argument(
         "--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, help="tokens of the vocabulary (default: %(default)s)"
     )
@@ -173,4 +195,5 @@ def main() -> None:
     """Prepare data; a run that is told to stop clears up behind itself."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = parse_arguments()
-    prepare(args.source, args.out, args.vocab_size)
+    sources = args.source or [DEFAULT_SOURCE]
+    prepare(sources, args.out or default_out(sources), args.vocab_size)

@@ -2,13 +2,13 @@
 
 DIR/data.json          counts, lengths, hashes, where the text came from
 DIR/tokenizer.json     the tokenizer that made the canvases
-DIR/train-00000.bin    (stories, 256) uint16, up to 65,536 stories a shard; likewise valid-00000.bin
+DIR/train-00000.bin    (stories, 256) uint16, up to 65,536 stories a shard; likewise valid-*.bin and test-*.bin
 """
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import BinaryIO, Final, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -18,13 +18,15 @@ from shared.errors import DataError
 from shared.manifest import TOKENIZER, sha256_of
 from shared.tokens import CANVAS_LEN, EOS, PAD
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 DATA_FILE: Final = "data.json"
 SHARD_STORIES: Final = 1 << 16
 ID_DTYPE: Final = np.dtype("<u2")
 QUANTILES: Final = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 
-SplitName = Literal["train", "valid"]
+SplitName = Literal["train", "valid", "test"]
+"""`valid` may choose anything: checkpoint, rate, sampling settings; `test` is for reporting and chooses nothing."""
+SPLITS: Final[tuple[SplitName, ...]] = get_args(SplitName)
 
 
 class ShardMeta(Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,12 +64,20 @@ class DataMeta(Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     train: SplitMeta
     valid: SplitMeta
+    test: SplitMeta
 
     @property
     def sha256(self) -> str:
         """Of the tokenizer and all canvases: the same wherever the same text was prepared the same way."""
-        shards = [shard.sha256 for split in (self.train, self.valid) for shard in split.shards]
+        shards = [shard.sha256 for split in (self.train, self.valid, self.test) for shard in split.shards]
         return hashlib.sha256("".join([self.tokenizer_sha256, *shards]).encode()).hexdigest()
+
+
+class _Format(Struct, frozen=True):
+    """What tells another version's data.json before the rest of it is read."""
+
+    format_version: int
+    canvas_len: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class DataFolder:
     meta: DataMeta
     train: Split
     valid: Split
+    test: Split
 
     @property
     def tokenizer_path(self) -> Path:
@@ -181,12 +192,12 @@ def read_meta(path: Path) -> DataMeta:
     except OSError:
         raise DataError(f"{path} holds no prepared data: make it with python -m host.data --out {path}") from None
     try:
-        meta = msgspec.json.decode(raw, type=DataMeta)
+        found = msgspec.json.decode(raw, type=_Format)
+        if found != _Format(FORMAT_VERSION, CANVAS_LEN):
+            raise DataError(f"{file} was written by another version of host.data: {_again(path)}")
+        return msgspec.json.decode(raw, type=DataMeta)
     except msgspec.DecodeError as error:
         raise DataError(f"{file} is damaged ({error}): {_again(path)}") from None
-    if meta.format_version != FORMAT_VERSION or meta.canvas_len != CANVAS_LEN:
-        raise DataError(f"{file} was written by another version of host.data: {_again(path)}")
-    return meta
 
 
 def load_data(path: Path, verify: bool = False) -> DataFolder:
@@ -198,7 +209,8 @@ def load_data(path: Path, verify: bool = False) -> DataFolder:
     tokenizer = path / TOKENIZER
     if not tokenizer.is_file() or sha256_of(tokenizer) != meta.tokenizer_sha256:
         raise DataError(f"{tokenizer} is missing or altered: {_again(path)}")
-    return DataFolder(path, meta, _open_split(path, meta.train, verify), _open_split(path, meta.valid, verify))
+    train, valid, test = (_open_split(path, split, verify) for split in (meta.train, meta.valid, meta.test))
+    return DataFolder(path, meta, train, valid, test)
 
 
 def _open_split(path: Path, meta: SplitMeta, verify: bool) -> Split:

@@ -1,19 +1,12 @@
-"""Stories, streamed from local files or the Hugging Face hub through `datasets`.
+"""Stories, streamed from local files, or from the Hugging Face Hub through `datasets`."""
 
-Text and JSON lines go through the line reader of `datasets`: its JSON reader guesses types (a story that is a
-date comes back as another text) and knows no line numbers. Each of these files is scanned once before, because the
-line reader neither bounds the length of a line nor says where bytes are no text.
-"""
-
-import glob
 import gzip
 import re
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -25,7 +18,7 @@ if TYPE_CHECKING:  # takes seconds to import, and an unchanged rerun does withou
 TEXT_FIELD: Final = "text"
 STORY_SEPARATOR: Final = "<|endoftext|>"
 FILE_ENDINGS: Final = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-MAX_LINE_BYTES: Final = 4 << 20  # ROWS_AT_ONCE of them must fit into memory, several times
+MAX_LINE_BYTES: Final = 4 << 20
 MAX_STORY_CHARS: Final = 1 << 16  # far behind the end of any canvas; bounds the memory of a file without separators
 ROWS_AT_ONCE: Final = 64
 PARQUET_BUFFER_BYTES: Final = 1 << 20
@@ -34,13 +27,16 @@ UNKNOWN_LICENCE: Final = "unknown"
 LICENCES: Final = {"tinystories": "CDLA-Sharing-1.0"}
 """By the last part of the source's name, in lower case."""
 
-_VALIDATION_NAME = re.compile(r"(^|[^a-z])(valid|validation|val)([^a-z]|$)")
+_VALID_NAME = re.compile(r"(^|[^a-z])(valid|validation|val)([^a-z]|$)")
+_TEST_NAME = re.compile(r"(^|[^a-z])test([^a-z]|$)")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+Texts = Callable[[], Iterator[str]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Stories of one source. `valid` is None when the source has no validation split.
+    """Stories of one or several sources. valid, test: None where these have no such split.
 
     cheap_to_reread: a second pass over `train` costs no download.
     """
@@ -48,31 +44,47 @@ class Corpus:
     name: str
     licence: str
     cheap_to_reread: bool
-    train: Callable[[], Iterator[str]]
-    valid: Callable[[], Iterator[str]] | None
+    train: Texts
+    valid: Texts | None
+    test: Texts | None
 
 
 class _Record(msgspec.Struct):
     text: str
 
 
-def source_identity(source: str) -> tuple[str, ...]:
-    """What changes when the source does: names, sizes and times of local files, else the hub's name, unasked.
+def corpus_name(sources: Sequence[str]) -> str:
+    """What prepared data are called: by their one source, by the folder of several, or by all of them.
 
-    Raises DataError when `source` can be neither, or is a folder without stories.
+    Of local paths only the last part, since bundles carry the name to other machines.
     """
-    if not _is_local(source):
-        return (source,)
-    files = text_files(Path(source))
-    return tuple(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
+    if len(sources) == 1 and not _is_local(sources[0]):
+        return sources[0]
+    paths = [Path(source).resolve() for source in sources]
+    if len(paths) > 1 and len({path.parent for path in paths}) == 1:
+        paths = [paths[0].parent]
+    return " + ".join(path.name for path in paths)
 
 
-def open_corpus(source: str) -> Corpus:
-    """Open an existing file or folder, else a data set of the hub ("owner/name").
+def source_identity(sources: Sequence[str]) -> tuple[str, ...]:
+    """What changes when the sources do: names, sizes and times of local files, else the Hub's name, unasked.
 
-    Raises DataError when it is neither, cannot be reached, or has no split to train on.
+    Raises DataError when one can be neither, or is a folder without stories.
     """
-    return _local_corpus(Path(source)) if _is_local(source) else _hub_corpus(source)
+    if len(sources) == 1 and not _is_local(sources[0]):
+        return tuple(sources)
+    stats = [(file.name, file.stat()) for file in _local_files(sources)]
+    return tuple(f"{name} {found.st_size} {found.st_mtime_ns}" for name, found in stats)
+
+
+def open_corpus(sources: Sequence[str]) -> Corpus:
+    """Open local files and folders, or one data set of the Hub ("owner/name").
+
+    Raises DataError when a source is neither, cannot be reached, or there is nothing to train on.
+    """
+    if len(sources) == 1 and not _is_local(sources[0]):
+        return _hub_corpus(sources[0])
+    return _local_corpus(sources)
 
 
 def read_texts(source: Path) -> Iterator[str]:
@@ -110,27 +122,40 @@ def _is_local(source: str) -> bool:
     if Path(source).exists():
         return True
     if not _HUB_NAME.fullmatch(source) or source.lower().endswith(FILE_ENDINGS):
-        raise DataError(f"--source {source} does not exist: give a file, a folder, or a hub data set OWNER/NAME")
+        raise DataError(f"--source {source} does not exist: give a file, a folder, or a Hub data set OWNER/NAME")
     return False
 
 
-def _local_corpus(source: Path) -> Corpus:
-    files = text_files(source)
-    valid = tuple(f for f in files if source.is_dir() and _VALIDATION_NAME.search(f.name.lower()))
-    train = tuple(f for f in files if f not in valid)
+def _local_files(sources: Sequence[str]) -> list[Path]:
+    for source in sources:
+        if not _is_local(source):
+            raise DataError(f"--source {source} is not a local file or folder: a Hub data set is prepared alone")
+    files = [file for source in sources for file in text_files(Path(source))]
+    for file in files:
+        if files.count(file) > 1:
+            raise DataError(f"--source names {file} twice")
+    return files
+
+
+def _local_corpus(sources: Sequence[str]) -> Corpus:
+    files = _local_files(sources)
+    named = {"valid": _VALID_NAME, "test": _TEST_NAME} if len(sources) > 1 or files != [Path(sources[0])] else {}
+    held_out = {split: [f for f in files if name.search(f.name.lower())] for split, name in named.items()}
+    train = [f for f in files if all(f not in of_split for of_split in held_out.values())]
     if not train:
-        raise DataError(f"the folder {source} has validation files only: add files to train on")
-    name = source.resolve().name  # the last part alone: bundles carry it to other machines
+        raise DataError(f"{', '.join(sources)}: validation and test files only: add files to train on")
+    name = corpus_name(sources)
     return Corpus(
         name=name,
         licence=LICENCES.get(name.lower().split(".")[0], UNKNOWN_LICENCE),
         cheap_to_reread=True,
         train=lambda: _texts_of(train),
-        valid=(lambda: _texts_of(valid)) if valid else None,
+        valid=(lambda: _texts_of(held_out["valid"])) if held_out.get("valid") else None,
+        test=(lambda: _texts_of(held_out["test"])) if held_out.get("test") else None,
     )
 
 
-def _texts_of(files: tuple[Path, ...]) -> Iterator[str]:
+def _texts_of(files: Sequence[Path]) -> Iterator[str]:
     found = False
     for path in files:
         for text in _file_texts(path):
@@ -148,14 +173,11 @@ def _file_texts(path: Path) -> Iterator[str]:
         raise DataError(f"{path} is empty")
     if name.endswith(".parquet"):
         return _parquet_texts(path)
-    has_separators = _scan(path)
-    lines = _lines(path)
-    return _paragraphs(lines, has_separators) if name.endswith(".txt") else _json_texts(path, lines)
+    return _paragraphs(path) if name.endswith(".txt") else _json_texts(path)
 
 
-def _scan(path: Path) -> bool:
-    """Check that a file is UTF-8 text in lines of bearable length.  → whether it has story separators"""
-    has_separators = False
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends; DataError for what is no text, or a line that is too long."""
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
@@ -165,38 +187,21 @@ def _scan(path: Path) -> bool:
                     raise DataError(f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB: is this text?")
                 if b"\0" in line:
                     raise DataError(f"{path}, line {number} holds a zero byte: this is binary content, not text")
-                line.decode()
-                has_separators = has_separators or line.strip() == STORY_SEPARATOR.encode()
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}, line {number}, byte {error.start + 1} is not UTF-8 text") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}, after line {number}: the gzip data is damaged or cut off ({error})") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    return has_separators
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a scanned file, through `datasets`, without their ends."""
-    try:
-        # Streaming caches nothing, but opening leaves a lock file, which is kept out of the user's home.
-        with tempfile.TemporaryDirectory(prefix="diffusion-llm-") as cache:
-            data_files = glob.escape(str(path.resolve()))
-            rows = _load_dataset("text", data_files=data_files, split="train", cache_dir=cache)
-        first = True
-        for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-            for line in table.column(TEXT_FIELD).to_pylist():
-                yield line.removeprefix("\ufeff") if first else line
-                first = False
-    except Exception as error:
-        raise DataError(f"{path} cannot be read: {_first_line(error)}") from None
-
-
-def _paragraphs(lines: Iterator[str], has_separators: bool) -> Iterator[str]:
+def _paragraphs(path: Path) -> Iterator[str]:
     """Stories of a text file; where separators say where stories end, blank lines are part of them."""
+    has_separators = any(line.strip() == STORY_SEPARATOR for line in _lines(path))
     story: list[str] = []
     size = 0  # characters
-    for line in lines:
+    for line in _lines(path):
         if line.strip() == (STORY_SEPARATOR if has_separators else ""):
             yield "\n".join(story)
             story, size = [], 0
@@ -206,9 +211,9 @@ def _paragraphs(lines: Iterator[str], has_separators: bool) -> Iterator[str]:
     yield "\n".join(story)
 
 
-def _json_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
+def _json_texts(path: Path) -> Iterator[str]:
     decoder = msgspec.json.Decoder(_Record)
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -220,7 +225,7 @@ def _json_texts(path: Path, lines: Iterator[str]) -> Iterator[str]:
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
-    """Not through `datasets`, whose reader decodes whole row groups: 1.1 GB of memory for a file of 200 MB."""
+    """In batches: `datasets` decodes whole row groups, 1.1 GB of memory for a file of 200 MB."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -242,24 +247,18 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         raise DataError(f"{path} cannot be read as parquet: {_first_line(error)}") from None
 
 
-def _load_dataset(*args: Any, **options: Any) -> Any:
+def _hub_corpus(name: str) -> Corpus:
     import datasets
+    from huggingface_hub import HfApi
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # every error ends in one sentence of ours
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # reading a local file is no news for the hub
-    return datasets.load_dataset(*args, streaming=True, **options)
-
-
-def _hub_corpus(name: str) -> Corpus:
-    from huggingface_hub import HfApi
-
     try:
         info = HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-        splits = _load_dataset(name, revision=info.sha)
+        splits = datasets.load_dataset(name, revision=info.sha, streaming=True)
     except Exception as error:
         raise DataError(
-            f"{name} cannot be had from the Hugging Face hub ({_first_line(error)}): "
+            f"{name} could not be downloaded from the Hugging Face Hub ({_first_line(error)}): "
             "local stories need no network, give them with --source FILE_OR_FOLDER"
         ) from None
     if "train" not in splits or TEXT_FIELD not in (splits["train"].column_names or [TEXT_FIELD]):
@@ -271,6 +270,7 @@ def _hub_corpus(name: str) -> Corpus:
         cheap_to_reread=False,
         train=lambda: _hub_texts(name, splits["train"]),
         valid=(lambda: _hub_texts(name, splits["validation"])) if "validation" in splits else None,
+        test=(lambda: _hub_texts(name, splits["test"])) if "test" in splits else None,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from host.data.shards import DataFolder
+from host.data.shards import DataFolder, Split, SplitName
 from host.data.sources import read_texts
 from host.data.tokenizer import encode_stories, load_tokenizer, token_byte_lengths
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer, load_graph
@@ -135,11 +135,12 @@ def held_out_files(source: Path, tokenizer_path: Path, stories: int | None = Non
     return HeldOut(source.name, canvases, token_byte_lengths(tokenizer))
 
 
-def held_out_split(folder: DataFolder, stories: int | None = None) -> HeldOut:
-    """The validation split of a data folder."""
-    n = len(folder.valid) if stories is None else min(stories, len(folder.valid))
+def held_out_split(folder: DataFolder, stories: int | None = None, split: SplitName = "valid") -> HeldOut:
+    """The first stories of a data folder's split: `valid` to choose by, `test` to report."""
+    canvases: Split = getattr(folder, split)
+    n = len(canvases) if stories is None else min(stories, len(canvases))
     lengths = token_byte_lengths(load_tokenizer(folder.tokenizer_path))
-    return HeldOut(f"{folder.meta.source}, validation split", folder.valid.take(np.arange(n)), lengths)
+    return HeldOut(f"{folder.meta.source}, {split} split", canvases.take(np.arange(n)), lengths)
 
 
 def print_table(evaluations: Sequence[Evaluation]) -> None:

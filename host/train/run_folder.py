@@ -174,7 +174,7 @@ def run_laid_out(args: argparse.Namespace, processes: int = 1) -> Iterator[tuple
             yield resumed_run(args, processes)
         return
     if args.data == DEFAULT_OUT and not args.data.exists():
-        prepare(DEFAULT_SOURCE, args.data)
+        prepare([DEFAULT_SOURCE], args.data)
     data = load_data(args.data, verify=True)
     config, progress = planned_run(args, data)
     check_share(config, processes)

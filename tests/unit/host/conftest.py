@@ -15,19 +15,23 @@ THINGS = ("ball", "dog", "cake", "tree")
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen stories, over and over."""
-    path = tmp_path_factory.mktemp("corpus") / "stories.jsonl"
+    """Sixteen stories, over and over, in files of each split."""
+    folder = tmp_path_factory.mktemp("corpus") / "stories"
+    folder.mkdir()
     pairs = [(NAMES[i % 4], THINGS[i // 4 % 4]) for i in range(400)]
     texts = [f"{name} had a {thing}. The {thing} was red. {name} was happy." for name, thing in pairs]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    held_out = {"valid": texts[::100], "test": texts[1::100]}
+    train = [text for i, text in enumerate(texts) if i % 100]
+    for split, stories in {"train": train, **held_out}.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories))
+    return folder
 
 
 @pytest.fixture(scope="session")
 def data(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its data folder, with a vocabulary of 300."""
     out = tmp_path_factory.mktemp("data") / "stories"
-    prepare(str(corpus), out, vocab_size=300)
+    prepare([str(corpus)], out, vocab_size=300)
     return out
 
 

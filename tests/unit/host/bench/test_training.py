@@ -64,7 +64,7 @@ def test_peak_type_is_that_of_the_loop(
     head, row, source = capsys.readouterr().out.splitlines()
     assert head.endswith(f"  GFLOP/s  {names}")
     assert len(row) == len(head)
-    assert source == "real tokens of stories.jsonl, vocabulary 300; medians of 2 steps, in turn, ours of 8 canvases"
+    assert source == "real tokens of stories, vocabulary 300; medians of 2 steps, in turn, ours of 8 canvases"
 
 
 def test_a_row_is_both_loops_their_ratio_the_work_and_the_peaks(

@@ -31,6 +31,7 @@ FILES = {
     "README.md": b"---\nlicense: mit\n---\nStories.\n",
     "data/train-00000-of-00001.parquet": parquet([f"Story {i} to train on." for i in range(120)]),
     "data/validation-00000-of-00001.parquet": parquet([f"Story {i} to validate on." for i in range(7)]),
+    "data/test-00000-of-00001.parquet": parquet([f"Story {i} to test on." for i in range(5)]),
 }
 
 
@@ -129,7 +130,7 @@ def test_a_hub_data_set_is_streamed_once_with_its_own_validation_split_and_licen
     assert done.returncode == 0, done.stderr
     meta = load_data(tmp_path / "out", verify=True).meta
     assert (meta.source, meta.licence) == ("owner/stories", "mit")
-    assert (meta.train.stories, meta.valid.stories) == (120, 7)
+    assert (meta.train.stories, meta.valid.stories, meta.test.stories) == (120, 7, 5)
 
     again = run_data(NO_HUB, tmp_path, "--source", "owner/stories")
     assert (again.returncode, again.stdout) == (0, f"{tmp_path / 'out'} is up to date\n")
@@ -139,6 +140,6 @@ def test_without_a_network_the_default_source_fails_at_once_and_names_the_altern
     done = run_data(NO_HUB, tmp_path)
     assert done.returncode == 65
     (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith("error: roneneldan/TinyStories cannot be had from the Hugging Face hub (")
+    assert sentence.startswith("error: roneneldan/TinyStories could not be downloaded from the Hugging Face Hub (")
     assert sentence.endswith("local stories need no network, give them with --source FILE_OR_FOLDER")
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ STORIES = [f"Story {i} is about {'a very ' * (i % 7)}big cat." for i in range(25
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data")
     (path / "stories.txt").write_text("\n\n".join(STORIES))
-    prepare(str(path / "stories.txt"), path / "out", vocab_size=300)
+    prepare([str(path / "stories.txt")], path / "out", vocab_size=300)
     return path / "out"
 
 
@@ -102,8 +102,9 @@ def test_a_missing_file_is_named(name: str, copy: Path) -> None:
 
 def test_a_truncated_shard_is_named(copy: Path) -> None:
     shard = copy / "train-00000.bin"
+    size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"train-00000\.bin has 126462 bytes instead of 126464"):
+    with pytest.raises(DataError, match=rf"train-00000\.bin has {size - 2} bytes instead of {size}"):
         load_data(copy)
 
 
@@ -120,7 +121,7 @@ def test_an_altered_shard_is_found_when_hashes_are_verified(copy: Path) -> None:
     [
         ("{", "", "data.json is damaged"),
         ('"stories"', '"tales"', "data.json is damaged"),
-        ('"format_version": 1', '"format_version": 2', "written by another version of host.data"),
+        ('"format_version": 2', '"format_version": 1', "written by another version of host.data"),
     ],
 )
 def test_a_damaged_or_foreign_description_is_refused(old: str, new: str, sentence: str, copy: Path) -> None:

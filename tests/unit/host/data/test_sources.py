@@ -91,27 +91,51 @@ def test_bad_input_is_one_sentence_that_names_file_and_line(name: str, tmp_path:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["valid.jsonl", "validation-00000.txt", "val.txt", "TinyStories-valid.txt"])
-def test_validation_files_are_known_by_their_name(name: str, tmp_path: Path) -> None:
-    (tmp_path / "valley.txt").write_text("To train on.")
-    (tmp_path / name).write_text('{"text": "To validate on."}')
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *((name, "valid") for name in ("valid.jsonl", "valid2.jsonl", "validation-00000.txt", "TinyStories-val.txt")),
+        *((name, "test") for name in ("test.jsonl", "test-00000.txt", "TinyStories-test.txt")),
+    ],
+)
+def test_files_of_a_split_are_known_by_their_name(name: str, split: str, tmp_path: Path) -> None:
+    for other in ("valley.txt", "latest.txt"):
+        (tmp_path / other).write_text("To train on.")
+    (tmp_path / name).write_text('{"text": "Held out."}')
     (tmp_path / "README.md").write_text("Not a story.")
-    corpus = open_corpus(str(tmp_path))
-    assert corpus.valid is not None
-    assert list(corpus.train()) == ["To train on."]
-    assert "To validate on." in next(corpus.valid())
+    corpus = open_corpus([str(tmp_path)])
+    assert list(corpus.train()) == ["To train on."] * 2
+    held_out = {"valid": corpus.valid, "test": corpus.test}
+    texts = held_out.pop(split)
+    assert texts is not None and "Held out." in next(texts())
+    assert list(held_out.values()) == [None]
+
+
+def test_a_single_file_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("To train on.")
+    assert list(open_corpus([str(tmp_path / "test.txt")]).train()) == ["To train on."]
+
+
+@pytest.mark.parametrize(
+    ("sources", "sentence"),
+    [(["{0}/a.txt", "{0}"], r"--source names .*a\.txt twice"), (["{0}", "owner/stories"], "is prepared alone")],
+)
+def test_sources_that_cannot_go_together_are_refused(sources: list[str], sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One.")
+    with pytest.raises(DataError, match=sentence):
+        open_corpus([source.format(tmp_path) for source in sources])
 
 
 def test_a_folder_with_validation_files_only_is_refused(tmp_path: Path) -> None:
     (tmp_path / "valid.txt").write_text("To validate on.")
-    with pytest.raises(DataError, match="has validation files only"):
-        open_corpus(str(tmp_path))
+    with pytest.raises(DataError, match="validation and test files only: add files to train on"):
+        open_corpus([str(tmp_path)])
 
 
 def test_what_is_neither_a_path_nor_a_hub_name_is_refused_at_once(tmp_path: Path) -> None:
     for source in ("nowhere", "no/where.txt", str(tmp_path / "nowhere")):
-        with pytest.raises(DataError, match="does not exist: give a file, a folder, or a hub data set OWNER/NAME"):
-            open_corpus(source)
+        with pytest.raises(DataError, match="does not exist: give a file, a folder, or a Hub data set OWNER/NAME"):
+            open_corpus([source])
 
 
 def test_reading_local_files_leaves_nothing_in_the_users_home_or_the_temporary_folder(tmp_path: Path) -> None:

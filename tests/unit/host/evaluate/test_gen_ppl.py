@@ -160,7 +160,7 @@ def test_autoregressive_samples_are_judged_as_cold_as_a_bundle_writes(judge_run:
 def test_samples_of_a_run_and_text_files_are_judged_beside_the_data(
     trained: Path, judge_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for samples, name in ((trained, "trained, sampled"), (judge_run, "judge, sampled"), (corpus, "stories.jsonl")):
+    for samples, name in ((trained, "trained, sampled"), (judge_run, "judge, sampled"), (corpus, "stories")):
         call(evaluate.main, "--samples", samples, "--judge", judge_run, "--count", 3, "--source", corpus)
         lines = capsys.readouterr().out.splitlines()
         assert [line[:32].strip() for line in lines] == [
@@ -213,7 +213,7 @@ def test_an_autoregressive_run_is_measured_by_its_exact_likelihood(
     call(evaluate.main, "--run", judge_run)
     line, source = capsys.readouterr().out.splitlines()
     assert line.startswith("autoregressive: ") and line.count("±") == 2
-    assert source == "on stories.jsonl, validation split: 4 stories, exact likelihood"
+    assert source == "on stories, valid split: 4 stories, exact likelihood"
     call(evaluate.main, "--run", judge_run, "--json")
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["bits_per_byte"]["value"] < found["nats_per_token"]["value"] < math.log(300)

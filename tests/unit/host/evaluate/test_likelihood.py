@@ -39,7 +39,7 @@ def bundles(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_measured_on_its_own_validation_stories(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = measured(capsys, "--run", trained)
     assert found.graph == "torch fp32"
-    assert found.source == "stories.jsonl, validation split"
+    assert found.source == "stories, valid split"
     assert found.stories == 4
     spelled = sum(len(f"{n} had a {t}. The {t} was red. {n} was happy.") for n, t in
                   [("Tom", "ball"), ("Tom", "dog"), ("Tom", "cake"), ("Tom", "tree")])  # fmt: skip
@@ -88,7 +88,7 @@ def test_text_files_and_a_limit_on_stories(trained: Path, corpus: Path, capsys: 
     assert len(table) == 3
     assert table[0].split("  ")[0] == "graph" and table[0].endswith("masked cross-entropy")
     assert table[1].startswith("torch fp32") and table[1].count("±") == 3
-    assert table[2].startswith("on stories.jsonl: 5 stories, ")
+    assert table[2].startswith("on stories: 5 stories, ")
 
 
 def test_one_tiny_story_is_enough(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_a_run_becomes_a_bundle_with_its_figures(
     assert manifest.model.parameters == count_parameters(model.config) == sum(p.numel() for p in model.parameters())
     assert (manifest.model.vocab_size, manifest.top_k, manifest.schedule) == (300, 64, "linear")
     assert (manifest.defaults.steps, manifest.defaults.temperature) == (32, 0.8)
-    assert (manifest.data.name, manifest.data.stories) == ("stories.jsonl", 396)
+    assert (manifest.data.name, manifest.data.stories) == ("stories", 396)
     assert manifest.data.tokens_seen == progress.tokens_seen > 0
     assert (Path("bundles/stories") / TOKENIZER).read_bytes() == (trained / TOKENIZER).read_bytes()
     by_graph = {e.graph: e for e in manifest.evaluations}
@@ -226,8 +226,8 @@ def test_figures_can_come_from_other_text(trained: Path, corpus: Path, tmp_path:
     call(export.main, "--run", trained, "--out", out, "--source", corpus, "--stories", 3)
     found = read_manifest(out).evaluations
     assert [(e.graph, e.source, e.stories) for e in found] == [
-        ("torch fp32", "stories.jsonl", 3),
-        ("step.cpu.fp32.onnx", "stories.jsonl", 3),
+        ("torch fp32", "stories", 3),
+        ("step.cpu.fp32.onnx", "stories", 3),
     ]
     assert found[0].nelbo_nats_per_token.value == pytest.approx(found[1].nelbo_nats_per_token.value, rel=1e-4)
 

@@ -25,8 +25,8 @@ from tests.support.commands import call, refusal, small, small_disk
 
 def other_tokenizer(data: Path, tmp_path: Path) -> list[object]:
     text = tmp_path / "other.txt"
-    text.write_text("\n\n".join(f"Sam saw {i} birds." for i in range(50)))
-    prepare(str(text), tmp_path / "other", vocab_size=280)
+    text.write_text("\n\n".join(f"Sam saw {i} birds." for i in range(400)))
+    prepare([str(text)], tmp_path / "other", vocab_size=280)
     call(train.main, *small(tmp_path / "other", tmp_path / "theirs", "--steps", 1))
     return ["--init", tmp_path / "theirs"]
 

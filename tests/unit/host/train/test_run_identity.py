@@ -23,16 +23,15 @@ def other(tmp_path: Path) -> Path:
     """A data folder of other text, with a vocabulary as large as that of `data`."""
     text = tmp_path / "other.txt"
     text.write_text("\n\n".join(f"Sam saw {i} birds by the {'river' * (i % 3)} side." for i in range(400)))
-    prepare(str(text), tmp_path / "other", vocab_size=300)
+    prepare([str(text)], tmp_path / "other", vocab_size=300)
     return tmp_path / "other"
 
 
 def test_the_same_text_prepared_elsewhere_is_the_same_data(
     corpus: Path, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "copy").mkdir()
-    shutil.copyfile(corpus, tmp_path / "copy" / "stories.jsonl")
-    prepare(str(tmp_path / "copy"), tmp_path / "again", vocab_size=300)
+    shutil.copytree(corpus, tmp_path / "copy")
+    prepare([str(tmp_path / "copy")], tmp_path / "again", vocab_size=300)
     config = json.loads((run / CONFIG_FILE).read_text())
     (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "again")}))
     call(compare.main, f"a={run}", "--out", tmp_path / "compare.png")
