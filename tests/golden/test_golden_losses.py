@@ -38,7 +38,7 @@ def folder() -> DataFolder:
         row[1:end] = FIRST_TEXT_ID + (i + np.arange(end - 1) * (1 + i % 5)) % 100
     split = Split((canvases,))
     counts = SplitMeta(64, 0, 0, 0, {}, (), ())
-    return DataFolder(Path(), DataMeta(1, "test", "", 512, 256, "", "", counts, counts), split, split)
+    return DataFolder(Path(), DataMeta(2, "test", "", 512, 256, "", "", *3 * (counts,)), *3 * (split,))
 
 
 @pytest.mark.parametrize(("objective", "optimizer", "weighting"), GOLDEN)
