@@ -95,7 +95,7 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     username: Text | None = None
     password_file: Path | None = None
     ca_file: Path | None = None
-    reply_prefixes: Annotated[tuple[ReplyPrefix, ...], Meta(min_length=1)] = ("edgelm/",)
+    reply_prefixes: Annotated[tuple[ReplyPrefix, ...], Meta(min_length=1)] = ("edgelm/reply/",)
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -161,7 +161,8 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     """Counters since the daemon started; answered: by "ok" or error code, refusals included.
 
     active: requests that have their turns on the engine. resident_mb: megabytes of memory, 10^6 bytes each. backend and
-    failure: as in Health.
+    failure: as in Health. Over MQTT, dropped: replies not sent, because too many were under way or asked for
+    in a second; undeliverable: answers that the broker did not take until they were given up.
     """
 
     v: int = PROTOCOL_VERSION
@@ -173,6 +174,8 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     active: int
     queued: int
     resident_mb: float
+    dropped: int = 0
+    undeliverable: int = 0
     backend: str
     failure: str | None = None
 

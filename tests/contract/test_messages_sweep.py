@@ -74,6 +74,8 @@ EXAMPLES: tuple[Struct, ...] = (
         queued=2,
         backend="ort",
         resident_mb=92.5,
+        dropped=3,
+        undeliverable=1,
         failure="cuEventSynchronize failed",
     ),
     Limits(message_bytes=65536, canvas_tokens=256, steps=1024, top_k=64, queue_size=32),

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from paho.mqtt.packettypes import PacketTypes
 
 from edge.config import default_bundle
-from edge.transports.mqtt.topics import UNSENDABLE, Topics, decode_generate, properties
+from edge.transports.mqtt.properties import properties
+from edge.transports.mqtt.topics import UNSENDABLE, Topics, decode_generate
 from shared.errors import ERROR_CODES, BundleError, RequestError, run_main
 from shared.manifest import MANIFEST, read_manifest
 from shared.messages import (
@@ -75,7 +76,7 @@ def fuzz_decoders(inputs: int, luck: random.Random) -> Outcomes:
 def fuzz_with_hypothesis(inputs: int, luck: random.Random) -> Outcomes:
     """Bytes and JSON of all kinds for the decoders, text for the topics that answers may go to."""
     counts: Outcomes = Counter()
-    topics = Topics("dev", ("edgelm/",))
+    topics = Topics("dev", ("edgelm/reply/",))
 
     @hypothesis.seed(luck.randrange(2**32))
     @hypothesis.settings(
@@ -84,7 +85,7 @@ def fuzz_with_hypothesis(inputs: int, luck: random.Random) -> Outcomes:
     @hypothesis.given(anything, st.none() | st.text() | st.text().map("edgelm/{}".format), st.none() | st.text())
     def one(line: bytes, topic: str | None, id: str | None) -> None:
         counts[decoded(line, DECODERS[counts.total() % len(DECODERS)])] += 1
-        address, _ = topics.address(topic, id)
+        address, _ = topics.address(topic, None if counts.total() % 2 else "alice", id)
         assert address.startswith("edgelm/") and not UNSENDABLE.search(address)
 
     one()

@@ -2,31 +2,36 @@
 
 import threading
 import time
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+import msgspec
+from msgspec.structs import replace
+
+from edge.delivery.outbox import Outbox
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Heartbeat
-from edge.transports.mqtt.topics import info
-from shared.messages import Health, encode
+from shared.manifest import MAX_STEPS
+from shared.messages import MAX_MESSAGE_BYTES, CancelRequest, GenerateRequest, Health, Info, Limits, Metrics, encode
 
 LOOK_S: Final = 0.5
 METRICS_S: Final = 60.0
 
 
-class Tell(Protocol):
+class Publish(Protocol):
     """Publishes on a topic of the device."""
 
     def __call__(self, kind: str, payload: bytes, qos: int = 1, retain: bool = False) -> None: ...
 
 
 class Status:
-    """Looks at the scheduler twice a second and tells what changed; counters once a minute, and at the end."""
+    """Looks at the scheduler twice a second and publishes what changed; counters once a minute, and at the end."""
 
-    def __init__(self, scheduler: Scheduler, queue_size: int, tell: Tell) -> None:
+    def __init__(self, scheduler: Scheduler, outbox: Outbox, queue_size: int, publish: Publish) -> None:
         self._scheduler = scheduler
+        self._outbox = outbox
         self._queue_size = queue_size
-        self._tell = tell
-        self._told: Health | None = None
+        self._publish = publish
+        self._published: Health | None = None
         self._all = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
@@ -36,12 +41,12 @@ class Status:
         """Begin to look."""
         self._thread.start()
 
-    def tell_all(self) -> None:
+    def publish_all(self) -> None:
         """The broker is new: it may know nothing."""
         self._all = True
 
     def close(self) -> None:
-        """Tell the last state and counters."""
+        """Publish the last state and counters."""
         self._stop.set()
         self._thread.join()
 
@@ -51,22 +56,46 @@ class Status:
         while True:
             stopping = self._stop.wait(LOOK_S)
             if self._all:
-                self._all, self._told, connected, metrics_s = False, None, True, float("-inf")
+                self._all, self._published, connected, metrics_s = False, None, True, float("-inf")
             if connected:
                 with self.heartbeat:
-                    self._tell_changes()
+                    self._publish_changes()
                     if stopping or time.monotonic() - metrics_s >= METRICS_S:
                         metrics_s = time.monotonic()
-                        self._tell("metrics", encode(self._scheduler.metrics()), qos=0)
+                        self._publish("metrics", encode(self._metrics()), qos=0)
             if stopping:
                 return
 
-    def _tell_changes(self) -> None:
+    def _metrics(self) -> Metrics:
+        outbox = self._outbox
+        counted = self._scheduler.metrics()
+        return replace(counted, dropped=outbox.limits.dropped, undeliverable=outbox.undeliverable)
+
+    def _publish_changes(self) -> None:
         health = self._scheduler.health()
-        if self._told is None or health.model != self._told.model:
+        if self._published is None or health.model != self._published.model:
             manifest = self._scheduler.engine.manifest
             content = info(health, manifest.model.canvas_len, manifest.top_k, self._queue_size)
-            self._tell("info", encode(content), retain=True)
-        if health != self._told:
-            self._tell("state", encode(health), retain=True)
-        self._told = health
+            self._publish("info", encode(content), retain=True)
+        if health != self._published:
+            self._publish("state", encode(health), retain=True)
+        self._published = health
+
+
+def info(health: Health, canvas_len: int, top_k: int, queue_size: int) -> Info:
+    """What a client may want to know before it asks, with the JSON schema of its requests."""
+    limits = Limits(MAX_MESSAGE_BYTES, canvas_len, MAX_STEPS, top_k, queue_size)
+    schemas = {"generate": GenerateRequest, "cancel": CancelRequest}
+    return Info(
+        version=health.version,
+        model=health.model,
+        backend=health.backend,
+        limits=limits,
+        schemas={name: _schema(kind) for name, kind in schemas.items()},
+    )
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    text = msgspec.json.encode(msgspec.json.schema(kind))
+    schema: dict[str, Any] = msgspec.json.decode(text.replace(rb"\\Z", b"$"))  # Python's end of text, in their dialect
+    return schema

@@ -2,108 +2,66 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
-
-import msgspec
-from msgspec import Struct
-from paho.mqtt.client import MQTTMessage
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from typing import Final, Literal, cast
 
 from shared.errors import RequestError
-from shared.manifest import MAX_STEPS
-from shared.messages import (
-    MAX_MESSAGE_BYTES,
-    PROTOCOL_VERSION,
-    CancelRequest,
-    GenerateRequest,
-    Health,
-    Info,
-    Limits,
-    decode_request,
-)
+from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, decode_request
 
 MAX_TOPIC: Final = 256
 MAX_LEVELS: Final = 16
-OWN: Final = frozenset({"request", "availability", "state", "info", "metrics", "stream"})
-"""Topics of a device that no answer may be sent to."""
+MAX_CLIENT: Final = 64
 
 _NONCHARACTERS: Final = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
 UNSENDABLE: Final = re.compile(f"[+#\x00-\x1f\x7f-\x9f\ufdd0-\ufdef{_NONCHARACTERS}]")
 """Wildcards, and characters at which a broker may drop the connection: one bad topic would then end every answer."""
 
+RequestKind = Literal["generate", "cancel", "health"]
+
 
 @dataclass(frozen=True)
 class Topics:
-    """Those of one device. reply_prefixes: what the topics that answers are sent to must begin with."""
+    """Those of one device.
+
+    A request on `request/KIND/CLIENT` is CLIENT's, and everything that comes of it stays below CLIENT's topics: a
+    broker that lets every user write to its own request topics alone makes that a boundary between clients. The plain
+    `request/KIND` tells nobody apart. reply_prefixes: where answers may be sent beside `response`.
+    """
 
     device: str
     reply_prefixes: tuple[str, ...]
 
-    def own(self, kind: str, id: str | None = None) -> str:
-        """edgelm/<device>/<kind>, and below it the id if there is one that a topic can carry."""
-        base = f"edgelm/{self.device}/{kind}"
-        return base if id is None or UNSENDABLE.search(id) else f"{base}/{id}"
+    def own(self, *levels: str | None) -> str:
+        """edgelm/<device>/<levels>; a level that is None or that no topic can carry is left out."""
+        return "/".join(["edgelm", self.device, *(v for v in levels if v is not None and not UNSENDABLE.search(v))])
 
-    def may_answer_on(self, topic: str) -> bool:
+    def parse(self, topic: str) -> tuple[RequestKind, str | None] | None:
+        """What a message on a subscribed topic is, and from which client; None if that name cannot be used."""
+        kind, slash, client = topic.removeprefix(self.own("request") + "/").partition("/")
+        if slash and (not client or len(client) > MAX_CLIENT or UNSENDABLE.search(client)):
+            return None
+        return cast(RequestKind, kind), client if slash else None
+
+    def may_answer_on(self, topic: str, client: str | None) -> bool:
         """Whether a client may direct answers there: otherwise anyone could publish with the daemon's rights."""
         levels = topic.split("/")
-        third = levels[2] if levels[2:] else ""
-        spoofs = third != "response" if topic.startswith(self.own("")) else levels[0] == "edgelm" and third in OWN
-        return (
-            topic.startswith(self.reply_prefixes)
-            and not spoofs
-            and len(topic) <= MAX_TOPIC
-            and len(levels) <= MAX_LEVELS
-            and UNSENDABLE.search(topic) is None
-        )
+        if client is None:
+            own = topic == self.own("response") or (topic.startswith(self.own("response/")) and len(levels) == 4)
+            allowed = own or topic.startswith(self.reply_prefixes)
+        else:
+            roots = (self.own("response", client), *(f"{prefix}{client}" for prefix in self.reply_prefixes))
+            allowed = any(topic == root or topic.startswith(f"{root}/") for root in roots)
+        return allowed and len(topic) <= MAX_TOPIC and len(levels) <= MAX_LEVELS and UNSENDABLE.search(topic) is None
 
-    def address(self, asked: str | None, id: str | None) -> tuple[str, RequestError | None]:
-        """Where an answer goes, and what is wrong with where it was asked to go."""
-        if asked is None:
-            return self.own("response", id), None
-        if self.may_answer_on(asked):
-            return asked, None
-        below = ", ".join(self.reply_prefixes)
-        rule = f"answers go to topics below {below} that no device uses for itself, but for its own response topics"
-        error = RequestError("bad_reply_topic", f"{rule}; not to {asked!r}")
-        return self.own("response", id), error
-
-
-class _Told(Struct):
-    status: str
-
-
-def sent_with(message: MQTTMessage, name: str) -> Any:
-    """A property of MQTT 5, if the message has it."""
-    return getattr(message.properties, name, None)
-
-
-def answer_properties(payload: bytes, correlation: bytes | None) -> Properties:
-    """What an answer carries: its sender's correlation data, and its status for those who do not read JSON."""
-    status = msgspec.json.decode(payload, type=_Told).status
-    told = [("v", str(PROTOCOL_VERSION)), ("status", status), ("final", "true")]
-    echo = {} if correlation is None else {"CorrelationData": correlation}
-    return json_properties(UserProperty=told, **echo)
-
-
-def partial_properties(seq: int, correlation: bytes | None) -> Properties:
-    """What a snapshot carries: the same, and its number."""
-    echo = {} if correlation is None else {"CorrelationData": correlation}
-    return json_properties(UserProperty=[("v", str(PROTOCOL_VERSION)), ("seq", str(seq)), ("final", "false")], **echo)
-
-
-def json_properties(**more: Any) -> Properties:
-    """Those of a JSON message."""
-    return properties(PacketTypes.PUBLISH, ContentType="application/json", PayloadFormatIndicator=1, **more)
-
-
-def properties(packet: int, **values: Any) -> Properties:
-    """Properties of a packet, by name."""
-    made = Properties(packet)  # type: ignore[no-untyped-call]
-    for name, value in values.items():
-        setattr(made, name, value)
-    return made
+    def address(self, requested: str | None, client: str | None, id: str | None) -> tuple[str, RequestError | None]:
+        """Where an answer goes, and what is wrong with where it was requested to go."""
+        default = self.own("response", client, id)
+        if requested is None:
+            return default, None
+        if self.may_answer_on(requested, client):
+            return requested, None
+        where = [f"{prefix}{client or ''}" for prefix in self.reply_prefixes]
+        allowed = f"{', '.join(where)} and {self.own('response', client)}"
+        return default, RequestError("bad_reply_topic", f"answers go to topics below {allowed}; not to {requested!r}")
 
 
 def decode_generate(payload: bytes) -> GenerateRequest:
@@ -118,22 +76,3 @@ def decode_generate(payload: bytes) -> GenerateRequest:
         return GenerateRequest(prompt=payload.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError("bad_request", f"the prompt is not UTF-8: {error.reason} at byte {error.start}") from None
-
-
-def info(health: Health, canvas_len: int, top_k: int, queue_size: int) -> Info:
-    """What a client may want to know before it asks, with the JSON schema of its requests."""
-    limits = Limits(MAX_MESSAGE_BYTES, canvas_len, MAX_STEPS, top_k, queue_size)
-    schemas = {"generate": GenerateRequest, "cancel": CancelRequest}
-    return Info(
-        version=health.version,
-        model=health.model,
-        backend=health.backend,
-        limits=limits,
-        schemas={name: _schema(kind) for name, kind in schemas.items()},
-    )
-
-
-def _schema(kind: Any) -> dict[str, Any]:
-    text = msgspec.json.encode(msgspec.json.schema(kind))
-    schema: dict[str, Any] = msgspec.json.decode(text.replace(rb"\\Z", b"$"))  # Python's end of text, in their dialect
-    return schema

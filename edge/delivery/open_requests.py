@@ -1,0 +1,62 @@
+"""Who sent what is accepted and not answered yet."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Who sent a request, and where its answer goes.
+
+    client: whom to be fair to, and whose ids are told apart: a name, or, for a request on the plain topic, the start of
+    its reply topic, which has a `/`. reliable: it came at QoS 1, so the broker keeps it until `acknowledge` is called,
+    and hands on few before.
+    """
+
+    client: str
+    address: str
+    correlation: bytes | None
+    reliable: bool
+    acknowledge: Callable[[], None]
+
+
+@dataclass(eq=False)
+class OpenRequest:
+    """An accepted request without an answer."""
+
+    client: str
+    address: str
+    id: str | None
+    correlation: bytes | None
+    cancelled: bool = False
+
+
+class OpenRequests:
+    """Accepted requests without an answer, by number in the journal. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards everything below
+        self._requests: dict[int, OpenRequest] = {}
+
+    def add(self, seq: int, opened: OpenRequest) -> None:
+        """Note a request that was accepted."""
+        with self._lock:
+            self._requests[seq] = opened
+
+    def get(self, seq: int) -> OpenRequest | None:
+        """The request of that number, if it is without an answer."""
+        with self._lock:
+            return self._requests.get(seq)
+
+    def remove(self, seq: int) -> None:
+        """Its answer is stored."""
+        with self._lock:
+            self._requests.pop(seq, None)
+
+    def cancel(self, client: str | None, address: str | None, id: str) -> None:
+        """Stop those of an id; client: None for whoever used the plain topic. address: only the one answered there."""
+        with self._lock:
+            for opened in self._requests.values():
+                sender = "/" in opened.client if client is None else opened.client == client
+                opened.cancelled |= opened.id == id and sender and address in (None, opened.address)

@@ -1,0 +1,288 @@
+"""The connection to the broker: one paho client per connection, one thread that makes the next when one ends.
+
+A new client knows nothing of the old one's messages: what the old one had under way is the outbox's to send again, so
+that it can count, and no acknowledgement of one connection is taken for another's. MQTT 5, or 3.1.1 with a broker that
+refuses it. The session at the broker outlives them all.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edge.config import MqttConfig, read_password
+from edge.delivery.publisher import MessageTooLargeError
+from edge.system.heartbeat import Heartbeat
+from edge.transports.mqtt.properties import properties
+from shared.errors import ConfigError
+from shared.messages import MAX_MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+
+MAX_PACKET_BYTES: Final = 4 * MAX_MESSAGE_BYTES
+"""Above MAX_MESSAGE_BYTES a request is refused by name; above this the broker (MQTT 5) does not even hand it on."""
+RECEIVE_MAXIMUM: Final = 32
+"""QoS 1 messages that the broker hands on before the first of them is acknowledged."""
+SESSION_EXPIRY_S: Final = 24 * 3600
+"""How long the broker keeps requests for a daemon that is away."""
+RECONNECT_S: Final = (1.0, 30.0)
+"""From one attempt to the next: at first, and at most."""
+TAKEN_OVER_S: Final = (60.0, 3600.0)
+"""The same after another client logged in under our name."""
+LASTED_S: Final = 10.0
+MAX_SHORT_LIVED: Final = 3
+"""Successful connections in a row that end within LASTED_S; one more, and the cause is taken for another client."""
+HEADER_BYTES: Final = 16
+"""Of a PUBLISH packet, beside topic, properties and payload."""
+REFUSED_VERSION: Final = "Unsupported protocol version"
+TAKEN_OVER: Final = "Session taken over"
+UNSPECIFIED: Final = "Unspecified error"
+BROKEN: Final = "the connection broke"
+
+
+class Events(Protocol):
+    """What a link reports, from threads of its own."""
+
+    def on_connected(self, connection: int, receive_maximum: int) -> None: ...
+    def on_lost(self) -> None: ...
+    def on_message(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None: ...
+    def on_acknowledged(self, number: int, refusal: str | None) -> None: ...
+
+
+class Link:
+    """Keeps a connection to the configured broker. Raises ConfigError for files that cannot be used.
+
+    topics: what to subscribe to, with the QoS. availability: the topic of the last will.
+    """
+
+    def __init__(
+        self, config: MqttConfig, device: str, *, topics: list[tuple[str, int]], availability: str, events: Events
+    ) -> None:
+        assert config.host is not None
+        self.broker = f"{config.host}:{config.port}"
+        self.client_id = f"edgelm-{device}"
+        self.heartbeat = Heartbeat()
+        self._config = config
+        self._host = config.host
+        self._password = read_password(config)
+        self._topics = topics
+        self._availability = availability
+        self._events = events
+        self._version = MQTTProtocolVersion.MQTTv5
+        self._connection = 0
+        self._client: Client | None = None  # while it is subscribed
+        self._max_packet_bytes = sys.maxsize
+        self._receive_maximum = 0
+        self._wait_s = 0.0
+        self._short_lived = 0  # connections in a row
+        self._silenced = False  # a failure is reported once, not at every attempt
+        self._ending: str | None = None  # why the present connection is over
+        self._over = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
+        self._make_client()  # a bad certificate file is reported now
+
+    @property
+    def modern(self) -> bool:
+        """Whether it speaks MQTT 5, which has properties."""
+        return self._version is MQTTProtocolVersion.MQTTv5
+
+    @property
+    def ready(self) -> bool:
+        """Whether something that is sent now leaves at once."""
+        client = self._client
+        return client is not None and not client.want_write()
+
+    def start(self) -> None:
+        """Begin to connect, in the background, for as long as it takes."""
+        self._thread.start()
+
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        qos: int,
+        retain: bool = False,
+        carried: Properties | None = None,
+        connection: int | None = None,
+    ) -> int | None:
+        """Send a message, on that connection and no other if one is named.
+
+        → its number; None without a connection. carried: left out where the broker knows no properties. Raises
+        MessageTooLargeError for what the broker would hang up on.
+        """
+        client = self._client
+        if client is None or connection not in (None, self._connection):
+            return None
+        if not self.modern:
+            carried = None
+        size = HEADER_BYTES + len(topic.encode()) + len(payload) + (len(carried.pack()) if carried else 1)  # type: ignore[no-untyped-call]
+        if size > self._max_packet_bytes:
+            raise MessageTooLargeError(f"{size} bytes, and broker {self.broker} takes {self._max_packet_bytes}")
+        sent = client.publish(topic, payload, qos, retain, carried)
+        return sent.mid if sent.rc in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN) else None
+
+    def close(self, farewell: bytes, timeout_s: float) -> None:
+        """Publish a last availability and disconnect; the broker keeps what it could not hand on."""
+        self._stopping.set()
+        client = self._client
+        if client is not None:
+            try:
+                client.publish(self._availability, farewell, qos=1, retain=True).wait_for_publish(timeout_s)
+            except (RuntimeError, ValueError) as error:  # the connection broke just now: the last will says it
+                log.warning("%s", error)
+            client.disconnect()
+        else:
+            self._over.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._ending = None
+            self._over.clear()
+            began_s = time.monotonic()
+            connected = False
+            try:
+                connected = self._connect_once()
+            except (OSError, ValueError) as error:
+                self._complain(f"broker {self.broker} cannot be reached: {error}")
+            except Exception:  # the thread must live on
+                log.exception("the connection to broker %s failed", self.broker)
+            self._stopping.wait(self._pause_s(connected, time.monotonic() - began_s))
+
+    def _connect_once(self) -> bool:
+        """One connection, from the first byte to the last.  → whether it was of use"""
+        client = self._make_client()
+        limits: dict[str, Any] = {}
+        if self.modern:
+            values = {"MaximumPacketSize": MAX_PACKET_BYTES, "ReceiveMaximum": RECEIVE_MAXIMUM}
+            session = properties(PacketTypes.CONNECT, SessionExpiryInterval=SESSION_EXPIRY_S, **values)
+            limits = {"clean_start": False, "properties": session}
+        client.connect(self._host, self._config.port, **limits)
+        client.loop_start()
+        if not self._stopping.is_set():
+            self._over.wait()
+        connected, self._client = self._client is not None, None
+        client.disconnect()
+        client.loop_stop()  # after this nothing of that connection comes any more
+        if connected:
+            self._events.on_lost()
+        return connected
+
+    def _pause_s(self, connected: bool, lasted_s: float) -> float:
+        """How long to wait after a connection has ended, or none was made. Reports another client of our name."""
+        if self._ending == REFUSED_VERSION:
+            return 0.0
+        self._short_lived = self._short_lived + 1 if connected and lasted_s < LASTED_S else 0
+        unexplained = not self.modern and self._short_lived >= MAX_SHORT_LIVED  # 3.1.1 gives no reasons
+        taken_over = self._ending == TAKEN_OVER or unexplained
+        least_s, most_s = TAKEN_OVER_S if taken_over else RECONNECT_S
+        settled = lasted_s > 2 * self._wait_s if taken_over else connected
+        self._wait_s = least_s if settled else min(max(2 * self._wait_s, least_s), most_s)
+        if taken_over and not self._stopping.is_set():
+            log.error(
+                "another client %s logs in to broker %s as %s, and each login ends the other's connection: give each "
+                "device its own `device` name; trying again in %.0f s",
+                "probably" if unexplained else "also",
+                self.broker,
+                self.client_id,
+                self._wait_s,
+            )
+        return self._wait_s
+
+    def _make_client(self) -> Client:
+        clean = None if self.modern else False  # version 5 says so as it connects
+        client = Client(
+            CallbackAPIVersion.VERSION2,
+            self.client_id,
+            clean_session=clean,
+            protocol=self._version,
+            manual_ack=True,
+            reconnect_on_failure=False,
+        )
+        client.username_pw_set(self._config.username, self._password)
+        if self._config.ca_file is not None:
+            try:
+                client.tls_set(ca_certs=str(self._config.ca_file))
+            except OSError as error:
+                raise ConfigError(f"mqtt.ca_file {self._config.ca_file} cannot be used: {error}") from None
+        client.will_set(self._availability, "offline", qos=1, retain=True)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self.heartbeat.around(self._on_message)
+        client.on_publish = self.heartbeat.around(self._on_publish)
+        return client
+
+    def _on_connect(
+        self, client: Client, userdata: Any, flags: ConnectFlags, reason: ReasonCode, carried: Properties | None
+    ) -> None:
+        if reason == REFUSED_VERSION and self.modern:
+            log.info("broker %s refuses MQTT 5; using 3.1.1", self.broker)
+            self._version = MQTTProtocolVersion.MQTTv311
+            self._end(REFUSED_VERSION)
+        elif reason.is_failure:
+            self._complain(f"broker {self.broker} refuses the connection: {reason}")
+            self._end(str(reason))
+        else:
+            self._max_packet_bytes = getattr(carried, "MaximumPacketSize", sys.maxsize)
+            self._receive_maximum = getattr(carried, "ReceiveMaximum", 0xFFFF)
+            unretained = SubscribeOptions.RETAIN_DO_NOT_SEND
+            modern = [(topic, SubscribeOptions(qos=qos, retainHandling=unretained)) for topic, qos in self._topics]
+            client.subscribe(modern if self.modern else self._topics)
+
+    def _on_subscribe(
+        self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], carried: Properties | None
+    ) -> None:
+        # Only now is `online` true: a request sent on seeing it finds the subscription.
+        refused = next((reason for reason in reasons if reason.is_failure), None)
+        if refused is not None:
+            self._complain(f"broker {self.broker} refuses to hand on {self._topics[0][0]}: {refused}")
+            self._end(str(refused))
+        elif not self._stopping.is_set():
+            self._silenced = False
+            log.info("mqtt connected to %s as %s", self.broker, self.client_id)
+            client.publish(self._availability, "online", qos=1, retain=True)
+            self._connection += 1
+            self._client = client
+            self._events.on_connected(self._connection, self._receive_maximum)
+
+    def _on_disconnect(
+        self, client: Client, userdata: Any, flags: DisconnectFlags, reason: ReasonCode, carried: Properties | None
+    ) -> None:
+        why = BROKEN if reason == UNSPECIFIED else str(reason)
+        if reason.is_failure and self._ending is None and reason != TAKEN_OVER:
+            self._complain(f"broker {self.broker} is lost: {why}")
+        self._end(why)
+
+    def _end(self, why: str) -> None:
+        self._ending = self._ending or why  # the first reason is the true one
+        self._over.set()
+
+    def _complain(self, sentence: str) -> None:
+        if not self._silenced:
+            log.warning("%s; retrying until it works", sentence)
+        self._silenced = True
+
+    def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        if not self._stopping.is_set():  # else the broker keeps it for the next daemon
+            self._events.on_message(message, lambda: _acknowledge(client, message))
+
+    def _on_publish(
+        self, client: Client, userdata: Any, mid: int, reason: ReasonCode, carried: Properties | None
+    ) -> None:
+        self._events.on_acknowledged(mid, str(reason) if reason.is_failure else None)
+
+
+def _acknowledge(client: Client, message: MQTTMessage) -> None:
+    client.ack(message.mid, message.qos)
