@@ -60,7 +60,7 @@ def main() -> None:
     model, progress = load_run(run)
     texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
     layout = texts.lay_out(requests[0])
-    if progress.objective == "ar":
+    if "canvas" not in progress.objectives:
         for name in ("steps", "selection", "top_p", "max_tokens"):
             if getattr(args, name) != parser.get_default(name):
                 flag = f"--{name.replace('_', '-')}"

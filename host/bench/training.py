@@ -77,7 +77,7 @@ def measure_training(
         return theirs.step(next(numbers))[2]
 
     with tempfile.TemporaryDirectory(prefix="host-bench-") as out:
-        trainer = Trainer(replace(settings, out=Path(out)), Progress(model, "diffusion", "linear"), data, device)
+        trainer = Trainer(replace(settings, out=Path(out)), Progress(model, {"canvas": 1.0}, "linear"), data, device)
 
         def ours() -> int:
             tokens = trainer.step()[2]
@@ -120,10 +120,10 @@ def batch_gflop(config: ModelConfig, batch: Batch) -> float:
     queries, for scored positions alone.
     """
     d, scored = config.d_model, sum(part.at.numel() for part in batch.parts)
-    lengths = np.concatenate([part.active_len.numpy() for part in batch.parts]).astype(np.float64)
+    lengths = np.concatenate([part.lengths.numpy() for part in batch.parts]).astype(np.float64)
     blocks = (config.layers - 1) * (2 * 12 * d * d * lengths.sum() + 4 * d * (lengths**2).sum())
-    of_each = [part.at // part.canvas.shape[1] for part in batch.parts]
-    attended = sum(float(part.active_len[row].sum()) for part, row in zip(batch.parts, of_each, strict=True))
+    of_each = [part.at // part.rows.tokens.shape[1] for part in batch.parts]
+    attended = sum(float(part.lengths[row].sum()) for part, row in zip(batch.parts, of_each, strict=True))
     last = 2 * (2 * d * d * lengths.sum() + 10 * d * d * scored) + 4 * d * attended
     return float(3 * (blocks + last + 2 * d * config.vocab_size * scored)) / 1e9
 

@@ -58,8 +58,8 @@ class Judge:
     def load(cls, run: Path, tokenizer: Path) -> "Judge":
         """The run's averaged weights; ConfigError when it is no judge for text of that tokenizer."""
         model, progress = load_run(run)
-        if progress.objective != "ar":
-            raise ConfigError(f"{run} cannot judge: it is a diffusion run, train a judge with --objective ar")
+        if "ar" not in progress.objectives:
+            raise ConfigError(f"{run} cannot judge: it did not learn the objective ar (host.train --objectives ar)")
         if sha256_of(tokenizer) != sha256_of(run / TOKENIZER):
             raise DataError(f"{run} cannot judge these samples: its tokenizer is another one than {tokenizer}")
         return cls(model, run / TOKENIZER)
@@ -152,7 +152,7 @@ def canvases_of(samples: Path, judge: Judge, count: int) -> tuple[str, np.ndarra
     model, progress = load_run(samples)
     dtype = mixed_precision_dtype(torch.device("cpu"))
     usual = SamplingDefaults()
-    if progress.objective == "ar":  # as cold as the others: colder text is easier to predict
+    if "canvas" not in progress.objectives:  # as cold as the others: colder text is easier to predict
         drawn = sample_autoregressive(model, range(count), usual.temperature, dtype)
         return f"{samples.name}, sampled", drawn.numpy()
     settings = [

@@ -174,7 +174,7 @@ def judge_or_sweep(args: argparse.Namespace) -> None:
     from host.evaluate.sweep import sweep
 
     if args.judge is None:
-        raise ConfigError("--samples and --sweep need --judge AR_RUN: train one with host.train --objective ar")
+        raise ConfigError("--samples and --sweep need --judge AR_RUN: train one with host.train --objectives ar")
     if args.count is not None and args.count < 1:
         raise ConfigError("--count must be at least 1")
     if args.draws != DRAWS or args.stories != STORIES:
@@ -240,7 +240,7 @@ def main() -> None:
         held_out = held_out_files(args.source, tokenizer, args.stories)
     else:
         held_out = held_out_split(data_of(run), args.stories)
-    if not args.bundle and progress.objective == "ar":
+    if not args.bundle and "canvas" not in progress.objectives:
         print_likelihood(model, held_out, args.json)
         return
     result = evaluate(scorer, held_out, schedule, args.draws)

@@ -74,8 +74,8 @@ def grid(
 def sweep(run: Path, judge_run: Path, source: Path | None, count: int, settings: Sequence[Setting] = ()) -> list[Point]:
     """Measure every setting of the grid, print the table as it grows, draw RUN/sweep.png."""
     model, progress = load_run(run)
-    if progress.objective == "ar":
-        raise ConfigError(f"{run} is an autoregressive run: a sweep is over the settings of diffusion sampling")
+    if "canvas" not in progress.objectives:
+        raise ConfigError(f"{run} did not learn the objective canvas: a sweep is of canvas decoding")
     judge = Judge.load(judge_run, run / TOKENIZER)
     data = judge.data(source, judge_run, count)
     dtype = mixed_precision_dtype(torch.device("cpu"))

@@ -17,15 +17,16 @@ from typing import Final, Literal
 from host.data.shards import load_data
 from host.evaluate.likelihood import evaluate, held_out_split
 from host.evaluate.scorers import TorchScorer
+from host.train.arguments import parse_arguments
 from host.train.checkpoint import LAST, find_checkpoint, load_model, read_progress
 from host.train.optim import PEAK_RATES
-from host.train.run_folder import TrainConfig, data_of, fraction_done, parse_arguments, planned_run, read_config
+from host.train.run_folder import TrainConfig, data_of, fraction_done, planned_run, read_config
 from shared.errors import ConfigError, DiffusionLLMError
 
 DRAWS: Final = 4
 UNASKED: Final = ("out", "init_work", "data_sha256")
 SETTINGS: Final = tuple(field.name for field in fields(TrainConfig) if field.name not in UNASKED)
-NATURE: Final = ("model", "objective", "schedule", "tokenizer_sha256")
+NATURE: Final = ("model", "objectives", "schedule", "tokenizer_sha256")
 """Fields of a run's settings and of its progress that its flags and data decide."""
 
 
@@ -147,6 +148,6 @@ def main() -> None:
     if args.stories < 1:
         raise ConfigError(f"--stories must be at least 1, not {args.stories}")
     budget = ["--minutes", str(args.minutes)] if args.minutes is not None else ["--steps", str(args.steps)]
-    if parse_arguments([*common, *budget]).objective == "ar":
-        raise ConfigError("--objective ar does not go with an ablation, which measures the bound of diffusion runs")
+    if "canvas" not in parse_arguments([*common, *budget]).objectives:
+        raise ConfigError("--objectives must hold canvas: an ablation measures its bound")
     print_table([measure(name, [*common, *added[name], *budget], args.seeds, args.out, args.stories) for name in names])

@@ -22,12 +22,13 @@ from host.device import work_clock
 from host.files import check_numbers
 from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import CONFIGS, ModelConfig, config_named, timestep_embedding
+from host.train.arguments import AT_MOST
 from host.train.batches import MicroBatch, make_batch, story_indices
 from host.train.logging import LOG_FILE, open_log, progress_bar
+from host.train.objectives import Settings
 from host.train.optim import PEAK_RATES, learning_rate_factor
 from host.train.plots import plot_curves
 from host.train.run_folder import (
-    AT_MOST,
     VALID_EVERY,
     VALIDATION_DRAWS,
     VALIDATION_SEED,
@@ -110,7 +111,10 @@ class BaselineLoop:
         self.model.eval()
         nats, tokens = 0.0, 0
         for draw in range(VALIDATION_DRAWS):
-            batch = make_batch(self.data.valid, VALIDATION_SEED, draw, stories, ROWS, "diffusion", "linear")
+            batch = make_batch(
+                self.data.valid, draw, seed=VALIDATION_SEED, batch_size=stories, micro_size=ROWS,
+                mixture={"canvas": 1.0}, settings=Settings(weighting="nelbo"),
+            )  # fmt: skip
             nats += sum(float(self._nats(part)) for part in batch.parts)
             tokens += batch.tokens
         self.model.train()
@@ -118,9 +122,10 @@ class BaselineLoop:
 
     def _nats(self, part: MicroBatch) -> Tensor:
         part = part.on(self.device)
-        length = part.canvas.shape[1]
-        whole = F.pad(part.canvas, (0, self.model.config.canvas_len - length), value=PAD)
-        scores = self.model(whole, part.t)[:, :length].flatten(0, 1)[part.at]
+        canvas = part.rows.tokens
+        length = canvas.shape[1]
+        whole = F.pad(canvas, (0, self.model.config.canvas_len - length), value=PAD)
+        scores = self.model(whole, part.t)[:, :length].flatten(0, 1)[part.at + 1]  # rows score the next position
         return (F.cross_entropy(scores, part.target, reduction="none") * part.weight).sum()
 
 

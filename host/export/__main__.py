@@ -94,8 +94,8 @@ def main() -> None:
     out = args.out or Path("bundles") / run.resolve().name
     check_replaceable(out)  # now, not after minutes of measuring
     model, progress = load_run(run)
-    if progress.objective == "ar":
-        raise ConfigError(f"{run} is an autoregressive run: start a diffusion run from it with host.train --init {run}")
+    if "canvas" not in progress.objectives:
+        raise ConfigError(f"{run} did not learn the objective canvas: start a run from it with host.train --init {run}")
     tokenizer = run / TOKENIZER
     if args.source:
         held_out = held_out_files(args.source, tokenizer, args.stories)

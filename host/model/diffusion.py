@@ -16,7 +16,6 @@ from host.model.network import NO_PADDING, Denoiser, ends_impossible
 from shared.schedule import ScheduleName, loss_weight, mask_prob
 from shared.tokens import BOS, MASK, PAD
 
-Objective = Literal["diffusion", "ar"]
 Weighting = Literal["nelbo", "flat"]
 
 

@@ -129,15 +129,22 @@ def canvas(tokens: Tensor) -> Rows:
 
 
 def stack(parts: Sequence[Rows], multiple: int = 1) -> Rows:
-    """Layouts of one sequence each as one batch: rows of padding, which see themselves alone, up to the longest.
+    """Layouts of one sequence each as one batch: rows of padding, PAD, which no other row sees, up to the longest.
 
-    multiple: the number of rows is one of it.
+    multiple: the number of rows is one of it. Where all sequences are the beginning of one and the same order of
+    positions, or see by one and the same triangle, the batch shares it: the bias is then made once.
     """
-    longest = -(-max(part.tokens.shape[1] for part in parts) // multiple) * multiple
-    padded = []
-    for part in parts:
-        n = part.tokens.shape[1]
-        visible = torch.eye(longest, dtype=torch.bool)
-        visible[:n, :n] = part.visible[0]
-        padded.append((F.pad(part.tokens[0], (0, longest - n)), F.pad(part.positions[0], (0, longest - n)), visible))
-    return Rows(*(torch.stack(column) for column in zip(*padded, strict=True)))
+    n = -(-max(part.tokens.shape[1] for part in parts) // multiple) * multiple
+    tokens = torch.stack([F.pad(part.tokens[0], (0, n - part.tokens.shape[1]), value=PAD) for part in parts])
+    longest = max((part.positions[0] for part in parts), key=len)
+    if all(torch.equal(part.positions[0], longest[: part.positions.shape[1]]) for part in parts):
+        positions = F.pad(longest, (0, n - len(longest)))[None]
+    else:
+        positions = torch.stack([F.pad(part.positions[0], (0, n - part.positions.shape[1])) for part in parts])
+    triangle = torch.ones(n, n, dtype=torch.bool).tril()
+    if all(torch.equal(part.visible[0], triangle[: len(part.visible[0]), : len(part.visible[0])]) for part in parts):
+        return Rows(tokens, positions, triangle[None])
+    visible = torch.eye(n, dtype=torch.bool).repeat(len(parts), 1, 1)
+    for row, part in zip(visible, parts, strict=True):
+        row[: len(part.visible[0]), : len(part.visible[0])] = part.visible[0]
+    return Rows(tokens, positions, visible)

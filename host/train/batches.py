@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step): nothing to save, so that resuming repeats the run bit for bit."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,18 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from host.data.shards import Split
-from host.model.diffusion import (
-    Corrupted,
-    Objective,
-    Weighting,
-    corrupt,
-    counted_tokens,
-    low_discrepancy_times,
-    token_weight,
-)
-from host.model.network import NO_PADDING, ends_impossible
-from shared.schedule import ScheduleName
-from shared.tokens import BOS, FIRST_TEXT_ID, PAD
+from host.model.layouts import Rows, stack
+from host.train.objectives import OBJECTIVES, Example, Settings, shares_of_batch
+from shared.tokens import FIRST_TEXT_ID
 
 
 def _generator(*key: int) -> np.random.Generator:
@@ -30,29 +21,41 @@ def _generator(*key: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of like length, cut to the longest, and what is asked of them. M: scored positions over all rows."""
+    """Sequences of like length, padded to the longest, and what is asked of them. M: scored rows of all sequences."""
 
-    canvas: Tensor  # (B, L) int64, what the network sees
-    active_len: Tensor  # (B,) positions before the padding
+    rows: Rows  # of B sequences
+    lengths: Tensor  # (B,) rows before the padding
     t: Tensor  # (B,) float32
-    at: Tensor  # (M,) int64, i·L + j
+    at: Tensor  # (M,) int64, b·N + row
     target: Tensor  # (M,) int64
     weight: Tensor  # (M,) float32
     ends: Tensor  # (M,) int64, see `Denoiser.logits`
-    causal: bool
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], multiple: int = 1) -> "MicroBatch":
+        """The number of rows is rounded up to a multiple."""
+        rows = stack([one.rows for one in examples], multiple)
+        n = rows.tokens.shape[1]
+        return cls(
+            rows=rows,
+            lengths=torch.tensor([one.rows.tokens.shape[1] for one in examples]),
+            t=torch.tensor([one.t for one in examples]),
+            at=torch.cat([b * n + one.at for b, one in enumerate(examples)]),
+            target=torch.cat([one.target for one in examples]),
+            weight=torch.cat([one.weight for one in examples]),
+            ends=torch.cat([one.ends for one in examples]),
+        )
 
     def on(self, device: torch.device) -> "MicroBatch":
         """The same on a device; from pinned memory the copy runs beside what the device does."""
-        if device.type == "cpu":
-            return self
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self._tensors().items()})
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def padded(self, multiple: int) -> "MicroBatch":
-        """The same with M rounded up to a multiple, by scored positions of no weight: the first behind BOS, as text."""
+        """The same with M rounded up to a multiple, by scored rows of no weight: the first of all, as text."""
         more = -len(self.at) % multiple
         return replace(
             self,
-            at=F.pad(self.at, (0, more), value=1),
+            at=F.pad(self.at, (0, more)),
             target=F.pad(self.target, (0, more), value=FIRST_TEXT_ID),
             weight=F.pad(self.weight, (0, more)),
             ends=F.pad(self.ends, (0, more)),
@@ -60,10 +63,11 @@ class MicroBatch:
 
     def pinned(self) -> "MicroBatch":
         """The same in memory that a GPU copies from by itself."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})
+        return self._each(Tensor.pin_memory)
 
-    def _tensors(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        changed = {name: change(value) for name, value in vars(self).items() if name != "rows"}
+        return replace(self, rows=Rows(*map(change, self.rows)), **changed)
 
 
 @dataclass(frozen=True)
@@ -92,51 +96,29 @@ def story_indices(seed: int, step: int, batch_size: int, stories: int) -> np.nda
 
 def make_batch(
     split: Split,
-    seed: int,
     step: int,
+    *,
+    seed: int,
     batch_size: int,
     micro_size: int,
-    objective: Objective,
-    schedule: ScheduleName,
-    weighting: Weighting = "nelbo",
+    mixture: Mapping[str, float],
+    settings: Settings,
     share: tuple[int, int] = (0, 1),
     length_step: int = 1,
 ) -> Batch:
-    """The batch of optimizer step `step` in parts of at most `micro_size` rows, shortest rows first.
+    """The batch of optimizer step `step` in parts of at most `micro_size` sequences of one objective, shortest first.
 
-    One u spreads t over the whole batch, and all its noise is drawn by every process, so that what a story meets does
-    not depend on share, (rank, processes). Sorting by active length and cutting there, or at the next multiple of
-    length_step, loses nothing, since what is cut is certain.
+    mixture: each objective's share of the stories. All noise is drawn by every process, so that what a story meets
+    does not depend on share, (rank, processes). Rows are padded to the longest of a part, or to the next multiple of
+    length_step.
     """
     x0 = torch.from_numpy(split.take(story_indices(seed, step, batch_size, len(split))).astype(np.int64))
-    tokens = int(counted_tokens(x0).sum())
-    if objective == "ar":
-        whole = Corrupted(x0, (x0 != PAD) & (x0 != BOS), (x0 != PAD).sum(1))
-        t, weights = [1.0] * batch_size, torch.ones(batch_size)
-    else:
-        noise = _generator(seed, 1, step)
-        t = low_discrepancy_times(batch_size, float(noise.random()))
-        whole = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t, schedule)
-        weights = torch.tensor([token_weight(weighting, schedule, value) for value in t])
-    times, (rank, processes) = torch.tensor(t), share
-    mine = whole.active_len.argsort(stable=True)[rank::processes]
-    parts = []
-    for rows in mine.split(micro_size) if len(mine) else ():  # few stories leave some processes none
-        longest = min(-int(whole.active_len[rows].max()) // length_step * -length_step, x0.shape[1])
-        canvas = whole.xt[rows, :longest]
-        at = whole.scored[rows, :longest].flatten().nonzero()[:, 0]
-        parts.append(
-            MicroBatch(
-                canvas=canvas,
-                active_len=whole.active_len[rows],
-                t=times[rows],
-                at=at,
-                target=x0[rows, :longest].flatten()[at],
-                weight=weights[rows][at // longest],
-                ends=torch.full_like(at, NO_PADDING)
-                if objective == "ar"
-                else ends_impossible(canvas).flatten()[at].long(),
-                causal=objective == "ar",
-            )
-        )
+    noise = _generator(seed, 1, step)
+    counts = shares_of_batch(mixture, step, batch_size)
+    parts, tokens, (rank, processes) = [], 0, share
+    for name, stories in zip(counts, x0.split(list(counts.values())), strict=True):
+        examples = OBJECTIVES[name](stories, noise, settings) if len(stories) else []
+        tokens += sum(one.tokens for one in examples)
+        mine = sorted(examples, key=lambda one: one.rows.tokens.shape[1])[rank::processes]
+        parts += [MicroBatch.of(mine[i : i + micro_size], length_step) for i in range(0, len(mine), micro_size)]
     return Batch(tuple(parts), tokens)

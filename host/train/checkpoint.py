@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from host.model.diffusion import Objective
 from host.model.network import Denoiser, ModelConfig
 from host.train.optim import Ema
 from shared.errors import DataError, DiffusionLLMError
@@ -28,7 +27,7 @@ class Progress:
     """Where a run stands; stored in every checkpoint."""
 
     model: ModelConfig
-    objective: Objective
+    objectives: dict[str, float]  # share of the stories; see host.train.objectives
     schedule: ScheduleName
     step: int = 0
     tokens_seen: int = 0
@@ -90,7 +89,7 @@ def find_checkpoint(run: Path, file: str = BEST) -> Path:
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The diffusion run trained last; DataError names the command that makes one."""
     for path in sorted(runs.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if read_progress(path).objective == "diffusion":  # a damaged older run is nobody's concern
+        if "canvas" in read_progress(path).objectives:  # a damaged older run is nobody's concern
             return path.parent
     raise DataError(f"no trained run in {runs}/: make one with `python -m host.train`, or name one with --run")
 

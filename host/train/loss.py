@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from host.model.layouts import canvas, causal
 from host.model.network import Denoiser
 from host.train.batches import MicroBatch
 from shared.tokens import FIRST_TEXT_ID
@@ -29,8 +28,7 @@ class WeightedLoss(nn.Module):
         if self.fused and torch.is_autocast_enabled("cpu"):
             batch = batch.padded(SCORED_ALIGNED)
         timed = self.model.config.time_input
-        rows = causal(batch.canvas) if batch.causal else canvas(batch.canvas)
-        hidden = self.model(*rows, at=batch.at - 1, t=batch.t if timed else None)  # (M, D)
+        hidden = self.model(*batch.rows, at=batch.at, t=batch.t if timed else None)  # (M, D)
         if self.fused and torch.is_grad_enabled():
             head = self.model.head
             loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]

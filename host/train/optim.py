@@ -37,10 +37,16 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = WEIGHT_DECAY,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.dtype = dtype
-        super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": WEIGHT_DECAY})
+        super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -58,7 +64,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    model: Denoiser, name: OptimizerName, lr: float, muon_dtype: torch.dtype = torch.float32
+    model: Denoiser,
+    name: OptimizerName,
+    lr: float,
+    *,
+    weight_decay: float = WEIGHT_DECAY,
+    muon_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """One or two optimizers that together hold every parameter; vectors and embeddings take no weight decay."""
     body = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
@@ -66,15 +77,20 @@ def build_optimizers(
     others = [p for p in model.parameters() if id(p) not in in_body]
     groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]
     if name == "adamw":
-        groups.append({"params": body, "weight_decay": WEIGHT_DECAY})
+        groups.append({"params": body, "weight_decay": weight_decay})
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-    return [adamw] if name == "adamw" else [adamw, Muon(body, lr=lr, dtype=muon_dtype)]
+    return [adamw] if name == "adamw" else [adamw, Muon(body, lr=lr, weight_decay=weight_decay, dtype=muon_dtype)]
 
 
-def learning_rate_factor(progress: float, warmup: float) -> float:
-    """Linear warmup, then cosine decay to a tenth. progress in [0, 1] of the run, warmup the part spent rising."""
+def learning_rate_factor(progress: float, warmup: float, cool_down: float | None = None) -> float:
+    """Linear warmup, then cosine decay to a tenth. progress in [0, 1] of the run, warmup the part spent rising.
+
+    cool_down: constant instead, and linear to zero over this last part of the run (warmup-stable-decay).
+    """
     if progress < warmup:
         return max(progress / warmup, 1e-3)
+    if cool_down is not None:
+        return min(1.0, (1 - progress) / cool_down)
     done = min(1.0, (progress - warmup) / (1 - warmup))
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 

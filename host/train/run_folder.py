@@ -1,7 +1,6 @@
-"""Run folders: a run's settings on disk and on the command line; laying out a new run, taking up an old one."""
+"""Run folders: a run's settings on disk; laying out a new run, taking up an old one."""
 
 import argparse
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,12 @@ import torch
 
 from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.data.shards import DataFolder, load_data
-from host.files import check_numbers, locked
+from host.files import locked
 from host.model.diffusion import Weighting
-from host.model.network import CONFIGS, Denoiser, ModelConfig, config_named
+from host.model.network import Denoiser, ModelConfig, config_named
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, load_model, read_progress
 from host.train.logging import LOG_FILE, read_log
-from host.train.optim import PEAK_RATES, OptimizerName
+from host.train.optim import PEAK_RATES, WEIGHT_DECAY, OptimizerName
 from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, sha256_of
 
@@ -28,13 +27,6 @@ VALIDATION_SEED = 0x5EED
 VALIDATION_DRAWS = 2
 VALID_EVERY = 500  # steps
 CPU_BATCH_SIZE = 16
-AT_MOST = {
-    "batch_size": 1 << 16,
-    "micro_size": 1 << 16,
-    **dict.fromkeys(("steps", "minutes", "valid_every", "lr"), math.inf),
-}
-CHANGED_ON_RESUME = ("resume", "steps", "minutes", "wandb")
-OF_DIFFUSION = ("schedule", "weighting", "time_input")
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,10 @@ class TrainConfig:
     weighting: Weighting = "nelbo"  # of runs from before there was a choice; host.train asks for flat
     lr: float = PEAK_RATES["muon"]
     warmup: float = 0.03  # part of the run
+    cool_down: float | None = None  # last part of the run, in which a constant rate falls to 0; None: cosine
+    weight_decay: float = WEIGHT_DECAY
+    dropout: float = 0.0
+    input_noise: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     valid_every: int | None = None  # steps; see validation_due
@@ -95,71 +91,6 @@ def work_before(config: TrainConfig) -> Work:
     if config.init is None:
         return Work()
     return config.init_work or work_behind(config.init)
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ConfigError when a number is out of range, or a resumed run is to change its nature."""
-    parser = argparse.ArgumentParser(
-        prog="python -m host.train",
-        description="Train a masked diffusion language model (or the autoregressive baseline).",
-        epilog="example: python -m host.train --config tiny --minutes 60; continue it with --resume runs/NAME",
-    )
-    parser.add_argument("--config", choices=list(CONFIGS), default="small", help="model shape (default: small)")
-    parser.add_argument("--data", type=Path, default=DEFAULT_OUT, help=f"data folder (default: {DEFAULT_OUT})")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own settings")
-    parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
-    length.add_argument(
-        "--minutes",
-        type=float,
-        help="of training in all, without validation; sets the learning rate",
-    )
-    parser.add_argument("--objective", choices=["diffusion", "ar"], default="diffusion", help="default: %(default)s")
-    parser.add_argument(
-        "--schedule", choices=["linear", "cosine"], default="linear", help="noise (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--weighting", choices=["nelbo", "flat"], default="flat", help="of masked tokens, over time (default: flat)"
-    )
-    parser.add_argument("--time-input", action="store_true", help="tell the network the time, which the canvas shows")
-    parser.add_argument(
-        "--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer, help="default: %(default)s"
-    )
-    rates = ", ".join(f"{rate:g} for {name}" for name, rate in PEAK_RATES.items())
-    parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        help=f"canvases in a step (default: {CPU_BATCH_SIZE}; on CUDA {TrainConfig.batch_size})",
-    )
-    parser.add_argument(
-        "--micro-size",
-        type=int,
-        help=f"canvases in a pass (default: {TrainConfig.micro_size}, short of padding; on CUDA the whole batch)",
-    )
-    parser.add_argument(
-        "--valid-every",
-        type=int,
-        help=f"steps between validations (default: {VALID_EVERY}, and at each fifth of the run)",
-    )
-    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
-    parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
-    args = parser.parse_args(arguments)
-    check_numbers(args, AT_MOST)
-    untouched = object()  # a default fills only what a namespace lacks, so that what was typed can be told
-    typed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
-    for name in (name for name, value in vars(typed).items() if value is not untouched):
-        if args.resume and name not in CHANGED_ON_RESUME:
-            raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
-        if args.objective == "ar" and name in OF_DIFFUSION:
-            raise ConfigError(f"{_flag(name)} does not go with --objective ar: nothing is masked")
-    return args
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 @contextmanager
@@ -235,6 +166,10 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         optimizer=args.optimizer,
         weighting=args.weighting,
         lr=args.lr or PEAK_RATES[args.optimizer],
+        cool_down=args.cool_down,
+        weight_decay=args.weight_decay,
+        dropout=args.dropout,
+        input_noise=args.input_noise,
         valid_every=args.valid_every,
         seed=args.seed,
         init=args.init,
@@ -244,13 +179,13 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
     model = replace(
         config_named(args.config),
         vocab_size=data.meta.vocab_size,
-        time_input=args.time_input and args.objective == "diffusion",
+        time_input=args.time_input,
     )
     if args.init:
         check_start(args.init, model, data)
     progress = Progress(
         model=model,
-        objective=args.objective,
+        objectives=args.objectives,
         schedule=args.schedule,
         tokenizer_sha256=data.meta.tokenizer_sha256,
         data_source=data.meta.source,

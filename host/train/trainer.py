@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from host.data.shards import DataFolder, Split, load_data
 from host.device import machine_of, mixed_precision_dtype, work_clock
 from host.model.network import Denoiser
+from host.train.arguments import parse_arguments
 from host.train.batches import Batch, MicroBatch, make_batch
 from host.train.checkpoint import (
     BEST,
@@ -35,6 +36,7 @@ from host.train.checkpoint import (
 from host.train.distributed import Ranks, joined_ranks
 from host.train.logging import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
 from host.train.loss import WeightedLoss
+from host.train.objectives import Settings
 from host.train.optim import Ema, build_optimizers, learning_rate_factor
 from host.train.plots import plot_curves
 from host.train.run_folder import (
@@ -42,7 +44,6 @@ from host.train.run_folder import (
     VALIDATION_SEED,
     TrainConfig,
     fraction_done,
-    parse_arguments,
     run_laid_out,
     validation_due,
 )
@@ -51,7 +52,7 @@ from shared.errors import DiffusionLLMError
 SAVE_EVERY_S: Final = 300.0  # of training, between validations
 LONGEST_STEP: Final = 4.0  # as counted, in usual ones
 ROWS_ALIGNED: Final = 16
-"""Where mixed precision pays, canvases are cut at multiples of this. On CUDA attention with a bias wants rows of a
+"""Where mixed precision pays, sequences are padded to multiples of this. On CUDA attention with a bias wants rows of a
 multiple of 8, and products of half-precision matrices are fastest so; on a CPU see `host.train.loss.SCORED_ALIGNED`."""
 
 
@@ -79,7 +80,14 @@ class Trainer:
         self.ranks = ranks
         self.dtype = mixed_precision_dtype(device)
         self.model = Denoiser(progress.model).to(device)
-        self.optimizers = build_optimizers(self.model, config.optimizer, config.lr, self.dtype or torch.float32)
+        self.optimizers = build_optimizers(
+            self.model,
+            config.optimizer,
+            config.lr,
+            weight_decay=config.weight_decay,
+            muon_dtype=self.dtype or torch.float32,
+        )
+        self.model.set_dropout(config.dropout)
         self.ema = Ema(self.model, config.ema_decay)
         self.loss = training_loss(self.model, device, ranks)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
@@ -104,10 +112,17 @@ class Trainer:
         """This process's share of a batch, ready to be copied to the device."""
         c, p = self.config, self.progress
         share = (self.ranks.rank, self.ranks.processes)
-        weighting = c.weighting if split is self.data.train else "nelbo"
-        length_step = ROWS_ALIGNED if self.dtype is not None else 1
+        training = split is self.data.train
         batch = make_batch(
-            split, seed, step, size, c.micro_size, p.objective, p.schedule, weighting, share, length_step
+            split,
+            step,
+            seed=seed,
+            batch_size=size,
+            micro_size=c.micro_size,
+            mixture=p.objectives,
+            settings=Settings(p.schedule, c.weighting, c.input_noise) if training else Settings(p.schedule, "nelbo"),
+            share=share,
+            length_step=ROWS_ALIGNED if self.dtype is not None else 1,
         )
         return batch if self.device.type == "cpu" else replace(batch, parts=tuple(b.pinned() for b in batch.parts))
 
@@ -146,7 +161,7 @@ class Trainer:
             self.save(LAST)
         if not self.scaler.is_enabled():  # a scaler meets infinite gradients now and then, and skips the step
             self._check_finite("gradient norm", norm)
-        factor = learning_rate_factor(fraction_done(c, self.progress), c.warmup)
+        factor = learning_rate_factor(fraction_done(c, self.progress), c.warmup, c.cool_down)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = c.lr * factor
@@ -175,6 +190,7 @@ class Trainer:
         """Averaged weights on two samples of validation stories, in nats a token; always the same ones and noise."""
         raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.model.load_state_dict(self.ema.shadow)
+        self.model.eval()  # no dropout
         n = min(self.config.valid_stories, len(self.data.valid))
         nats, tokens = 0.0, 0
         for draw in range(VALIDATION_DRAWS):
@@ -182,6 +198,7 @@ class Trainer:
             nats += sum(float(self.summed_loss(part)) for part in batch.parts)
             tokens += batch.tokens
         self.model.load_state_dict(raw)
+        self.model.train()
         (total,) = self.ranks.sums(nats)
         return total / tokens
 
@@ -243,8 +260,9 @@ class Trainer:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.ranks.processes} processes" if self.ranks.processes > 1 else ""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        mixture = ", ".join(f"{name} {share:.0%}" for name, share in p.objectives.items())
         return (
-            f"{p.model.name}, {parameters / 1e6:.2f} M parameters, objective {p.objective}, "
+            f"{p.model.name}, {parameters / 1e6:.2f} M parameters, {mixture}, "
             f"on {machine_of(self.device)}{threads}{processes}\n"
             f"data {c.data}: {len(self.data.train):,} stories; {length}, {c.batch_size} stories a step, "
             f"from step {p.step:,}\n"

@@ -48,7 +48,7 @@ def test_an_autoregressive_run_writes_token_by_token(
     run = tmp_path / "ar"
     call(
         train.main,
-        *("--config", "debug", "--data", data, "--out", run, "--objective", "ar", "--steps", 2, "--batch-size", 8),
+        *("--config", "debug", "--data", data, "--out", run, "--objectives", "ar", "--steps", 2, "--batch-size", 8),
     )
     printed = []
     for prompt in ("the", "the", ""):

@@ -20,6 +20,7 @@ from host.train import loss
 from host.train import trainer as train
 from host.train.batches import make_batch
 from host.train.loss import WeightedLoss
+from host.train.objectives import Settings
 from tests.support.commands import call, refusal
 
 PEAKS = {torch.float32: 80.0, torch.bfloat16: 240.0}
@@ -93,7 +94,9 @@ def test_the_work_of_a_batch_is_what_its_matrix_products_do(data: Path, monkeypa
     shape = ModelConfig("test", d_model=64, layers=2, heads=2, vocab_size=300, time_input=False)
     model = Denoiser(shape)
     monkeypatch.setattr(loss, "SCORED_ALIGNED", 1)
-    batch = make_batch(load_data(data).train, 0, 0, 4, 1, "diffusion", "linear")
+    batch = make_batch(
+        load_data(data).train, 0, seed=0, batch_size=4, micro_size=1, mixture={"canvas": 1.0}, settings=Settings()
+    )
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         for part in batch.parts:
             WeightedLoss(model, fused=True)(part).backward()

@@ -42,7 +42,7 @@ def network() -> Denoiser:
 @pytest.fixture(scope="session")
 def judge_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "judge"
-    call(train.main, *small(data, out, "--objective", "ar", "--steps", 40, "--lr", 3e-3, "--valid-every", 40))
+    call(train.main, *small(data, out, "--objectives", "ar", "--steps", 40, "--lr", 3e-3, "--valid-every", 40))
     return out
 
 
@@ -225,12 +225,16 @@ def test_an_autoregressive_run_is_measured_by_its_exact_likelihood(
         (["--samples", "{trained}"], 78, "--samples and --sweep need --judge AR_RUN"),
         (["--judge", "{judge}"], 78, "--judge and --count need --samples or --sweep"),
         (["--sweep", "--judge", "{judge}", "--count", 0], 78, "--count must be at least 1"),
-        (["--samples", "{trained}", "--judge", "{trained}"], 78, "{trained} cannot judge: it is a diffusion run"),
+        (
+            ["--samples", "{trained}", "--judge", "{trained}"],
+            78,
+            "{trained} cannot judge: it did not learn the ",
+        ),
         (["--samples", "nowhere.txt", "--judge", "{judge}"], 65, "nowhere.txt does not exist"),
         (
             ["--sweep", "--run", "{judge}", "--judge", "{judge}"],
             78,
-            "{judge} is an autoregressive run: a sweep",
+            "{judge} did not learn the objective canvas: a sweep",
         ),
         (["--sweep", "--json", "--judge", "{judge}"], 78, "--sweep measures a run, and prints one table"),
         (

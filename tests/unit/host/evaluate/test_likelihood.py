@@ -191,7 +191,7 @@ def test_what_cannot_be_measured_is_refused(
 
 def test_an_autoregressive_run_is_not_exported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "ar"
-    call(train.main, *small(data, run, "--objective", "ar", "--steps", 1))
+    call(train.main, *small(data, run, "--objectives", "ar", "--steps", 1))
     code, sentence = refusal(capsys, export.main, "--run", run)
     assert code == 78
-    assert f"{run} is an autoregressive run" in sentence
+    assert f"{run} did not learn the objective canvas" in sentence

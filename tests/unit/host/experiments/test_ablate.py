@@ -105,7 +105,7 @@ def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) 
     ("flags", "code", "words"),
     [
         (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose of defaults, AdamW"),
-        (["--steps", 3, "--", "--objective", "ar"], 78, "--objective ar does not go with an ablation"),
+        (["--steps", 3, "--", "--objectives", "ar"], 78, "--objectives must hold canvas"),
         (["--steps", 3, "--stories", 0], 78, "--stories must be at least 1, not 0"),
         (["--steps", 3, "--seeds", 0, 1, 0], 78, "--seeds names 0 twice: a seed again makes the same run again"),
         (["--steps", 3, "--", "--data", "nowhere"], 1, "defaults-0 failed; its own message stands above"),

@@ -33,7 +33,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An autoregressive run, a diffusion run that began with it, and the baseline."""
     out = tmp_path_factory.mktemp("compared")
     common = ("--config", "debug", "--data", data, "--valid-every", 2)
-    call(train.main, *common, "--batch-size", 8, "--steps", 4, "--objective", "ar", "--out", out / "ar")
+    call(train.main, *common, "--batch-size", 8, "--steps", 4, "--objectives", "ar", "--out", out / "ar")
     call(train.main, *common, "--batch-size", 8, "--steps", 6, "--init", out / "ar", "--out", out / "ours")
     call(baseline.main, *common, "--steps", 4, "--out", out / "baseline")
     return out

@@ -52,7 +52,7 @@ for attempt in range(8):
     child = os.fork()
     if child == 0:
         for step in range(1_000_000):
-            save_checkpoint(path, Progress(config, "diffusion", "linear", step), model, ema, optimizers, scaler)
+            save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", step), model, ema, optimizers, scaler)
     while not path.exists():
         time.sleep(0.001)
     time.sleep(0.003 * attempt)
@@ -65,7 +65,7 @@ for written in (1, 10_000, path.stat().st_size - 1):  # the system kills who wri
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (written, written))
-        save_checkpoint(path, Progress(config, "diffusion", "linear"), model, ema, optimizers, scaler)
+        save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear"), model, ema, optimizers, scaler)
         os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGXFSZ
@@ -83,9 +83,9 @@ from shared.errors import DiffusionLLMError
 
 path, config = Path(sys.argv[1]) / "last.safetensors", CONFIGS["debug"]
 model, scaler = Denoiser(config), torch.amp.GradScaler("cpu", enabled=False)
-save_checkpoint(path, Progress(config, "diffusion", "linear", 1), model, Ema(model, 0.9), [], scaler)
+save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", 1), model, Ema(model, 0.9), [], scaler)
 try:
-    save_checkpoint(path, Progress(config, "diffusion", "linear", 2), model, Ema(model, 0.9), [], scaler)
+    save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", 2), model, Ema(model, 0.9), [], scaler)
 except DiffusionLLMError as error:
     print(error)
 load_model(path)
@@ -93,8 +93,8 @@ print("step", read_progress(path).step, sorted(p.name for p in path.parent.iterd
 """
 
 
-def save(path: Path, model: Denoiser, objective: str = "diffusion") -> None:
-    progress = Progress(model.config, "ar" if objective == "ar" else "diffusion", "cosine", step=7, best_nats=1.5)
+def save(path: Path, model: Denoiser, objective: str = "canvas") -> None:
+    progress = Progress(model.config, {objective: 1.0}, "cosine", step=7, best_nats=1.5)
     save_checkpoint(path, progress, model, Ema(model, 0.9), build_optimizers(model, "adamw", 1e-3), CPU_SCALER)
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_holds_plain_tensors_and_json(checkpoint: Path) -> None:
     with safe_open(checkpoint, framework="pt") as file:
         assert set(file.metadata()) == {"progress", "scaler"}
     assert all(name.startswith(("model.", "ema.")) for name in load_file(checkpoint))
-    assert read_progress(checkpoint) == Progress(DEBUG, "diffusion", "cosine", step=7, best_nats=1.5)
+    assert read_progress(checkpoint) == Progress(DEBUG, {"canvas": 1.0}, "cosine", step=7, best_nats=1.5)
     assert [p.name for p in checkpoint.parent.iterdir()] == [LAST]
 
 
@@ -119,7 +119,7 @@ def test_averaged_or_raw_weights_are_loaded(tmp_path: Path) -> None:
     ema = Ema(model, 0.9)
     with torch.no_grad():
         model.head.bias.add_(1.0)
-    progress = Progress(DEBUG, "diffusion", "linear")
+    progress = Progress(DEBUG, {"canvas": 1.0}, "linear")
     save_checkpoint(tmp_path / LAST, progress, model, ema, [], CPU_SCALER)
     averaged, _ = load_model(tmp_path / LAST)
     raw, _ = load_model(tmp_path / LAST, "model")
@@ -239,7 +239,7 @@ def test_the_newest_diffusion_run_is_found(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no trained run in .*: make one with `python -m host.train`"):
         newest_run(tmp_path)
     model = Denoiser(DEBUG)
-    for age, (name, objective) in enumerate([("ar", "ar"), ("new", "diffusion"), ("old", "diffusion")]):
+    for age, (name, objective) in enumerate([("ar", "ar"), ("new", "canvas"), ("old", "canvas")]):
         (tmp_path / name).mkdir()
         save(tmp_path / name / LAST, model, objective)
         os.utime(tmp_path / name / LAST, (1e9 - age, 1e9 - age))

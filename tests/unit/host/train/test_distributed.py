@@ -19,6 +19,7 @@ from host.train.checkpoint import LAST, Progress, read_progress
 from host.train.distributed import Ranks
 from host.train.logging import LOG_FILE
 from host.train.loss import WeightedLoss
+from host.train.objectives import Settings
 from host.train.run_folder import TrainConfig
 from host.train.trainer import Trainer, training_loss
 from tests.support.commands import call, small
@@ -123,7 +124,7 @@ class ManyRanks(Ranks):
 
 
 def test_the_processor_time_of_all_processes_is_counted(data: Path, tmp_path: Path) -> None:
-    progress = Progress(config_named("debug"), "diffusion", "linear")
+    progress = Progress(config_named("debug"), {"canvas": 1.0}, "linear")
     config = TrainConfig(tmp_path, data, steps=3, batch_size=4)
     trainer = Trainer(config, progress, load_data(data), torch.device("cpu"), ManyRanks())
     before = time.process_time()
@@ -136,7 +137,9 @@ def test_the_loss_compiles_whole(data: Path) -> None:
     model = Denoiser(config_named("debug"))
     plain = WeightedLoss(model, fused=False)
     compiled = torch.compile(WeightedLoss(model, fused=False), backend="aot_eager", fullgraph=True, dynamic=True)
-    batch = make_batch(load_data(data).train, 0, 0, 12, 4, "diffusion", "linear")
+    batch = make_batch(
+        load_data(data).train, 0, seed=0, batch_size=12, micro_size=4, mixture={"canvas": 1.0}, settings=Settings()
+    )
     for part in batch.parts:
         assert isinstance(part, MicroBatch)
         gradients = []

@@ -9,11 +9,12 @@ from torch import Tensor
 
 import host.model.network
 from host.data.shards import Split
-from host.model.diffusion import Objective, Weighting, autoregressive_sums, corrupt, nelbo_sums, token_weight
+from host.model.diffusion import Weighting, autoregressive_sums, corrupt, nelbo_sums, token_weight
 from host.model.network import RELATIVE_UNIT, Denoiser, attend, config_named, first_relative_bias
 from host.train import batches
 from host.train.batches import Batch, make_batch, story_indices
 from host.train.loss import WeightedLoss
+from host.train.objectives import Settings
 from shared.schedule import SCHEDULES, ScheduleName, loss_weight, mask_prob
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
 
@@ -42,13 +43,16 @@ def network(time_input: bool = True) -> Denoiser:
 
 def batch(
     micro_size: int = ROWS,
-    objective: Objective = "diffusion",
+    objective: str = "canvas",
     schedule: ScheduleName = "linear",
     weighting: Weighting = "nelbo",
     share: tuple[int, int] = (0, 1),
     length_step: int = 1,
 ) -> Batch:
-    return make_batch(stories(), 3, 5, ROWS, micro_size, objective, schedule, weighting, share, length_step)
+    return make_batch(
+        stories(), 5, seed=3, batch_size=ROWS, micro_size=micro_size, mixture={objective: 1.0},
+        settings=Settings(schedule, weighting), share=share, length_step=length_step,
+    )  # fmt: skip
 
 
 def loss_and_gradients(model: Denoiser, made: Batch, fused: bool) -> tuple[float, Tensor]:
@@ -65,10 +69,10 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "ar"])
-def test_however_it_is_computed_the_loss_and_its_gradients_are_the_same(objective: Objective) -> None:
+@pytest.mark.parametrize("objective", ["canvas", "ar"])
+def test_however_it_is_computed_the_loss_and_its_gradients_are_the_same(objective: str) -> None:
     """Whole batch at once and in plain torch, against three rows at a time and the fused read-out."""
-    model = network(time_input=objective == "diffusion")
+    model = network(time_input=objective == "canvas")
     plain, gradients = loss_and_gradients(model, batch(objective=objective), fused=False)
     fused, fused_gradients = loss_and_gradients(model, batch(3, objective), fused=True)
     print(f"loss {plain:.6f} and {fused:.6f}, gradients apart by {apart(fused_gradients, gradients):.1e}")
@@ -76,14 +80,14 @@ def test_however_it_is_computed_the_loss_and_its_gradients_are_the_same(objectiv
     assert apart(fused_gradients, gradients) < 1e-5
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "ar"])
-def test_where_rows_are_cut_changes_nothing(objective: Objective) -> None:
+@pytest.mark.parametrize("objective", ["canvas", "ar"])
+def test_where_rows_are_cut_changes_nothing(objective: str) -> None:
     """At the longest row of each part, against the next multiple of 8, as CUDA's attention wants it."""
-    model = network(time_input=objective == "diffusion")
+    model = network(time_input=objective == "canvas")
     closest, aligned = (batch(3, objective, length_step=step) for step in (1, 8))
-    lengths = [part.canvas.shape[1] for part in aligned.parts]
+    lengths = [part.rows.tokens.shape[1] for part in aligned.parts]
     assert all(length % 8 == 0 or length == LENGTH for length in lengths)
-    assert lengths != [part.canvas.shape[1] for part in closest.parts]
+    assert lengths != [part.rows.tokens.shape[1] for part in closest.parts]
     loss, gradients = loss_and_gradients(model, closest, fused=False)
     same, same_gradients = loss_and_gradients(model, aligned, fused=False)
     print(f"loss {loss:.6f} and {same:.6f}, gradients apart by {apart(same_gradients, gradients):.1e}")
@@ -91,10 +95,10 @@ def test_where_rows_are_cut_changes_nothing(objective: Objective) -> None:
     assert apart(same_gradients, gradients) < 1e-5
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "ar"])
+@pytest.mark.parametrize("objective", ["canvas", "ar"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_scored_positions_of_no_weight_change_nothing(objective: Objective, fused: bool) -> None:
-    model = network(time_input=objective == "diffusion")
+def test_scored_positions_of_no_weight_change_nothing(objective: str, fused: bool) -> None:
+    model = network(time_input=objective == "canvas")
     made = batch(3, objective)
     padded = replace(made, parts=tuple(part.padded(64) for part in made.parts))
     assert [len(part.at) % 64 for part in padded.parts] == [0] * len(made.parts)
@@ -128,7 +132,7 @@ def test_the_training_loss_is_the_bound(schedule: ScheduleName) -> None:
 @torch.no_grad()
 def test_the_autoregressive_loss_is_the_exact_likelihood() -> None:
     model = network(time_input=False)
-    made = make_batch(stories(), 3, 0, 24, 5, "ar", "linear")
+    made = make_batch(stories(), 0, seed=3, batch_size=24, micro_size=5, mixture={"ar": 1.0}, settings=Settings())
     by_parts = sum(float(WeightedLoss(model, fused=True)(part)) for part in made.parts)
     x0 = torch.from_numpy(stories().take(np.arange(24)).astype(np.int64))
     assert by_parts == pytest.approx(float(autoregressive_sums(model, x0).sum()), rel=1e-5)
@@ -157,7 +161,7 @@ def test_weighting_reaches_every_masked_token() -> None:
     (flat,), (nelbo,) = batch(weighting="flat").parts, batch(weighting="nelbo").parts
     assert torch.equal(flat.at, nelbo.at)
     assert set(flat.weight.tolist()) == {2.0}
-    assert torch.allclose(nelbo.weight, 1 / nelbo.t[nelbo.at // nelbo.canvas.shape[1]])
+    assert torch.allclose(nelbo.weight, 1 / nelbo.t[nelbo.at // nelbo.rows.tokens.shape[1]])
 
 
 def test_attention_by_plain_products_is_attention() -> None:
@@ -190,12 +194,12 @@ def test_at_first_each_head_looks_less_far_than_the_next_and_the_last_everywhere
     assert torch.allclose(bias, torch.tensor([1.0, 0.25, 1 / 16, 0.0])[:, None] * torch.tensor([-2, -1, 0, -1, -2]))
 
 
-@pytest.mark.parametrize("objective", ["diffusion", "ar"])
+@pytest.mark.parametrize("objective", ["canvas", "ar"])
 def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
-    objective: Objective, monkeypatch: pytest.MonkeyPatch
+    objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain-product attention and the fused LM head lose no more precision than torch's own bf16 path."""
-    model = network(time_input=objective == "diffusion")
+    model = network(time_input=objective == "canvas")
     made = batch(4, objective)
     exact, gradients = loss_and_gradients(model, made, fused=False)
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,7 +234,13 @@ def test_a_pass_in_which_noise_has_masked_nothing_adds_nothing(fused: bool) -> N
 
 
 def test_fewer_stories_than_processes_leave_some_without_any() -> None:
-    shares = [make_batch(stories(), 3, 5, 2, ROWS, "diffusion", "linear", share=(rank, 3)) for rank in range(3)]
+    shares = [
+        make_batch(
+            stories(), 5, seed=3, batch_size=2, micro_size=ROWS, mixture={"canvas": 1.0}, settings=Settings(),
+            share=(rank, 3),
+        )
+        for rank in range(3)
+    ]  # fmt: skip
     assert [len(share.parts) for share in shares] == [1, 1, 0]
     assert len({share.tokens for share in shares}) == 1
 

@@ -29,6 +29,24 @@ def test_learning_rate_rises_linearly_then_falls_by_a_cosine_to_a_tenth() -> Non
     assert factors == sorted(factors, reverse=True)
 
 
+def test_the_rate_with_a_cool_down_is_constant_and_ends_at_zero() -> None:
+    factors = [learning_rate_factor(done, 0.1, 0.4) for done in (0.05, 0.1, 0.3, 0.6, 0.8, 1.0)]
+    assert factors == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_weight_decay_shrinks_the_matrices_of_the_body_alone() -> None:
+    """Without a gradient worth the name, whatever is left of a step is decay."""
+    model = Denoiser(DEBUG)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for optimizer in build_optimizers(model, "muon", 0.1, weight_decay=0.5):
+        optimizer.step()
+    for name, p in model.named_parameters():
+        kept = 0.95 if name.startswith("blocks.") and p.ndim == 2 else 1.0
+        assert torch.allclose(p, kept * before[name], atol=1e-6), name
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_belongs_to_one_optimizer_and_only_body_matrices_decay(name: OptimizerName) -> None:
     model = Denoiser(DEBUG)

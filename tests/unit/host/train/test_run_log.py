@@ -96,7 +96,7 @@ def test_progress_with_minutes_counts_minutes_and_steps(monkeypatch: pytest.Monk
 )
 def test_validation_is_due_at_each_fifth_of_a_short_run(config: dict[str, float], due: list[int]) -> None:
     settings = TrainConfig(Path(), Path(), **config)  # type: ignore[arg-type]
-    at = [Progress(config_named("debug"), "ar", "linear", step=step, seconds=step) for step in range(1101)]
+    at = [Progress(config_named("debug"), {"ar": 1.0}, "linear", step=step, seconds=step) for step in range(1101)]
     going = [(a, b) for a, b in itertools.pairwise(at) if fraction_done(settings, a) < 1]
     assert [b.step for a, b in going if validation_due(settings, a, b)] == due
 

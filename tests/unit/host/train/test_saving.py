@@ -34,10 +34,10 @@ def test_what_is_saved_between_validations_can_be_continued(
 ) -> None:
     """A run that diverges keeps the weights from before, not those that do not work."""
     monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(train, "learning_rate_factor", lambda done, warmup: 1.0 if done < 0.5 else 1e30)
+    monkeypatch.setattr(train, "learning_rate_factor", lambda done, *of_run: 1.0 if done < 0.5 else 1e30)
     run = tmp_path / "run"
     refusal(capsys, train.main, *small(data, run, "--steps", 8))
     step = read_progress(run / LAST).step
     assert 1 <= step <= 4
-    monkeypatch.setattr(train, "learning_rate_factor", lambda done, warmup: 1e-3)
+    monkeypatch.setattr(train, "learning_rate_factor", lambda done, *of_run: 1e-3)
     call(train.main, "--resume", run, "--steps", step + 1)

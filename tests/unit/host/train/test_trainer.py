@@ -20,6 +20,7 @@ from host.data.shards import load_data
 from host.device import mixed_precision_dtype
 from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times, nelbo_sums
 from host.train import trainer as train
+from host.train.arguments import parse_arguments
 from host.train.batches import story_indices
 from host.train.checkpoint import BEST, LAST, Progress, load_model, read_progress
 from host.train.logging import LOG_COLUMNS, LOG_FILE
@@ -28,7 +29,6 @@ from host.train.run_folder import (
     VALIDATION_DRAWS,
     VALIDATION_SEED,
     TrainConfig,
-    parse_arguments,
     run_laid_out,
 )
 from host.train.trainer import Trainer
@@ -114,7 +114,7 @@ def test_learning_rate_rises_and_falls_in_the_log(trained: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--optimizer", "adamw"], ["--schedule", "cosine"], ["--objective", "ar"]],
+    [["--optimizer", "adamw"], ["--schedule", "cosine"], ["--objectives", "ar"]],
     ids=["adamw", "muon", "autoregressive"],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
@@ -215,7 +215,7 @@ def test_in_bf16_steps_differ_in_few_shapes(data: Path, tmp_path: Path, monkeypa
         parts = one.batch_at(one.data.train, 0, 0, 8).parts
         for part in parts:
             one.summed_loss(part).backward()
-        lengths = [part.canvas.shape[1] for part in parts]
+        lengths = [part.rows.tokens.shape[1] for part in parts]
         assert [length % multiples[0] for length in lengths] == [0] * len(parts)
         assert read_out == [-(-len(part.at) // multiples[1]) * multiples[1] for part in parts]
 
@@ -263,7 +263,7 @@ def test_a_finished_run_goes_on_for_more_steps(data: Path, tmp_path: Path, capsy
 
 def test_diffusion_starts_from_an_autoregressive_run(data: Path, tmp_path: Path) -> None:
     """Every weight is taken over; the time input, which the other lacks, starts fresh."""
-    call(train.main, *small(data, tmp_path / "ar", "--objective", "ar", "--steps", 3))
+    call(train.main, *small(data, tmp_path / "ar", "--objectives", "ar", "--steps", 3))
     started = trainer(data, tmp_path / "run")
     fresh = {n: p.detach().clone() for n, p in started.model.named_parameters()}
     started.start_from(tmp_path / "ar")

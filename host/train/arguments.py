@@ -1,0 +1,141 @@
+"""The command line of `host.train`."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Final
+
+from host.data.prepare import DEFAULT_OUT
+from host.files import check_numbers
+from host.model.network import CONFIGS
+from host.train.objectives import OBJECTIVES, parse_mixture
+from host.train.optim import PEAK_RATES
+from host.train.run_folder import CPU_BATCH_SIZE, VALID_EVERY, TrainConfig
+from shared.errors import ConfigError
+
+AT_MOST: Final = {
+    "batch_size": 1 << 16,
+    "micro_size": 1 << 16,
+    "cool_down": 1.0,
+    **dict.fromkeys(("steps", "minutes", "valid_every", "lr"), math.inf),
+}
+PARTS: Final = ("dropout", "input_noise")  # at least 0, below 1
+CHANGED_ON_RESUME: Final = ("resume", "steps", "minutes", "wandb")
+OF_CANVAS: Final = ("schedule", "weighting", "time_input")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ConfigError when a number is out of range, or a resumed run is to change its nature."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.train",
+        description="Train a language model: autoregressive, by masked diffusion, by infilling, or all on one network.",
+        epilog="example: python -m host.train --config tiny --minutes 60; continue it with --resume runs/NAME",
+    )
+    parser.add_argument("--config", choices=list(CONFIGS), default="small", help="model shape (default: small)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_OUT, help=f"data folder (default: {DEFAULT_OUT})")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own settings")
+    parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
+    length.add_argument("--minutes", type=float, help="of training in all, without validation; sets the learning rate")
+    parser.add_argument(
+        "--objectives",
+        type=parse_mixture,
+        default={"canvas": 1.0},
+        metavar="NAME[=WEIGHT],...",
+        help=f"share of the stories that each gets, of {', '.join(OBJECTIVES)}; ar=1,infill=.25 (default: canvas)",
+    )
+    _add_canvas(parser)
+    _add_optimization(parser)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"stories in a step (default: {CPU_BATCH_SIZE}; on CUDA {TrainConfig.batch_size})",
+    )
+    parser.add_argument(
+        "--micro-size",
+        type=int,
+        help=f"stories in a pass (default: {TrainConfig.micro_size}, short of padding; on CUDA the whole batch)",
+    )
+    parser.add_argument(
+        "--valid-every",
+        type=int,
+        help=f"steps between validations (default: {VALID_EVERY}, and at each fifth of the run)",
+    )
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
+    parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
+    args = parser.parse_args(arguments)
+    check_numbers(args, AT_MOST)
+    _check_parts(args)
+    untouched = object()  # a default fills only what a namespace lacks, so that what was typed can be told
+    typed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
+    for name in (name for name, value in vars(typed).items() if value is not untouched):
+        if args.resume and name not in CHANGED_ON_RESUME:
+            raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
+        if "canvas" not in args.objectives and name in OF_CANVAS:
+            raise ConfigError(f"{_flag(name)} needs the objective canvas: nothing else is masked at random")
+        if name == "input_noise" and "ar" not in args.objectives:
+            raise ConfigError("--input-noise needs the objective ar: it is of its input tokens")
+    if args.time_input and len(args.objectives) > 1:
+        raise ConfigError("--time-input goes with the objective canvas alone: other rows have no diffusion time")
+    return args
+
+
+def _add_canvas(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--schedule", choices=["linear", "cosine"], default="linear", help="noise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weighting", choices=["nelbo", "flat"], default="flat", help="of masked tokens, over time (default: flat)"
+    )
+    parser.add_argument(
+        "--time-input",
+        action="store_true",
+        help="condition the network on diffusion time (the mask ratio already reveals it)",
+    )
+
+
+def _add_optimization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer, help="default: %(default)s"
+    )
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in PEAK_RATES.items())
+    parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
+    parser.add_argument(
+        "--cool-down",
+        type=float,
+        metavar="PART",
+        help="keep the rate constant, and let it fall to 0 over this last part of the run (default: cosine)",
+    )
+    parser.add_argument(
+        "--weight-decay",
+        type=float,
+        default=TrainConfig.weight_decay,
+        help="of the matrices of the body (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dropout",
+        type=float,
+        default=TrainConfig.dropout,
+        help="of what a block adds to the residual stream (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--input-noise",
+        type=float,
+        metavar="PART",
+        default=TrainConfig.input_noise,
+        help="replace this part of the input tokens of half of the ar stories (default: %(default)s)",
+    )
+
+
+def _check_parts(args: argparse.Namespace) -> None:
+    for name in PARTS:
+        if not 0 <= getattr(args, name) < 1:
+            raise ConfigError(f"{_flag(name)} must be at least 0 and below 1, not {getattr(args, name)}")
+    if not 0 <= args.weight_decay < math.inf:
+        raise ConfigError(f"--weight-decay must be a number of at least 0, not {args.weight_decay}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,37 @@
+"""What an objective makes of one story."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from host.model.diffusion import Weighting
+from host.model.layouts import Rows
+from shared.schedule import ScheduleName
+from shared.tokens import PAD
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run, for its objectives. input_noise: share of the input tokens that half of the `ar` stories lose."""
+
+    schedule: ScheduleName = "linear"
+    weighting: Weighting = "flat"
+    input_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence of rows and what is asked of some of them."""
+
+    rows: Rows  # B = 1
+    at: Tensor  # (M,) int64: rows that are scored
+    target: Tensor  # (M,) int64: the token of the next position
+    weight: Tensor  # (M,) float32
+    ends: Tensor  # (M,) int64, see `Denoiser.logits`
+    tokens: int  # that it counts as, for a loss per token
+    t: float = 1.0  # diffusion time
+
+
+def story(canvas: Tensor) -> Tensor:
+    """BOS, text and, unless it was cut, EOS.  (L,) → (n,)"""
+    return canvas[canvas != PAD]
