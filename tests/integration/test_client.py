@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from edge.client import connect
-from tests.integration.harness import PATIENCE_S, ROOT, Daemon, Line, clean_environment, run_module
+from shared.messages import ErrorInfo, Response, encode
+from tests.integration.harness import PATIENCE_S, ROOT, Daemon, clean_environment, run_module
 
 PROMPT = "Once upon a time"
 
@@ -27,13 +28,13 @@ def ask(shared_daemon: Daemon) -> list[str]:
     return ["--socket", str(shared_daemon.socket)]
 
 
-def test_the_daemon_answers_with_text_alone(ask: list[str]) -> None:
+def test_generate_prints_the_text_alone(ask: list[str]) -> None:
     result = run_module("edge.generate", PROMPT, *ask)
     assert result.returncode == 0 and result.stderr == ""
     assert result.stdout.startswith(PROMPT) and result.stdout.endswith("\n")
 
 
-def test_daemon_and_own_process_give_the_same_text(ask: list[str], debug_bundle: Path) -> None:
+def test_generate_gives_the_same_text_with_and_without_a_daemon(ask: list[str], debug_bundle: Path) -> None:
     asked = run_module("edge.generate", PROMPT, "--seed", "5", *ask)
     flags = ["--seed", "5", "--bundle", str(debug_bundle)]
     own = run_module("edge.generate", PROMPT, *flags, BACKEND="fake")
@@ -70,20 +71,20 @@ def test_generate_says_in_a_sentence_that_the_disk_is_full(ask: list[str], flags
     assert (result.returncode, result.stderr) == (74, "error: the output cannot be written: No space left on device\n")
 
 
-def test_gaps_are_filled(ask: list[str]) -> None:
+def test_generate_fills_gaps(ask: list[str]) -> None:
     result = run_module("edge.generate", "--infill", "Tom had a ___ and it was ___:2.", "--json", *ask)
     response = json.loads(result.stdout)
     assert response["text"].startswith("Tom had a ") and " and it was " in response["text"]
     assert response["usage"]["generated_tokens"] == 6
 
 
-def test_streaming_shows_snapshots_beside_the_text(ask: list[str]) -> None:
+def test_generate_streams_snapshots_beside_the_text(ask: list[str]) -> None:
     result = run_module("edge.generate", PROMPT, "--stream", *ask)
     assert result.stdout.startswith(PROMPT) and "░" not in result.stdout
     assert result.stderr.startswith("step 1/") and PROMPT in result.stderr and "░" in result.stderr
 
 
-def test_an_error_is_one_sentence_or_the_raw_response(ask: list[str]) -> None:
+def test_generate_prints_an_error_as_a_sentence_or_as_json(ask: list[str]) -> None:
     long = "time " * 2000
     result = run_module("edge.generate", long, *ask)
     assert result.returncode == 1 and result.stdout == ""
@@ -93,12 +94,22 @@ def test_an_error_is_one_sentence_or_the_raw_response(ask: list[str]) -> None:
     assert raw.returncode == 1 and json.loads(raw.stdout)["error"]["code"] == "too_large"
 
 
-def test_a_daemon_that_is_full_is_heard(ask: list[str], shared_daemon: Daemon) -> None:
-    crowd = [Line(shared_daemon.socket) for _ in range(70)]
-    result = run_module("edge.generate", PROMPT, *ask)
-    for line in crowd:
-        line.close()
-    assert result.returncode == 1 and result.stderr == "error: 64 clients are connected already\n"
+def test_generate_hears_a_daemon_that_refuses_before_it_is_asked(tmp_path: Path) -> None:
+    full = Response(status="error", error=ErrorInfo("queue_full", "too many clients are connected", retryable=True))
+
+    def refuse() -> None:
+        client, _ = listener.accept()
+        client.sendall(encode(full) + b"\n")
+        client.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        result = run_module("edge.generate", PROMPT, "--socket", str(tmp_path / "s"))
+        thread.join(PATIENCE_S)
+    assert result.returncode == 1 and result.stderr == "error: too many clients are connected\n"
 
 
 @pytest.mark.parametrize(
@@ -112,13 +123,13 @@ def test_a_daemon_that_is_full_is_heard(ask: list[str], shared_daemon: Daemon) -
     ],
     ids=["nothing", "both", "out of bounds", "no bundle", "no socket"],
 )
-def test_what_cannot_be_done_is_said(flags: list[str], exit_code: int, named: str) -> None:
+def test_generate_names_what_it_cannot_use(flags: list[str], exit_code: int, named: str) -> None:
     result = run_module("edge.generate", *flags)
     assert result.returncode == exit_code
     assert named in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
-def test_a_daemon_that_leaves_before_its_answer_is_told(tmp_path: Path) -> None:
+def test_generate_says_that_the_daemon_left_before_its_answer(tmp_path: Path) -> None:
     def hang_up() -> None:
         client, _ = listener.accept()
         client.recv(4096)
@@ -135,7 +146,7 @@ def test_a_daemon_that_leaves_before_its_answer_is_told(tmp_path: Path) -> None:
     assert result.stderr == "error: the daemon hung up before it answered\n"
 
 
-def test_a_client_of_the_daemon_loads_no_runtime(ask: list[str]) -> None:
+def test_generate_as_a_client_loads_no_runtime(ask: list[str]) -> None:
     code = "import sys; from edge.generate import main; main(sys.argv[1:]); print(sorted(sys.modules))"
     command = [sys.executable, "-c", code, PROMPT, *ask]
     result = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60)
@@ -189,7 +200,7 @@ def served_by(path: Path) -> int:
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "kill"])
-def test_an_interrupted_demo_takes_its_daemon_along(
+def test_demo_when_interrupted_stops_its_daemon(
     number: int, exit_code: int, debug_bundle: Path, temporary: Path
 ) -> None:
     leader, follower = pty.openpty()  # on a terminal, as a user sees it
