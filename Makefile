@@ -1,5 +1,8 @@
 # `make demo` and `make test` create .venv themselves, install what they need once, and are quick from then on.
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 PYTHON ?= python3
 # Further flags of pip. On x86-64, torch's CPU build (200 MB instead of gigabytes) comes from its own index:
 #   make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -13,12 +16,13 @@ EDGE := $(VENV)/.installed-edge
 ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-systemd check clean venv
-.SILENT: help demo test test-systemd clean venv $(EDGE) $(ALL)
+.PHONY: help demo test test-fast test-systemd check clean venv
+.SILENT: help demo test test-fast test-systemd clean venv $(EDGE) $(ALL)
 
 help:
 	echo "make demo    install the edge, and watch the shipped model write a story"
 	echo "make test    install everything, and run the tests; those of MQTT need mosquitto"
+	echo "make test-fast   those without the slow ones, while you work: two minutes on two cores"
 	echo "make test-systemd   the installed service on a booted systemd; needs root and systemd-container"
 	echo "make check   formatting, types, imports, file sizes, line budget"
 	echo "make clean   remove .venv and caches; data, runs and bundles stay"
@@ -29,6 +33,9 @@ demo: $(EDGE)
 # One thread a process: pytest already runs as many processes as there are cores.
 test: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore=tests/systemd $(PYTEST_ARGS)
+
+test-fast: $(ALL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow" --ignore=tests/systemd $(PYTEST_ARGS)
 
 # By itself, in one process: every process would boot a machine of its own. Skipped, with the reason, where none can be.
 test-systemd: $(ALL)
@@ -54,7 +61,7 @@ venv:
 	    echo "error: $(PYTHON) cannot make virtual environments: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; fi; \
 	$(PYTHON) -m venv --clear $(VENV)
 
-# A .venv that cannot be used (interrupted, or its Python is gone or too old) is made anew: it holds nothing of value.
+# A .venv that cannot be used (interrupted, or its Python is gone or too old) is made again: it holds nothing of value.
 USABLE := $(shell $(BIN)/python -c 'import sys, pip; print(sys.version_info >= (3, 10))' 2>/dev/null)
 VENV_MADE := $(if $(filter True,$(USABLE)),,venv)
 
@@ -69,10 +76,13 @@ $(ALL): pyproject.toml constraints.txt $(VENV_MADE)
 
 comma := ,
 
-# $(1) what, in words; $(2) for pip. Its own account goes to a file, because the last lines of it seldom say what is wrong.
+# $(1) what, in words; $(2) for pip. Shows what pip fetches and builds; all it says goes to a file, because the last lines
+# of it seldom say what is wrong.
 define install
-	echo "Installing $(1) into $(VENV) ..."; \
-	if ! $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) $(2) >$(VENV)/pip.log 2>&1; then \
+	echo "Installing $(1) into $(VENV); the first time takes minutes:"; \
+	if ! $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(PIP_ARGS) $(2) 2>&1 \
+	    | tee $(VENV)/pip.log \
+	    | sed -nu '/\.metadata/d; s/^ *\(Downloading\|Using cached\|Building\|Installing\|Successfully\)\(.\{,100\}\).*/  \1\2/p'; then \
 	    if grep -q 'Retrying (' $(VENV)/pip.log; then reason="the package index cannot be reached: is there a network?"; \
 	    else reason=$$(sed -n 's/^ *ERROR: //p' $(VENV)/pip.log | tail -n 1); fi; \
 	    echo "error: pip cannot install $(1): $${reason:-it stopped} (details in $(VENV)/pip.log)" >&2; exit 1; \
