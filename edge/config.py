@@ -67,13 +67,15 @@ def socket_candidates() -> tuple[Path, ...]:
 
 
 def default_socket() -> Path:
-    """The first candidate whose folder this user may write to."""
+    """The first whose folder this user may write to of $XDG_RUNTIME_DIR/edgelm.sock, /run/edgelm.sock and
+    /tmp/edgelm-UID.sock.
+    """
     candidates = socket_candidates()
     return next((path for path in candidates if os.access(path.parent, os.W_OK | os.X_OK)), candidates[-1])
 
 
 def default_state() -> Path:
-    """The folder that systemd gives the service, or the user's own."""
+    """The folder that systemd gives the service, or $XDG_STATE_HOME/edgelm, or ~/.local/state/edgelm."""
     given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     home = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser()
     return Path(given) if given else Path(home) / "edgelm"
@@ -85,9 +87,14 @@ def default_device() -> str:
 
 
 class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How to reach the broker; without a host MQTT is off.
+    """How to reach the MQTT broker.
 
-    ca_file: PEM certificates to trust, which turns TLS on. reply_prefixes: where a request may have its answer sent.
+    host: the broker's name or address; without one MQTT is off.
+    port: brokers with TLS listen on 8883 as a rule.
+    username: login name, if the broker asks for one.
+    password_file: file whose content is the password; without it the service takes /etc/edgelm/mqtt.password.
+    ca_file: PEM certificates to trust; turns TLS on.
+    reply_prefixes: a request's `response_topic` must begin with one of these.
     """
 
     host: Text | None = None
@@ -99,12 +106,19 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything the daemon can be told.
+    """The daemon's settings.
 
-    socket_group: whose members alone may use the socket. state: folder of what must outlive the process: with a
-    broker, the journal of accepted requests. threads: of the runtime, 0 takes every processor this process may use.
-    queue_size: requests that may wait while one is computed. drain_s: seconds that accepted requests get to finish in
-    when the daemon is asked to stop.
+    bundle: folder of the bundle to serve.
+    socket: Unix socket to listen on, mode 0660.
+    socket_group: group whose members alone may use the socket, beside root and the daemon's own user.
+    state: folder of what must outlive the process; with a broker, the journal of accepted requests.
+    backend: what runs the model. `ort`: ONNX Runtime on the CPU; `trt`: TensorRT; `auto`: TensorRT once an engine was
+      built, else the CPU; `fake`: no model, deterministic scores.
+    threads: of the CPU runtime; 0 takes every processor that this process may use.
+    queue_size: requests that may wait while others are computed; more are refused as `queue_full`.
+    drain_s: seconds that accepted requests get to finish in after SIGTERM.
+    device: this device's name in MQTT topics, `edgelm/DEVICE/…`.
+    mqtt: the broker, in a section of its own.
     """
 
     bundle: Path = field(default_factory=default_bundle)

@@ -28,7 +28,7 @@ def explain(error: msgspec.ValidationError, kind: type, given: object) -> str:
         what = what.replace("Integer value out", "an integer is out")  # else a rule of our own, which names its fields
         return f"{what} in `{path}`" if path else what
     found = "" if given is ... else f", not {_quoted(given)}"
-    return f"{f'`{path}`' if path else 'the message'} must be {_takes(wanted)}{found}"
+    return f"{f'`{path}`' if path else 'the message'} must be {takes(wanted)}{found}"
 
 
 def _below(wanted: inspect.Type, given: object, step: str) -> tuple[inspect.Type, object]:
@@ -63,13 +63,13 @@ def _struct(wanted: inspect.Type) -> inspect.StructType | None:
     return next((option for option in _options(wanted) if isinstance(option, inspect.StructType)), None)
 
 
-def _takes(wanted: inspect.Type) -> str:
+def takes(wanted: inspect.Type) -> str:
     """What a type takes, in words; its description, if it has one."""
     if isinstance(wanted, inspect.Metadata):
         described: str | None = (wanted.extra_json_schema or {}).get("description")
-        return described or _takes(wanted.type)
+        return described or takes(wanted.type)
     if isinstance(wanted, inspect.UnionType):
-        return " or ".join(_takes(option) for option in wanted.types if not isinstance(option, inspect.NoneType))
+        return " or ".join(takes(option) for option in wanted.types if not isinstance(option, inspect.NoneType))
     if isinstance(wanted, inspect.LiteralType):
         return f"one of {', '.join(map(_quoted, wanted.values))}"
     if isinstance(wanted, inspect.BoolType):

@@ -1,5 +1,6 @@
 """Settings: file, environment, flags, in rising order; and one sentence for each that cannot be used."""
 
+import importlib.util
 import os
 import socket as sockets
 from pathlib import Path
@@ -25,14 +26,14 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def test_nothing_said_means_defaults() -> None:
+def test_config_without_settings_is_the_defaults() -> None:
     config = load_config(environ={})
     assert config == Config()
     assert (config.backend, config.threads, config.queue_size) == ("auto", 0, 32)
     assert config.mqtt.host is None
 
 
-def test_environment_overrides_file_and_flags_override_both(tmp_path: Path) -> None:
+def test_config_flags_override_environment_overrides_file(tmp_path: Path) -> None:
     file = write(tmp_path, 'backend = "file"\nthreads = 1\nqueue_size = 1\n[mqtt]\nhost = "file"\nport = 1')
     environ = {"EDGELM_THREADS": "2", "EDGELM_QUEUE_SIZE": "2", "EDGELM_MQTT_PORT": "2"}
     config = load_config(file, {"queue_size": "3"}, environ)
@@ -41,7 +42,7 @@ def test_environment_overrides_file_and_flags_override_both(tmp_path: Path) -> N
     assert (config.mqtt.host, config.mqtt.port) == ("file", 2)
 
 
-def test_every_variable_reaches_its_setting() -> None:
+def test_config_every_variable_reaches_its_setting() -> None:
     values = dict.fromkeys(VARIABLES, "7")
     config = load_config(environ=values)
     for key in VARIABLES.values():
@@ -50,23 +51,23 @@ def test_every_variable_reaches_its_setting() -> None:
         assert found in (7, "7", Path.cwd() / "7"), key
 
 
-def test_an_empty_variable_counts_as_unset() -> None:
+def test_config_empty_variable_counts_as_unset() -> None:
     assert load_config(environ={"EDGELM_MQTT_HOST": ""}) == Config()
 
 
-def test_the_variable_that_names_the_file_is_the_flags_default(tmp_path: Path) -> None:
+def test_config_variable_names_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "threads = 5")
     assert load_config(environ={"EDGELM_CONFIG": str(file)}).threads == 5
 
 
-def test_paths_in_the_file_start_at_its_folder_others_here(tmp_path: Path) -> None:
+def test_config_paths_in_the_file_start_at_its_folder(tmp_path: Path) -> None:
     file = write(tmp_path, 'bundle = "mine"\nsocket = "/run/s"')
     assert load_config(file, environ={}).bundle == tmp_path / "mine"
     assert load_config(file, environ={}).socket == Path("/run/s")
     assert load_config(file, {"bundle": "mine"}, {}).bundle == Path.cwd() / "mine"
 
 
-def test_the_shipped_example_is_valid_and_names_every_key() -> None:
+def test_config_example_is_valid_and_names_every_key() -> None:
     example = Path(__file__).parents[3] / "deploy" / "edgelm.toml"
     config = load_config(example, environ={})
     assert config == Config()
@@ -77,7 +78,15 @@ def test_the_shipped_example_is_valid_and_names_every_key() -> None:
         assert variable in text
 
 
-def test_the_commented_defaults_of_the_example_are_the_defaults(tmp_path: Path) -> None:
+def test_config_page_is_what_the_structs_say() -> None:
+    spec = importlib.util.spec_from_file_location("page", Path(__file__).parents[3] / "docs" / "configuration.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text("utf-8") == module.page(), "run: python docs/configuration.py"
+
+
+def test_config_example_comments_the_defaults(tmp_path: Path) -> None:
     example = (Path(__file__).parents[3] / "deploy" / "edgelm.toml").read_text()
     stated = ("backend", "threads", "queue_size", "drain_s", "port", "reply_prefixes")
     lines = [line.removeprefix("# ") for line in example.splitlines()]
@@ -105,7 +114,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize(("text", "named"), BAD_FILES.values(), ids=BAD_FILES.keys())
-def test_a_setting_that_cannot_be_used_is_named_with_its_file(tmp_path: Path, text: str, named: str) -> None:
+def test_config_bad_setting_is_named_with_its_file(tmp_path: Path, text: str, named: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text), environ={})
     assert named in str(caught.value)
@@ -113,7 +122,7 @@ def test_a_setting_that_cannot_be_used_is_named_with_its_file(tmp_path: Path, te
     assert caught.value.exit_code == 78
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_config_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
         load_config(tmp_path / "none.toml", environ={})
     (tmp_path / "edgelm.toml").write_bytes(b'backend = "\xff"')
@@ -132,13 +141,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ({"EDGELM_SOKCET": "/s"}, "unknown environment variable EDGELM_SOKCET"),
     ],
 )
-def test_a_variable_that_cannot_be_used_is_named(environ: dict[str, str], named: str) -> None:
+def test_config_bad_variable_is_named(environ: dict[str, str], named: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(environ=environ)
     assert named in str(caught.value)
 
 
-def test_a_flag_that_cannot_be_used_is_named() -> None:
+def test_config_bad_flag_is_named() -> None:
     with pytest.raises(ConfigError, match=r"--mqtt: `mqtt\.port` must be an integer, at least 1 and at most 65535"):
         load_config(flags=parse_broker("host:99999"), environ={})
 
@@ -152,26 +161,24 @@ def test_a_flag_that_cannot_be_used_is_named() -> None:
         ("[::1]", "::1", 1883),
     ],
 )
-def test_brokers_are_host_and_port(text: str, host: str, port: int) -> None:
+def test_config_broker_is_host_and_port(text: str, host: str, port: int) -> None:
     mqtt = load_config(flags=parse_broker(text), environ={}).mqtt
     assert (mqtt.host, mqtt.port) == (host, port)
 
 
 @pytest.mark.parametrize("text", ["", ":1883", "host:", "host:mqtt", "::1", "a b"])
-def test_what_is_no_broker_is_refused(text: str) -> None:
+def test_config_broker_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="HOST"):
         parse_broker(text)
 
 
-def test_a_password_is_the_files_content_without_its_line_break(tmp_path: Path) -> None:
+def test_config_password_is_the_file_without_its_line_break(tmp_path: Path) -> None:
     (tmp_path / "p").write_text(" s3cret \r\n")
     assert read_password(MqttConfig(password_file=tmp_path / "p")) == " s3cret "
     assert read_password(MqttConfig()) is None
 
 
-def test_the_socket_lies_in_the_first_folder_that_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_socket_lies_in_the_first_writable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert default_socket() == tmp_path / "edgelm.sock"
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
@@ -182,7 +189,7 @@ def test_the_socket_lies_in_the_first_folder_that_can_be_written(
     ("host", "device"),
     [("jetson.lan", "jetson"), ("a b/c", "a-b-c"), ("--", "edge"), ("", "edge"), ("x" * 99, "x" * 64)],
 )
-def test_the_device_is_named_after_its_host(host: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_device_is_named_after_its_host(host: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "gethostname", lambda: host)
     assert default_device() == device
     assert load_config(environ={"EDGELM_DEVICE": device}).device == device

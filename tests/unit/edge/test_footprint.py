@@ -44,7 +44,7 @@ def served(bundle: Path, path: Path) -> tuple[Response, float]:
         daemon.communicate(timeout=30)
 
 
-def test_with_a_debug_bundle(debug_bundle: Path, tmp_path: Path) -> None:
+def test_footprint_of_a_debug_bundle(debug_bundle: Path, tmp_path: Path) -> None:
     answer, megabytes = served(debug_bundle, tmp_path / "s")
     print(f"peak {megabytes:.0f} MB")
     assert answer.status == "ok"
@@ -52,7 +52,7 @@ def test_with_a_debug_bundle(debug_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not default_bundle().is_dir(), reason="no bundle is shipped beside the packages")
-def test_with_the_shipped_bundle(tmp_path: Path) -> None:
+def test_footprint_of_the_shipped_bundle(tmp_path: Path) -> None:
     answer, megabytes = served(default_bundle(), tmp_path / "s")
     print(f"peak {megabytes:.0f} MB")
     assert answer.status == "ok"
