@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from host.model.drafter import Chain
 from host.model.layouts import canvas as canvas_layout
 from shared.errors import ConfigError
 from shared.tokens import BOS, CANVAS_LEN, EOS, FIRST_TEXT_ID, MASK, PAD
@@ -36,6 +37,7 @@ class ModelConfig:
     vocab_size: int = 8192
     canvas_len: int = CANVAS_LEN
     time_input: bool = True
+    draft_depth: int = 0  # drafts of the chain drafter; 0: there is none
 
 
 CONFIGS: Final = {
@@ -175,6 +177,7 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.vocab_size)
+        self.drafter = Chain(d, config.draft_depth) if config.draft_depth else None
         never_control = torch.zeros(3, FIRST_TEXT_ID, dtype=torch.bool)  # by ANY_END, NO_END, NO_PADDING
         never_control[:, [MASK, BOS]] = True
         never_control[NO_END, [EOS, PAD]] = True

@@ -22,6 +22,7 @@ AT_MOST: Final = {
 PARTS: Final = ("dropout", "input_noise")  # at least 0, below 1
 CHANGED_ON_RESUME: Final = ("resume", "steps", "minutes", "wandb")
 OF_CANVAS: Final = ("schedule", "weighting", "time_input")
+OF_BODY: Final = ("config", "objectives", "dropout", "input_noise", *OF_CANVAS)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +37,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own settings")
     parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run")
+    parser.add_argument(
+        "--stage",
+        choices=["body", "drafter"],
+        default="body",
+        help="train the network, or only a drafter for the frozen network of --init (default: %(default)s)",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
     length.add_argument("--minutes", type=float, help="of training in all, without validation; sets the learning rate")
@@ -77,6 +84,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ConfigError(f"{_flag(name)} needs the objective canvas: nothing else is masked at random")
         if name == "input_noise" and "ar" not in args.objectives:
             raise ConfigError("--input-noise needs the objective ar: it is of its input tokens")
+        if args.stage == "drafter" and name in OF_BODY:
+            raise ConfigError(f"{_flag(name)} does not go with --stage drafter: the network stays as --init has it")
+    if args.stage == "drafter" and args.init is None:
+        raise ConfigError("--stage drafter needs --init RUN: the run whose network the drafter is for")
     if args.time_input and len(args.objectives) > 1:
         raise ConfigError("--time-input goes with the objective canvas alone: other rows have no diffusion time")
     return args

@@ -141,14 +141,15 @@ def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:
 
 
 def init_from(model: Denoiser, path: Path) -> None:
-    """Start `model` from another run's averaged weights, an autoregressive one's for instance.
+    """Start `model` from another run's averaged weights.
 
-    Raises DataError when a tensor is missing or shaped differently; a time input that the other lacks starts fresh.
+    Raises DataError when a tensor is missing or shaped differently; a time input or a drafter that the other lacks
+    starts fresh.
     """
     theirs = _tensors(path, "ema.")
     _check_age(path, theirs)
     for name, parameter in model.named_parameters():
-        if name not in theirs and name.startswith("time_mlp."):
+        if name not in theirs and name.startswith(("time_mlp.", "drafter.")):
             continue
         if name not in theirs or theirs[name].shape != parameter.shape:
             raise DataError(f"{path} cannot start this model: {name} is missing or has another shape")

@@ -71,10 +71,11 @@ def build_optimizers(
     weight_decay: float = WEIGHT_DECAY,
     muon_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
-    """One or two optimizers that together hold every parameter; vectors and embeddings take no weight decay."""
-    body = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    """One or two optimizers, of every parameter that takes a gradient; vectors and embeddings take no weight decay."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    body = [p for name, p in trained.items() if name.startswith(("blocks.", "drafter.")) and p.ndim == 2]
     in_body = {id(p) for p in body}
-    others = [p for p in model.parameters() if id(p) not in in_body]
+    others = [p for p in trained.values() if id(p) not in in_body]
     groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]
     if name == "adamw":
         groups.append({"params": body, "weight_decay": weight_decay})

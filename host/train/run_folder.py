@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -15,6 +16,7 @@ from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.data.shards import DataFolder, load_data
 from host.files import locked
 from host.model.diffusion import Weighting
+from host.model.drafter import DEPTH
 from host.model.network import Denoiser, ModelConfig, config_named
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, load_model, read_progress
 from host.train.logging import LOG_FILE, read_log
@@ -35,6 +37,10 @@ class Work:
 
     compute_seconds: float = 0.0
     tokens: int = 0
+
+
+Stage = Literal["body", "drafter"]
+"""What is trained: the network; or its drafter alone, with all else frozen, so that no law of it moves."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class TrainConfig:
     valid_every: int | None = None  # steps; see validation_due
     valid_stories: int = 256  # in each of two samples
     seed: int = 0
+    stage: Stage = "body"
     init: Path | None = None  # the run whose weights it began with
     init_work: Work | None = None  # that went into those weights
     data_sha256: str = ""  # DataMeta.sha256 of what `data` held; unknown in runs from before it was kept
@@ -172,6 +179,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         input_noise=args.input_noise,
         valid_every=args.valid_every,
         seed=args.seed,
+        stage=args.stage,
         init=args.init,
         init_work=work_behind(args.init) if args.init else None,
         data_sha256=data.meta.sha256,
@@ -181,11 +189,17 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         vocab_size=data.meta.vocab_size,
         time_input=args.time_input,
     )
+    objectives = args.objectives
+    if args.stage == "drafter":
+        learned = read_progress(find_checkpoint(args.init))
+        if "ar" not in learned.objectives:
+            raise ConfigError(f"{args.init} did not learn the objective ar: a drafter has no law to follow")
+        model, objectives = replace(learned.model, draft_depth=DEPTH), learned.objectives
     if args.init:
         check_start(args.init, model, data)
     progress = Progress(
         model=model,
-        objectives=args.objectives,
+        objectives=objectives,
         schedule=args.schedule,
         tokenizer_sha256=data.meta.tokenizer_sha256,
         data_source=data.meta.source,

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from host.data.shards import DataFolder, Split, load_data
 from host.device import machine_of, mixed_precision_dtype, work_clock
@@ -35,7 +34,6 @@ from host.train.checkpoint import (
 )
 from host.train.distributed import Ranks, joined_ranks
 from host.train.logging import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
-from host.train.loss import WeightedLoss
 from host.train.objectives import Settings
 from host.train.optim import Ema, build_optimizers, learning_rate_factor
 from host.train.plots import plot_curves
@@ -47,6 +45,7 @@ from host.train.run_folder import (
     run_laid_out,
     validation_due,
 )
+from host.train.stages import freeze, trained_mixture, training_loss
 from shared.errors import DiffusionLLMError
 
 SAVE_EVERY_S: Final = 300.0  # of training, between validations
@@ -80,6 +79,8 @@ class Trainer:
         self.ranks = ranks
         self.dtype = mixed_precision_dtype(device)
         self.model = Denoiser(progress.model).to(device)
+        self.mixture = trained_mixture(config.stage, progress.objectives)
+        freeze(self.model, config.stage)
         self.optimizers = build_optimizers(
             self.model,
             config.optimizer,
@@ -89,7 +90,7 @@ class Trainer:
         )
         self.model.set_dropout(config.dropout)
         self.ema = Ema(self.model, config.ema_decay)
-        self.loss = training_loss(self.model, device, ranks)
+        self.loss = training_loss(self.model, device, ranks, config.stage)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.stopping = False
         self.saved_s = progress.seconds
@@ -119,7 +120,7 @@ class Trainer:
             seed=seed,
             batch_size=size,
             micro_size=c.micro_size,
-            mixture=p.objectives,
+            mixture=self.mixture,
             settings=Settings(p.schedule, c.weighting, c.input_noise) if training else Settings(p.schedule, "nelbo"),
             share=share,
             length_step=ROWS_ALIGNED if self.dtype is not None else 1,
@@ -260,9 +261,9 @@ class Trainer:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         processes = f", {self.ranks.processes} processes" if self.ranks.processes > 1 else ""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        mixture = ", ".join(f"{name} {share:.0%}" for name, share in p.objectives.items())
+        mixture = ", ".join(f"{name} {share:.0%}" for name, share in self.mixture.items())
         return (
-            f"{p.model.name}, {parameters / 1e6:.2f} M parameters, {mixture}, "
+            f"{p.model.name}, {parameters / 1e6:.2f} M parameters, {c.stage}: {mixture}, "
             f"on {machine_of(self.device)}{threads}{processes}\n"
             f"data {c.data}: {len(self.data.train):,} stories; {length}, {c.batch_size} stories a step, "
             f"from step {p.step:,}\n"
@@ -290,15 +291,6 @@ def counted_seconds(elapsed: float, usual: float) -> tuple[float, float]:
     """
     counted = min(elapsed, LONGEST_STEP * usual)
     return counted, counted if usual == math.inf else 0.9 * usual + 0.1 * counted
-
-
-def training_loss(model: Denoiser, device: torch.device, ranks: Ranks) -> nn.Module:
-    """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes."""
-    loss: nn.Module = WeightedLoss(model, fused=device.type == "cpu")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        loss.compile(dynamic=True)
-    return loss if ranks.processes == 1 else DistributedDataParallel(loss, broadcast_buffers=False)
 
 
 @contextlib.contextmanager

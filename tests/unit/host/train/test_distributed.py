@@ -21,7 +21,8 @@ from host.train.logging import LOG_FILE
 from host.train.loss import WeightedLoss
 from host.train.objectives import Settings
 from host.train.run_folder import TrainConfig
-from host.train.trainer import Trainer, training_loss
+from host.train.stages import training_loss
+from host.train.trainer import Trainer
 from tests.support.commands import call, small
 
 REPOSITORY = Path(__file__).parents[4]

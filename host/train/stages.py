@@ -1,0 +1,38 @@
+"""The stages of a run: what is trained, on which stories, by which loss.
+
+Stage A ("body") trains the network, stage B ("drafter") the chain drafter of a frozen one, so that no law of it moves.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from host.model.network import Denoiser
+from host.train.distributed import Ranks
+from host.train.draft_loss import ChainLoss
+from host.train.loss import WeightedLoss
+from host.train.run_folder import Stage
+
+
+def freeze(model: Denoiser, stage: Stage) -> None:
+    """Only what the stage trains takes gradients."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("drafter.") == (stage == "drafter"))
+
+
+def trained_mixture(stage: Stage, learned: Mapping[str, float]) -> dict[str, float]:
+    """Each objective's share of the stories. A drafter sees a fifth of its own in gaps, if its network fills gaps."""
+    if stage == "body":
+        return dict(learned)
+    return {"ar": 0.8, "infill": 0.2} if "infill" in learned else {"ar": 1.0}
+
+
+def training_loss(model: Denoiser, device: torch.device, ranks: Ranks, stage: Stage = "body") -> nn.Module:
+    """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes."""
+    loss = WeightedLoss(model, fused=device.type == "cpu") if stage == "body" else ChainLoss(model)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        loss.compile(dynamic=True)
+    return loss if ranks.processes == 1 else DistributedDataParallel(loss, broadcast_buffers=False)
