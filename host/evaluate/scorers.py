@@ -1,16 +1,16 @@
 """One question for every form of a model: the cross-entropy of each masked token. Torch answers, or a step graph."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from onnx import helper
 from torch import Tensor
 
 from host.model.diffusion import Corrupted, cross_entropy_at
@@ -24,19 +24,31 @@ Feed = dict[str, NDArray[np.float32] | NDArray[np.int32]]
 HIDDEN_LOGITS = ("head.control", "head.text")  # inside a CPU graph: scores of the control tokens, then of text
 
 
-def input_names(graph: onnx.ModelProto) -> list[str]:
-    """What a step graph reads: the canvas, and what else it wants to know."""
-    return [value.name for value in graph.graph.input]
+def session_of(graph: onnx.ModelProto, outputs: Mapping[str, type] | None = None) -> ort.InferenceSession:
+    """A session on as many threads as torch uses. outputs: instead of its own, values inside the graph and their types;
+    what they do not need is not computed.
+    """
+    if outputs is not None:
+        surgeon = gs.import_onnx(graph)
+        values = surgeon.tensors()
+        for name, dtype in outputs.items():
+            values[name].dtype = dtype
+        surgeon.outputs = [values[name] for name in outputs]
+        graph = gs.export_onnx(surgeon.cleanup())
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def step_feed(inputs: Iterable[str], canvas: NDArray[np.int32], t: float) -> Feed:
+def step_feed(session: ort.InferenceSession, canvas: NDArray[np.int32], t: float) -> Feed:
     """Inputs of one pass over one canvas (L,) whose masked positions are all wanted."""
     feed: Feed = {
         "canvas": canvas[None].astype(np.int32),
         "t": np.array([t], np.float32),
         "wanted": np.flatnonzero(canvas == MASK).astype(np.int32),
     }
-    return {name: feed[name] for name in inputs}
+    return {value.name: feed[value.name] for value in session.get_inputs()}
 
 
 class Scorer(Protocol):
@@ -71,14 +83,20 @@ class GraphScorer:
 
     def __init__(self, name: str, graph: onnx.ModelProto) -> None:
         self.name = name
-        self._session, self._outputs = logits_session(graph)
-        self._inputs = input_names(graph)
+        if any(output.name == "logits" for output in graph.graph.output):
+            self._outputs: tuple[str, ...] = ("logits",)
+            self._session = session_of(graph)
+            return
+        self._outputs = HIDDEN_LOGITS
+        if not {name for node in graph.graph.node for name in node.output}.issuperset(HIDDEN_LOGITS):
+            raise BundleError(f"the graph computes no {' and '.join(HIDDEN_LOGITS)}: it was not made by host.export")
+        self._session = session_of(graph, dict.fromkeys(HIDDEN_LOGITS, np.float32))
 
     def logits(self, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
         """Scores of the masked positions of one canvas (L,), in their order.  → (M, V)"""
-        parts = self._session.run(self._outputs, step_feed(self._inputs, canvas, t))
+        parts = self._session.run(self._outputs, step_feed(self._session, canvas, t))
         scores = np.concatenate(parts, axis=-1).astype(np.float32)
-        return scores[0, canvas == MASK] if self._outputs == ["logits"] else scores
+        return scores if self._outputs == HIDDEN_LOGITS else scores[0, canvas == MASK]
 
     def losses(self, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
         """See Scorer."""
@@ -92,24 +110,6 @@ class GraphScorer:
             losses.append(F.cross_entropy(logits, x0[row, :length][scored], reduction="none"))
             rows.append(torch.full((len(losses[-1]),), row))
         return torch.cat(losses), torch.cat(rows)
-
-
-def logits_session(graph: onnx.ModelProto) -> tuple[ort.InferenceSession, list[str]]:
-    """A session over a copy of the graph whose outputs are its logits.  → session, output names in vocabulary order"""
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(graph)
-    names = [output.name for output in exposed.graph.output]
-    if "logits" not in names:
-        made = {name for node in exposed.graph.node for name in node.output}
-        if not made.issuperset(HIDDEN_LOGITS):
-            raise BundleError(f"the graph computes no {' and '.join(HIDDEN_LOGITS)}: it was not made by host.export")
-        names = list(HIDDEN_LOGITS)
-        exposed.graph.output.extend(helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session, ["logits"] if names == ["logits"] else names
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

@@ -13,7 +13,8 @@ from typing import Final, Literal
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -23,7 +24,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from host.evaluate.scorers import Canvases, Feed, input_names, step_feed
+from host.evaluate.scorers import Canvases, Feed, session_of, step_feed
 
 Scheme = Literal["dynamic", "static"]
 SCHEMES: Final[tuple[Scheme, ...]] = ("dynamic", "static")
@@ -33,8 +34,8 @@ KEPT_FLOAT: Final = ["head.control.matmul"]  # four columns that decide where a 
 class Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no annotations
     """Feeds calibration canvases to ONNX Runtime."""
 
-    def __init__(self, canvases: Canvases, inputs: Sequence[str]) -> None:
-        self._feeds: Iterator[Feed] = iter([step_feed(inputs, canvas, t) for canvas, t in canvases])
+    def __init__(self, canvases: Canvases, session: ort.InferenceSession) -> None:
+        self._feeds: Iterator[Feed] = iter([step_feed(session, canvas, t) for canvas, t in canvases])
 
     def get_next(self) -> Feed | None:
         """The next feed, None at the end."""
@@ -79,7 +80,7 @@ def quantize(
                 quantize_static(
                     before,
                     after,
-                    Calibration(calibration, input_names(graph)),
+                    Calibration(calibration, session_of(graph)),
                     quant_format=QuantFormat.QDQ,
                     op_types_to_quantize=["MatMul"],
                     per_channel=True,
@@ -93,30 +94,27 @@ def quantize(
         finally:
             logging.getLogger().setLevel(quiet)
         quantized = onnx.load(after)
-    _quantize_embedding(quantized)
-    return quantized
+    return _with_int8_embedding(quantized)
 
 
-def _quantize_embedding(graph: onnx.ModelProto) -> None:
-    """Store the token embedding in INT8 with one scale a row, restored after the lookup; a quarter of the bytes.
+def _with_int8_embedding(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The token embedding in INT8 with one scale a row, dequantized after the lookup: a quarter of the bytes.
 
     ONNX Runtime's own tool would take one scale for all rows.
     """
-    lookup = next(node for node in graph.graph.node if node.name == "tokens")
-    table = next(t for t in graph.graph.initializer if t.name == lookup.input[0])
-    value = numpy_helper.to_array(table)  # (V, D)
-    scale = np.maximum(np.abs(value).max(1, keepdims=True) / 127, np.float32(1e-12))  # (V, 1)
-    name, at = table.name, list(graph.graph.node).index(lookup)
-    graph.graph.initializer.remove(table)
-    graph.graph.initializer.append(numpy_helper.from_array(np.rint(value / scale).astype(np.int8), f"{name}.int8"))
-    graph.graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
-    graph.graph.node.remove(lookup)
-    ids = lookup.input[1]
-    restored = (
-        helper.make_node("Gather", [f"{name}.int8", ids], ["tokens.int8"], name="tokens.int8"),
-        helper.make_node("Cast", ["tokens.int8"], ["tokens.whole"], name="tokens.whole", to=onnx.TensorProto.FLOAT),
-        helper.make_node("Gather", [f"{name}.scale", ids], ["tokens.scale"], name="tokens.scale"),
-        helper.make_node("Mul", ["tokens.whole", "tokens.scale"], list(lookup.output), name="tokens"),
-    )
-    for offset, node in enumerate(restored):
-        graph.graph.node.insert(at + offset, node)
+    surgeon = gs.import_onnx(graph)
+    lookup = next(node for node in surgeon.nodes if node.name == "tokens")
+    (table, ids), restored = lookup.inputs, list(lookup.outputs)
+    lookup.outputs.clear()
+    scale = np.maximum(np.abs(table.values).max(1, keepdims=True) / 127, np.float32(1e-12))  # (V, 1)
+    whole = np.rint(table.values / scale).astype(np.int8)  # (V, D)
+
+    def layer(op: str, name: str, *inputs: gs.Tensor, **attributes: int) -> gs.Variable:
+        return surgeon.layer(op=op, name=name, inputs=inputs, outputs=[gs.Variable(name)], attrs=attributes)[0]
+
+    rows = layer("Gather", "tokens.int8", gs.Constant(f"{table.name}.int8", whole), ids)
+    rows = layer("Cast", "tokens.whole", rows, to=onnx.TensorProto.FLOAT)
+    scales = layer("Gather", "tokens.scale", gs.Constant(f"{table.name}.scale", scale), ids)
+    surgeon.layer(op="Mul", name="tokens", inputs=[rows, scales], outputs=restored)
+    result: onnx.ModelProto = gs.export_onnx(surgeon.cleanup().toposort())
+    return result

@@ -12,12 +12,11 @@ from typing import Final, Literal
 
 import numpy as np
 import onnx
-import onnxruntime as ort
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 from onnxruntime.quantization.calibrate import HistogramCollector
 
-from host.evaluate.scorers import Canvases, input_names, step_feed
+from host.evaluate.scorers import Canvases, session_of, step_feed
 
 Range = Literal["largest", "percentile", "entropy"]
 RANGES: Final[tuple[Range, ...]] = ("largest", "percentile", "entropy")
@@ -28,24 +27,17 @@ SMALLEST_SCALE: Final = 2.0**-14
 """FP16's smallest normal number: below it scales lose precision."""
 
 
-def linear_nodes(graph: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+def linear_layers(graph: gs.Graph) -> list[gs.Node]:
     """The matrix products with constant weights: every linear layer, and nothing of attention."""
-    constants = {tensor.name for tensor in graph.graph.initializer}
-    return (n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in constants)
+    return [node for node in graph.nodes if node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant)]
 
 
 def linear_inputs(graph: onnx.ModelProto, canvases: Canvases) -> Iterator[dict[str, NDArray[np.float32]]]:
     """What the linear layers of an FP16 graph read on each canvas.  → value name → (1, L, K)"""
-    names = sorted({node.input[0] for node in linear_nodes(graph)})
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(graph)
-    exposed.graph.output.extend(helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT16, None) for n in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    inputs = input_names(graph)
+    names = sorted({layer.inputs[0].name for layer in linear_layers(gs.import_onnx(graph))})
+    session = session_of(graph, dict.fromkeys(names, np.float16))
     for canvas, t in canvases:
-        values = session.run(names, step_feed(inputs, canvas, t))
+        values = session.run(names, step_feed(session, canvas, t))
         yield {name: value.astype(np.float32) for name, value in zip(names, values, strict=True)}
 
 
@@ -74,49 +66,38 @@ def activation_ranges(graph: onnx.ModelProto, calibration: Canvases) -> dict[Ran
 
 
 def quantize_linears(graph: onnx.ModelProto, ranges: dict[str, float], kept_float: Sequence[str]) -> onnx.ModelProto:
-    """The FP16 graph with Q/DQ pairs before each linear layer's input and behind its weights.
+    """The FP16 graph with Q/DQ pairs before each linear layer's input and a DequantizeLinear after its INT8 weights.
 
     ranges: largest magnitude of each input. kept_float: names of MatMul nodes to leave alone.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(graph)
-    weights = {t.name: t for t in graph.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    added: dict[str, onnx.TensorProto] = {}
-    paired: set[str] = set()
-    quantized = {n.name for n in linear_nodes(graph)} - set(kept_float)
-
-    def constant(name: str, value: NDArray[np.float16] | NDArray[np.int8]) -> str:
-        added[name] = numpy_helper.from_array(value, name)
-        return name
-
-    for node in result.graph.node:
-        if node.name not in quantized:
-            nodes.append(node)
+    surgeon = gs.import_onnx(graph)
+    zero = gs.Constant("zero.int8", np.array(0, np.int8))
+    inputs: dict[str, gs.Variable] = {}  # one pair serves every layer that reads a value
+    for layer in linear_layers(surgeon):
+        if layer.name in kept_float:
             continue
-        x, weight = node.input
-        if x not in paired:  # one pair serves every layer that reads this value
-            paired.add(x)
-            scale = constant(f"{x}.scale", np.array(max(ranges[x] / LEVELS, SMALLEST_SCALE), np.float16))
-            zero = constant("zero.int8", np.array(0, np.int8))
-            nodes.append(helper.make_node("QuantizeLinear", [x, scale, zero], [f"{x}.q"], name=f"{x}.quantize"))
-            pair = helper.make_node("DequantizeLinear", [f"{x}.q", scale, zero], [f"{x}.dq"], name=f"{x}.dequantize")
-            nodes.append(pair)
-        value = numpy_helper.to_array(weights[weight]).astype(np.float32)  # (K, N)
-        scales = np.maximum(np.abs(value).max(0) / LEVELS, SMALLEST_SCALE).astype(np.float16)  # (N,)
-        whole = np.clip(np.rint(value / scales.astype(np.float32)), -LEVELS, LEVELS).astype(np.int8)
-        parts = [
-            constant(f"{weight}.int8", whole),
-            constant(f"{weight}.scale", scales),
-            constant(f"{weight}.zero", np.zeros(len(scales), np.int8)),
-        ]
-        nodes.append(helper.make_node("DequantizeLinear", parts, [f"{weight}.dq"], name=f"{weight}.dequantize", axis=1))
-        node.input[0], node.input[1] = f"{x}.dq", f"{weight}.dq"
-        nodes.append(node)
-    read = {name for node in nodes for name in node.input}
-    kept = [t for t in result.graph.initializer if t.name in read]
-    del result.graph.node[:], result.graph.initializer[:]
-    result.graph.node.extend(nodes)
-    result.graph.initializer.extend([*kept, *added.values()])
+        x, weight = layer.inputs
+        if x.name not in inputs:
+            scale = gs.Constant(f"{x.name}.scale", np.array(max(ranges[x.name] / LEVELS, SMALLEST_SCALE), np.float16))
+            whole = _added(surgeon, "QuantizeLinear", f"{x.name}.q", [x, scale, zero])
+            inputs[x.name] = _added(surgeon, "DequantizeLinear", f"{x.name}.dq", [whole, scale, zero])
+        layer.inputs = [inputs[x.name], _int8_weight(surgeon, weight)]
+    result: onnx.ModelProto = gs.export_onnx(surgeon.cleanup().toposort())
     onnx.checker.check_model(result)
     return result
+
+
+def _int8_weight(surgeon: gs.Graph, weight: gs.Constant) -> gs.Variable:
+    """A weight (K, N) in INT8, one scale a column, dequantized where it is read."""
+    value = weight.values.astype(np.float32)
+    scales = np.maximum(np.abs(value).max(0) / LEVELS, SMALLEST_SCALE).astype(np.float16)  # (N,)
+    whole = np.clip(np.rint(value / scales.astype(np.float32)), -LEVELS, LEVELS).astype(np.int8)
+    parts = {"int8": whole, "scale": scales, "zero": np.zeros(len(scales), np.int8)}
+    constants = [gs.Constant(f"{weight.name}.{kind}", part) for kind, part in parts.items()]
+    return _added(surgeon, "DequantizeLinear", f"{weight.name}.dq", constants, axis=1)
+
+
+def _added(surgeon: gs.Graph, op: str, name: str, inputs: list[gs.Tensor], **attributes: int) -> gs.Variable:
+    """A node and its output, both of that name."""
+    (output,) = surgeon.layer(op=op, name=name, inputs=inputs, outputs=[gs.Variable(name)], attrs=attributes)
+    return output

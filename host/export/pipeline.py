@@ -8,11 +8,10 @@ from typing import Final
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from host.evaluate.likelihood import HeldOut
-from host.evaluate.scorers import Canvases, GraphScorer, input_names, step_feed
+from host.evaluate.scorers import Canvases, GraphScorer, session_of, step_feed
 from host.export.bundle_writer import StepGraph
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import SCHEMES, Scheme, quantize
@@ -80,10 +79,8 @@ def yardstick(model: Denoiser, progress: Progress, held_out: HeldOut) -> Yardsti
 
 def median_step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
     """Median time of one pass over one canvas (L,) on this machine."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    feed = step_feed(input_names(graph), canvas, 1.0)
+    session = session_of(graph)
+    feed = step_feed(session, canvas, 1.0)
     times = []
     for _ in range(25):
         started = time.perf_counter()

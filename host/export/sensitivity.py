@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from host.evaluate.scorers import Canvases
-from host.export.cuda_qdq import LEVELS, linear_inputs, linear_nodes
+from host.export.cuda_qdq import LEVELS, linear_inputs, linear_layers
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class LayerError:
 
 def layer_errors(fp16: onnx.ModelProto, canvases: Canvases) -> list[LayerError]:
     """Every linear layer alone, its input scaled by the tensor and its weights by the column; the worst first."""
-    weights = {t.name: t for t in fp16.graph.initializer}
-    layers = list(linear_nodes(fp16))
-    exact_weights = {n.name: numpy_helper.to_array(weights[n.input[1]]).astype(np.float32) for n in layers}
+    layers = linear_layers(gs.import_onnx(fp16))
+    exact_weights = {layer.name: layer.inputs[1].values.astype(np.float32) for layer in layers}
     wrong = dict.fromkeys(exact_weights, 0.0)
     total = dict.fromkeys(exact_weights, 0.0)
     for inputs in linear_inputs(fp16, canvases):
-        for node in layers:
-            x, weight = inputs[node.input[0]].reshape(-1, len(exact_weights[node.name])), exact_weights[node.name]
+        for layer in layers:
+            weight = exact_weights[layer.name]
+            x = inputs[layer.inputs[0].name].reshape(-1, len(weight))
             exact = x @ weight  # (L, N)
             rounded = _rounded(x, np.abs(x).max()) @ _rounded(weight, np.abs(weight).max(0))
-            wrong[node.name] += float(np.square(rounded - exact).sum())
-            total[node.name] += float(np.square(exact).sum())
+            wrong[layer.name] += float(np.square(rounded - exact).sum())
+            total[layer.name] += float(np.square(exact).sum())
     errors = [LayerError(name, (wrong[name] / total[name]) ** 0.5) for name in wrong]
     return sorted(errors, key=lambda e: -e.error)
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from host.export.cuda_graph import cuda_graph
-from host.export.cuda_qdq import activation_ranges, linear_nodes, quantize_linears
+from host.export.cuda_qdq import activation_ranges, linear_layers, quantize_linears
 from host.export.lint import slow_shapes, violations
 from host.export.random_weights import untrained
 from host.model.network import CONFIGS
@@ -83,7 +84,7 @@ def a_zero_point(graph: onnx.ModelProto) -> None:
 
 
 def a_row_axis(graph: onnx.ModelProto) -> None:
-    node(graph, "blocks.0.up.weight.dequantize").attribute[0].i = 0
+    node(graph, "blocks.0.up.weight.dq").attribute[0].i = 0
 
 
 def quantized_attention(graph: onnx.ModelProto) -> None:
@@ -110,7 +111,7 @@ BROKEN: dict[Callable[[onnx.ModelProto], None], str] = {
     an_infinite_mask: "never: it holds values that FP16 cannot",
     a_float_scale: "its scale is float, not the graph's float16",
     a_zero_point: "its zero point is not an int8 of 0",
-    a_row_axis: "blocks.0.up.weight.dequantize: weights take one scale a column, along axis 1",
+    a_row_axis: "blocks.0.up.weight.dq: weights take one scale a column, along axis 1",
     quantized_attention: "s.dequantize: it feeds blocks.0.scores (MatMul); only linear layers are quantized",
     outside_weights: "head.weight.int8: its values lie in another file",
 }
@@ -132,6 +133,6 @@ def test_sides_that_waste_tiles_are_named() -> None:
 def test_int8_graph_leaves_out_what_it_is_told_to() -> None:
     kept = ["head.matmul", "blocks.1.up.out.matmul"]
     graph = quantize_linears(FP16, activation_ranges(FP16, [(CANVAS, 1.0)])["largest"], kept)
-    still = {n.name for n in linear_nodes(graph)}
+    still = {layer.name for layer in linear_layers(gs.import_onnx(graph))}
     assert still == set(kept)
     assert violations(graph) == []
