@@ -1,12 +1,14 @@
 """Text from a trained run by the torch reference sampler: slow, for looking at a model before it is exported.
 
-An autoregressive run writes token by token, from the whole vocabulary.
+An autoregressive run writes token by token.
 """
 
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import torch
@@ -18,14 +20,15 @@ from host.sampling.reference import TOP_K, Settings, sample
 from host.train.checkpoint import newest_run
 from host.train.run_folder import load_run
 from shared.errors import ConfigError, RequestError, run_main
-from shared.manifest import TOKENIZER, SamplingDefaults
+from shared.manifest import TOKENIZER, SamplingDefaults, Selection
 from shared.messages import GenerateRequest, decode_request
 from shared.tokens import FIRST_TEXT_ID
 
 
 def checked_request(args: argparse.Namespace, seed: int) -> GenerateRequest:
     """The flags as the edge would take them; raises RequestError naming what it would refuse."""
-    fields = {name: getattr(args, name) for name in ("prompt", "steps", "temperature", "top_p", "max_tokens")}
+    names = ("prompt", "steps", "temperature", "top_p", "max_tokens")
+    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers, and would say null
             raise RequestError("bad_request", f"`{name}` must be a number, not {value}")
@@ -35,9 +38,9 @@ def checked_request(args: argparse.Namespace, seed: int) -> GenerateRequest:
         raise RequestError("bad_request", "the prompt is not UTF-8: check the terminal's locale") from None
 
 
-def main() -> None:
-    """Sample one text for each seed."""
-    defaults = SamplingDefaults()
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    usual = SamplingDefaults()
     parser = argparse.ArgumentParser(
         prog="python -m host.generate",
         description=__doc__,
@@ -47,38 +50,55 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", default="", help="how the text begins (default: nothing)")
     parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one text for each (default: 0)")
-    parser.add_argument("--steps", type=int, default=defaults.steps)
+    parser.add_argument("--steps", type=int, help=f"denoising steps of a canvas (default: {usual.steps})")
     parser.add_argument(
-        "--selection", choices=["confidence", "random", "margin", "entropy"], default=defaults.selection
+        "--selection",
+        choices=get_args(Selection),
+        help=f"which positions of a canvas a step commits (default: {usual.selection})",
     )
-    parser.add_argument("--temperature", type=float, default=defaults.temperature)
-    parser.add_argument("--top-p", type=float, default=defaults.top_p)
-    parser.add_argument("--max-tokens", type=int)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--temperature", type=float, default=usual.temperature, help="0 takes the likeliest (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=usual.top_p, help="probability kept at each position (default: %(default)s)"
+    )
+    parser.add_argument("--max-tokens", type=int, help="length of a canvas's text at most (default: what fits)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Sample one text for each seed."""
+    args, usual = parse_arguments(), SamplingDefaults()
     requests = [checked_request(args, seed) for seed in args.seed]
     run = args.run or newest_run()
     model, progress = load_run(run)
     texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
     layout = texts.lay_out(requests[0])
+    base = Settings(
+        0,
+        args.steps or usual.steps,
+        args.selection or usual.selection,
+        args.temperature,
+        min(TOP_K, model.config.vocab_size),
+        args.top_p,
+    )
+    settings = [replace(base, seed=seed) for seed in args.seed]
     if "canvas" not in progress.objectives:
-        for name in ("steps", "selection", "top_p", "max_tokens"):
-            if getattr(args, name) != parser.get_default(name):
+        for name in ("steps", "selection", "max_tokens"):
+            if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"{flag} does not go with {run}: an autoregressive run draws one token at a time")
+                raise ConfigError(f"{flag} is for a canvas: the autoregressive run {run} draws one token at a time")
         prompt = layout.canvas[1:][~layout.fill[1:]].tolist()
-        for seed in args.seed:
-            (written,) = sample_autoregressive(model, [seed], args.temperature, prompt=prompt).numpy()
-            print(f"{texts.read(layout, written)}\n— seed {seed}, {(written >= FIRST_TEXT_ID).sum()} tokens\n")
+        for one in settings:
+            (written,) = sample_autoregressive(model, [one], prompt=prompt).numpy()
+            print(f"{texts.read(layout, written)}\n— seed {one.seed}, {(written >= FIRST_TEXT_ID).sum()} tokens\n")
         return
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)
-    for seed in args.seed:
-        settings = Settings(
-            seed, args.steps, args.selection, args.temperature, min(TOP_K, model.config.vocab_size), args.top_p
-        )
+    for one in settings:
         started = time.perf_counter()
-        sampled = sample(model, progress.schedule, canvas, fill, settings)
+        sampled = sample(model, progress.schedule, canvas, fill, one)
         print(texts.read(layout, sampled.canvas.numpy()))
-        print(f"— seed {seed}, {sampled.steps} passes, {time.perf_counter() - started:.1f} s\n")
+        print(f"— seed {one.seed}, {sampled.steps} denoising steps, {time.perf_counter() - started:.1f} s\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,129 @@
-"""`python -m host.evaluate`: measure a run or a bundle on held-out text."""
+"""Measure a model on held-out text, or the texts that it writes.
 
-from host.evaluate.likelihood import main
-from shared.errors import run_main
+`python -m host.evaluate` measures the newest run that decodes a canvas on its own validation stories: NELBO, bits per
+byte, masked cross-entropy, each with its standard error. Another run is named with --run; an autoregressive one is
+measured by its exact likelihood. With --samples or --sweep and --scorer, texts are scored instead: generative
+perplexity, entropy, distinct n-grams, repetition, lengths and non-words, beside as many stories of the data.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from host.data.shards import SplitName
+from host.evaluate.gen_ppl import COUNT, print_scored, score_samples
+from host.evaluate.likelihood import (
+    DRAWS,
+    STORIES,
+    evaluate,
+    held_out_files,
+    held_out_split,
+    print_likelihood,
+    print_table,
+)
+from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer, load_graph
+from host.evaluate.sweep import sweep
+from host.files import check_numbers
+from host.train.checkpoint import newest_run
+from host.train.run_folder import data_of, load_run
+from shared.errors import ConfigError, run_main
+from shared.manifest import TOKENIZER, find_graph, read_manifest, verified_bytes
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; ConfigError when flags do not go together."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m host.evaluate --run runs/tinystories --split test --json",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
+    what.add_argument("--bundle", type=Path, help="measure the CPU graph of this bundle, as it ships")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--source", type=Path, help="text files to measure on, instead of the data of the run")
+    text.add_argument(
+        "--split",
+        choices=get_args(SplitName),
+        default="valid",
+        help="of the data of the run: choose by valid, report test (default: %(default)s)",
+    )
+    parser.add_argument("--stories", type=int, help=f"evaluate on the first N stories (default: {STORIES})")
+    parser.add_argument("--draws", type=int, help=f"Monte Carlo draws of every story (default: {DRAWS})")
+    parser.add_argument(
+        "--scorer", "--judge", type=Path, metavar="AR_RUN", help="run with objective ar that scores texts"
+    )
+    sampled = parser.add_mutually_exclusive_group()
+    sampled.add_argument("--samples", type=Path, help="score these: text files, or a run to sample from")
+    sampled.add_argument("--sweep", action="store_true", help="score --run at many steps, selections, temperatures")
+    parser.add_argument("--count", type=int, help=f"texts to score, of each setting (default: {COUNT})")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    args = parser.parse_args()
+    check_numbers(args, dict.fromkeys(("stories", "draws", "count"), math.inf))
+    if not (args.samples or args.sweep):
+        if args.scorer or args.count:
+            raise ConfigError("--scorer and --count need --samples or --sweep")
+        if args.bundle and args.source is None:
+            raise ConfigError("--bundle needs --source: a bundle carries no text, name files to measure on")
+        return args
+    if args.scorer is None:
+        raise ConfigError("--samples and --sweep need --scorer AR_RUN: train one with host.train --objectives ar")
+    if args.draws or args.stories:
+        raise ConfigError("--draws and --stories are about likelihoods: the number of samples is --count")
+    if args.samples and (args.run or args.bundle):
+        raise ConfigError("--samples names what is scored: it cannot be combined with --run or --bundle")
+    if args.sweep and (args.bundle or args.json):
+        raise ConfigError("--sweep measures a run, and prints one table")
+    return args
+
+
+def measure_likelihood(args: argparse.Namespace) -> None:
+    """Print the figures of a run or a bundle on held-out text."""
+    if args.bundle:
+        manifest = read_manifest(args.bundle)
+        graph = find_graph(args.bundle, manifest, "cpu")
+        verified_bytes(args.bundle, graph.file, graph.sha256)
+        verified_bytes(args.bundle, TOKENIZER, manifest.tokenizer_sha256)
+        scorer: Scorer = GraphScorer(graph.file, load_graph(args.bundle / graph.file))
+        schedule, tokenizer = manifest.schedule, args.bundle / TOKENIZER
+    else:
+        run = args.run or newest_run()
+        model, progress = load_run(run)
+        scorer, schedule, tokenizer = TorchScorer(model), progress.schedule, run / TOKENIZER
+    stories = args.stories or STORIES
+    if args.source:
+        held_out = held_out_files(args.source, tokenizer, stories)
+    else:
+        held_out = held_out_split(data_of(run), stories, args.split)
+    if not args.bundle and "canvas" not in progress.objectives:
+        print_likelihood(model, held_out, args.json)
+        return
+    result = evaluate(scorer, held_out, schedule, args.draws or DRAWS)
+    if args.json:
+        print(msgspec.json.encode(result).decode())
+    else:
+        print_table([result])
+
+
+def main() -> None:
+    """Evaluate a run, a bundle, or texts."""
+    args = parse_arguments()
+    count = args.count or COUNT
+    if args.sweep:
+        sweep(args.run or newest_run(), args.scorer, source=args.source, split=args.split, count=count)
+    elif args.samples:
+        rows = score_samples(args.samples, args.scorer, source=args.source, split=args.split, count=count)
+        if args.json:
+            print(msgspec.json.encode(rows).decode())
+        else:
+            print_scored(rows)
+    else:
+        measure_likelihood(args)
+
 
 if __name__ == "__main__":
     run_main(main)

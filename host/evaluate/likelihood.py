@@ -1,15 +1,10 @@
-"""Measure a model on held-out text: NELBO, bits a byte, masked cross-entropy, each with its standard error.
+"""A model on held-out text: NELBO, bits per byte, masked cross-entropy, exact likelihood, with standard errors."""
 
-`python -m host.evaluate` measures the newest diffusion run on its own validation split; an autoregressive run, named
-with --run, by its exact likelihood. With --judge, samples are judged instead
-(`host.evaluate.gen_ppl`), or the settings of sampling swept (`host.evaluate.sweep`).
-"""
-
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -19,22 +14,20 @@ from torch import Tensor
 from host.data.shards import DataFolder, Split, SplitName
 from host.data.sources import read_texts
 from host.data.tokenizer import encode_stories, load_tokenizer, token_byte_lengths
-from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer, load_graph
-from host.model.diffusion import Corrupted, corrupt, counted_tokens, low_discrepancy_times
+from host.evaluate.scorers import Scorer, TorchScorer
+from host.model.diffusion import Corrupted, autoregressive_sums, corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import Denoiser
 from host.progress import progress
-from host.train.checkpoint import newest_run
-from host.train.run_folder import data_of, load_run
-from shared.errors import ConfigError, DataError
-from shared.manifest import TOKENIZER, Evaluation, Figure, find_graph, read_manifest, verified_bytes
+from shared.errors import DataError
+from shared.manifest import Evaluation, Figure
 from shared.schedule import ScheduleName, loss_weight, mask_prob, time_of_masked_fraction
 from shared.tokens import PAD
 
-DRAWS = 8
-STORIES = 512
+DRAWS: Final = 8
+STORIES: Final = 512
 """Enough for an error of about one per cent; every story is scored 16 times."""
-BOOTSTRAPS = 1000
-SEED = 20_000
+BOOTSTRAPS: Final = 1000
+SEED: Final = 20_000
 
 
 @dataclass(frozen=True)
@@ -144,8 +137,8 @@ def held_out_split(folder: DataFolder, stories: int | None = None, split: SplitN
 
 
 def print_table(evaluations: Sequence[Evaluation]) -> None:
-    """One line a model: value ± standard error."""
-    print(f"{'graph':32} {'NELBO, nats a token':>22} {'bits a byte':>18} {'masked cross-entropy':>22}")
+    """One line for each model: value ± standard error."""
+    print(f"{'graph':32} {'NELBO, nats per token':>22} {'bits per byte':>18} {'masked cross-entropy':>22}")
     for e in evaluations:
         cells = [
             f"{f.value:.4f} ± {f.stderr:.4f}" for f in (e.nelbo_nats_per_token, e.bits_per_byte, e.masked_cross_entropy)
@@ -155,96 +148,30 @@ def print_table(evaluations: Sequence[Evaluation]) -> None:
     print(f"on {e.source}: {e.stories:,} stories, {e.text_tokens:,} tokens, {e.text_bytes:,} bytes")
 
 
+@torch.no_grad()
+def story_nats(model: Denoiser, canvases: np.ndarray) -> np.ndarray:
+    """Exact negative log-likelihood of each canvas under the autoregressive law.  (n, L) → (n,)"""
+    x0 = torch.from_numpy(canvases.astype(np.int64))
+    nats = np.zeros(len(x0))
+    lengths = (x0 != PAD).sum(1)
+    for rows in lengths.argsort(stable=True).split(TorchScorer.batch_rows):
+        nats[rows.numpy()] = autoregressive_sums(model, x0[rows, : int(lengths[rows].max())]).double().numpy()
+    return nats
+
+
+def exact_likelihood(model: Denoiser, held_out: HeldOut) -> tuple[Figure, Figure]:
+    """The autoregressive law on held-out text.  → nats per token, bits per byte"""
+    nats = story_nats(model, held_out.canvases)[None]
+    tokens = counted_tokens(torch.from_numpy(held_out.canvases.astype(np.int64))).numpy()[None]
+    return ratio(nats, tokens), ratio(nats / np.log(2), held_out.text_bytes[None])
+
+
 def print_likelihood(model: Denoiser, held_out: HeldOut, as_json: bool) -> None:
     """An autoregressive run's exact figures."""
-    from host.evaluate.gen_ppl import likelihood
-
-    nats, bits = likelihood(model, held_out)
+    nats, bits = exact_likelihood(model, held_out)
     if as_json:
-        print(msgspec.json.encode({"nats_per_token": nats, "bits_per_byte": bits}).decode())
+        print(msgspec.json.encode({"nats_per_token": nats, "bits_per_byte": bits, "source": held_out.name}).decode())
         return
-    print(f"autoregressive: {nats.value:.4f} ± {nats.stderr:.4f} nats a token, "
-          f"{bits.value:.4f} ± {bits.stderr:.4f} bits a byte")  # fmt: skip
+    print(f"autoregressive: {nats.value:.4f} ± {nats.stderr:.4f} nats per token, "
+          f"{bits.value:.4f} ± {bits.stderr:.4f} bits per byte")  # fmt: skip
     print(f"on {held_out.name}: {len(held_out.canvases):,} stories, exact likelihood")
-
-
-def judge_or_sweep(args: argparse.Namespace) -> None:
-    """The command lines of --samples and --sweep."""
-    from host.evaluate.gen_ppl import judge_samples, print_judged  # it builds on this module
-    from host.evaluate.sweep import sweep
-
-    if args.judge is None:
-        raise ConfigError("--samples and --sweep need --judge AR_RUN: train one with host.train --objectives ar")
-    if args.count is not None and args.count < 1:
-        raise ConfigError("--count must be at least 1")
-    if args.draws != DRAWS or args.stories != STORIES:
-        raise ConfigError("--draws and --stories are about the bound: the number of samples is --count")
-    if args.samples and (args.run or args.bundle):
-        raise ConfigError("--samples names what is judged: neither --run nor --bundle goes with it")
-    if args.sweep:
-        if args.bundle or args.json:
-            raise ConfigError("--sweep measures a run, and prints one table")
-        sweep(args.run or newest_run(), args.judge, args.source, args.count or 16)
-        return
-    rows = judge_samples(args.samples, args.judge, args.source, args.count or 64)
-    if args.json:
-        print(msgspec.json.encode(rows).decode())
-    else:
-        print_judged(rows)
-
-
-def main() -> None:
-    """Evaluate a run or a bundle."""
-    parser = argparse.ArgumentParser(
-        prog="python -m host.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m host.evaluate --bundle bundle/tinystories --source valid.jsonl.gz --json",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
-    what.add_argument("--bundle", type=Path, help="measure this bundle's CPU graph, as it ships")
-    parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
-    parser.add_argument(
-        "--stories", type=int, default=STORIES, help=f"measure on at most so many, the first (default: {STORIES})"
-    )
-    parser.add_argument("--draws", type=int, default=DRAWS, help=f"Monte Carlo draws of every story (default: {DRAWS})")
-    parser.add_argument("--judge", type=Path, metavar="AR_RUN", help="autoregressive run that scores samples")
-    sampled = parser.add_mutually_exclusive_group()
-    sampled.add_argument("--samples", type=Path, help="judge these: text files, or a run to sample from")
-    sampled.add_argument("--sweep", action="store_true", help="judge --run at many steps, selections, temperatures")
-    parser.add_argument("--count", type=int, help="texts to judge, of each setting (default: 64; in a sweep 16)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    args = parser.parse_args()
-    if args.draws < 1 or args.stories < 1:
-        raise ConfigError("--draws and --stories must be at least 1")
-    if args.samples or args.sweep:
-        judge_or_sweep(args)
-        return
-    if args.judge or args.count is not None:
-        raise ConfigError("--judge and --count need --samples or --sweep")
-    if args.bundle:
-        if args.source is None:
-            raise ConfigError("--bundle needs --source: a bundle carries no text, name files to measure on")
-        manifest = read_manifest(args.bundle)
-        graph = find_graph(args.bundle, manifest, "cpu")
-        verified_bytes(args.bundle, graph.file, graph.sha256)
-        verified_bytes(args.bundle, TOKENIZER, manifest.tokenizer_sha256)
-        scorer: Scorer = GraphScorer(graph.file, load_graph(args.bundle / graph.file))
-        schedule, tokenizer = manifest.schedule, args.bundle / TOKENIZER
-    else:
-        run = args.run or newest_run()
-        model, progress = load_run(run)
-        scorer, schedule, tokenizer = TorchScorer(model), progress.schedule, run / TOKENIZER
-    if args.source:
-        held_out = held_out_files(args.source, tokenizer, args.stories)
-    else:
-        held_out = held_out_split(data_of(run), args.stories)
-    if not args.bundle and "canvas" not in progress.objectives:
-        print_likelihood(model, held_out, args.json)
-        return
-    result = evaluate(scorer, held_out, schedule, args.draws)
-    if args.json:
-        print(msgspec.json.encode(result).decode())
-    else:
-        print_table([result])

@@ -1,6 +1,6 @@
-"""Quality against passes: one table and one picture, from which a bundle's sampling defaults are chosen.
+"""Quality against denoising steps: one table and one picture, from which a bundle's sampling defaults are chosen.
 
-Every setting draws the same number of texts, with the same seeds, and an autoregressive judge scores them.
+Every setting draws the same number of texts, with the same seeds, and an autoregressive run scores them.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from typing import Final, get_args
 
 import torch
 
+from host.data.shards import SplitName
 from host.device import mixed_precision_dtype
-from host.evaluate.gen_ppl import Judge, Judged, length_distance
+from host.evaluate.gen_ppl import COUNT, SampleScorer, Scored, length_distance
 from host.sampling.many import sample_many
 from host.sampling.reference import TOP_K, Settings
 from host.train.plots import save_picture
@@ -22,7 +23,7 @@ from shared.manifest import TOKENIZER, Selection
 STEPS: Final = (4, 8, 16, 32, 64, 128, 256)
 TEMPERATURES: Final = (1.0, 0.8)
 THRESHOLDS: Final = (0.9, 0.7, 0.5)
-ENTROPY_BOUNDS: Final = (0.5, 2.0, 8.0)  # nats a pass
+ENTROPY_BOUNDS: Final = (0.5, 2.0, 8.0)  # nats a step
 COOLED: Final[tuple[Selection, ...]] = ("random", "confidence")
 PICTURE: Final = "sweep.png"
 
@@ -43,11 +44,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """A setting measured. passes: mean network calls a text."""
+    """A setting measured. steps: mean denoising steps of a text (NFE)."""
 
     setting: Setting
-    passes: float
-    judged: Judged
+    steps: float
+    scored: Scored
 
 
 def grid(
@@ -71,42 +72,51 @@ def grid(
     return found
 
 
-def sweep(run: Path, judge_run: Path, source: Path | None, count: int, settings: Sequence[Setting] = ()) -> list[Point]:
+def sweep(
+    run: Path,
+    scorer_run: Path,
+    *,
+    source: Path | None = None,
+    split: SplitName = "valid",
+    count: int = COUNT,
+    settings: Sequence[Setting] = (),
+) -> list[Point]:
     """Measure every setting of the grid, print the table as it grows, draw RUN/sweep.png."""
-    model, progress = load_run(run)
-    if "canvas" not in progress.objectives:
+    model, state = load_run(run)
+    if "canvas" not in state.objectives:
         raise ConfigError(f"{run} did not learn the objective canvas: a sweep is of canvas decoding")
-    judge = Judge.load(judge_run, run / TOKENIZER)
-    data = judge.data(source, judge_run, count)
+    scorer = SampleScorer.load(scorer_run, run / TOKENIZER)
+    data = scorer.score_data(source, split, count)
     dtype = mixed_precision_dtype(torch.device("cpu"))
-    print(f"{'rule':14} {'T':>4} {'strength':>9} {'passes':>7} {'perplexity':>14} {'entropy, bits':>13} "
-          f"{'distinct-1/2/3':>17} {'repetition':>10} {'lengths off':>11}")  # fmt: skip
-    _print("data", "", "", "", data, data)
+    print(f"{'rule':14} {'T':>4} {'strength':>9} {'NFE':>7} {'gen-PPL':>14} {'entropy, bits':>13} "
+          f"{'distinct-1/2/3':>17} {'repetition':>10} {'non-words':>9} {'lengths off':>11}")  # fmt: skip
+    _print((data.name, "", "", ""), data, data)
     points = []
     for setting in settings or grid():
         base = replace(setting.settings, top_k=min(TOP_K, model.config.vocab_size))
-        sampled = sample_many(model, progress.schedule, [replace(base, seed=seed) for seed in range(count)], dtype)
-        passes = sum(one.steps for one in sampled) / count
+        sampled = sample_many(model, state.schedule, [replace(base, seed=seed) for seed in range(count)], dtype)
+        steps = sum(one.steps for one in sampled) / count
         canvases = torch.stack([one.canvas for one in sampled]).numpy()
-        point = Point(setting, passes, judge.judge(f"{setting.line}, {setting.strength}", canvases))
-        _print(setting.rule, f"{base.temperature:g}", setting.strength, f"{passes:.1f}", point.judged, data)
+        point = Point(setting, steps, scorer.score(f"{setting.line}, {setting.strength}", canvases))
+        _print((setting.rule, f"{base.temperature:g}", setting.strength, f"{steps:.1f}"), point.scored, data)
         points.append(point)
     draw(run / PICTURE, points, data)
-    print(f"{count} texts each, judged by {judge_run}; lengths off: distance of the length histogram from that of "
+    print(f"{count} texts each, scored by {scorer_run}; lengths off: distance of the length histogram from that of "
           f"as many stories of the data, 0 to 1; picture: {run / PICTURE}")  # fmt: skip
     return points
 
 
-def _print(rule: str, temperature: str, strength: str, passes: str, judged: Judged, data: Judged) -> None:
-    perplexity = f"{judged.perplexity.value:.2f} ± {judged.perplexity.stderr:.2f}"
-    distinct = "/".join(f"{value:.3f}" for value in judged.distinct)
-    print(f"{rule:14} {temperature:>4} {strength:>9} {passes:>7} {perplexity:>14} {judged.unigram_entropy_bits:13.2f} "
-          f"{distinct:>17} {judged.repetition:10.1%} {length_distance(judged, data):11.2f}",
+def _print(row: tuple[str, str, str, str], scored: Scored, data: Scored) -> None:
+    rule, temperature, strength, steps = row
+    perplexity = f"{scored.perplexity.value:.2f} ± {scored.perplexity.stderr:.2f}"
+    distinct = "/".join(f"{value:.3f}" for value in scored.distinct)
+    print(f"{rule:14} {temperature:>4} {strength:>9} {steps:>7} {perplexity:>14} {scored.unigram_entropy_bits:13.2f} "
+          f"{distinct:>17} {scored.repetition:10.1%} {scored.non_words:9.2%} {length_distance(scored, data):11.2f}",
           flush=True)  # fmt: skip
 
 
-def draw(path: Path, points: Sequence[Point], data: Judged) -> None:
-    """Perplexity and entropy against mean passes, a line a rule and temperature, the data's own as dashes."""
+def draw(path: Path, points: Sequence[Point], data: Scored) -> None:
+    """Perplexity and entropy against mean steps, a line for each rule and temperature, the data's own as dashes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,19 +126,19 @@ def draw(path: Path, points: Sequence[Point], data: Judged) -> None:
     rules = list(dict.fromkeys(point.setting.rule for point in points))
     warmest = max(point.setting.settings.temperature for point in points)
     for line in dict.fromkeys(point.setting.line for point in points):
-        of_line = sorted((p for p in points if p.setting.line == line), key=lambda p: p.passes)
+        of_line = sorted((p for p in points if p.setting.line == line), key=lambda p: p.steps)
         colour = f"C{rules.index(of_line[0].setting.rule)}"
         style = "o-" if of_line[0].setting.settings.temperature == warmest else "o:"
-        passes = [p.passes for p in of_line]
-        above.errorbar(passes, [p.judged.perplexity.value for p in of_line],
-                       [p.judged.perplexity.stderr for p in of_line], fmt=style, color=colour, label=line)  # fmt: skip
-        below.plot(passes, [p.judged.unigram_entropy_bits for p in of_line], style, color=colour)
+        steps = [p.steps for p in of_line]
+        above.errorbar(steps, [p.scored.perplexity.value for p in of_line],
+                       [p.scored.perplexity.stderr for p in of_line], fmt=style, color=colour, label=line)  # fmt: skip
+        below.plot(steps, [p.scored.unigram_entropy_bits for p in of_line], style, color=colour)
     above.axhline(data.perplexity.value, color="black", linestyle="--", label="data")
     below.axhline(data.unigram_entropy_bits, color="black", linestyle="--")
     above.set_xscale("log", base=2)
     above.set_yscale("log")
-    above.set_ylabel("perplexity by the judge")
+    above.set_ylabel("generative perplexity")
     below.set_ylabel("unigram entropy, bits")
-    below.set_xlabel("passes a text")
+    below.set_xlabel("denoising steps of a text")
     above.legend(fontsize=8, ncols=2)
     save_picture(figure, path)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from host.model.layouts import causal, first_end
 from host.model.network import NO_PADDING, Denoiser, ends_impossible
-from host.sampling.reference import Sampled, Settings, commit_pass, uniforms
+from host.sampling.reference import Sampled, Settings, commit_pass, drawn
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, EOS, MASK, PAD
 
@@ -63,26 +63,21 @@ def _scores(
 
 @torch.no_grad()
 def sample_autoregressive(
-    model: Denoiser,
-    seeds: Sequence[int],
-    temperature: float = 1.0,
-    dtype: torch.dtype | None = None,
-    prompt: Sequence[int] = (),
+    model: Denoiser, settings: Sequence[Settings], dtype: torch.dtype | None = None, prompt: Sequence[int] = ()
 ) -> Tensor:
-    """One canvas for each seed, token by token from the whole vocabulary, behind `prompt`.  → (len(seeds), L)"""
+    """One canvas for each of `settings`, token by token after `prompt`; with the same seed, temperature, top-k and
+    top-p that `sample` draws with.  → (len(settings), L)
+    """
     length = model.config.canvas_len
-    canvases = torch.full((len(seeds), length), PAD)
+    canvases = torch.full((len(settings), length), PAD)
     canvases[:, : 1 + len(prompt)] = torch.tensor([BOS, *prompt])
-    vocabulary = torch.arange(model.config.vocab_size)
     for i in range(1 + len(prompt), length):
         rows = (canvases != EOS).all(1).nonzero()[:, 0]
         for part in rows.split(ROWS):
             at = torch.arange(len(part)) * i + i - 1
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 hidden = model(*causal(canvases[part, :i]), at=at)
-                logits = model.logits(hidden, torch.full_like(at, NO_PADDING)).double()
-            for row, scores in zip(part.tolist(), logits, strict=True):
-                noise = -(-uniforms(seeds[row], 0, torch.tensor(i), vocabulary, domain=0).log()).log()
-                noisy = scores / temperature + noise if temperature > 0 else scores
-                canvases[row, i] = noisy.argmax()
+                logp = model.logits(hidden, torch.full_like(at, NO_PADDING)).log_softmax(-1)
+            for row, scores in zip(part.tolist(), logp, strict=True):
+                canvases[row, i] = drawn(scores[None], torch.tensor([i]), settings[row])[0]
     return canvases

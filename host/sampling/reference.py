@@ -142,6 +142,12 @@ def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -
     return token[:, 0], logp[ids == token], float((best - second).min())
 
 
+def drawn(logp: Tensor, position: Tensor, settings: Settings) -> Tensor:
+    """Each row's token by temperature, top-k and top-p, with the noise of a first step.  (M, V), (M,) → (M,)"""
+    best, ids = _best(logp, max(2, settings.top_k))
+    return _draw(best, ids, position, 0, settings)[0]
+
+
 def _order_score(logp: Tensor, entropy: Tensor, confidence: Tensor, position: Tensor, step: int, s: Settings) -> Tensor:
     if s.threshold is not None:
         return confidence

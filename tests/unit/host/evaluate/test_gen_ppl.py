@@ -1,10 +1,12 @@
 """Samples in numbers: many at once as one by one, judged exactly, beside the data; and the sweep over settings."""
 
+import inspect
 import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -12,10 +14,11 @@ import pytest
 import torch
 
 from host.data.shards import load_data
+from host.data.tokenizer import load_tokenizer
 from host.device import mixed_precision_dtype
-from host.evaluate import likelihood as evaluate
-from host.evaluate import sweep
-from host.evaluate.gen_ppl import Judge, Judged, canvases_of, length_distance
+from host.evaluate import __main__ as evaluate
+from host.evaluate import gen_ppl, sweep
+from host.evaluate.gen_ppl import SampleScorer, Scored, canvases_of, length_distance, score_samples, words_of
 from host.export.random_weights import untrained
 from host.model.layouts import causal
 from host.model.network import NO_PADDING, Denoiser, config_named
@@ -82,7 +85,7 @@ def test_autoregressive_samples_have_the_frequencies_of_the_model(network: Denoi
         model.head.weight.normal_(std=0.15)
         logits = model.logits(model(*causal(torch.tensor([[BOS]])))[0], torch.tensor([NO_PADDING]))
     expected = 3000 * logits.softmax(-1)[0].numpy()
-    found = sample_autoregressive(model, range(3000)).numpy()
+    found = sample_autoregressive(model, [Settings(seed, top_k=12) for seed in range(3000)]).numpy()
     observed = np.bincount(found[:, 1], minlength=12)
     possible = expected > 0
     assert observed[~possible].sum() == 0
@@ -91,83 +94,118 @@ def test_autoregressive_samples_have_the_frequencies_of_the_model(network: Denoi
     )  # chi square, 9 degrees, 0.1 %
     for row in found:
         assert_sound(row)
-    assert np.array_equal(sample_autoregressive(model, [5, 2]).numpy(), found[[5, 2]])  # a seed alone decides
+    assert np.array_equal(
+        sample_autoregressive(model, [Settings(s, top_k=12) for s in (5, 2)]).numpy(), found[[5, 2]]
+    )  # a seed alone decides
 
 
 def test_an_autoregressive_model_writes_what_it_learned(judge_run: Path) -> None:
     model, _ = load_model(find_checkpoint(judge_run))
-    (row,) = sample_autoregressive(model, [0], temperature=0).numpy()
+    (row,) = sample_autoregressive(model, [Settings(0, temperature=0)]).numpy()
     assert EOS in row
     assert_sound(row)
 
 
 def test_perplexity_is_that_of_the_exact_likelihood(judge_run: Path, data: Path) -> None:
     """By hand: every token given the ones before it."""
-    judge = Judge.load(judge_run, judge_run / TOKENIZER)
+    scorer = SampleScorer.load(judge_run, judge_run / TOKENIZER)
     canvases = load_data(data).valid.take(np.arange(3))
     nats, tokens = 0.0, 0
     with torch.no_grad():
         for row in canvases.astype(np.int64):
             length = int((row != PAD).sum())
-            states = judge.model(*causal(torch.from_numpy(row[None, : length - 1])))[0]
-            scores = judge.model.logits(states, torch.full((length - 1,), NO_PADDING)).log_softmax(-1)
+            states = scorer.model(*causal(torch.from_numpy(row[None, : length - 1])))[0]
+            scores = scorer.model.logits(states, torch.full((length - 1,), NO_PADDING)).log_softmax(-1)
             nats -= float(sum(scores[i - 1, row[i]] for i in range(1, length)))
             tokens += length - 1
-    assert judge.judge("", canvases).perplexity.value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert scorer.score("", canvases).perplexity.value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
 def test_entropy_distinct_and_repetition_by_hand(judge_run: Path) -> None:
     a, b, c = range(FIRST_TEXT_ID, FIRST_TEXT_ID + 3)
-    judge = Judge.load(judge_run, judge_run / TOKENIZER)
-    found = judge.judge("", np.array([canvas(a, b, a, b, a, b), canvas(a, c)], np.uint16))
+    scorer = SampleScorer.load(judge_run, judge_run / TOKENIZER)
+    found = scorer.score("", np.array([canvas(a, b, a, b, a, b), canvas(a, c)], np.uint16))
     p = np.array([4, 3, 1]) / 8
     assert found.unigram_entropy_bits == pytest.approx(float(-(p * np.log2(p)).sum()))
     assert found.distinct == pytest.approx((3 / 8, 3 / 6, 2 / 4))
     assert found.repetition == pytest.approx(1 / 3)  # abab, baba, and abab again
     assert found.lengths == (0, 1, 0, 1, 0, 0, 0, 0)
-    empty = judge.judge("", np.array([canvas()], np.uint16))
+    empty = scorer.score("", np.array([canvas()], np.uint16))
     assert (empty.unigram_entropy_bits, empty.distinct, empty.repetition) == (0.0, (0.0, 0.0, 0.0), 0.0)
 
 
 def test_a_dull_text_has_a_low_perplexity_and_is_betrayed_by_the_rest(judge_run: Path, data: Path) -> None:
-    judge = Judge.load(judge_run, judge_run / TOKENIZER)
+    scorer = SampleScorer.load(judge_run, judge_run / TOKENIZER)
     stories = load_data(data).valid.take(np.arange(4))
-    normal, dull = judge.judge("", stories), judge.judge("", np.repeat(stories[:1], 4, axis=0))
+    normal, dull = scorer.score("", stories), scorer.score("", np.repeat(stories[:1], 4, axis=0))
     assert dull.distinct[2] < normal.distinct[2]
     assert dull.unigram_entropy_bits < normal.unigram_entropy_bits
 
 
 def test_length_histograms_are_compared_by_their_parts() -> None:
-    def of(*lengths: int) -> Judged:
-        return Judged("", sum(lengths), Figure(1.0, 0.0), 0.0, (0.0, 0.0, 0.0), 0.0, lengths)
+    def of(*lengths: int) -> Scored:
+        return Scored("", sum(lengths), Figure(1.0, 0.0), 0.0, (0.0, 0.0, 0.0), 0.0, 0.0, lengths)
 
     assert length_distance(of(1, 1), of(2, 2)) == 0
     assert length_distance(of(2, 0), of(0, 5)) == 1
     assert length_distance(of(1, 1), of(4, 0)) == pytest.approx(0.5)
 
 
-def test_autoregressive_samples_are_judged_as_cold_as_a_bundle_writes(judge_run: Path) -> None:
-    _, judged = canvases_of(judge_run, Judge.load(judge_run, judge_run / TOKENIZER), 2)
+def test_autoregressive_samples_are_drawn_with_the_settings_of_a_bundle(judge_run: Path) -> None:
+    _, drawn = canvases_of(judge_run, SampleScorer.load(judge_run, judge_run / TOKENIZER), 2)
     model, _ = load_run(judge_run)
     dtype = mixed_precision_dtype(torch.device("cpu"))
     usual, warmer = (
-        sample_autoregressive(model, range(2), degrees, dtype).numpy()
+        sample_autoregressive(model, [Settings(seed, temperature=degrees) for seed in range(2)], dtype).numpy()
         for degrees in (SamplingDefaults().temperature, 1.0)
     )
-    assert np.array_equal(judged, usual) and not np.array_equal(judged, warmer)
+    assert np.array_equal(drawn, usual) and not np.array_equal(drawn, warmer)
+
+
+def test_autoregressive_draws_are_truncated_as_those_of_a_canvas(judge_run: Path) -> None:
+    """Every token is among the four best of its position; from the whole vocabulary hardly a text would be."""
+    model, _ = load_run(judge_run)
+    canvases = sample_autoregressive(model, [Settings(seed, temperature=2.0, top_k=4) for seed in range(4)])
+    for row in canvases:
+        length = int((row != PAD).sum())
+        with torch.no_grad():
+            states = model(*causal(row[None, : length - 1]))[0]
+        logits = model.logits(states, torch.full((length - 1,), NO_PADDING))
+        better = (logits > logits.gather(-1, row[1:length, None])).sum(-1)
+        assert int(better.max()) < 4
+
+
+def test_words_are_lower_case_and_one_cut_at_the_end_does_not_count(data: Path) -> None:
+    tokenizer = load_tokenizer(load_data(data).tokenizer_path)
+    ids = tokenizer.encode("Tom's dog, 3 CATS and naïve fiš", add_special_tokens=False).ids
+    whole = np.array([[BOS, *ids, EOS, PAD]])
+    assert list(words_of(tokenizer, whole)) == ["tom's", "dog", "cats", "and", "naïve", "fiš"]
+    assert list(words_of(tokenizer, whole[:, :-2])) == ["tom's", "dog", "cats", "and", "naïve"]
+
+
+def test_non_words_are_those_that_the_training_text_lacks(judge_run: Path, data: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Anna had a red xball.\n\nBen was happy, qqq.")
+    ours, stories = score_samples(texts, judge_run, source=None, split="test", count=2)
+    assert ours.non_words == pytest.approx(2 / 9)
+    assert (stories.name, stories.non_words) == ("data, test", 0.0)
+
+
+def test_samples_have_200_texts_by_default() -> None:
+    assert gen_ppl.COUNT == inspect.signature(sweep.sweep).parameters["count"].default == 200
 
 
 def test_samples_of_a_run_and_text_files_are_judged_beside_the_data(
     trained: Path, judge_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for samples, name in ((trained, "trained, sampled"), (judge_run, "judge, sampled"), (corpus, "stories")):
-        call(evaluate.main, "--samples", samples, "--judge", judge_run, "--count", 3, "--source", corpus)
+        call(evaluate.main, "--samples", samples, "--scorer", judge_run, "--count", 3, "--source", corpus)
         lines = capsys.readouterr().out.splitlines()
         assert [line[:32].strip() for line in lines] == [
-            "texts", name, "data", "length in eighths of the canvas,", name, "data"
+            "texts", name, "stories", "length in eighths of the canvas,", name, "stories"
         ]  # fmt: skip
     assert lines[1][32:] == lines[2][32:]  # the texts are the data themselves
-    call(evaluate.main, "--samples", trained, "--judge", judge_run, "--count", 2, "--json")
+    call(evaluate.main, "--samples", trained, "--scorer", judge_run, "--count", 2, "--json")
     ours, data = json.loads(capsys.readouterr().out)
     assert (ours["texts"], data["texts"], sum(ours["lengths"])) == (2, 2, 2)
     assert ours["perplexity"]["value"] > 1
@@ -180,19 +218,35 @@ def test_a_sweep_prints_one_table_and_draws_one_picture(
     shutil.copytree(trained, run)
     settings = sweep.grid((2, 4), (1.0, 0.5), (0.5,), (1.0,))
     assert len(settings) == (4 * 2 + 1 + 1) + 2 * 2
-    points = sweep.sweep(run, judge_run, None, 2, settings)
+    points = sweep.sweep(run, judge_run, count=2, settings=settings)
     table = capsys.readouterr().out.splitlines()
     assert table[1].startswith("data") and len(table) == len(settings) + 3
     assert max(len(line) for line in table[:-1]) <= 120
-    assert " distinct-1/2/3 " in table[0]
+    assert " distinct-1/2/3 " in table[0] and " non-words " in table[0]
     for line, point in zip(table[2:-1], points, strict=True):
-        one, two, three = point.judged.distinct
+        one, two, three = point.scored.distinct
         assert f" {one:.3f}/{two:.3f}/{three:.3f} " in line
-    assert all(2 <= p.passes <= 3 for p in points if p.setting.strength == "2 steps")  # ends may wait for a third
+    assert all(2 <= p.steps <= 3 for p in points if p.setting.strength == "2 steps")  # ends may wait for a third
     assert {line[:14].strip() for line in table[2:-1]} == {
         "random", "confidence", "margin", "entropy", "threshold", "entropy bound"
     }  # fmt: skip
-    assert matplotlib.image.imread(run / sweep.PICTURE).std() > 0.05
+    assert matplotlib.image.imread(run / sweep.PICTURE).shape == (800, 900, 4)
+
+
+def test_sweep_picture_shows_every_point_and_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(perplexity: float, entropy: float) -> Scored:
+        return Scored("", 9, Figure(perplexity, 0.5), entropy, (0.0, 0.0, 0.0), 0.0, 0.0, ())
+
+    settings = sweep.grid((2, 4), (1.0,), (), ())[:2]
+    points = [sweep.Point(setting, n, of(10.0 * n, n)) for setting, n in zip(settings, (2.0, 4.0), strict=True)]
+    drawn: list[Any] = []
+    monkeypatch.setattr(sweep, "save_picture", lambda figure, path: drawn.append(figure))
+    sweep.draw(tmp_path / "sweep.png", points, of(7.0, 3.0))
+    above, below = drawn[0].axes
+    assert above.containers[0].lines[0].get_xydata().tolist() == [[2, 20], [4, 40]]
+    assert below.lines[0].get_xydata().tolist() == [[2, 2], [4, 4]]
+    assert [list(axes.lines[-1].get_ydata()) for axes in (above, below)] == [[7, 7], [3, 3]]
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ["data", points[0].setting.line]
 
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(trained: Path, judge_run: Path, tmp_path: Path) -> None:
@@ -200,7 +254,7 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(trained: Path, judge_r
     shutil.copytree(trained, run)
     (run / sweep.PICTURE).mkdir()
     with pytest.raises(ConfigError, match=r"^the picture .*sweep\.png cannot be written: Is a directory$"):
-        sweep.sweep(run, judge_run, None, 1, sweep.grid((2,), (1.0,), (), ())[:1])
+        sweep.sweep(run, judge_run, count=1, settings=sweep.grid((2,), (1.0,), (), ())[:1])
 
 
 def test_the_sweep_goes_from_4_to_256_steps() -> None:
@@ -222,27 +276,27 @@ def test_an_autoregressive_run_is_measured_by_its_exact_likelihood(
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--samples", "{trained}"], 78, "--samples and --sweep need --judge AR_RUN"),
-        (["--judge", "{judge}"], 78, "--judge and --count need --samples or --sweep"),
-        (["--sweep", "--judge", "{judge}", "--count", 0], 78, "--count must be at least 1"),
+        (["--samples", "{trained}"], 78, "--samples and --sweep need --scorer AR_RUN"),
+        (["--scorer", "{judge}"], 78, "--scorer and --count need --samples or --sweep"),
+        (["--sweep", "--scorer", "{judge}", "--count", 0], 78, "--count must be a number above 0, not 0"),
         (
-            ["--samples", "{trained}", "--judge", "{trained}"],
+            ["--samples", "{trained}", "--scorer", "{trained}"],
             78,
-            "{trained} cannot judge: it did not learn the ",
+            "{trained} cannot score texts: it did not learn",
         ),
-        (["--samples", "nowhere.txt", "--judge", "{judge}"], 65, "nowhere.txt does not exist"),
+        (["--samples", "nowhere.txt", "--scorer", "{judge}"], 65, "nowhere.txt does not exist"),
         (
-            ["--sweep", "--run", "{judge}", "--judge", "{judge}"],
+            ["--sweep", "--run", "{judge}", "--scorer", "{judge}"],
             78,
             "{judge} did not learn the objective canvas: a sweep",
         ),
-        (["--sweep", "--json", "--judge", "{judge}"], 78, "--sweep measures a run, and prints one table"),
+        (["--sweep", "--json", "--scorer", "{judge}"], 78, "--sweep measures a run, and prints one table"),
         (
-            ["--samples", "{trained}", "--run", "{trained}", "--judge", "{judge}"],
+            ["--samples", "{trained}", "--run", "{trained}", "--scorer", "{judge}"],
             78,
-            "--samples names what is judged: neither --run nor --bundle goes with it",
+            "--samples names what is scored: it cannot be combined with --run or --bundle",
         ),
-        (["--samples", "{trained}", "--draws", 3, "--judge", "{judge}"], 78, "the number of samples is --count"),
+        (["--samples", "{trained}", "--draws", 3, "--scorer", "{judge}"], 78, "the number of samples is --count"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
@@ -261,9 +315,9 @@ def test_a_judge_of_another_tokenizer_is_refused(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / TOKENIZER).write_text((run / TOKENIZER).read_text() + "\n")
-    code, sentence = refusal(capsys, evaluate.main, "--samples", run, "--judge", judge_run)
+    code, sentence = refusal(capsys, evaluate.main, "--samples", run, "--scorer", judge_run)
     assert code == 65
-    assert sentence.startswith(f"{judge_run} cannot judge these samples: its tokenizer is another one than ")
+    assert sentence.startswith(f"{judge_run} cannot score these samples: its tokenizer is another one than ")
 
 
 def test_a_judge_without_its_tokenizer_is_refused(
@@ -272,7 +326,7 @@ def test_a_judge_without_its_tokenizer_is_refused(
     judge = tmp_path / "judge"
     shutil.copytree(judge_run, judge)
     (judge / TOKENIZER).unlink()
-    code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--judge", judge)
+    code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--scorer", judge)
     assert (code, sentence) == (
         65, f"{judge / TOKENIZER} is missing, or not the tokenizer that the run was trained with"
     )  # fmt: skip

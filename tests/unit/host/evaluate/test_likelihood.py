@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from host.evaluate import likelihood as evaluate
-from host.evaluate.likelihood import HeldOut, held_out_files
+from host.evaluate import __main__ as evaluate
+from host.evaluate import likelihood
+from host.evaluate.likelihood import HeldOut, held_out_files, ratio
 from host.evaluate.scorers import TorchScorer
 from host.export import __main__ as export
 from host.train import trainer as train
@@ -61,7 +62,7 @@ def test_standard_errors_shrink_with_draws_and_with_stories(trained: Path, corpu
 
     def error(stories: int, draws: int) -> float:
         part = HeldOut(held_out.name, held_out.canvases[:stories], held_out.token_bytes)
-        return evaluate.evaluate(TorchScorer(model), part, progress.schedule, draws).nelbo_nats_per_token.stderr
+        return likelihood.evaluate(TorchScorer(model), part, progress.schedule, draws).nelbo_nats_per_token.stderr
 
     assert error(64, 4) < 0.6 * error(8, 4)  # 8 times the stories: about a third
     assert error(8, 32) < 0.6 * error(8, 4)
@@ -74,7 +75,7 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
     def once() -> tuple[float, float]:
         length = rng.integers(5, 40, 50)
         per_story = length * rng.normal(2.0, 0.5, 50)
-        figure = evaluate.ratio(per_story + rng.normal(0, 20, (8, 50)), np.broadcast_to(length, (8, 50)))
+        figure = ratio(per_story + rng.normal(0, 20, (8, 50)), np.broadcast_to(length, (8, 50)))
         return figure.value, figure.stderr
 
     values, errors = np.array([once() for _ in range(60)]).T
@@ -168,8 +169,8 @@ def test_a_damaged_bundle_is_refused(
         (["--run", "nowhere"], 65, "nowhere holds no checkpoint"),
         (["--bundle", "nowhere", "--source", "x.txt"], 66, "nowhere is not a bundle: cannot read manifest.json"),
         (["--bundle", "nowhere"], 78, "--bundle needs --source: a bundle carries no text"),
-        (["--run", "{trained}", "--draws", 0], 78, "--draws and --stories must be at least 1"),
-        (["--run", "{trained}", "--stories", 0], 78, "--draws and --stories must be at least 1"),
+        (["--run", "{trained}", "--draws", 0], 78, "must be a number above 0, not 0"),
+        (["--run", "{trained}", "--stories", 0], 78, "must be a number above 0, not 0"),
         (["--run", "{trained}", "--source", "x.txt"], 65, "x.txt does not exist"),
     ],
     ids=["no runs", "no run", "no bundle", "no text", "no draws", "no stories", "no file"],

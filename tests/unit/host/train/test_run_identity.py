@@ -9,7 +9,7 @@ import pytest
 
 from host import generate
 from host.data.prepare import prepare
-from host.evaluate import likelihood as evaluate
+from host.evaluate import __main__ as evaluate
 from host.experiments import compare
 from host.export import __main__ as export
 from host.train import trainer as train
