@@ -63,8 +63,6 @@ KNOWN: Final[frozenset[tuple[str, str]]] = frozenset(
         ("edge.backends", "edge.backends.ort"),
         ("edge.backends", "edge.backends.trt.backend"),
         ("edge.decoding.canvas", "edge.backends"),
-        ("host.evaluate.likelihood", "host.evaluate.gen_ppl"),
-        ("host.evaluate.likelihood", "host.evaluate.sweep"),
     }
 )
 
