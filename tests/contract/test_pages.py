@@ -7,6 +7,9 @@ from typing import Final
 
 import pytest
 
+from shared.errors import ERROR_CODES
+from shared.messages import GenerateRequest
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 LIVE: Final = [page for page in PAGES if page.name != "log.md"]
@@ -70,6 +73,13 @@ def test_pages_readme_names_every_package_that_ci_installs() -> None:
     assert "minisign" in wanted
     text = (ROOT / "README.md").read_text("utf-8")
     assert [package for package in wanted if package not in text] == []
+
+
+def test_pages_protocol_has_every_field_and_every_error() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text("utf-8")
+    assert [name for name in (*GenerateRequest.__struct_fields__, *ERROR_CODES) if f"`{name}`" not in text] == []
+    rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \| (yes|no) \|", text, re.MULTILINE)
+    assert {code: (int(status), again == "yes") for code, status, again in rows} == ERROR_CODES
 
 
 def test_pages_paste_as_they_stand() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import struct
@@ -153,6 +154,15 @@ def test_generate_as_a_client_loads_no_runtime(ask: list[str]) -> None:
     assert result.returncode == 0
     for runtime in ("numpy", "onnxruntime", "tokenizers", "paho"):
         assert f"'{runtime}'" not in result.stdout
+
+
+def test_readme_python_snippet_prints_a_text(shared_daemon: Daemon) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    code = snippet.replace("/run/edgelm.sock", str(shared_daemon.socket))
+    assert code != snippet
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.startswith(PROMPT), result.stderr
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The bundle in the repository: complete, small, honest about itself, and able to tell a story."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from edge.serving.loaded_bundle import Engine
 from edge.serving.scheduler import Scheduler
 from host.evaluate.scorers import GraphScorer, load_graph
 from host.export.parity import passes
-from shared.manifest import TOKENIZER, SamplingDefaults, find_graph, read_manifest, verified_bytes
+from shared.manifest import TOKENIZER, SamplingDefaults, bundle_digest, find_graph, read_manifest, verified_bytes
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
 from shared.tokens import BOS, EOS, MASK, PAD
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +34,29 @@ def test_it_is_complete_and_small() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 32e6
 
 
-def test_it_passed_the_gate_and_the_readme_states_its_figures() -> None:
+def test_shipped_bundle_is_what_the_readme_says() -> None:
+    manifest = read_manifest(default_bundle())
+    readme = (ROOT / "README.md").read_text("utf-8")
+    cpu = find_graph(default_bundle(), manifest, "cpu").file
+    (bits,) = [e.bits_per_byte for e in manifest.evaluations if e.graph == cpu]
+    for figure in (
+        f"{manifest.name}@{bundle_digest(default_bundle())[:12]}",
+        f"{manifest.model.parameters / 1e6:.1f} M parameters",
+        f"{manifest.data.tokens_seen / 1e6:.1f} M tokens",
+        f"{bits.value:.3f} ± {bits.stderr:.3f} bits per byte",
+    ):
+        assert figure in readme, figure
+    assert len(set(re.findall(rf"{manifest.name}@[0-9a-f]{{12}}", readme))) == 1
+
+
+def test_shipped_bundle_passed_the_gate_and_quality_states_its_figures() -> None:
     manifest = read_manifest(default_bundle())
     assert manifest.parity and all(passes(parity) for parity in manifest.parity)
-    readme = README.read_text()
+    page = (ROOT / "docs" / "quality.md").read_text("utf-8").partition("## Records")[0]
     assert {e.graph for e in manifest.evaluations} == {"torch fp32", *(graph.file for graph in manifest.graphs)}
     for evaluation in manifest.evaluations:
         for figure in (evaluation.nelbo_nats_per_token, evaluation.bits_per_byte, evaluation.masked_cross_entropy):
-            assert f"{figure.value:.3f} ± {figure.stderr:.3f}" in readme
+            assert f"{figure.value:.3f} ± {figure.stderr:.3f}" in page
 
 
 def test_its_defaults_are_those_of_every_new_bundle() -> None:
