@@ -41,6 +41,10 @@ SPIN_S: Final = 0.1
 REPEATS: Final = 3
 MAX_CLIENTS: Final = 24
 """Below what the daemon's default queue takes."""
+EPILOG: Final = """examples:
+  python -m edge.bench --bundle bundles/mine --json
+  python -m edge.bench --clients 1,2,4,8
+  python -m edge.bench --roofline orin-nano-15w"""
 
 
 class Generation(Struct):
@@ -260,15 +264,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog=command_name("edge.bench"),
         description=__doc__,
-        epilog="example: python -m edge.bench --bundle bundles/mine --json",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="folder (default: the shipped one)")
-    parser.add_argument("--backend", default="ort")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--steps", type=int, nargs="+", default=STEP_COUNTS, help="passes a text (default: 8 to 128)")
-    parser.add_argument("--clients", metavar="N,N", help="measure that many clients at once, and nothing else")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--roofline", metavar="BOARD", help=f"only estimate the floor on {', '.join(BOARDS)}")
+    add, cores = parser.add_argument, len(os.sched_getaffinity(0))
+    add("--bundle", type=Path, default=default_bundle(), help="folder (default: the shipped one)")
+    add("--backend", default="ort", metavar="NAME", help="what runs it: ort, trt, fake (default: %(default)s)")
+    add("--threads", type=int, default=cores, metavar="N", help="of the CPU runtime (default: all, %(default)s here)")
+    add("--steps", type=int, nargs="+", default=STEP_COUNTS, metavar="N", help="steps per text (default: 8 to 128)")
+    add("--clients", metavar="N,N", help="measure that many clients at once, and nothing else")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    add("--roofline", metavar="BOARD", help=f"only estimate the floor on {', '.join(BOARDS)}")
     args = parser.parse_args()
     if args.roofline is not None:
         print_roofline(args.bundle, args.roofline, args.json)
