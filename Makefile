@@ -24,7 +24,7 @@ help:
 	echo "make test    install everything, and run the tests; those of MQTT need mosquitto"
 	echo "make test-fast   those without the slow ones, while you work: two minutes on two cores"
 	echo "make test-systemd   the installed service on a booted systemd; needs root and systemd-container"
-	echo "make check   formatting, types, imports, file sizes, line budget"
+	echo "make check   formatting, types, floors, pages, file sizes, line budget"
 	echo "make clean   remove .venv and caches; data, runs and bundles stay"
 
 demo: $(EDGE)
@@ -45,7 +45,7 @@ check: $(ALL)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy host edge shared tests
-	$(BIN)/python -m pytest -q tests/contract/test_imports.py tests/contract/test_floors.py tests/contract/test_file_sizes.py
+	$(BIN)/python -m pytest -q tests/contract
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -49,6 +49,12 @@ def test_pages_name_files_and_commands_that_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_pages_name_tests_that_exist() -> None:
+    tests = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    named = {name for page in LIVE for name in re.findall(r"`(test_\w+)`", page.read_text("utf-8"))}
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []
+
+
 def test_pages_contributing_finds_twenty_changes() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     rows = re.findall(r"^\| .+ \| .*`[\w/.]+`.* \|$", text.partition("## Where is it?")[2], re.MULTILINE)
@@ -62,7 +68,7 @@ def test_pages_readme_is_short() -> None:
 def test_pages_readme_installs_the_host_with_the_pinned_cpu_build() -> None:
     """Otherwise pip takes another torch than the tests, in its CUDA build of gigabytes."""
     text = "\n".join(page.read_text("utf-8") for page in LIVE)
-    commands = re.findall(r"^.*pip install .*\[host.*$", text, re.MULTILINE)
+    commands = re.findall(r"^pip install .*\[host.*$", text, re.MULTILINE)
     assert commands
     for command in commands:
         assert "-c constraints.txt" in command and "https://download.pytorch.org/whl/cpu" in command
