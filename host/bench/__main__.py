@@ -27,6 +27,13 @@ GIGABYTE: Final = 1_000_000_000
 WORDS: Final = 30_000  # distinct ones, about as many as TinyStories has
 STORY_WORDS: Final = (120, 260)
 STORIES_AT_ONCE: Final = 1000
+SHAPE: Final = {
+    "d_model": "width of the network",
+    "layers": "transformer blocks",
+    "heads": "attention heads of a block",
+    "vocab_size": "tokens of the vocabulary",
+    "canvas_len": "positions of a canvas",
+}
 MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micro_size": 1 << 16, "gigabytes": 1000}
 
 
@@ -70,7 +77,7 @@ def bench_data(gigabytes: float) -> None:
 
 def bench_step(args: argparse.Namespace) -> None:
     """Print the StepSpeed of the shape that the command line gives."""
-    shape = [args.d_model, args.layers, args.heads, args.vocab_size, args.canvas_len]
+    shape = [getattr(args, name) for name in SHAPE]
     if min(shape) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
         raise ConfigError(f"no network has the shape {' '.join(map(str, shape))}")
     check_numbers(args, MOST)
@@ -101,7 +108,7 @@ def bench_train(args: argparse.Namespace) -> None:
         lr=PEAK_RATES[args.optimizer],
     )
     for number, config in enumerate(configs):
-        speed = measure_training(config, data, settings, args.steps, args.threads)
+        speed = measure_training(config, data, settings, steps=args.steps, threads=args.threads)
         if number == 0:
             peaks = " ".join(f"{f'{name} peak':>10}" for name in speed.peaks)
             print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'baseline':>9} {'ratio':>6} "
@@ -115,9 +122,11 @@ def bench_train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run the benchmark that the command line names."""
+    cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
         prog="python -m host.bench",
-        description="Benchmarks of the training host.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples: python -m host.bench --config tiny, python -m host.bench data --gigabytes 1, "
         "python -m host.bench step 384 6 6 8192 256",
     )
@@ -125,17 +134,17 @@ def main() -> None:
     train = commands.add_parser("train", help="our training loop, the baseline's and the matmul peaks (the default)")
     train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
     train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
-    train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
-    train.add_argument("--batch-size", type=int, help="canvases in a step of ours (default: as in host.train)")
-    train.add_argument("--micro-size", type=int, help="canvases in a pass of ours (default: as in host.train)")
+    train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="of ours (default: %(default)s)")
+    train.add_argument("--batch-size", type=int, help="stories in a step of ours (default: as in host.train)")
+    train.add_argument("--micro-size", type=int, help="stories in a pass of ours (default: as in host.train)")
     train.add_argument("--steps", type=int, default=5, help="of each loop (default: %(default)s)")
-    train.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
+    train.add_argument("--threads", type=int, default=cores, help="of a CPU (default: %(default)s)")
     data = commands.add_parser("data", help="peak memory and speed of host.data on a generated file")
     data.add_argument("--gigabytes", type=float, default=1.0, help="size of the file (default: %(default)s)")
     step = commands.add_parser("step", help="a torch step of one shape beside the matmul peaks, as JSON")
-    for name in ("d_model", "layers", "heads", "vocab_size", "canvas_len"):
-        step.add_argument(name, type=int)
-    step.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
+    for name, text in SHAPE.items():
+        step.add_argument(name, type=int, help=text)
+    step.add_argument("--threads", type=int, default=cores, help="of a CPU (default: %(default)s)")
     given = sys.argv[1:]
     named = bool(given) and given[0] in (*commands.choices, "-h", "--help")
     args = parser.parse_args(given if named else ["train", *given])

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
+from host.bench.peaks import torch_gflops, wait_for
 from host.data.shards import DataFolder
 from host.experiments.baseline import BaselineLoop
 from host.model.network import ModelConfig
@@ -24,8 +25,6 @@ from host.train.checkpoint import Progress
 from host.train.run_folder import TrainConfig
 from host.train.trainer import Trainer
 
-PEAK_SIZE: Final = 1024
-PEAK_SIZE_CUDA: Final = 8192  # a data-centre GPU is not busy with less
 DTYPE_NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -65,7 +64,7 @@ class TrainSpeed(msgspec.Struct, frozen=True):
 
 
 def measure_training(
-    config: ModelConfig, data: DataFolder, settings: TrainConfig, steps: int, threads: int
+    config: ModelConfig, data: DataFolder, settings: TrainConfig, *, steps: int, threads: int
 ) -> TrainSpeed:
     """`steps` steps of each loop, taking turns, so that a busy machine slows both. Sets torch's number of threads."""
     torch.set_num_threads(threads)
@@ -99,16 +98,16 @@ def measure_training(
         tokens_per_s=our_rate,
         baseline_tokens_per_s=their_rate,
         gflop_per_token=statistics.mean(batch_gflop(model, batch) / batch.tokens for batch in batches),
-        peaks={DTYPE_NAMES[dtype]: matmul_gflops(device, dtype) for dtype in dict.fromkeys((own, torch.float32))},
+        peaks={DTYPE_NAMES[dtype]: torch_gflops(device, dtype) for dtype in dict.fromkeys((own, torch.float32))},
     )
 
 
 def _rate(loop: Callable[[], int], device: torch.device) -> float:
     """Tokens/s of one step."""
-    _wait_for(device)
+    wait_for(device)
     started = time.perf_counter()
     tokens = loop()
-    _wait_for(device)
+    wait_for(device)
     return tokens / (time.perf_counter() - started)
 
 
@@ -126,22 +125,3 @@ def batch_gflop(config: ModelConfig, batch: Batch) -> float:
     attended = sum(float(part.lengths[row].sum()) for part, row in zip(batch.parts, of_each, strict=True))
     last = 2 * (2 * d * d * lengths.sum() + 10 * d * d * scored) + 4 * d * attended
     return float(3 * (blocks + last + 2 * d * config.vocab_size * scored)) / 1e9
-
-
-def matmul_gflops(device: torch.device, dtype: torch.dtype, repeats: int = 15) -> float:
-    """Torch's own peak: the median of square products."""
-    n = PEAK_SIZE_CUDA if device.type == "cuda" else PEAK_SIZE
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(3 + repeats):
-        _wait_for(device)
-        started = time.perf_counter()
-        a @ b
-        _wait_for(device)
-        times.append(time.perf_counter() - started)
-    return 2 * n**3 / statistics.median(times[3:]) / 1e9
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

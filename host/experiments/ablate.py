@@ -128,20 +128,21 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python -m host.ablate [flags] [-- flags of host.train that all variants share]",
+        epilog="example: python -m host.ablate --steps 500 --seeds 0 1 --only defaults AdamW -- --config tiny",
     )
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="of each run")
-    length.add_argument("--steps", type=int, help="of each run")
+    length.add_argument("--minutes", type=float, help="training time of each run")
+    length.add_argument("--steps", type=int, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"of: {', '.join(variants([]))} (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"among {', '.join(variants([]))} (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="folder of runs (default: %(default)s)")
-    parser.add_argument("--stories", type=int, default=128, help="to measure on (default: %(default)s)")
+    parser.add_argument("--stories", type=int, default=128, help="to evaluate on (default: %(default)s)")
     args = parser.parse_args(own)
     added = variants(common)
     names = args.only or list(added)
     for name in names:
         if name not in added:
-            raise ConfigError(f"--only: no variant is called {name!r}: choose of {', '.join(added)}")
+            raise ConfigError(f"--only: no variant is called {name!r}: choose among {', '.join(added)}")
     for seed in args.seeds:
         if args.seeds.count(seed) > 1:
             raise ConfigError(f"--seeds names {seed} twice: a seed again makes the same run again")

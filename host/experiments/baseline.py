@@ -169,7 +169,12 @@ def main() -> None:
         "--lr", type=float, default=PEAK_RATES["adamw"], help="peak learning rate (default: %(default)s)"
     )
     parser.add_argument("--valid-every", type=int, default=VALID_EVERY, help="steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=TrainConfig.seed,
+        help="of weights and batches (default: %(default)s)",
+    )
     args = parser.parse_args()
     check_numbers(args, AT_MOST)
     if args.out.exists():

@@ -118,7 +118,8 @@ def main() -> None:
         prog="python -m host.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="train the baselines with `host.train --objectives ar` and `python -m host.baseline`",
+        epilog="example: python -m host.compare ours=runs/ours AR=runs/ar baseline=runs/baseline; "
+        "train the last two with `host.train --objectives ar` and `python -m host.baseline`",
     )
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="run folders, and what to call them")
     parser.add_argument("--out", type=Path, default=PICTURE, help="the picture (default: %(default)s)")

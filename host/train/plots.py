@@ -40,9 +40,7 @@ def plot_curves(run: Path) -> None:
     below.plot(tokens, [float(row["lr"]) for row in rows], color="tab:green")
     below.set_ylabel("learning rate")
     below.set_xlabel("million tokens")
-    figure.tight_layout()
-    figure.savefig(run / "curves.png", dpi=100)
-    plt.close(figure)
+    save_picture(figure, run / "curves.png")
 
 
 def save_picture(figure: "Figure", path: Path) -> None:

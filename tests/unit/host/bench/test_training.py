@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from host.bench import __main__ as bench
 from host.bench import training as train_speed
-from host.bench.training import TrainSpeed, batch_gflop, matmul_gflops, measure_training
+from host.bench.peaks import onnxruntime_gflops, torch_gflops
+from host.bench.training import TrainSpeed, batch_gflop, measure_training
 from host.data.shards import load_data
 from host.experiments.baseline import Baseline
 from host.model.network import Denoiser, ModelConfig
@@ -50,12 +51,12 @@ def test_peak_type_is_that_of_the_loop(
         timed.append(dtype)
         return PEAKS[dtype]
 
-    def measure(*arguments: Any) -> TrainSpeed:
-        speeds.append(measure_training(*arguments))
+    def measure(*arguments: Any, **options: Any) -> TrainSpeed:
+        speeds.append(measure_training(*arguments, **options))
         return speeds[-1]
 
     monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: mixed)
-    monkeypatch.setattr(train_speed, "matmul_gflops", peak)
+    monkeypatch.setattr(train_speed, "torch_gflops", peak)
     monkeypatch.setattr(train_speed, "measure_training", measure)
     call(bench.main, *("--config", "debug", "--data", data, "--steps", 2, "--batch-size", 8, "--threads", 1))
     (speed,) = speeds
@@ -72,15 +73,16 @@ def test_a_row_is_both_loops_their_ratio_the_work_and_the_peaks(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speed = TrainSpeed("debug", "cpu", 1, 3000.0, 750.0, 0.02, {"bf16": 240.0, "fp32": 80.0})
-    monkeypatch.setattr(train_speed, "measure_training", lambda *_: speed)
+    monkeypatch.setattr(train_speed, "measure_training", lambda *_, **__: speed)
     call(bench.main, "--config", "debug", "tiny", "--data", data)
     head, row, again, _ = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "config"
     assert row.split() == again.split() == ["debug", "1", "3,000", "750", "4.00", "60", "240", "80", "25%"]
 
 
-def test_the_peak_of_this_machine_is_measured() -> None:
-    assert matmul_gflops(torch.device("cpu"), torch.float32, repeats=3) > 1
+def test_peaks_of_this_machine_are_measured() -> None:
+    assert torch_gflops(torch.device("cpu"), torch.float32, repeats=3) > 1
+    assert onnxruntime_gflops("int8", threads=1) > 1
 
 
 def test_baseline_has_our_parameters_but_for_the_relative_position_bias() -> None:

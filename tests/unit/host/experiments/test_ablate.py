@@ -104,7 +104,7 @@ def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose of defaults, AdamW"),
+        (["--steps", 3, "--only", "magic"], 78, "--only: no variant is called 'magic': choose among defaults, AdamW"),
         (["--steps", 3, "--", "--objectives", "ar"], 78, "--objectives must hold canvas"),
         (["--steps", 3, "--stories", 0], 78, "--stories must be at least 1, not 0"),
         (["--steps", 3, "--seeds", 0, 1, 0], 78, "--seeds names 0 twice: a seed again makes the same run again"),

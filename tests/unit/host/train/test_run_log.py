@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 
 from host.device import machine_of, work_clock
 from host.model.network import config_named
+from host.train import plots
 from host.train import trainer as train
 from host.train.checkpoint import Progress
 from host.train.logging import LOG_FILE, open_log, progress_bar, read_log
@@ -35,6 +37,21 @@ def test_curves_show_an_overfitting_run_whole(tmp_path: Path, monkeypatch: pytes
     ((low, high),) = limits
     assert low < 0.2
     assert high > 8
+
+
+def test_curves_draw_loss_validation_and_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_log(tmp_path / LOG_FILE, 0) as log:
+        for step, valid in ((1, ""), (2, 3.5), (3, 3.0)):
+            log((step, step * 1_000_000, step, 6 - step, valid, step / 100, 1, 100, step))
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_picture", lambda figure, path: drawn.append(figure))
+    plots.plot_curves(tmp_path)
+    above, below = drawn[0].axes
+    loss, smooth, valid_curve = (line.get_xydata().tolist() for line in above.lines)
+    assert loss == [[1, 5], [2, 4], [3, 3]]
+    assert smooth == [pytest.approx(point) for point in ([1, 5], [2, 4.95], [3, 4.8525])]
+    assert valid_curve == [[2, 3.5], [3, 3.0]]
+    assert below.lines[0].get_xydata().tolist() == [[1, 0.01], [2, 0.02], [3, 0.03]]
 
 
 class Terminal(io.StringIO):
