@@ -70,7 +70,7 @@ def imports_at_load(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
-def test_a_package_imports_only_what_the_design_allows(package: str) -> None:
+def test_imports_of_a_package_are_those_allowed(package: str) -> None:
     allowed = MAY_IMPORT[package] | sys.stdlib_module_names
     files = modules_of(package)
     assert files
@@ -83,7 +83,7 @@ def test_a_package_imports_only_what_the_design_allows(package: str) -> None:
     assert broken == []
 
 
-def test_the_edge_imports_a_runtime_only_when_it_uses_it() -> None:
+def test_imports_of_a_runtime_are_late() -> None:
     broken = [
         f"{path.relative_to(ROOT)}:{line} imports {name} as it loads"
         for path in modules_of("edge")
@@ -107,7 +107,7 @@ def test_the_edge_imports_a_runtime_only_when_it_uses_it() -> None:
         ("from . import unmask", set(), set()),
     ],
 )
-def test_no_way_of_importing_is_overlooked(source: str, found: set[str], at_load: set[str]) -> None:
+def test_imports_are_found_however_written(source: str, found: set[str], at_load: set[str]) -> None:
     tree = ast.parse(source)
     assert {name for name, _ in imports(tree)} == found
     assert {name for name, _ in imports_at_load(tree)} == at_load
@@ -125,7 +125,7 @@ def run_without(blocked: tuple[str, ...], script: str, *args: str) -> subprocess
     )
 
 
-def test_every_edge_module_loads_without_the_host_and_without_a_runtime() -> None:
+def test_imports_of_edge_modules_need_neither_host_nor_runtime() -> None:
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules_of("edge")
     ]
@@ -135,7 +135,7 @@ def test_every_edge_module_loads_without_the_host_and_without_a_runtime() -> Non
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_edge_answers_a_request_without_the_host(debug_bundle: Path) -> None:
+def test_imports_of_a_whole_request_need_no_host(debug_bundle: Path) -> None:
     script = """
 from pathlib import Path
 from edge.serving.loaded_bundle import Engine

@@ -103,7 +103,7 @@ def examples_of(kind: type[Struct]) -> list[Struct]:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_the_examples_set_every_field(kind: type[Struct]) -> None:
+def test_messages_examples_set_every_field(kind: type[Struct]) -> None:
     """Otherwise a field added later would be swept by nothing."""
     assert examples_of(kind), f"add an example of {kind.__name__} above"
     for field in msgspec.structs.fields(kind):
@@ -111,7 +111,7 @@ def test_the_examples_set_every_field(kind: type[Struct]) -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_message_comes_back_as_it_was_sent(kind: type[Struct]) -> None:
+def test_messages_come_back_as_they_were_sent(kind: type[Struct]) -> None:
     for example in examples_of(kind):
         line = encode(example)
         assert b"\n" not in line  # one message, one line
@@ -119,7 +119,7 @@ def test_a_message_comes_back_as_it_was_sent(kind: type[Struct]) -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_an_unknown_field_is_refused_by_name(kind: type[Struct]) -> None:
+def test_messages_with_an_unknown_field_are_refused_by_name(kind: type[Struct]) -> None:
     for example in examples_of(kind):
         wire: dict[str, Any] = msgspec.json.decode(encode(example))
         with pytest.raises(msgspec.ValidationError, match="unknown field `surprise`"):
@@ -127,7 +127,7 @@ def test_an_unknown_field_is_refused_by_name(kind: type[Struct]) -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_message_cannot_change(kind: type[Struct]) -> None:
+def test_messages_cannot_change(kind: type[Struct]) -> None:
     for example in examples_of(kind):
         for field in kind.__struct_fields__:
             with pytest.raises(AttributeError, match="immutable"):
@@ -135,6 +135,6 @@ def test_a_message_cannot_change(kind: type[Struct]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Response, Partial, Health])
-def test_a_client_tells_replies_apart_by_their_type(kind: type[Struct]) -> None:
+def test_messages_are_told_apart_by_their_type(kind: type[Struct]) -> None:
     for example in examples_of(kind):
         assert msgspec.json.decode(encode(example), type=Reply) == example
