@@ -88,9 +88,9 @@ def main() -> None:
             if getattr(args, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{flag} is for a canvas: the autoregressive run {run} draws one token at a time")
-        prompt = layout.canvas[1:][~layout.fill[1:]].tolist()
+        given = torch.from_numpy(layout.canvas[1:][~layout.fill[1:]]).long()[None]
         for one in settings:
-            (written,) = sample_autoregressive(model, [one], prompt=prompt).numpy()
+            (written,) = sample_autoregressive(model, [one], prompts=given).numpy()
             print(f"{texts.read(layout, written)}\n— seed {one.seed}, {(written >= FIRST_TEXT_ID).sum()} tokens\n")
         return
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from host.model.layouts import causal, first_end
-from host.model.network import NO_PADDING, Denoiser, ends_impossible
+from host.model.network import NO_PADDING, Cache, Denoiser, ends_impossible
 from host.sampling.reference import Sampled, Settings, commit_pass, drawn
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, EOS, MASK, PAD
 
 ROWS: Final = 16  # canvases in a network call
+TEXTS: Final = 64  # of which one token each is drawn in a network call
 
 
 def open_canvas(length: int) -> Tensor:
@@ -63,21 +65,39 @@ def _scores(
 
 @torch.no_grad()
 def sample_autoregressive(
-    model: Denoiser, settings: Sequence[Settings], dtype: torch.dtype | None = None, prompt: Sequence[int] = ()
+    model: Denoiser,
+    settings: Sequence[Settings],
+    dtype: torch.dtype | None = None,
+    prompts: Tensor | None = None,
 ) -> Tensor:
-    """One canvas for each of `settings`, token by token after `prompt`; with the same seed, temperature, top-k and
-    top-p that `sample` draws with.  → (len(settings), L)
+    """One canvas for each of `settings`, as `host.sampling.blocks.write` continues its prompt up to rounding.
+
+    prompts (len(settings), P) → (len(settings), L)
     """
-    length = model.config.canvas_len
-    canvases = torch.full((len(settings), length), PAD)
-    canvases[:, : 1 + len(prompt)] = torch.tensor([BOS, *prompt])
-    for i in range(1 + len(prompt), length):
-        rows = (canvases != EOS).all(1).nonzero()[:, 0]
-        for part in rows.split(ROWS):
-            at = torch.arange(len(part)) * i + i - 1
-            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                hidden = model(*causal(canvases[part, :i]), at=at)
-                logp = model.logits(hidden, torch.full_like(at, NO_PADDING)).log_softmax(-1)
-            for row, scores in zip(part.tolist(), logp, strict=True):
-                canvases[row, i] = drawn(scores[None], torch.tensor([i]), settings[row])[0]
+    length, n = model.config.canvas_len, len(settings)
+    given = torch.full((n, 1), BOS) if prompts is None else F.pad(prompts, (1, 0), value=BOS)
+    canvases = torch.full((n, length), PAD)
+    canvases[:, : given.shape[1]] = given
+    for start in range(0, n, TEXTS):
+        here = slice(start, start + TEXTS)
+        _continue(model, canvases[here], given.shape[1], settings[here], dtype)
     return canvases
+
+
+def _continue(
+    model: Denoiser, canvases: Tensor, start: int, settings: Sequence[Settings], dtype: torch.dtype | None
+) -> None:
+    """Fill canvases (B, L) in place from position `start` on, a token of each in a pass."""
+    cache, going = Cache.empty(model.config, len(canvases)), torch.ones(len(canvases), dtype=torch.bool)
+    for i in range(start, canvases.shape[1]):
+        rows = causal(canvases[:, :i])
+        new = torch.arange(len(cache), i)
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            states = model(rows.tokens[:, new], rows.positions[:, new], rows.visible[:, new], cache)[:, -1]
+            logp = model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1)
+        cache.keep(torch.arange(len(new)))
+        for row in going.nonzero()[:, 0].tolist():
+            canvases[row, i] = drawn(logp[row : row + 1], torch.tensor([i]), settings[row])[0]
+        going &= canvases[:, i] != EOS
+        if not going.any():
+            break

@@ -103,11 +103,11 @@ def commit_pass(canvas: Tensor, open_positions: Tensor, logp: Tensor, step: int,
     """
     entropy = -(logp.exp() * logp.clamp(min=-1e6)).sum(-1)
     best, ids = _best(logp, max(2, settings.top_k))  # two: `margin` compares them
-    token, confidence, margin = _draw(best, ids, open_positions, step, settings)
+    token, confidence, apart = _draw(best, ids, open_positions, step, settings)
     score = _order_score(best, entropy, confidence, open_positions, step, settings)
     ranked, order = score.sort(descending=True, stable=True)
     count, gap = _how_many(ranked, confidence, entropy[order], step, settings)
-    margin = min(margin, gap)
+    margin = min(float(apart.min()), gap)
     exact = settings.selection == "random" and settings.threshold is None and settings.entropy_bound is None
     if count < len(order) and not exact:
         margin = min(margin, float(ranked[count - 1] - ranked[count]))
@@ -126,10 +126,10 @@ def _best(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best[:, :k], ids.gather(-1, order)[:, :k]
 
 
-def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, float]:
-    """A draw from the softmax over the kept candidates.  → token (M,), confidence (M,), smallest gap to the second"""
+def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """A draw from the softmax over the kept candidates.  → token, confidence, gap to the second, all (M,)"""
     if s.temperature == 0:
-        return ids[:, 0], logp[:, 0], float((logp[:, 0] - logp[:, 1]).min())
+        return ids[:, 0], logp[:, 0], logp[:, 0] - logp[:, 1]
     logp, ids = logp[:, : s.top_k], ids[:, : s.top_k]
     score = logp.double() / s.temperature
     p = score.softmax(-1)
@@ -139,13 +139,17 @@ def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -
     best = noisy.amax(-1, keepdim=True)
     token = ids.masked_fill(noisy < best, torch.iinfo(ids.dtype).max).amin(-1, keepdim=True)  # ties: the lower id
     second = noisy.masked_fill(ids == token, -torch.inf).amax(-1, keepdim=True)
-    return token[:, 0], logp[ids == token], float((best - second).min())
+    return token[:, 0], logp[ids == token], (best - second)[:, 0]
 
 
-def drawn(logp: Tensor, position: Tensor, settings: Settings) -> Tensor:
-    """Each row's token by temperature, top-k and top-p, with the noise of a first step.  (M, V), (M,) → (M,)"""
-    best, ids = _best(logp, max(2, settings.top_k))
-    return _draw(best, ids, position, 0, settings)[0]
+def drawn(logp: Tensor, position: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Each row's token by temperature, top-k and top-p, with the noise of (seed, position, token), a first step's.
+
+    logp (M, V), position (M,) → token (M,), gap to the second best (M,)
+    """
+    best, ids = _best(logp, min(max(2, settings.top_k), logp.shape[-1]))
+    token, _, gap = _draw(best, ids, position, 0, settings)
+    return token, gap
 
 
 def _order_score(logp: Tensor, entropy: Tensor, confidence: Tensor, position: Tensor, step: int, s: Settings) -> Tensor:

@@ -1,0 +1,126 @@
+"""Reference decoding of blocks, one text at a time: slow, obvious, the definition that the edge is held to.
+
+The text is the law's: the token of position p is the arg max of the filtered log-probabilities of the row at p − 1
+plus the noise of (seed, p, token). A draft for p is the arg max of the drafter's filtered log-probabilities plus the
+same noise, and is kept where both are the same token. So drafts change how many passes a text takes, never the text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from host.model.layouts import causal, evidence
+from host.model.network import NO_PADDING, Cache, Denoiser
+from host.sampling.reference import Settings, drawn
+from shared.tokens import BOS, EOS
+
+Template = Sequence[list[int] | int]
+"""Text tokens, and gaps of at most so many tokens; no two gaps in a row."""
+
+
+@dataclass
+class Written:
+    """gaps: the tokens of each gap, without EOS, the open end the last of them. kept: tokens that each pass committed.
+
+    margin: the smallest gap that decided a draw of the law; where it is below a backend's numeric tolerance, that
+    backend may decide otherwise.
+    """
+
+    gaps: list[list[int]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    margin: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A template with places: evidence, and each gap's first and last position and the token before it."""
+
+    tokens: list[int]
+    positions: list[int]
+    gaps: list[tuple[int, int, int]]  # first, last, token before
+    open_alone: bool  # a prompt: the open end is the only gap
+
+
+def lay_out(template: Template, open_end: bool, length: int) -> Layout:
+    """Every gap at its full size, an open end up to the canvas length; text that is not open ends with EOS."""
+    tokens, positions, gaps, position = [BOS], [0], [], 1
+    for part in template:
+        if isinstance(part, int):
+            gaps.append((position, position + part - 1, tokens[-1]))
+            position += part
+        else:
+            tokens, positions = tokens + part, positions + list(range(position, position + len(part)))
+            position += len(part)
+    if open_end:
+        gaps.append((position, length - 1, tokens[-1]))
+    elif position < length:
+        tokens, positions = [*tokens, EOS], [*positions, position]
+    return Layout(tokens, positions, gaps, open_end and len(gaps) == 1)
+
+
+@torch.no_grad()
+def write(model: Denoiser, template: Template, settings: Settings, *, open_end: bool, window: int = 0) -> Written:
+    """Fill a template's gaps from the left, then the open end, each until EOS or until it is full.
+
+    window: drafts in a pass, of the chain drafter. A prompt with an open end alone is laid out causally.
+    """
+    layout = lay_out(template, open_end, model.config.canvas_len)
+    cache, written = Cache.empty(model.config), Written()
+    if layout.open_alone:
+        rows, given = causal(torch.tensor([layout.tokens[:-1]])), len(layout.tokens) - 1
+    else:
+        rows, given = evidence(layout.tokens, layout.positions, []), len(layout.tokens)
+    if given:
+        model(*rows, cache)
+        cache.keep(torch.arange(given))
+    for first, last, before in layout.gaps:
+        written.gaps.append(_fill(model, cache, before, first, last, settings, window, written))
+    return written
+
+
+def _fill(
+    model: Denoiser, cache: Cache, token: int, first: int, last: int, settings: Settings, window: int, written: Written
+) -> list[int]:
+    """Tokens of positions `first` to `last` at most; `token`, of the position before, is the first row."""
+    filled: list[int] = []
+    drafts: list[int] = []
+    position = first - 1  # of `token`, the last committed one, whose row runs in the next pass
+    while True:
+        tokens = torch.tensor([[token, *drafts]])
+        n = tokens.shape[1]
+        places = torch.arange(position, position + n)[None]
+        visible = torch.cat([torch.ones(1, n, len(cache)), torch.ones(1, n, n).tril()], 2).bool()
+        states = model(tokens, places, visible, cache)[0]
+        logp = model.logits(states, torch.full((n,), NO_PADDING)).log_softmax(-1)
+        own, margin = drawn(logp, places[0] + 1, settings)
+        agreed = 0
+        while agreed < len(drafts) and drafts[agreed] == int(own[agreed]):
+            agreed += 1
+        cache.keep(torch.arange(agreed + 1))
+        new = own[: agreed + 1].tolist()
+        written.margin = min(written.margin, float(margin[: agreed + 1].min()))
+        written.kept.append(len(new))
+        position, token = position + len(new), new[-1]
+        filled += [one for one in new if one != EOS]
+        if token == EOS or position == last:
+            return filled
+        drafts = _drafts(model, states[agreed], token, position + 1, min(window, last - position - 1), settings)
+
+
+def _drafts(model: Denoiser, state: Tensor, token: int, position: int, count: int, settings: Settings) -> list[int]:
+    """Up to `count` drafts from `position` on, none from an EOS on: the state is that of the last kept row, which drew
+    `token` for the position before.
+    """
+    drafts: list[int] = []
+    if model.drafter is None or token == EOS:
+        return drafts
+    for step in list(model.drafter.depths)[:count]:
+        state = step(state[None], model.token_embedding(torch.tensor([token])))[0]
+        logp = model.logits(state[None], torch.tensor([NO_PADDING])).log_softmax(-1)
+        token = int(drawn(logp, torch.tensor([position + len(drafts)]), settings)[0])
+        if token == EOS:  # the law draws it by itself after the drafts before
+            break
+        drafts.append(token)
+    return drafts
