@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from host.model.diffusion import Corrupted, cross_entropy_at
-from host.model.network import Denoiser
+from host.model.network import Denoiser, ends_impossible
 from shared.errors import BundleError
 from shared.tokens import MASK
 
@@ -69,6 +69,15 @@ class TorchScorer:
 
     def __init__(self, model: Denoiser) -> None:
         self.model = model
+
+    @torch.no_grad()
+    def logits(self, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
+        """Scores of the masked positions of one canvas (L,), in their order.  → (M, V)"""
+        row = torch.from_numpy(canvas.astype(np.int64))[None]
+        masked = row[0] == MASK
+        hidden = self.model.score_canvas(row, torch.tensor([t]) if self.model.config.time_input else None)[0, masked]
+        scores: NDArray[np.float32] = self.model.logits(hidden, ends_impossible(row)[0, masked]).numpy()
+        return scores
 
     @torch.no_grad()
     def losses(self, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:

@@ -9,20 +9,23 @@ no flag   FP32 graph for the CPU
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from host.evaluate.likelihood import STORIES, evaluate, held_out_files, held_out_split, print_table
-from host.evaluate.scorers import GraphScorer, TorchScorer
+from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
 from host.export.bundle_writer import StepGraph, check_replaceable, write_bundle
 from host.export.parity import dropped_mass
-from host.export.pipeline import Wanted, build, build_untrained, yardstick
+from host.export.pipeline import Wanted, build, build_untrained
 from host.export.random_weights import untrained
+from host.export.reference import reference_of
 from host.export.report import print_report
+from host.export.stages import Stages
 from host.model.network import CONFIGS, config_named
 from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
 from host.train.run_folder import data_of, load_run, work_behind
 from shared.errors import ConfigError, run_main
-from shared.manifest import MAX_STEPS, TOKENIZER, SamplingDefaults
+from shared.manifest import MAX_STEPS, TOKENIZER, Evaluation, SamplingDefaults
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,11 +48,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
     parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
     parser.add_argument(
-        "--stories", type=int, default=STORIES, help=f"measure on at most so many, the first (default: {STORIES})"
+        "--stories", type=int, default=STORIES, help=f"evaluate on the first N stories (default: {STORIES})"
     )
-    parser.add_argument("--steps", type=int, default=SamplingDefaults().steps, help="passes a request gets by default")
     parser.add_argument(
-        "--temperature", type=float, default=SamplingDefaults().temperature, help="what a request gets by default"
+        "--steps",
+        type=int,
+        default=SamplingDefaults().steps,
+        help="of a request that names none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=SamplingDefaults().temperature,
+        help="of a request that names none (default: %(default)s)",
     )
     parser.add_argument("--report", action="store_true", help="also print each layer's error and every graph's figures")
     return parser.parse_args()
@@ -92,43 +103,78 @@ def main() -> None:
         return
     run = args.run or newest_run()
     out = args.out or Path("bundles") / run.resolve().name
-    check_replaceable(out)  # now, not after minutes of measuring
+    check_replaceable(out)
+    export_run(run, out, wanted, defaults, source=args.source, stories=args.stories, report=args.report)
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    wanted: Wanted,
+    defaults: SamplingDefaults,
+    *,
+    source: Path | None,
+    stories: int,
+    report: bool,
+) -> None:
+    """The bundle as soon as its graphs pass the gate, then its figures, with which its manifest is written again."""
     model, progress = load_run(run)
     if "canvas" not in progress.objectives:
         raise ConfigError(f"{run} did not learn the objective canvas: start a run from it with host.train --init {run}")
     tokenizer = run / TOKENIZER
-    if args.source:
-        held_out = held_out_files(args.source, tokenizer, args.stories)
-    else:
-        held_out = held_out_split(data_of(run), args.stories)
-    measured = yardstick(model, progress, held_out)
-    graphs, parities, calibration = build(wanted, measured)
+    held_out = held_out_files(source, tokenizer, stories) if source else held_out_split(data_of(run), stories)
+    stages = Stages(stage_costs(wanted, len(held_out.canvases), report))
+    stages.begin(SAMPLING)
+    reference = reference_of(model, progress, held_out)
     top_k = min(TOP_K, model.config.vocab_size)
     for temperature in (0.7, 1.0, 1.5):
-        dropped = dropped_mass(model, measured.canvases, top_k, temperature)
+        dropped = dropped_mass(model, reference.canvases[::4], top_k, temperature)
         print(f"outside the top {top_k} at temperature {temperature}: {dropped:.2%} of the probability")
-    evaluations = [evaluate(TorchScorer(model), held_out, progress.schedule)]
-    for graph in graphs:
-        if graph.target == "cpu" or args.report:
-            evaluations.append(evaluate(GraphScorer(graph.file, graph.model), held_out, progress.schedule))
-    if args.report:
-        print_report(measured, graphs, evaluations)
-    else:
-        print_table(evaluations)
-    write_bundle(
-        out,
-        model,
-        progress,
-        tokenizer=tokenizer,
-        graphs=graphs,
-        top_k=top_k,
-        tokens_seen=work_behind(run).tokens,
-        evaluations=evaluations,
-        parity=parities,
-        calibration=calibration,
-        defaults=defaults,
-    )
+    graphs, parities, calibration = build(wanted, reference, stages)
+
+    def write(evaluations: Sequence[Evaluation]) -> None:
+        write_bundle(
+            out,
+            model,
+            progress,
+            tokenizer=tokenizer,
+            graphs=graphs,
+            top_k=top_k,
+            tokens_seen=work_behind(run).tokens,
+            evaluations=evaluations,
+            parity=parities,
+            calibration=calibration,
+            defaults=defaults,
+        )
+
+    write([])
     say_what_was_written(out, graphs)
+    stages.begin(FIGURES)
+    scorers: list[Scorer] = [TorchScorer(model)]
+    scorers += [GraphScorer(graph.file, graph.model) for graph in graphs if report or graph.target == "cpu"]
+    evaluations = [evaluate(scorer, held_out, progress.schedule, draws=1) for scorer in scorers]
+    write(evaluations)
+    print_table(evaluations)
+    if report:
+        stages.begin(REPORT)
+        print_report(reference, graphs)
+
+
+SAMPLING: Final = "canvases that sampling visits"
+FIGURES: Final = "figures on held-out text (the bundle is there already)"
+REPORT: Final = "report"
+
+
+def stage_costs(wanted: Wanted, stories: int, report: bool) -> dict[str, float]:
+    """What each stage takes, roughly, in passes of the network over a canvas, as measured on `tiny`."""
+    costs: dict[str, float] = {SAMPLING: 900}
+    costs |= {"INT8 for the CPU": 600} if wanted.cpu_int8 else {}
+    costs |= {"FP16 for CUDA": 500} if wanted.cuda_fp16 else {}
+    costs |= {"INT8 for CUDA": 2500} if wanted.cuda_int8 else {}
+    on_cpu = 0.6 * (wanted.cpu_int8 or wanted.cpu_fp32)
+    on_cuda = 1.5 * wanted.cuda_fp16 + 2.5 * wanted.cuda_int8
+    costs[FIGURES] = 2 * stories * (1 + on_cpu + on_cuda * report)
+    return costs | ({REPORT: 600 + 200 * (on_cpu + on_cuda)} if report else {})
 
 
 def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingDefaults) -> None:

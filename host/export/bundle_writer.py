@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import onnx
 from host.files import swapped_in
 from host.model.network import Denoiser, ModelConfig, count_parameters
 from host.train.checkpoint import Progress
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DiffusionLLMError
 from shared.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -70,13 +71,22 @@ def model_spec(config: ModelConfig) -> ModelSpec:
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise ConfigError when `out` is something other than a bundle, or its name cannot be a bundle's."""
+    """What would refuse the bundle in the end refuses it now.
+
+    ConfigError when `out` is something other than a bundle, or its name cannot be a bundle's; DiffusionLLMError when
+    no folder can be made beside it.
+    """
     if out.exists() and not (out / MANIFEST).is_file():
         raise ConfigError(f"{out} exists and is not a bundle: choose another --out")
     try:
         msgspec.convert(out.name, FileName)
     except msgspec.ValidationError:
         raise ConfigError(f"--out {out}: a bundle's name is letters, digits, '.', '_' and '-', at most 100") from None
+    try:
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=".", dir=out.resolve().parent).cleanup()
+    except OSError as error:
+        raise DiffusionLLMError(f"{out} cannot be written: {error.strerror}") from None
 
 
 def write_bundle(

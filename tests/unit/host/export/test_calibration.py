@@ -5,8 +5,8 @@ import pytest
 
 from host.export.cuda_graph import cuda_graph
 from host.export.cuda_qdq import RANGES, activation_ranges, linear_inputs
-from host.export.parity import stratified, trajectories
 from host.export.random_weights import untrained
+from host.export.reference import stratified, trajectories
 from host.model.network import CONFIGS
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
