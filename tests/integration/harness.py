@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -165,6 +166,11 @@ class Broker:
         """Run one of mosquitto's clients on it; its output."""
         command = [name, "-h", "127.0.0.1", "-p", str(self.port), *args]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout
+
+    def reload(self) -> None:
+        """Have it read its configuration again, with the files that this names."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
         if self._process is not None:

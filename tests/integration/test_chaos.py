@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.stress.chaos import run
+from tests.stress.chaos import Bounds, run
+from tests.support.wall_clock import COMPILER
 
 
 @pytest.mark.skipif(shutil.which("mosquitto_pub") is None and "CI" not in os.environ, reason="mosquitto is missing")
 def test_nothing_accepted_is_lost_or_answered_twice(debug_bundle: Path) -> None:
-    report = run(12, "fake:10", debug_bundle, seed=1, say=print)
+    report = run(12, "fake:10", debug_bundle, seed=1, say=print, bounds=Bounds(256 << 10, keep_s=30))
     print(report)
     assert report.broken == 0 and report.requests > 20
     assert sum(report.answers.values()) == report.requests and report.answers["ok"] > report.requests // 2
-    assert report.daemon_kills > 0 and report.broker_kills > 0 and report.vanished_mqtt_clients > 0
-    assert report.clock_jumps is None or (report.clock_jumps > 0 and report.clock_span_days > 0)
+    assert set(report.misfortunes) >= {"kill daemon", "kill broker", "flood", "correlate", "crowd", "refuse", "double"}
+    assert report.vanished_mqtt_clients > 0 and report.memory_peak_mb < 200
+    assert COMPILER is None or report.clock_span_days > 0

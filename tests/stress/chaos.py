@@ -1,17 +1,19 @@
 """Everything goes wrong at once: `python -m tests.stress.chaos --minutes N`.
 
 A stream of requests with ids, while the daemon is killed or restarted, the broker is killed and comes back with or
-without its memory, the daemon's wall clock jumps, and clients vanish. Whoever gets no answer asks again, as a client
-must over a broker that forgets, and now and then somebody asks again for what was answered long ago. In the end every
-request has its terminal answer, no request two that differ, and the journal holds every request that it ever took in.
+without its memory, or refuses the daemon's answers, the daemon's wall clock jumps, clients vanish, flood it at QoS 0,
+send more correlation data than it takes, or hold every place of its socket, and a second daemon takes its name. The
+journal is small, so that it is full now and then. Whoever gets no answer asks again, as a client must over a broker
+that forgets, and now and then somebody asks again for what was answered before. In the end every request has its
+terminal answer, no request two that differ, and the journal still holds what it took in, as long as it promised to.
 """
 
 import argparse
 import random
-import shutil
+import re
 import signal
-import sqlite3
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,84 +22,57 @@ from pathlib import Path
 from typing import Final
 
 from edge.config import default_bundle
+from edge.transports.unix_socket import MAX_CONNECTIONS
 from shared.errors import run_main
-from tests.integration.harness import Broker, Daemon, Line
-from tests.support.askers import Asker, Heard, Vanishers
+from tests.integration.harness import Broker, Daemon, Line, Listener
+from tests.stress.chaos_report import Journal, Report, answered_twice, forgotten, read_journal
+from tests.support.askers import BASE, Asker, Heard, Vanishers
+from tests.support.flood import flood
 from tests.support.wall_clock import COMPILER, WallClock
 
-SETTLE_S: Final = 90.0
+SETTLE_S: Final = 120.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of the daemon's journal: small, so that a run crosses them. keep_s: instead of a day."""
+
+    max_bytes: int = 768 << 10
+    keep_s: float = 60.0
+
+    @property
+    def repeat_s(self) -> float:
+        """How long after an answer somebody may ask again: within keep_s, whatever happens in between."""
+        return self.keep_s / 3
+
+
 PERSISTENCE: Final = ("persistence true", "autosave_interval 1", "autosave_on_changes true")
+OPEN: Final = "topic readwrite #\n"
+DEAF: Final = f"topic read #\ntopic write {BASE}/request/#\ntopic write {BASE}/state\ntopic write {BASE}/availability\n"
+"""The broker's rules while it refuses answers."""
 HOUR_S: Final = 3600
 JUMPS_S: Final = (-20 * 365 * 24 * HOUR_S, -72 * HOUR_S, -HOUR_S, HOUR_S, 72 * HOUR_S, 10 * 365 * 24 * HOUR_S)
 
 
-@dataclass
-class Report:
-    """What was done to it, and what came of it.
-
-    clock_jumps: None without a C compiler. repeated: answers that came again, the same to the byte. lost: requests
-    without an answer. forgotten: requests that were in the journal at some kill and are no longer, or never got an
-    answer there. duplicated: requests with answers that differ, whether a client heard them or the journal kept them.
-    """
-
-    requests: int
-    answers: dict[str, int]
-    sent_again: int
-    daemon_kills: int
-    daemon_restarts: int
-    broker_kills: int
-    broker_amnesias: int
-    clock_jumps: int | None
-    clock_span_days: float
-    vanished_socket_clients: int
-    vanished_mqtt_clients: int
-    accepted: int
-    repeated: int
-    lost: int
-    forgotten: int
-    duplicated: int
-
-    @property
-    def broken(self) -> int:
-        """Promises that were not kept."""
-        return self.lost + self.forgotten + self.duplicated
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A request in the journal. accepted_s: what the daemon's clock showed."""
-
-    id: str
-    accepted_s: float
-    answer: bytes | None
-
-
-def read_journal(path: Path) -> dict[int, Kept]:
-    """What a journal holds whose daemon is dead, by number. From a copy: opening it would change it."""
-    with tempfile.TemporaryDirectory(prefix="journal-") as folder:
-        for file in path.parent.glob(f"{path.name}*"):
-            shutil.copy(file, folder)
-        db = sqlite3.connect(Path(folder) / path.name)
-        try:
-            rows = db.execute("SELECT seq, id, accepted_s, answer FROM request").fetchall()
-        finally:
-            db.close()
-    return {seq: Kept(*row) for seq, *row in rows}
-
-
 class Chaos:
-    """The daemon, its broker, and what happens to them."""
+    """The daemon, its broker, and what happens to them. takes_turns: while a second daemon has its name."""
 
-    def __init__(self, folder: Path, bundle: Path, backend: str, seed: int) -> None:
-        self._folder, self._bundle, self._backend = folder, bundle, backend
+    def __init__(self, folder: Path, bundle: Path, backend: str, *, seed: int, bounds: Bounds) -> None:
+        self._folder, self._bundle, self._backend, self._bounds = folder, bundle, backend, bounds
         self._random = random.Random(seed)
-        self._remembers = [*PERSISTENCE, f"persistence_location {folder}/"]
-        self._broker = Broker(folder, *self._remembers).start()
+        self._rules = folder / "rules"
+        self._rules.write_text(OPEN)
+        settings = [*PERSISTENCE, f"persistence_location {folder}/", f"acl_file {self._rules}", "max_queued_messages 0"]
+        self._broker = Broker(folder, *settings).start()
         self._clock = None if COMPILER is None else WallClock(folder)
         self.port = self._broker.port
         self.counts: Counter[str] = Counter()
         self.rounds = 0
-        self.kept: list[dict[int, Kept]] = []
+        self.journals: list[Journal] = []
+        self.memory_peak_mb = 0.0
+        self.locked_out = 0
+        self.double: Daemon | None = None
+        self._until_s: dict[str, float] = {}  # when a misfortune that lasts ends
         self._deck: list[Callable[[], None]] = []
         self._daemon = self._start()
 
@@ -105,82 +80,155 @@ class Chaos:
         """One misfortune: of each kind one, in random order, and then again."""
         if not self._deck:
             self.rounds += 1
-            once = (self._kill_daemon, self._restart_daemon, self._kill_broker, self._jump, self._vanish)
-            self._deck = self._random.sample([*once, self._kill_daemon], len(once) + 1)
-        self._deck.pop()()
+            once = [self._kill_daemon, self._restart_daemon, self._kill_broker, self._jump, self._vanish]
+            once += [self._kill_daemon, self._flood, self._correlate, self._crowd, self._refuse, self._double]
+            self._deck = self._random.sample(once, len(once))
+        misfortune = self._deck.pop()
+        self.counts[misfortune.__name__.strip("_").replace("_", " ")] += 1
+        misfortune()
+
+    def pass_on(self) -> None:
+        """End what lasted long enough."""
+        self._measure()
+        now = time.monotonic()
+        if now > self._until_s.get("refuse", now):
+            self._allow()
+        if now > self._until_s.get("double", now):
+            self._part()
+
+    def calm(self) -> None:
+        """No more misfortune."""
+        self._allow()
+        self._part()
+        self._restart_daemon()
 
     def close(self) -> None:
         """Stop both, and read the journal a last time."""
-        self._daemon.close()
-        self._read()
+        self._part()
+        self._stop()
         self._broker.stop()
         if self._clock is not None:
             self._clock.close()
 
     def _start(self) -> Daemon:
         environment = {} if self._clock is None else self._clock.environment
+        program = ("-m", "tests.support.small_journal", str(self._bounds.max_bytes), str(self._bounds.keep_s))
         flags = ("--backend", self._backend, "--mqtt", f"127.0.0.1:{self.port}")
-        return Daemon(self._folder, self._bundle, *flags, environment=environment, DEVICE="dev")
+        settings = {"DEVICE": "dev", "DRAIN_S": "5"}
+        return Daemon(self._folder, self._bundle, *flags, program=program, environment=environment, **settings)
 
-    def _read(self) -> None:
-        self.kept.append(read_journal(self._folder / "journal.sqlite"))
+    def _stop(self) -> None:
+        self._measure()
+        self._daemon.close()
+        self.journals.append(read_journal(self._folder / "journal.sqlite"))
+
+    def _measure(self) -> None:
+        status = Path(f"/proc/{self._daemon.process.pid}/status")
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text() if status.exists() else "", re.MULTILINE)
+        if peak is not None:  # else it is dead
+            self.memory_peak_mb = max(self.memory_peak_mb, round(int(peak[1]) * 1024 / 1e6, 1))
 
     def _kill_daemon(self) -> None:
-        self.counts["daemon kills"] += 1
         self._daemon.signal(signal.SIGKILL)
         self._daemon.exit_code()
-        self._daemon.close()
-        self._read()
+        self._stop()
         self._daemon = self._start()
 
     def _restart_daemon(self) -> None:
-        self.counts["daemon restarts"] += 1
-        self._daemon.close()
+        self._stop()
         self._daemon = self._start()
 
     def _kill_broker(self) -> None:
-        self.counts["broker kills"] += 1
         self._broker.stop()
         if self._random.random() < 0.5:  # it comes back without its memory
-            self.counts["broker amnesias"] += 1
+            self.counts["broker amnesia"] += 1
             (self._folder / "mosquitto.db").unlink(missing_ok=True)
         time.sleep(self._random.random())
         self._broker.start()
 
     def _jump(self) -> None:
         if self._clock is not None:
-            self.counts["clock jumps"] += 1
             self._clock.set(self._random.choice(JUMPS_S))
 
     def _vanish(self) -> None:
-        self.counts["vanished"] += 1
         line = Line(self._daemon.socket)
         line.send({"prompt": "Once", "stream": True}, b'{"prompt": "half a li')
         line.close()
 
+    def _flood(self) -> None:
+        kinds = [("request/generate", b'{"prompt": ' + b"x" * 909), ("request/health", b""), ("request/cancel", b"{")]
+        kinds.append(("request/generate/flood", b'{"id": "one", "prompt": "Once", "max_tokens": 1}'))
+        topic, payload = self._random.choice(kinds)
+        threading.Thread(target=flood, args=(self.port, f"{BASE}/{topic}", payload, 2000, 3.0), daemon=True).start()
 
-def run(seconds: float, backend: str, bundle: Path, seed: int, say: Callable[[str], None]) -> Report:
+    def _correlate(self) -> None:
+        sender = Listener(self.port, "nothing")
+        for _ in range(20):
+            sender.publish(f"{BASE}/request/generate", {"prompt": "x"}, CorrelationData=b"x" * 60_000)
+        sender.close()
+
+    def _crowd(self) -> None:
+        crowd = [Line(self._daemon.socket) for _ in range(MAX_CONNECTIONS + 8)]
+        newcomer = self._daemon.line()
+        reply = newcomer.ask({"type": "health"})
+        self.locked_out += reply["type"] != "health"
+        for line in crowd:
+            line.close()
+
+    def _refuse(self) -> None:
+        self._rules.write_text(DEAF)
+        self._broker.reload()
+        self._until_s["refuse"] = time.monotonic() + 4
+
+    def _allow(self) -> None:
+        if self._until_s.pop("refuse", None) is not None:
+            self._rules.write_text(OPEN)
+            self._broker.reload()
+
+    def _double(self) -> None:
+        self._part()
+        folder = self._folder / f"double{self.counts['double']}"
+        folder.mkdir()
+        flags = ("--backend", self._backend, "--mqtt", f"127.0.0.1:{self.port}")
+        self.double = Daemon(folder, self._bundle, *flags, DEVICE="dev", DRAIN_S="5")
+        self._until_s["double"] = time.monotonic() + 3
+
+    def _part(self) -> None:
+        self._until_s.pop("double", None)
+        if self.double is not None:
+            self.double.close()
+            self.double = None
+
+
+def run(
+    seconds: float, backend: str, bundle: Path, *, seed: int, say: Callable[[str], None], bounds: Bounds = Bounds()
+) -> Report:
     """Ask and strike for a while, until every kind of misfortune was there, then let it settle."""
-    luck = random.Random(seed)
+    rng = random.Random(seed)
+    mixed: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
-        chaos, heard = Chaos(Path(name), bundle, backend, seed), Heard()
-        asker, vanishers = Asker(chaos.port, heard), Vanishers(chaos.port, heard, seed)
+        heard, chaos = Heard(), Chaos(Path(name), bundle, backend, seed=seed, bounds=bounds)
+        asker, vanishers = Asker(chaos.port, heard, seed), Vanishers(chaos.port, heard, seed)
         try:
             end_s = time.monotonic() + seconds
             next_strike_s = time.monotonic() + 1
             while time.monotonic() < end_s or chaos.rounds < 2:
-                request = {"prompt": "Once upon a time " * luck.randrange(1, 4), "steps": luck.randrange(1, 30)}
+                request = {"prompt": "Once upon a time " * rng.randrange(1, 4), "steps": rng.randrange(1, 30)}
                 asker.ask(f"r{len(asker.asked)}", request)
-                if luck.random() < 0.2:
-                    asker.repeat(luck)
-                if luck.random() < 0.1 and vanishers.open < Vanishers.MOST:
+                if rng.random() < 0.2 and chaos.double is None:
+                    asker.repeat(bounds.repeat_s)
+                if rng.random() < 0.1 and len(vanishers.open) < Vanishers.MOST:
                     vanishers.send(f"v{len(vanishers.names)}", request)
-                time.sleep(luck.random() * 0.3)
+                time.sleep(rng.random() * 0.3)
                 asker.ask_again()
+                if chaos.double is not None:
+                    mixed |= asker.moving | vanishers.moving
+                chaos.pass_on()
                 if time.monotonic() > next_strike_s:
                     chaos.strike()
-                    say(f"{len(asker.asked)} asked, {asker.open} open, struck {dict(chaos.counts)}")
-                    next_strike_s = time.monotonic() + luck.random() * 4
+                    say(f"{len(asker.asked)} asked, {len(asker.open)} open, struck {dict(chaos.counts)}")
+                    next_strike_s = time.monotonic() + rng.random() * 4
+            chaos.calm()
             settle_s = time.monotonic() + SETTLE_S
             while (asker.open or vanishers.open) and time.monotonic() < settle_s:
                 asker.ask_again()
@@ -189,48 +237,41 @@ def run(seconds: float, backend: str, bundle: Path, seed: int, say: Callable[[st
             vanishers.close()
             asker.close()
             chaos.close()
-    return _report(chaos, heard, asker, vanishers)
+    return _report(chaos, heard, asker, vanishers, mixed=mixed, keep_s=bounds.keep_s)
 
 
-def _report(chaos: Chaos, heard: Heard, asker: Asker, vanishers: Vanishers) -> Report:
-    final = chaos.kept[-1]
-    answers = {id: set(payloads) for id, payloads in heard.answers.items()}
-    for kept in chaos.kept:
-        for entry in kept.values():
-            if entry.answer is not None:
-                answers.setdefault(entry.id, set()).add(entry.answer)
-    forgotten = {seq for kept in chaos.kept for seq in kept if seq not in final or final[seq].answer is None}
-    times_s = [entry.accepted_s for entry in final.values()]
-    counts = chaos.counts
+def _report(
+    chaos: Chaos, heard: Heard, asker: Asker, vanishers: Vanishers, *, mixed: set[str], keep_s: float
+) -> Report:
+    times_s = [kept.accepted_s for journal in chaos.journals for kept in journal.kept.values()]
     return Report(
         requests=len(asker.asked) + len(vanishers.names),
         answers=dict(heard.codes()),
         sent_again=asker.sent_again,
-        daemon_kills=counts["daemon kills"],
-        daemon_restarts=counts["daemon restarts"],
-        broker_kills=counts["broker kills"],
-        broker_amnesias=counts["broker amnesias"],
-        clock_jumps=None if COMPILER is None else counts["clock jumps"],
+        misfortunes=dict(chaos.counts),
+        memory_peak_mb=chaos.memory_peak_mb,
         clock_span_days=round((max(times_s) - min(times_s)) / 24 / HOUR_S, 2),
-        vanished_socket_clients=counts["vanished"],
         vanished_mqtt_clients=vanishers.killed,
-        accepted=len(final),
+        accepted=len({seq for journal in chaos.journals for seq in journal.kept}),
+        refused_full=heard.refused_full,
         repeated=heard.repeated,
-        lost=asker.open + vanishers.open,
-        forgotten=len(forgotten),
-        duplicated=sum(len(payloads) > 1 for payloads in answers.values()),
+        mixed=len(mixed),
+        locked_out=chaos.locked_out,
+        lost=len(asker.open) + len(vanishers.open),
+        forgotten=forgotten(chaos.journals, keep_s),
+        twice=sorted(answered_twice(heard.answers, chaos.journals) - mixed),
     )
 
 
 def main() -> int:
-    """Run and report. Returns 1 when a request was lost, forgotten or answered twice."""
+    """Run and report. Returns 1 when a request was lost, forgotten or answered twice, or a client locked out."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--backend", default="fake:10")
     parser.add_argument("--bundle", type=Path, default=default_bundle())
     parser.add_argument("--seed", type=int, default=0, help="of what happens when")
     args = parser.parse_args()
-    report = run(args.minutes * 60, args.backend, args.bundle, args.seed, lambda line: print(line, flush=True))
+    report = run(args.minutes * 60, args.backend, args.bundle, seed=args.seed, say=lambda line: print(line, flush=True))
     for name, value in asdict(report).items():
         print(f"{name:24} {value}")
     return int(report.broken > 0)

@@ -5,12 +5,15 @@ import random
 import subprocess
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 BASE: Final = "edgelm/dev"
 ASK_AGAIN_S: Final = 5.0
@@ -19,19 +22,28 @@ NOT_TERMINAL: Final = {"queue_full", "draining", "storage_full"}
 
 
 class Heard:
-    """What clients were told: id → the answers to it that differ in a byte. Thread-safe."""
+    """What clients were told: id → the answers to it that differ in a byte. Thread-safe.
+
+    first_s: when each id was answered first. refused_full: refusals for want of room in the journal.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[str, set[bytes]] = {}
+        self.first_s: dict[str, float] = {}
         self.repeated = 0
+        self.refused_full = 0
         self._lock = threading.Lock()
 
     def note(self, payload: bytes) -> bool:
         """Keep an answer, unless it is a refusal.  → whether it is one to keep"""
         answer = json.loads(payload)
+        if answer["id"] is None:
+            return False  # of a flood
         if answer["status"] == "error" and answer["error"]["code"] in NOT_TERMINAL:
+            self.refused_full += answer["error"]["code"] == "storage_full"
             return False
         with self._lock:
+            self.first_s.setdefault(answer["id"], time.monotonic())
             known = self.answers.setdefault(answer["id"], set())
             self.repeated += bool(known)
             known.add(payload)
@@ -45,12 +57,17 @@ class Heard:
 
 
 class Asker:
-    """A client that stays connected, and asks now and then for what it knows already."""
+    """Clients of one connection, which stays, and which now and then ask for what they know already."""
 
-    def __init__(self, port: int, heard: Heard) -> None:
+    CLIENTS: Final = ("", "/anna", "/ben", "/cleo")
+    """Topics that a request is sent below: the plain one, and three clients' own."""
+    MAX_CORRELATION_BYTES: Final = 1024
+
+    def __init__(self, port: int, heard: Heard, seed: int) -> None:
         self.asked: dict[str, tuple[bytes, float]] = {}  # id → payload, when it was sent last
         self.sent_again = 0
         self._heard = heard
+        self._random = random.Random(seed)
         self._client = Client(CallbackAPIVersion.VERSION2, "asker", protocol=MQTTProtocolVersion.MQTTv5)
         self._client.on_connect = lambda client, *_: client.subscribe(f"{BASE}/response/#", qos=1)
         self._client.on_message = self._on_message
@@ -70,15 +87,24 @@ class Asker:
                 self.sent_again += 1
                 self._send(id, payload)
 
-    def repeat(self, luck: random.Random) -> None:
-        """Something that may have been answered long ago."""
-        id = luck.choice(list(self.asked))
-        self._send(id, self.asked[id][0])
+    def repeat(self, within_s: float) -> None:
+        """Something that is open, or was answered no longer ago."""
+        since_s = time.monotonic() - within_s
+        young = [id for id in self.asked if self._heard.first_s.get(id, since_s) >= since_s]
+        if young:
+            id = self._random.choice(young)
+            self._send(id, self.asked[id][0])
 
     @property
-    def open(self) -> int:
+    def open(self) -> set[str]:
         """Requests without an answer."""
-        return len(self.asked.keys() - self._heard.answers.keys())
+        return self.asked.keys() - self._heard.answers.keys()
+
+    @property
+    def moving(self) -> set[str]:
+        """Requests that may be on their way, or under way, just now."""
+        since_s = time.monotonic() - 2 * ASK_AGAIN_S
+        return self.open | {id for id, (_, sent_s) in self.asked.items() if sent_s > since_s}
 
     def close(self) -> None:
         """Part from the broker."""
@@ -87,7 +113,11 @@ class Asker:
 
     def _send(self, id: str, payload: bytes) -> None:
         self.asked[id] = (payload, time.monotonic())
-        self._client.publish(f"{BASE}/request/generate", payload, qos=1)
+        carried = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        if self._random.random() < 0.3:
+            carried.CorrelationData = self._random.randbytes(self._random.randrange(self.MAX_CORRELATION_BYTES))
+        client = self.CLIENTS[zlib.crc32(id.encode()) % len(self.CLIENTS)]
+        self._client.publish(f"{BASE}/request/generate{client}", payload, qos=1, properties=carried)
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
         self._heard.note(bytes(message.payload))
@@ -103,6 +133,7 @@ class Vanishers:
 
     def __init__(self, port: int, heard: Heard, seed: int) -> None:
         self.names: set[str] = set()
+        self.ended: set[str] = set()
         self.killed = 0
         self._port = port
         self._heard = heard
@@ -117,9 +148,14 @@ class Vanishers:
         self._pool.submit(self._live, name, json.dumps(request | {"id": name}), keeps, self._luck.random())
 
     @property
-    def open(self) -> int:
+    def open(self) -> set[str]:
         """Requests without an answer."""
-        return len(self.names - self._heard.answers.keys())
+        return self.names - self._heard.answers.keys()
+
+    @property
+    def moving(self) -> set[str]:
+        """Requests that may be on their way, or under way, just now."""
+        return self.names - self.ended
 
     def close(self) -> None:
         """No longer ask."""
@@ -137,6 +173,7 @@ class Vanishers:
             with self._ask(name, payload, keeps) as process:
                 answered += self._note(process)
             self._ended.wait(0.1)
+        self.ended.add(name)
 
     def _ask(self, name: str, payload: str, keeps: list[str]) -> "subprocess.Popen[bytes]":
         topics = ["-t", f"{BASE}/request/generate", "-e", f"edgelm/reply/{name}"]
