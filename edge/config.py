@@ -3,6 +3,7 @@
 Parsed once at the start and frozen; everything behind this file sees a `Config`.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -41,6 +42,7 @@ VARIABLES: Final[dict[str, str]] = {
 }
 """Environment variable → the key it overrides. An empty variable counts as unset."""
 
+MACHINE_ID: Final = Path("/etc/machine-id")
 SYSTEM_SOCKET: Final = Path("/run/edgelm.sock")
 STORE: Final = Path("/opt/edgelm/bundles")
 """Where a device keeps its bundles."""
@@ -82,8 +84,17 @@ def default_state() -> Path:
 
 
 def default_device() -> str:
-    """The host's short name, with what MQTT topics cannot carry replaced."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0]).strip("-_")[:64] or "edge"
+    """The host's short name, with what MQTT topics cannot carry replaced, and four hex digits of the machine's id.
+
+    Two boards from one image have one host name, and brokers let only one client of a name in.
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0]).strip("-_")[:59] or "edge"
+    try:
+        machine_id = MACHINE_ID.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):  # a container without one
+        return name
+    # The id itself is confidential (machine-id(5)): a hash of it, for this use alone, is not.
+    return f"{name}-{hashlib.sha256(b'edgelm device ' + machine_id.encode()).hexdigest()[:4]}"
 
 
 class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -177,7 +177,8 @@ def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
 
 def _ready_line(path: Path, worker: Scheduler, mqtt: "MqttTransport | None") -> str:
     broker = "off" if mqtt is None else f"connecting to {mqtt.broker}"
-    return f"ready in {seconds_since_start():.2f} s: socket {path}, mqtt {broker}, bundle {worker.model}"
+    line = f"ready in {seconds_since_start():.2f} s: socket {path}, mqtt {broker}, bundle {worker.model}"
+    return line if mqtt is None else f"{line}\nask it over MQTT: {mqtt.example}"
 
 
 def _drain(config: Config, worker: Scheduler, signals: Signals) -> None:

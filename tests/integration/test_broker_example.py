@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,7 @@ def daemon(broker: Broker, certificates: Path, start_daemon: Callable[..., Daemo
     daemon = start_daemon(
         "--mqtt",
         broker.address,
+        backend="fake:20",
         DEVICE="edge01",
         MQTT_USERNAME="edge01",
         MQTT_PASSWORD_FILE=str(tmp_path / "password"),
@@ -85,33 +87,71 @@ def daemon(broker: Broker, certificates: Path, start_daemon: Callable[..., Daemo
     yield daemon
 
 
-def ask(broker: Broker, certificates: Path, user: str, reply_topic: str, device: str = "edge01") -> str:
-    """What mosquitto_rr hears within two seconds."""
-    request = ["-t", f"edgelm/{device}/request/generate", "-e", reply_topic, "-W", "2", "-m", '{"prompt": "Once"}']
-    return said(tool(broker, certificates, "mosquitto_rr", user, *request))
+def ask(broker: Broker, certificates: Path, user: str, client: str, *more: str) -> str:
+    """What mosquitto_rr hears within two seconds of a request that a user sends in a client's name."""
+    topics = ["-t", f"edgelm/edge01/request/generate/{client}", "-e", f"edgelm/edge01/response/{client}/1"]
+    request = more or ("-m", '{"prompt": "Once"}')
+    return said(tool(broker, certificates, "mosquitto_rr", user, *topics, "-W", "2", *request))
 
 
-def test_a_client_is_answered_on_its_own_topic(broker: Broker, certificates: Path, daemon: Daemon) -> None:
-    assert json.loads(ask(broker, certificates, "alice", "edgelm/reply/alice/1"))["status"] == "ok"
-
-
-def test_a_client_without_a_block_of_its_own_asks_in_vain(broker: Broker, certificates: Path, daemon: Daemon) -> None:
-    assert "status" not in ask(broker, certificates, "bob", "edgelm/reply/bob/1")
-
-
-def test_a_client_cannot_read_what_others_are_told(broker: Broker, certificates: Path, daemon: Daemon) -> None:
-    assert "status" not in ask(broker, certificates, "alice", "edgelm/reply/bob/1")
-
-
-def test_a_monitor_sees_availability_and_no_text(broker: Broker, certificates: Path, daemon: Daemon) -> None:
-    watching = tool(broker, certificates, "mosquitto_sub", "monitor", "-t", "edgelm/#", "-v", "-W", "3")
+def listen(broker: Broker, certificates: Path, user: str) -> "subprocess.Popen[str]":
+    """A user who subscribes to everything, and has its subscription."""
+    watching = tool(broker, certificates, "mosquitto_sub", user, "-t", "edgelm/#", "-v", "-W", "6")
     assert watching.stdout is not None
     assert watching.stdout.readline() == "edgelm/edge01/availability online\n"
-    assert json.loads(ask(broker, certificates, "alice", "edgelm/reply/alice/2"))["status"] == "ok"
-    assert "Once" not in said(watching)
+    return watching
 
 
-def test_a_device_cannot_speak_for_another(broker: Broker, certificates: Path, daemon: Daemon) -> None:
+def test_broker_example_answers_a_client_on_its_own_topic(broker: Broker, certificates: Path, daemon: Daemon) -> None:
+    assert json.loads(ask(broker, certificates, "alice", "alice"))["status"] == "ok"
+    assert json.loads(ask(broker, certificates, "bob", "bob"))["status"] == "ok"
+
+
+def test_broker_example_lets_nobody_ask_in_anothers_name(broker: Broker, certificates: Path, daemon: Daemon) -> None:
+    assert "status" not in ask(broker, certificates, "bob", "alice")
+    plain = ["-t", "edgelm/edge01/request/generate", "-e", "edgelm/edge01/response/bob/1", "-W", "2", "-m", "Once"]
+    assert "status" not in said(tool(broker, certificates, "mosquitto_rr", "bob", *plain))
+    published = ["-t", "edgelm/edge01/response/alice/1", "-m", '{"status": "ok"}']
+    watching = listen(broker, certificates, "alice")
+    said(tool(broker, certificates, "mosquitto_pub", "bob", *published))
+    assert "response/alice" not in said(watching)
+
+
+def test_broker_example_keeps_answers_and_streams_from_other_clients(
+    broker: Broker, certificates: Path, daemon: Daemon
+) -> None:
+    watching = {user: listen(broker, certificates, user) for user in ("alice", "bob", "monitor")}
+    request = '{"id": "a", "prompt": "Once", "stream": true, "steps": 30}'
+    said(
+        tool(
+            broker, certificates, "mosquitto_pub", "alice", "-t", "edgelm/edge01/request/generate/alice", "-m", request
+        )
+    )
+    heard = {user: said(process) for user, process in watching.items()}
+    assert "edgelm/edge01/response/alice/a" in heard["alice"] and "edgelm/edge01/stream/alice/a" in heard["alice"]
+    assert "Once" not in heard["bob"] and "Once" not in heard["monitor"]
+
+
+def test_broker_example_lets_nobody_cancel_anothers_request(broker: Broker, certificates: Path, daemon: Daemon) -> None:
+    """By the broker on alice's topic; on bob's own by the daemon, which tells the clients' ids apart."""
+    watching = listen(broker, certificates, "alice")
+    request = '{"id": "a", "prompt": "Once", "steps": 60}'
+    topic = "edgelm/edge01/request"
+    said(tool(broker, certificates, "mosquitto_pub", "alice", "-t", f"{topic}/generate/alice", "-m", request))
+    for client in ("alice", "bob"):
+        cancel = ["-t", f"{topic}/cancel/{client}", "-m", '{"id": "a"}']
+        said(tool(broker, certificates, "mosquitto_pub", "bob", *cancel))
+    assert '"status":"ok"' in said(watching)
+
+
+def test_broker_example_shows_counters_to_the_monitor_alone(broker: Broker, certificates: Path, daemon: Daemon) -> None:
+    watching = {user: listen(broker, certificates, user) for user in ("alice", "monitor")}
+    daemon.signal(signal.SIGTERM)  # the last thing it says
+    heard = {user: said(process) for user, process in watching.items()}
+    assert "edgelm/edge01/metrics" in heard["monitor"] and "edgelm/edge01/metrics" not in heard["alice"]
+
+
+def test_broker_example_lets_no_device_speak_for_another(broker: Broker, certificates: Path, daemon: Daemon) -> None:
     watching = tool(broker, certificates, "mosquitto_sub", "alice", "-t", "edgelm/+/availability", "-v", "-W", "2")
     assert watching.stdout is not None
     assert watching.stdout.readline() == "edgelm/edge01/availability online\n"
@@ -121,7 +161,7 @@ def test_a_device_cannot_speak_for_another(broker: Broker, certificates: Path, d
     assert "edgelm/edge02/availability online" in heard and "offline" not in heard
 
 
-def test_nobody_enters_without_a_password(broker: Broker, certificates: Path) -> None:
+def test_broker_example_lets_nobody_in_without_a_password(broker: Broker, certificates: Path) -> None:
     anonymous = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(broker.port), "-t", "x", "-m", "y"]
     done = subprocess.run(
         [*anonymous, "--cafile", str(certificates / "ca.pem")], capture_output=True, text=True, timeout=PATIENCE_S

@@ -5,6 +5,7 @@ that it can count, and no acknowledgement of one connection is taken for another
 refuses it. The session at the broker outlives them all.
 """
 
+import ipaddress
 import logging
 import sys
 import threading
@@ -38,9 +39,11 @@ RECONNECT_S: Final = (1.0, 30.0)
 """From one attempt to the next: at first, and at most."""
 TAKEN_OVER_S: Final = (60.0, 3600.0)
 """The same after another client logged in under our name."""
-LASTED_S: Final = 10.0
+LASTED_S: Final = 5.0
 MAX_SHORT_LIVED: Final = 3
-"""Successful connections in a row that end within LASTED_S; one more, and the cause is taken for another client."""
+"""Connections in a row that broke within LASTED_S and could be made again at once: the cause is another client of our
+name, which MQTT 3.1.1, and mosquitto 2.0 in either version, do not tell.
+"""
 HEADER_BYTES: Final = 16
 """Of a PUBLISH packet, beside topic, properties and payload."""
 REFUSED_VERSION: Final = "Unsupported protocol version"
@@ -83,7 +86,8 @@ class Link:
         self._max_packet_bytes = sys.maxsize
         self._receive_maximum = 0
         self._wait_s = 0.0
-        self._short_lived = 0  # connections in a row
+        self._short_lived = 0
+        self._takeovers = 0
         self._silenced = False  # a failure is reported once, not at every attempt
         self._ending: str | None = None  # why the present connection is over
         self._over = threading.Event()
@@ -104,6 +108,8 @@ class Link:
 
     def start(self) -> None:
         """Begin to connect, in the background, for as long as it takes."""
+        if self._password and self._config.ca_file is None and not _is_loopback(self._host):
+            log.warning("the MQTT password goes to %s unencrypted: set mqtt.ca_file, which turns TLS on", self.broker)
         self._thread.start()
 
     def publish(
@@ -183,21 +189,22 @@ class Link:
         """How long to wait after a connection has ended, or none was made. Reports another client of our name."""
         if self._ending == REFUSED_VERSION:
             return 0.0
-        self._short_lived = self._short_lived + 1 if connected and lasted_s < LASTED_S else 0
-        unexplained = not self.modern and self._short_lived >= MAX_SHORT_LIVED  # 3.1.1 gives no reasons
-        taken_over = self._ending == TAKEN_OVER or unexplained
-        least_s, most_s = TAKEN_OVER_S if taken_over else RECONNECT_S
-        settled = lasted_s > 2 * self._wait_s if taken_over else connected
-        self._wait_s = least_s if settled else min(max(2 * self._wait_s, least_s), most_s)
-        if taken_over and not self._stopping.is_set():
+        short = connected and lasted_s < LASTED_S and self._ending == BROKEN
+        self._short_lived = self._short_lived + 1 if short else 0
+        if lasted_s > TAKEN_OVER_S[1]:
+            self._takeovers = 0
+        if self._ending == TAKEN_OVER or self._short_lived >= (1 if self._takeovers else MAX_SHORT_LIVED):
+            pause_s = min(TAKEN_OVER_S[0] * (1 << min(self._takeovers, 16)), TAKEN_OVER_S[1])
+            self._takeovers += 1
             log.error(
-                "another client %s logs in to broker %s as %s, and each login ends the other's connection: give each "
-                "device its own `device` name; trying again in %.0f s",
-                "probably" if unexplained else "also",
+                "another client also logs in to broker %s as %s, and each login ends the other's connection: give each "
+                "device a `device` name of its own; trying again in %.0f s",
                 self.broker,
                 self.client_id,
-                self._wait_s,
+                pause_s,
             )
+            return pause_s
+        self._wait_s = RECONNECT_S[0] if connected else min(max(2 * self._wait_s, RECONNECT_S[0]), RECONNECT_S[1])
         return self._wait_s
 
     def _make_client(self) -> Client:
@@ -282,6 +289,13 @@ class Link:
         self, client: Client, userdata: Any, mid: int, reason: ReasonCode, carried: Properties | None
     ) -> None:
         self._events.on_acknowledged(mid, str(reason) if reason.is_failure else None)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def _acknowledge(client: Client, message: MQTTMessage) -> None:

@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import re
 import socket as sockets
 from pathlib import Path
 
 import pytest
 
+import edge.config
 from edge.config import (
     VARIABLES,
     Config,
@@ -187,9 +189,18 @@ def test_config_socket_lies_in_the_first_writable_folder(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(
     ("host", "device"),
-    [("jetson.lan", "jetson"), ("a b/c", "a-b-c"), ("--", "edge"), ("", "edge"), ("x" * 99, "x" * 64)],
+    [("jetson.lan", "jetson"), ("a b/c", "a-b-c"), ("--", "edge"), ("", "edge"), ("x" * 99, "x" * 59)],
 )
-def test_config_device_is_named_after_its_host(host: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_default_device_names_host_and_machine(
+    host: str, device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sockets, "gethostname", lambda: host)
+    monkeypatch.setattr(edge.config, "MACHINE_ID", tmp_path / "machine-id")
     assert default_device() == device
-    assert load_config(environ={"EDGELM_DEVICE": device}).device == device
+    names = set()
+    for machine_id in ("0123456789abcdef0123456789abcdef\n", "fedcba9876543210fedcba9876543210\n"):
+        (tmp_path / "machine-id").write_text(machine_id)
+        names.add(name := default_device())
+        assert re.fullmatch(re.escape(device) + "-[0-9a-f]{4}", name) and name[-4:] not in machine_id
+        assert load_config(environ={"EDGELM_DEVICE": name}).device == name
+    assert len(names) == 2
