@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 from edge.config import default_bundle
 from edge.serving.loaded_bundle import Engine
 from edge.serving.scheduler import Scheduler
 from host.evaluate.scorers import GraphScorer, load_graph
 from host.export.parity import passes
+from host.model.network import BIAS_FLOOR
 from shared.manifest import TOKENIZER, SamplingDefaults, bundle_digest, find_graph, read_manifest, verified_bytes
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
 from shared.tokens import BOS, EOS, MASK, PAD
@@ -24,7 +26,7 @@ def engine() -> Engine:
     return Engine.load(default_bundle(), threads=2)
 
 
-def test_it_is_complete_and_small() -> None:
+def test_shipped_bundle_is_complete_and_small() -> None:
     folder = default_bundle()
     manifest = read_manifest(folder)
     assert {(g.target, g.precision) for g in manifest.graphs} == {("cpu", "int8"), ("cuda", "fp16"), ("cuda", "int8")}
@@ -53,17 +55,28 @@ def test_shipped_bundle_passed_the_gate_and_quality_states_its_figures() -> None
     manifest = read_manifest(default_bundle())
     assert manifest.parity and all(passes(parity) for parity in manifest.parity)
     page = (ROOT / "docs" / "quality.md").read_text("utf-8").partition("## Records")[0]
-    assert {e.graph for e in manifest.evaluations} == {"torch fp32", *(graph.file for graph in manifest.graphs)}
+    assert {e.graph for e in manifest.evaluations} == {"torch fp32", find_graph(default_bundle(), manifest, "cpu").file}
+    for parity in manifest.parity:
+        assert f"× {parity.nelbo_ratio:.4f}" in page and f"{parity.top1_agreement:.1%}".replace("%", " %") in page
     for evaluation in manifest.evaluations:
         for figure in (evaluation.nelbo_nats_per_token, evaluation.bits_per_byte, evaluation.masked_cross_entropy):
             assert f"{figure.value:.3f} ± {figure.stderr:.3f}" in page
 
 
-def test_its_defaults_are_those_of_every_new_bundle() -> None:
+def test_shipped_bundle_has_no_denormals_and_the_trained_gelu() -> None:
+    """Its graphs are those that `host.export` makes of the same weights today."""
+    for graph in (load_graph(default_bundle() / g.file) for g in read_manifest(default_bundle()).graphs):
+        (table,) = [numpy_helper.to_array(t) for t in graph.graph.initializer if t.name == "relative_bias"]
+        assert table.min() == BIAS_FLOOR
+        gelus = [node.attribute for node in graph.graph.node if node.op_type == "Gelu"]
+        assert len(gelus) == 4 and all(a.s == b"none" for attributes in gelus for a in attributes)
+
+
+def test_shipped_bundle_defaults_are_those_of_every_new_bundle() -> None:
     assert read_manifest(default_bundle()).defaults == SamplingDefaults()
 
 
-def test_it_tells_a_story_that_ends(engine: Engine) -> None:
+def test_shipped_bundle_tells_a_story_that_ends(engine: Engine) -> None:
     completion = engine.run(engine.prepare(GenerateRequest(prompt="Once upon a time", seed=1, max_tokens=120)))
     assert completion.text.startswith("Once upon a time") and OPEN_POSITION not in completion.text
     assert EOS in completion.canvas and 20 < completion.generated_tokens <= 121
@@ -71,14 +84,14 @@ def test_it_tells_a_story_that_ends(engine: Engine) -> None:
     assert len(set(words)) > 20, "a story repeats some words, not all"
 
 
-def test_it_fills_gaps_and_leaves_the_given_text_alone(engine: Engine) -> None:
+def test_shipped_bundle_fills_gaps_and_leaves_the_given_text_alone(engine: Engine) -> None:
     request = GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(3), "."], seed=3)
     text = engine.run(engine.prepare(request)).text
     assert text.startswith("Tom had a ") and " and it was " in text and text.endswith(".")
     assert len(text) > len("Tom had a  and it was .")
 
 
-def test_a_text_does_not_show_what_was_computed_beside_it(engine: Engine) -> None:
+def test_shipped_text_does_not_show_what_was_computed_beside_it(engine: Engine) -> None:
     """INT8 scales its activations by what a run holds: neighbours in one run would change them."""
     assert engine.backend.batches == (1, 2)
     asked: list[dict[str, Any]] = [
@@ -101,7 +114,7 @@ def test_a_text_does_not_show_what_was_computed_beside_it(engine: Engine) -> Non
     assert [texts[seed] for seed in range(len(alone))] == alone
 
 
-def test_its_graphs_agree(engine: Engine) -> None:
+def test_shipped_bundle_graphs_agree(engine: Engine) -> None:
     """INT8 for the CPU and FP16 for CUDA, both run here by ONNX Runtime, mostly prefer the same tokens."""
     folder = default_bundle()
     cpu, cuda = (
