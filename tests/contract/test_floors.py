@@ -28,7 +28,7 @@ FLOORS: Final[dict[str, tuple[str, ...]]] = {
     "host 3": ("host.evaluate",),
     "host 4": ("host.export",),
     "host 5": ("host.experiments", "host.generate"),
-    "host 6": ("host.ablate", "host.baseline", "host.bench", "host.compare", "host.textbook"),
+    "host 6": ("host.ablate", "host.baseline", "host.bench", "host.compare"),
 }
 EDGE_ROOMS_OF_THE_HOST: Final = frozenset({"edge.backends", "edge.decoding"})
 """All that the training host may import of the edge: what it measures its graphs against."""
@@ -177,6 +177,18 @@ def test_floors_no_module_imports_itself_in_a_circle() -> None:
 
 def test_floors_a_late_import_has_a_reason() -> None:
     assert needlessly_late(arrows(ROOT)) == []
+
+
+def test_floors_tables_name_nothing_that_is_gone() -> None:
+    found = arrows(ROOT)
+    rooms = {room_of(arrow.importer) for arrow in found} | {room_of(arrow.imported) for arrow in own(found)}
+    late = [arrow for arrow in found if arrow.late]
+    used = {(room_of(arrow.importer), room_of(arrow.imported)) for arrow in late}
+    used |= {(room, "*") for room, _ in used}
+    assert {room for floor in FLOORS.values() for room in floor} - rooms == set()
+    assert KNOWN - {(arrow.importer, arrow.imported) for arrow in found} == set()
+    assert LATE.keys() - used == set()
+    assert HEAVY.keys() - {arrow.imported.split(".")[0] for arrow in late} == set()
 
 
 @pytest.fixture
