@@ -33,7 +33,7 @@ NATURE: Final = ("model", "objectives", "schedule", "tokenizer_sha256")
 def variants(common: list[str]) -> dict[str, list[str]]:
     """Flags of host.train that each variant adds to those that all share.
 
-    Averaged and raw weights are two columns of every row.
+    EMA and raw weights are two columns of every row.
     """
     shared = parse_arguments(common)
     rate = shared.lr or PEAK_RATES[shared.optimizer]
@@ -49,10 +49,10 @@ def variants(common: list[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant's bits a byte on held-out text, one figure a seed."""
+    """A variant's bits per byte on validation stories, one figure for each seed."""
 
     name: str
-    averaged: list[float]
+    ema: list[float]
     raw: list[float]
     million_tokens: float
     command: str
@@ -88,8 +88,8 @@ def train(run: Path, command: list[str]) -> None:
         raise DiffusionLLMError(f"the run {run} was stopped before its end; the same command goes on with it")
 
 
-def measure(name: str, flags: list[str], seeds: list[int], out: Path, stories: int) -> Row:
-    """Train with `flags` and every seed, then measure averaged and raw weights on the same stories and noise."""
+def measure(name: str, flags: list[str], *, seeds: list[int], out: Path, stories: int) -> Row:
+    """Train with `flags` and every seed, then measure EMA and raw weights on the same stories and noise."""
     bits: dict[Literal["ema", "model"], list[float]] = {"ema": [], "model": []}
     tokens = []
     for seed in seeds:
@@ -106,10 +106,10 @@ def measure(name: str, flags: list[str], seeds: list[int], out: Path, stories: i
 
 def print_table(rows: list[Row]) -> None:
     """Mean over seeds and, with several, their standard deviation; in the form of a page of docs/."""
-    print("| variant | bits a byte, averaged weights | raw weights | million tokens | command |")
+    print("| variant | bits per byte, EMA weights | raw weights | million tokens | command |")
     print("| --- | --- | --- | --- | --- |")
     for row in rows:
-        cells = [_spread(row.averaged), _spread(row.raw), f"{row.million_tokens:.2f}", f"`{row.command}`"]
+        cells = [_spread(row.ema), _spread(row.raw), f"{row.million_tokens:.2f}", f"`{row.command}`"]
         print(f"| {row.name} | {' | '.join(cells)} |")
 
 
@@ -151,4 +151,5 @@ def main() -> None:
     budget = ["--minutes", str(args.minutes)] if args.minutes is not None else ["--steps", str(args.steps)]
     if "canvas" not in parse_arguments([*common, *budget]).objectives:
         raise ConfigError("--objectives must hold canvas: an ablation measures its bound")
-    print_table([measure(name, [*common, *added[name], *budget], args.seeds, args.out, args.stories) for name in names])
+    options = {"seeds": args.seeds, "out": args.out, "stories": args.stories}
+    print_table([measure(name, [*common, *added[name], *budget], **options) for name in names])

@@ -1,7 +1,7 @@
 """Runs side by side at equal CPU-hours (device-hours on a GPU) and at equal epochs: one table, one picture.
 
 `python -m host.compare ours=runs/ours baseline=runs/baseline AR=runs/ar` reads what the runs logged about the same
-held-out stories. A run that began with another's weights is charged for that run too.
+validation stories. A run that began with another's weights is charged for that run too.
 """
 
 import argparse

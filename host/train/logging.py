@@ -66,7 +66,7 @@ def progress_bar(
             valid_shown = valid_shown if valid is None else f", validation {valid:.3f}"
             now = step if minutes is None else min(minutes, seconds / 60)
             if bar.n == 0 and step > 1:
-                bar.initial = bar.n = now  # a resumed run: count its speed from here
+                bar.initial = bar.n = bar.last_print_n = now  # a resumed run: count its speed from here
             counted = "" if minutes is None else f"step {step:,}, "
             shown = f"{counted}loss {loss:.3f}{valid_shown}, {tokens_per_s:,.0f} tokens/s"
             try:

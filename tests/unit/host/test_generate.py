@@ -9,7 +9,7 @@ from host.train import trainer as train
 from tests.support.commands import call, refusal
 
 
-def test_a_seed_gives_its_text_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_gives_a_seed_s_text_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for _ in range(2):
         call(generate.main, "the", "--run", trained, "--seed", 1, 2, "--steps", 4)
@@ -30,7 +30,7 @@ def test_a_seed_gives_its_text_again(trained: Path, capsys: pytest.CaptureFixtur
         (["--seed", 10**23], "`seed`"),
     ],
 )
-def test_what_no_request_may_say_is_refused(
+def test_generate_refuses_what_no_request_may_say(
     trained: Path, capsys: pytest.CaptureFixture[str], flags: list[object], named: str
 ) -> None:
     code, sentence = refusal(capsys, generate.main, "the", "--run", trained, *flags)
@@ -38,11 +38,11 @@ def test_what_no_request_may_say_is_refused(
     assert named in sentence
 
 
-def test_a_prompt_that_is_not_text_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_refuses_a_prompt_that_is_not_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not UTF-8" in refusal(capsys, generate.main, "caf\udce9", "--run", trained)[1]
 
 
-def test_an_autoregressive_run_writes_token_by_token(
+def test_generate_of_an_autoregressive_run_goes_token_by_token(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "ar"

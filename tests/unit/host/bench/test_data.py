@@ -17,7 +17,7 @@ def test_generated_text_is_stories_of_the_size_asked_for_and_the_same_every_time
     assert all(120 <= len(story.split()) < 260 for story in stories)
 
 
-def test_the_benchmark_prints_memory_and_speed(
+def test_bench_data_prints_memory_and_speed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

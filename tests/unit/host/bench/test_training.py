@@ -69,7 +69,7 @@ def test_peak_type_is_that_of_the_loop(
     assert source == "real tokens of stories, vocabulary 300; medians of 2 steps, in turn, ours of 8 canvases"
 
 
-def test_a_row_is_both_loops_their_ratio_the_work_and_the_peaks(
+def test_bench_row_is_both_loops_their_ratio_work_and_peaks(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speed = TrainSpeed("debug", "cpu", 1, 3000.0, 750.0, 0.02, {"bf16": 240.0, "fp32": 80.0})
@@ -91,7 +91,7 @@ def test_baseline_has_our_parameters_but_for_the_relative_position_bias() -> Non
     assert theirs == ours - shape.heads * (2 * shape.canvas_len - 1)
 
 
-def test_the_work_of_a_batch_is_what_its_matrix_products_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_gflop_is_what_its_matrix_products_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows one by one have no padding, so that torch's own count of operations must agree, but for the last queries."""
     shape = ModelConfig("test", d_model=64, layers=2, heads=2, vocab_size=300, time_input=False)
     model = Denoiser(shape)
@@ -120,7 +120,7 @@ def test_the_work_of_a_batch_is_what_its_matrix_products_do(data: Path, monkeypa
         (["--data", "nowhere"], 65, "nowhere holds no prepared data"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_bench_refuses_what_cannot_be_measured(
     flags: list[object], code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, sentence = refusal(capsys, bench.main, *flags)

@@ -123,9 +123,7 @@ def run_data(endpoint: str, tmp_path: Path, *arguments: str) -> "subprocess.Comp
     )
 
 
-def test_a_hub_data_set_is_streamed_once_with_its_own_validation_split_and_licence(
-    endpoint: str, tmp_path: Path
-) -> None:
+def test_hub_data_set_is_streamed_with_its_own_splits_and_licence(endpoint: str, tmp_path: Path) -> None:
     done = run_data(endpoint, tmp_path, "--source", "owner/stories")
     assert done.returncode == 0, done.stderr
     meta = load_data(tmp_path / "out", verify=True).meta
@@ -136,7 +134,7 @@ def test_a_hub_data_set_is_streamed_once_with_its_own_validation_split_and_licen
     assert (again.returncode, again.stdout) == (0, f"{tmp_path / 'out'} is up to date\n")
 
 
-def test_without_a_network_the_default_source_fails_at_once_and_names_the_alternative(tmp_path: Path) -> None:
+def test_hub_without_a_network_fails_at_once(tmp_path: Path) -> None:
     done = run_data(NO_HUB, tmp_path)
     assert done.returncode == 65
     (sentence,) = done.stderr.splitlines()

@@ -126,7 +126,7 @@ def test_default_folder_is_named_after_the_source(sources: list[str], folder: st
     assert default_out(filled) == Path("data") / folder.format("", tmp_path.name.lower())
 
 
-def test_a_rerun_with_nothing_changed_touches_nothing_and_says_so(
+def test_prepare_again_touches_nothing_and_says_so(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare([str(source)], tmp_path / "out", vocab_size=280)
@@ -167,7 +167,7 @@ def test_prepare_replaces_a_damaged_folder_or_one_of_another_version(source: Pat
     assert names(tmp_path) == {source.name, "out"}
 
 
-def test_bad_input_leaves_a_damaged_folder_as_it_was(source: Path, tmp_path: Path) -> None:
+def test_prepare_of_bad_input_leaves_the_folder_as_it_was(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare([str(source)], out, vocab_size=280)
     (out / "train-00000.bin").write_bytes(b"")
@@ -187,13 +187,13 @@ def test_prepare_refuses_too_few_stories_to_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 259, 65_537])
-def test_an_impossible_vocabulary_is_refused(size: int, source: Path, tmp_path: Path) -> None:
+def test_prepare_refuses_an_impossible_vocabulary(size: int, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--vocab-size must be 260 to 65536, not {size}"):
         prepare([str(source)], tmp_path / "out", vocab_size=size)
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("mine"), lambda p: (p.mkdir(), (p / "mine").touch())])
-def test_what_host_data_did_not_make_is_never_replaced(make: object, source: Path, tmp_path: Path) -> None:
+def test_prepare_never_replaces_what_it_did_not_make(make: object, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     make(out)  # type: ignore[operator]
     with pytest.raises(DataError, match="exists and is not a data folder: choose another --out"):
@@ -201,12 +201,12 @@ def test_what_host_data_did_not_make_is_never_replaced(make: object, source: Pat
     assert out.exists()
 
 
-def test_a_place_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:
+def test_prepare_names_a_place_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DiffusionLLMError, match="out cannot be written: Not a directory"):
         prepare([str(source)], source / "out", vocab_size=280)
 
 
-def test_a_linked_folder_is_replaced_where_it_really_is(source: Path, tmp_path: Path) -> None:
+def test_prepare_through_a_link_writes_where_it_leads(source: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "real").mkdir(parents=True)
     (tmp_path / "out").symlink_to(elsewhere / "real")
@@ -216,7 +216,7 @@ def test_a_linked_folder_is_replaced_where_it_really_is(source: Path, tmp_path: 
     assert names(elsewhere) == {"real"}
 
 
-def test_two_runs_cannot_prepare_the_same_folder(source: Path, tmp_path: Path) -> None:
+def test_prepare_twice_at_once_is_refused(source: Path, tmp_path: Path) -> None:
     with swapped_in(tmp_path / "out"):
         with pytest.raises(DataError, match="another process is writing"):
             prepare([str(source)], tmp_path / "out", vocab_size=280)
@@ -237,7 +237,7 @@ def is_encoding(out: Path) -> bool:
 
 
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_run_stopped_in_the_middle_leaves_nothing_half_written(
+def test_prepare_stopped_in_the_middle_leaves_nothing(
     how: signal.Signals, status: int, endless: Path, source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -258,7 +258,7 @@ def test_a_run_stopped_in_the_middle_leaves_nothing_half_written(
     assert names(tmp_path) == {source.name, endless.name, "out"}
 
 
-def test_the_command_prints_one_sentence_for_an_error(tmp_path: Path) -> None:
+def test_data_command_prints_one_sentence_for_an_error(tmp_path: Path) -> None:
     run = start("--source", "missing.txt", "--out", tmp_path / "out")
     output, errors = run.communicate(timeout=60)
     assert (run.returncode, output) == (65, "")

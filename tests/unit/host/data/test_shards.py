@@ -32,7 +32,7 @@ def canvas(text_ids: list[int], ends: bool = True) -> np.ndarray:
     return np.array(ids + [PAD] * (256 - len(ids)), dtype=np.uint16)
 
 
-def test_taking_canvases_copies_them_in_the_order_asked_for_across_shards() -> None:
+def test_split_take_copies_in_order_across_shards() -> None:
     rows = np.arange(10 * 256, dtype=np.uint16).reshape(10, 256)
     split = Split((rows[:4], rows[4:5], rows[5:]))
     wanted = np.array([9, 0, 4, 5, 3, 3])
@@ -44,12 +44,12 @@ def test_taking_canvases_copies_them_in_the_order_asked_for_across_shards() -> N
 
 
 @pytest.mark.parametrize("index", [-1, 10])
-def test_an_index_outside_is_an_error_not_another_story(index: int) -> None:
+def test_split_take_refuses_an_index_outside(index: int) -> None:
     with pytest.raises(IndexError, match="out of range for 10 stories"):
         Split((np.zeros((10, 256), dtype=np.uint16),)).take(np.array([index]))
 
 
-def test_counts_of_a_split_are_those_of_the_text_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_counts_are_those_of_the_text_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_STORIES", 2)
     token_bytes = np.array([0, 0, 0, 0, 1, 7])
     writer = SplitWriter(tmp_path, "train", token_bytes)
@@ -86,7 +86,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_load_data_of_a_missing_folder_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"nothing holds no prepared data: make it with python -m host.data --out .*nothing"
     ):
@@ -94,13 +94,13 @@ def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "valid-00000.bin", "tokenizer.json"])
-def test_a_missing_file_is_named(name: str, copy: Path) -> None:
+def test_load_data_names_a_missing_file(name: str, copy: Path) -> None:
     (copy / name).unlink()
     with pytest.raises(DataError, match=f"{name} .*prepare it again with python -m host.data"):
         load_data(copy)
 
 
-def test_a_truncated_shard_is_named(copy: Path) -> None:
+def test_load_data_names_a_truncated_shard(copy: Path) -> None:
     shard = copy / "train-00000.bin"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -108,7 +108,7 @@ def test_a_truncated_shard_is_named(copy: Path) -> None:
         load_data(copy)
 
 
-def test_an_altered_shard_is_found_when_hashes_are_verified(copy: Path) -> None:
+def test_load_data_finds_an_altered_shard_by_its_hash(copy: Path) -> None:
     shard = copy / "valid-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     load_data(copy)
@@ -124,7 +124,7 @@ def test_an_altered_shard_is_found_when_hashes_are_verified(copy: Path) -> None:
         ('"format_version": 2', '"format_version": 1', "written by another version of host.data"),
     ],
 )
-def test_a_damaged_or_foreign_description_is_refused(old: str, new: str, sentence: str, copy: Path) -> None:
+def test_load_data_refuses_a_damaged_or_foreign_description(old: str, new: str, sentence: str, copy: Path) -> None:
     file = copy / DATA_FILE
     file.write_text(file.read_text().replace(old, new, 1))
     with pytest.raises(DataError, match=sentence):

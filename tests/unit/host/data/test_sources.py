@@ -39,18 +39,18 @@ FORMATS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_stories(name: str, tmp_path: Path) -> None:
+def test_texts_of_every_format_are_the_same(name: str, tmp_path: Path) -> None:
     FORMATS[name](tmp_path / name)
     assert list(read_texts(tmp_path / name)) == STORIES
     assert list(read_texts(tmp_path)) == STORIES
 
 
-def test_blank_lines_are_part_of_a_story_where_separators_end_it(tmp_path: Path) -> None:
+def test_texts_with_separators_keep_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\n")
     assert list(read_texts(tmp_path / "a.txt")) == ["One.\n\nStill one.", "Two."]
 
 
-def test_a_file_without_any_separator_is_one_story_of_bounded_size(tmp_path: Path) -> None:
+def test_texts_without_separators_are_one_of_bounded_size(tmp_path: Path) -> None:
     (tmp_path / "novel.txt").write_text("A line of a novel.\n" * 20_000)
     (story,) = read_texts(tmp_path / "novel.txt")
     assert len(story) == MAX_STORY_CHARS
@@ -83,7 +83,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence_that_names_file_and_line(name: str, tmp_path: Path) -> None:
+def test_texts_refuse_bad_input_by_file_and_line(name: str, tmp_path: Path) -> None:
     make, sentence = BAD[name]
     make(tmp_path / name)
     with pytest.raises(DataError, match=sentence) as caught:
@@ -98,7 +98,7 @@ def test_bad_input_is_one_sentence_that_names_file_and_line(name: str, tmp_path:
         *((name, "test") for name in ("test.jsonl", "test-00000.txt", "TinyStories-test.txt")),
     ],
 )
-def test_files_of_a_split_are_known_by_their_name(name: str, split: str, tmp_path: Path) -> None:
+def test_corpus_knows_files_of_a_split_by_name(name: str, split: str, tmp_path: Path) -> None:
     for other in ("valley.txt", "latest.txt"):
         (tmp_path / other).write_text("To train on.")
     (tmp_path / name).write_text('{"text": "Held out."}')
@@ -111,7 +111,7 @@ def test_files_of_a_split_are_known_by_their_name(name: str, split: str, tmp_pat
     assert list(held_out.values()) == [None]
 
 
-def test_a_single_file_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
+def test_corpus_of_one_file_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("To train on.")
     assert list(open_corpus([str(tmp_path / "test.txt")]).train()) == ["To train on."]
 
@@ -120,25 +120,25 @@ def test_a_single_file_is_trained_on_whatever_its_name(tmp_path: Path) -> None:
     ("sources", "sentence"),
     [(["{0}/a.txt", "{0}"], r"--source names .*a\.txt twice"), (["{0}", "owner/stories"], "is prepared alone")],
 )
-def test_sources_that_cannot_go_together_are_refused(sources: list[str], sentence: str, tmp_path: Path) -> None:
+def test_corpus_refuses_sources_that_cannot_go_together(sources: list[str], sentence: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One.")
     with pytest.raises(DataError, match=sentence):
         open_corpus([source.format(tmp_path) for source in sources])
 
 
-def test_a_folder_with_validation_files_only_is_refused(tmp_path: Path) -> None:
+def test_corpus_of_validation_files_only_is_refused(tmp_path: Path) -> None:
     (tmp_path / "valid.txt").write_text("To validate on.")
     with pytest.raises(DataError, match="validation and test files only: add files to train on"):
         open_corpus([str(tmp_path)])
 
 
-def test_what_is_neither_a_path_nor_a_hub_name_is_refused_at_once(tmp_path: Path) -> None:
+def test_corpus_neither_a_path_nor_a_hub_name_is_refused(tmp_path: Path) -> None:
     for source in ("nowhere", "no/where.txt", str(tmp_path / "nowhere")):
         with pytest.raises(DataError, match="does not exist: give a file, a folder, or a Hub data set OWNER/NAME"):
             open_corpus([source])
 
 
-def test_reading_local_files_leaves_nothing_in_the_users_home_or_the_temporary_folder(tmp_path: Path) -> None:
+def test_texts_of_local_files_leave_nothing_behind(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (tmp_path / "a.txt").write_text("One.\n\nTwo.")

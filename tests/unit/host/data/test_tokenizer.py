@@ -38,7 +38,7 @@ def test_control_tokens_have_the_first_ids_and_every_byte_has_a_token(tokenizer:
     assert (token_byte_lengths(tokenizer) == 1).sum() == 256
 
 
-def test_text_that_looks_like_a_control_token_is_text_even_after_much_training_on_it(tokenizer: Tokenizer) -> None:
+def test_tokenizer_takes_control_tokens_of_a_text_as_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(LITERALS).ids
     assert min(ids) >= FIRST_TEXT_ID
     assert tokenizer.decode(ids) == LITERALS
@@ -52,7 +52,7 @@ def test_decoding_gives_back_any_text(tokenizer: Tokenizer, text: str) -> None:
     assert token_byte_lengths(tokenizer)[ids].sum() == len(text.encode())
 
 
-def test_a_canvas_is_bos_text_eos_pad(tokenizer: Tokenizer) -> None:
+def test_canvas_is_bos_text_eos_pad(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("The cat").ids
     canvas = encode_stories(tokenizer, ["The cat"])[0]
     assert canvas.dtype == np.uint16
@@ -60,7 +60,7 @@ def test_a_canvas_is_bos_text_eos_pad(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(("text_tokens", "last"), [(253, PAD), (254, EOS), (255, None), (400, None)])
-def test_a_story_cut_at_the_end_has_no_eos(tokenizer: Tokenizer, text_tokens: int, last: int | None) -> None:
+def test_canvas_of_a_story_cut_at_the_end_has_no_eos(tokenizer: Tokenizer, text_tokens: int, last: int | None) -> None:
     text = "\x01" * text_tokens  # a byte no merge knows: one token each
     canvas = encode_stories(tokenizer, [text])[0]
     assert canvas[-1] == (canvas[1] if last is None else last)
@@ -80,13 +80,13 @@ def test_stories_are_encoded_the_same_alone_and_together(tokenizer: Tokenizer) -
     assert np.array_equal(together, np.stack([encode_stories(tokenizer, [text])[0] for text in TEXTS[:3]]))
 
 
-def test_a_loaded_tokenizer_still_takes_control_tokens_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_loaded_takes_control_tokens_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert loaded.encode(LITERALS).ids == tokenizer.encode(LITERALS).ids
 
 
-def test_a_file_that_is_no_tokenizer_of_ours_is_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokenizer_file_of_another_kind_is_refused_by_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(path)
@@ -99,7 +99,7 @@ def test_training_twice_gives_the_same_tokenizer() -> None:
     assert train_tokenizer(TEXTS, 300).to_str() == train_tokenizer(TEXTS, 300).to_str()
 
 
-def test_the_sample_is_bounded_and_spread_over_the_whole_stream() -> None:
+def test_sample_is_bounded_and_spread_over_the_whole_stream() -> None:
     sample = SpreadSample(limit_bytes=1000)
     for number in range(10_000):
         sample.offer(f"{number:05d}")
@@ -108,7 +108,7 @@ def test_the_sample_is_bounded_and_spread_over_the_whole_stream() -> None:
     assert numbers == list(range(0, 10_000, sample.stride))
 
 
-def test_text_made_of_distinct_words_is_thinned_out_but_repeated_words_are_not() -> None:
+def test_sample_of_distinct_words_is_thinned_out() -> None:
     letters = random.Random(0)
     distinct = ["".join(letters.choices("abcdefgh", k=100)) for _ in range(64)]
     assert len(with_bearable_words(distinct, limit_bytes=1600)) == 16

@@ -43,7 +43,7 @@ def network() -> Denoiser:
 
 
 @pytest.fixture(scope="session")
-def judge_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scorer_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "judge"
     call(train.main, *small(data, out, "--objectives", "ar", "--steps", 40, "--lr", 3e-3, "--valid-every", 40))
     return out
@@ -62,7 +62,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_many_at_once_are_the_same_as_one_by_one(network: Denoiser, rule: str) -> None:
+def test_sample_many_is_the_same_as_one_by_one(network: Denoiser, rule: str) -> None:
     settings = [replace(RULES[rule], seed=seed) for seed in range(20)]  # more than one network call takes
     decided = 0
     for one, found in zip(settings, sample_many(network, "linear", settings), strict=True):
@@ -76,7 +76,7 @@ def test_many_at_once_are_the_same_as_one_by_one(network: Denoiser, rule: str) -
     assert decided >= 2
 
 
-def test_autoregressive_samples_have_the_frequencies_of_the_model(network: Denoiser) -> None:
+def test_sample_autoregressive_has_the_frequencies_of_the_model(network: Denoiser) -> None:
     """The first token of many canvases, against the model's own distribution."""
     shape = replace(config_named("debug"), vocab_size=12, canvas_len=3, time_input=False)
     torch.manual_seed(3)
@@ -99,16 +99,16 @@ def test_autoregressive_samples_have_the_frequencies_of_the_model(network: Denoi
     )  # a seed alone decides
 
 
-def test_an_autoregressive_model_writes_what_it_learned(judge_run: Path) -> None:
-    model, _ = load_model(find_checkpoint(judge_run))
+def test_sample_autoregressive_writes_what_was_learned(scorer_run: Path) -> None:
+    model, _ = load_model(find_checkpoint(scorer_run))
     (row,) = sample_autoregressive(model, [Settings(0, temperature=0)]).numpy()
     assert EOS in row
     assert_sound(row)
 
 
-def test_perplexity_is_that_of_the_exact_likelihood(judge_run: Path, data: Path) -> None:
+def test_score_perplexity_is_that_of_the_exact_likelihood(scorer_run: Path, data: Path) -> None:
     """By hand: every token given the ones before it."""
-    scorer = SampleScorer.load(judge_run, judge_run / TOKENIZER)
+    scorer = SampleScorer.load(scorer_run, scorer_run / TOKENIZER)
     canvases = load_data(data).valid.take(np.arange(3))
     nats, tokens = 0.0, 0
     with torch.no_grad():
@@ -121,9 +121,9 @@ def test_perplexity_is_that_of_the_exact_likelihood(judge_run: Path, data: Path)
     assert scorer.score("", canvases).perplexity.value == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
-def test_entropy_distinct_and_repetition_by_hand(judge_run: Path) -> None:
+def test_score_entropy_distinct_and_repetition_by_hand(scorer_run: Path) -> None:
     a, b, c = range(FIRST_TEXT_ID, FIRST_TEXT_ID + 3)
-    scorer = SampleScorer.load(judge_run, judge_run / TOKENIZER)
+    scorer = SampleScorer.load(scorer_run, scorer_run / TOKENIZER)
     found = scorer.score("", np.array([canvas(a, b, a, b, a, b), canvas(a, c)], np.uint16))
     p = np.array([4, 3, 1]) / 8
     assert found.unigram_entropy_bits == pytest.approx(float(-(p * np.log2(p)).sum()))
@@ -134,8 +134,8 @@ def test_entropy_distinct_and_repetition_by_hand(judge_run: Path) -> None:
     assert (empty.unigram_entropy_bits, empty.distinct, empty.repetition) == (0.0, (0.0, 0.0, 0.0), 0.0)
 
 
-def test_a_dull_text_has_a_low_perplexity_and_is_betrayed_by_the_rest(judge_run: Path, data: Path) -> None:
-    scorer = SampleScorer.load(judge_run, judge_run / TOKENIZER)
+def test_score_of_dull_text_is_betrayed_by_entropy_and_n_grams(scorer_run: Path, data: Path) -> None:
+    scorer = SampleScorer.load(scorer_run, scorer_run / TOKENIZER)
     stories = load_data(data).valid.take(np.arange(4))
     normal, dull = scorer.score("", stories), scorer.score("", np.repeat(stories[:1], 4, axis=0))
     assert dull.distinct[2] < normal.distinct[2]
@@ -151,9 +151,9 @@ def test_length_histograms_are_compared_by_their_parts() -> None:
     assert length_distance(of(1, 1), of(4, 0)) == pytest.approx(0.5)
 
 
-def test_autoregressive_samples_are_drawn_with_the_settings_of_a_bundle(judge_run: Path) -> None:
-    _, drawn = canvases_of(judge_run, SampleScorer.load(judge_run, judge_run / TOKENIZER), 2)
-    model, _ = load_run(judge_run)
+def test_sample_autoregressive_takes_the_settings_of_a_bundle(scorer_run: Path) -> None:
+    _, drawn = canvases_of(scorer_run, SampleScorer.load(scorer_run, scorer_run / TOKENIZER), 2)
+    model, _ = load_run(scorer_run)
     dtype = mixed_precision_dtype(torch.device("cpu"))
     usual, warmer = (
         sample_autoregressive(model, [Settings(seed, temperature=degrees) for seed in range(2)], dtype).numpy()
@@ -162,9 +162,9 @@ def test_autoregressive_samples_are_drawn_with_the_settings_of_a_bundle(judge_ru
     assert np.array_equal(drawn, usual) and not np.array_equal(drawn, warmer)
 
 
-def test_autoregressive_draws_are_truncated_as_those_of_a_canvas(judge_run: Path) -> None:
+def test_sample_autoregressive_is_truncated_as_a_canvas_is(scorer_run: Path) -> None:
     """Every token is among the four best of its position; from the whole vocabulary hardly a text would be."""
-    model, _ = load_run(judge_run)
+    model, _ = load_run(scorer_run)
     canvases = sample_autoregressive(model, [Settings(seed, temperature=2.0, top_k=4) for seed in range(4)])
     for row in canvases:
         length = int((row != PAD).sum())
@@ -183,42 +183,42 @@ def test_words_are_lower_case_and_one_cut_at_the_end_does_not_count(data: Path) 
     assert list(words_of(tokenizer, whole[:, :-2])) == ["tom's", "dog", "cats", "and", "naïve"]
 
 
-def test_non_words_are_those_that_the_training_text_lacks(judge_run: Path, data: Path, tmp_path: Path) -> None:
+def test_non_words_are_those_that_the_training_text_lacks(scorer_run: Path, data: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("Anna had a red xball.\n\nBen was happy, qqq.")
-    ours, stories = score_samples(texts, judge_run, source=None, split="test", count=2)
+    ours, stories = score_samples(texts, scorer_run, source=None, split="test", count=2)
     assert ours.non_words == pytest.approx(2 / 9)
     assert (stories.name, stories.non_words) == ("data, test", 0.0)
 
 
-def test_samples_have_200_texts_by_default() -> None:
+def test_score_takes_200_texts_by_default() -> None:
     assert gen_ppl.COUNT == inspect.signature(sweep.sweep).parameters["count"].default == 200
 
 
-def test_samples_of_a_run_and_text_files_are_judged_beside_the_data(
-    trained: Path, judge_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+def test_score_of_a_run_and_of_files_stands_beside_the_data(
+    trained: Path, scorer_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for samples, name in ((trained, "trained, sampled"), (judge_run, "judge, sampled"), (corpus, "stories")):
-        call(evaluate.main, "--samples", samples, "--scorer", judge_run, "--count", 3, "--source", corpus)
+    for samples, name in ((trained, "trained, sampled"), (scorer_run, "judge, sampled"), (corpus, "stories")):
+        call(evaluate.main, "--samples", samples, "--scorer", scorer_run, "--count", 3, "--source", corpus)
         lines = capsys.readouterr().out.splitlines()
         assert [line[:32].strip() for line in lines] == [
             "texts", name, "stories", "length in eighths of the canvas,", name, "stories"
         ]  # fmt: skip
     assert lines[1][32:] == lines[2][32:]  # the texts are the data themselves
-    call(evaluate.main, "--samples", trained, "--scorer", judge_run, "--count", 2, "--json")
+    call(evaluate.main, "--samples", trained, "--scorer", scorer_run, "--count", 2, "--json")
     ours, data = json.loads(capsys.readouterr().out)
     assert (ours["texts"], data["texts"], sum(ours["lengths"])) == (2, 2, 2)
     assert ours["perplexity"]["value"] > 1
 
 
-def test_a_sweep_prints_one_table_and_draws_one_picture(
-    trained: Path, judge_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_sweep_prints_one_table_and_draws_one_picture(
+    trained: Path, scorer_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     settings = sweep.grid((2, 4), (1.0, 0.5), (0.5,), (1.0,))
     assert len(settings) == (4 * 2 + 1 + 1) + 2 * 2
-    points = sweep.sweep(run, judge_run, count=2, settings=settings)
+    points = sweep.sweep(run, scorer_run, count=2, settings=settings)
     table = capsys.readouterr().out.splitlines()
     assert table[1].startswith("data") and len(table) == len(settings) + 3
     assert max(len(line) for line in table[:-1]) <= 120
@@ -249,26 +249,26 @@ def test_sweep_picture_shows_every_point_and_the_data(tmp_path: Path, monkeypatc
     assert [text.get_text() for text in above.get_legend().get_texts()] == ["data", points[0].setting.line]
 
 
-def test_a_picture_that_cannot_be_written_is_one_sentence(trained: Path, judge_run: Path, tmp_path: Path) -> None:
+def test_sweep_picture_that_cannot_be_written_is_one_sentence(trained: Path, scorer_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / sweep.PICTURE).mkdir()
     with pytest.raises(ConfigError, match=r"^the picture .*sweep\.png cannot be written: Is a directory$"):
-        sweep.sweep(run, judge_run, count=1, settings=sweep.grid((2,), (1.0,), (), ())[:1])
+        sweep.sweep(run, scorer_run, count=1, settings=sweep.grid((2,), (1.0,), (), ())[:1])
 
 
-def test_the_sweep_goes_from_4_to_256_steps() -> None:
+def test_sweep_goes_from_4_to_256_steps() -> None:
     assert {s.settings.steps for s in sweep.grid() if s.rule == "random"} == {4, 8, 16, 32, 64, 128, 256}
 
 
-def test_an_autoregressive_run_is_measured_by_its_exact_likelihood(
-    judge_run: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_of_an_autoregressive_run_is_its_exact_likelihood(
+    scorer_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(evaluate.main, "--run", judge_run)
+    call(evaluate.main, "--run", scorer_run)
     line, source = capsys.readouterr().out.splitlines()
     assert line.startswith("autoregressive: ") and line.count("±") == 2
     assert source == "on stories, valid split: 4 stories, exact likelihood"
-    call(evaluate.main, "--run", judge_run, "--json")
+    call(evaluate.main, "--run", scorer_run, "--json")
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["bits_per_byte"]["value"] < found["nats_per_token"]["value"] < math.log(300)
 
@@ -300,31 +300,31 @@ def test_an_autoregressive_run_is_measured_by_its_exact_likelihood(
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
-def test_what_cannot_be_judged_is_refused(
-    trained: Path, judge_run: Path, capsys: pytest.CaptureFixture[str], flags: list[object], code: int, words: str
+def test_score_refuses_what_cannot_be_scored(
+    trained: Path, scorer_run: Path, capsys: pytest.CaptureFixture[str], flags: list[object], code: int, words: str
 ) -> None:
-    names = {"trained": trained, "judge": judge_run}
+    names = {"trained": trained, "judge": scorer_run}
     found, sentence = refusal(capsys, evaluate.main, *(str(flag).format(**names) for flag in flags))
     assert found == code
     assert words.format(**names) in sentence
 
 
-def test_a_judge_of_another_tokenizer_is_refused(
-    trained: Path, judge_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_scorer_of_another_tokenizer_is_refused(
+    trained: Path, scorer_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / TOKENIZER).write_text((run / TOKENIZER).read_text() + "\n")
-    code, sentence = refusal(capsys, evaluate.main, "--samples", run, "--scorer", judge_run)
+    code, sentence = refusal(capsys, evaluate.main, "--samples", run, "--scorer", scorer_run)
     assert code == 65
-    assert sentence.startswith(f"{judge_run} cannot score these samples: its tokenizer is another one than ")
+    assert sentence.startswith(f"{scorer_run} cannot score these samples: its tokenizer is another one than ")
 
 
-def test_a_judge_without_its_tokenizer_is_refused(
-    trained: Path, judge_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_scorer_without_its_tokenizer_is_refused(
+    trained: Path, scorer_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = tmp_path / "judge"
-    shutil.copytree(judge_run, judge)
+    shutil.copytree(scorer_run, judge)
     (judge / TOKENIZER).unlink()
     code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--scorer", judge)
     assert (code, sentence) == (

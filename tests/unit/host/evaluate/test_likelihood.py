@@ -37,7 +37,7 @@ def bundles(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_is_measured_on_its_own_validation_stories(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_takes_the_run_s_own_validation_stories(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = measured(capsys, "--run", trained)
     assert found.graph == "torch fp32"
     assert found.source == "stories, valid split"
@@ -52,11 +52,11 @@ def test_a_run_is_measured_on_its_own_validation_stories(trained: Path, capsys: 
         assert 0 < figure.stderr < figure.value
 
 
-def test_the_same_command_gives_the_same_figures(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_again_gives_the_same_figures(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert measured(capsys, "--run", trained) == measured(capsys, "--run", trained)
 
 
-def test_standard_errors_shrink_with_draws_and_with_stories(trained: Path, corpus: Path) -> None:
+def test_stderr_shrinks_with_draws_and_with_stories(trained: Path, corpus: Path) -> None:
     model, progress = load_model(find_checkpoint(trained))
     held_out = held_out_files(corpus, trained / TOKENIZER, 64)
 
@@ -68,7 +68,7 @@ def test_standard_errors_shrink_with_draws_and_with_stories(trained: Path, corpu
     assert error(8, 32) < 0.6 * error(8, 4)
 
 
-def test_the_standard_error_is_that_of_a_ratio() -> None:
+def test_stderr_is_that_of_a_ratio() -> None:
     """Against the spread of the figure itself, over many sets of stories and draws."""
     rng = np.random.default_rng(0)
 
@@ -83,7 +83,7 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
     assert np.mean(values) == pytest.approx(2.0, abs=0.05)
 
 
-def test_text_files_and_a_limit_on_stories(trained: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_takes_files_and_a_limit(trained: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(evaluate.main, "--run", trained, "--source", corpus, "--stories", 5, "--draws", 2)
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 3
@@ -92,14 +92,14 @@ def test_text_files_and_a_limit_on_stories(trained: Path, corpus: Path, capsys: 
     assert table[2].startswith("on stories: 5 stories, ")
 
 
-def test_one_tiny_story_is_enough(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_of_a_tiny_story_is_finite(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Though some draws mask none of its tokens."""
     (tmp_path / "tiny.txt").write_text("Tom")
     found = measured(capsys, "--run", trained, "--source", tmp_path / "tiny.txt")
     assert math.isfinite(found.masked_cross_entropy.stderr)
 
 
-def test_the_shipped_graph_scores_as_torch_does(
+def test_evaluate_of_a_bundle_agrees_with_torch(
     trained: Path, bundles: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = ("--source", corpus, "--stories", 12)
@@ -115,7 +115,7 @@ def test_the_shipped_graph_scores_as_torch_does(
     assert (fp32.text_tokens, fp32.text_bytes) == (torch_run.text_tokens, torch_run.text_bytes)
 
 
-def test_the_newest_run_is_the_default(
+def test_evaluate_takes_the_newest_run_by_default(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = measured(capsys, "--run", trained)
@@ -147,7 +147,7 @@ def set_version(path: Path) -> None:
     ],
     ids=["graph", "tokenizer", "no graph", "manifest", "no manifest", "version"],
 )
-def test_a_damaged_bundle_is_refused(
+def test_evaluate_refuses_a_damaged_bundle(
     bundles: Path,
     corpus: Path,
     tmp_path: Path,
@@ -175,7 +175,7 @@ def test_a_damaged_bundle_is_refused(
     ],
     ids=["no runs", "no run", "no bundle", "no text", "no draws", "no stories", "no file"],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_evaluate_refuses_what_cannot_be_measured(
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -190,7 +190,7 @@ def test_what_cannot_be_measured_is_refused(
     assert words in sentence
 
 
-def test_an_autoregressive_run_is_not_exported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_an_autoregressive_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "ar"
     call(train.main, *small(data, run, "--objectives", "ar", "--steps", 1))
     code, sentence = refusal(capsys, export.main, "--run", run)

@@ -14,7 +14,7 @@ from shared.errors import DiffusionLLMError
 from tests.support.commands import call, refusal
 
 
-def test_every_variant_changes_one_thing() -> None:
+def test_ablate_variants_change_one_thing_each() -> None:
     found = variants([])
     assert found.pop("defaults") == []
     assert all(sum(flag.startswith("--") for flag in flags) == 1 for flags in found.values())
@@ -33,14 +33,14 @@ def test_twice_the_rate_is_twice_that_of_the_other_variants(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], common: list[str], rate: str
 ) -> None:
     """Theirs is 0.004 with Muon and 0.001 with AdamW, where nobody says another."""
-    monkeypatch.setattr(ablate, "measure", lambda name, flags, *_: Row(name, [1.0], [1.0], 1.0, " ".join(flags)))
+    monkeypatch.setattr(ablate, "measure", lambda name, flags, **_: Row(name, [1.0], [1.0], 1.0, " ".join(flags)))
     call(ablate.main, "--steps", 3, "--only", "twice the rate", "--", *common)
     assert (
         capsys.readouterr().out.splitlines()[-1].endswith(f" | `{' '.join([*common, '--lr', rate, '--steps', '3'])}` |")
     )
 
 
-def test_two_variants_are_trained_measured_and_continued(
+def test_ablate_trains_measures_and_continues_two_variants(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def table(steps: int) -> list[list[str]]:
@@ -62,13 +62,13 @@ def test_two_variants_are_trained_measured_and_continued(
     )
     assert adamw[3] == nelbo[3]  # as many tokens
     assert all(float(cell) > 0 for row in (adamw, nelbo) for cell in row[1:3])
-    assert adamw[1] != adamw[2]  # averaged weights are not the raw ones
+    assert adamw[1] != adamw[2]  # EMA weights are not the raw ones
     assert read_config(tmp_path / "nelbo-weighting-0").weighting == "nelbo"
     assert read_progress(tmp_path / "adamw-0" / LAST).step == 3
     assert table(3)[2:] == [adamw, nelbo]  # what is there is measured again, not trained again
 
 
-def test_a_run_that_other_flags_made_is_no_row_of_the_table(
+def test_ablate_refuses_a_run_that_other_flags_made(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shared = ["--config", "debug", "--data", str(data), "--batch-size", "8"]
@@ -86,7 +86,7 @@ def test_a_run_that_other_flags_made_is_no_row_of_the_table(
         assert (code, sentence) == (78, f"{run} was trained with {words}: choose another --out")
 
 
-def test_a_run_that_was_stopped_is_no_row_of_the_table(data: Path, tmp_path: Path) -> None:
+def test_ablate_refuses_a_run_that_was_stopped(data: Path, tmp_path: Path) -> None:
     """A run that gets a signal by itself saves, and ends as if all were well."""
     run = tmp_path / "run"
     call(train.main, "--config", "debug", "--data", data, "--batch-size", 8, "--steps", 2, "--out", run)
@@ -111,7 +111,7 @@ def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) 
         (["--steps", 3, "--", "--data", "nowhere"], 1, "defaults-0 failed; its own message stands above"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
+def test_ablate_refuses_what_cannot_be_compared(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -39,7 +39,9 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_one_table_and_one_picture(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_a_table_and_draws_a_picture(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "picture.png"
     call(compare.main, *(f"{name}={runs / name}" for name in ("ours", "baseline", "ar")), "--out", picture)
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -50,7 +52,7 @@ def test_one_table_and_one_picture(runs: Path, tmp_path: Path, capsys: pytest.Ca
     assert matplotlib.image.imread(picture).shape == (450, 1100, 4)
 
 
-def test_a_run_is_charged_for_the_one_it_began_with(runs: Path) -> None:
+def test_compare_charges_a_run_for_the_one_it_began_with(runs: Path) -> None:
     parent = read_progress(find_checkpoint(runs / "ar"))
     with (runs / "ours" / "log.csv").open(newline="") as file:
         logged = [row for row in csv.DictReader(file) if row["valid"]]
@@ -62,7 +64,7 @@ def test_a_run_is_charged_for_the_one_it_began_with(runs: Path) -> None:
     assert [p.tokens for p in points] == [parent.tokens_seen + int(row["tokens"]) for row in logged]
 
 
-def test_what_a_run_began_with_stays_what_it_was(runs: Path, data: Path, tmp_path: Path) -> None:
+def test_compare_keeps_what_a_run_began_with(runs: Path, data: Path, tmp_path: Path) -> None:
     """However long that one is trained afterwards, and when it is gone."""
     parent, child = tmp_path / "ar", tmp_path / "ours"
     common = ("--config", "debug", "--data", data, "--valid-every", 2, "--batch-size", 8)
@@ -76,7 +78,7 @@ def test_what_a_run_began_with_stays_what_it_was(runs: Path, data: Path, tmp_pat
     assert compare.read_curve("ours", child) == before
 
 
-def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
+def test_compare_hours_epochs_and_bits_per_byte_by_hand(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two hours, two epochs, three nats a token; the table and the picture say the same."""
@@ -99,7 +101,7 @@ def test_hours_epochs_and_bits_a_byte_of_a_row_by_hand(
     assert by_epochs == [pytest.approx([2.0, bits_per_byte], rel=1e-9)]
 
 
-def test_the_picture_holds_the_best_of_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_picture_holds_the_best_of_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(compare, "save_picture", lambda figure, path: drawn.append(figure))
     overfits = Curve("overfits", [Point(1, 1, 9.0), Point(2, 2, 1.0), Point(3, 3, 3.0)], 1)
@@ -109,7 +111,7 @@ def test_the_picture_holds_the_best_of_a_run_that_overfits(tmp_path: Path, monke
     assert 3 < high < 9
 
 
-def test_bits_a_byte_at_a_time_lie_on_the_line_between_measurements() -> None:
+def test_curve_at_a_time_lies_between_measurements() -> None:
     curve = Curve("c", [Point(10, 1, 4.0), Point(20, 2, 2.0)], 1)
     assert [curve.at(s) for s in (9, 10, 15, 20, 21)] == [None, 4.0, 3.0, 2.0, None]
 
@@ -170,7 +172,7 @@ def test_baseline_learns(data: Path) -> None:
         (["ours={runs}/ours", "--out", "nowhere/a.png"], 78, "the picture nowhere/a.png cannot be written"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
+def test_compare_refuses_what_cannot_be_compared(
     runs: Path, tmp_path: Path, given: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_bytes((runs / "ours" / "config.json").read_bytes())
