@@ -1,9 +1,10 @@
 """Measure a model on held-out text, or the texts that it writes.
 
 `python -m host.evaluate` measures the newest run that decodes a canvas on its own validation stories: NELBO, bits per
-byte, masked cross-entropy, each with its standard error. Another run is named with --run; an autoregressive one is
-measured by its exact likelihood. With --samples or --sweep and --scorer, texts are scored instead: generative
-perplexity, entropy, distinct n-grams, repetition, lengths and non-words, beside as many stories of the data.
+byte, masked cross-entropy, each with its standard error. Another run is named with --run; what it has learned besides
+is measured too: the exact likelihood of the autoregressive law, nats per gap token of the infilling law, and with
+--drafts the tokens per pass of its drafter. With --samples or --sweep and --scorer, texts are scored instead:
+generative perplexity, entropy, distinct n-grams, repetition, lengths and non-words, beside as many stories of the data.
 """
 
 import argparse
@@ -15,13 +16,13 @@ import msgspec
 
 from host.data.shards import SplitName
 from host.evaluate.gen_ppl import COUNT, print_scored, score_samples
+from host.evaluate.laws import measure_laws, print_laws
 from host.evaluate.likelihood import (
     DRAWS,
     STORIES,
     evaluate,
     held_out_files,
     held_out_split,
-    print_likelihood,
     print_table,
 )
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer, load_graph
@@ -62,8 +63,13 @@ def parse_arguments() -> argparse.Namespace:
     sampled.add_argument("--sweep", action="store_true", help="score --run at many steps, selections, temperatures")
     parser.add_argument("--count", type=int, help=f"texts to score, of each setting (default: {COUNT})")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument(
+        "--drafts", action="store_true", help="also measure what the drafter keeps: tokens per pass, on its own texts"
+    )
     args = parser.parse_args()
     check_numbers(args, dict.fromkeys(("stories", "draws", "count"), math.inf))
+    if args.drafts and (args.bundle or args.samples or args.sweep):
+        raise ConfigError("--drafts is about a run: it cannot be combined with --bundle, --samples or --sweep")
     if not (args.samples or args.sweep):
         if args.scorer or args.count:
             raise ConfigError("--scorer and --count need --samples or --sweep")
@@ -99,8 +105,9 @@ def measure_likelihood(args: argparse.Namespace) -> None:
         held_out = held_out_files(args.source, tokenizer, stories)
     else:
         held_out = held_out_split(data_of(run), stories, args.split)
-    if not args.bundle and "canvas" not in progress.objectives:
-        print_likelihood(model, held_out, args.json)
+    if not args.bundle and set(progress.objectives) != {"canvas"}:
+        laws = measure_laws(model, progress, held_out, args.draws or DRAWS, args.drafts)
+        print(msgspec.json.encode(laws).decode()) if args.json else print_laws(laws, held_out)
         return
     result = evaluate(scorer, held_out, schedule, args.draws or DRAWS)
     if args.json:

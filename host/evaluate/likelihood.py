@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -164,14 +163,3 @@ def exact_likelihood(model: Denoiser, held_out: HeldOut) -> tuple[Figure, Figure
     nats = story_nats(model, held_out.canvases)[None]
     tokens = counted_tokens(torch.from_numpy(held_out.canvases.astype(np.int64))).numpy()[None]
     return ratio(nats, tokens), ratio(nats / np.log(2), held_out.text_bytes[None])
-
-
-def print_likelihood(model: Denoiser, held_out: HeldOut, as_json: bool) -> None:
-    """An autoregressive run's exact figures."""
-    nats, bits = exact_likelihood(model, held_out)
-    if as_json:
-        print(msgspec.json.encode({"nats_per_token": nats, "bits_per_byte": bits, "source": held_out.name}).decode())
-        return
-    print(f"autoregressive: {nats.value:.4f} ± {nats.stderr:.4f} nats per token, "
-          f"{bits.value:.4f} ± {bits.stderr:.4f} bits per byte")  # fmt: skip
-    print(f"on {held_out.name}: {len(held_out.canvases):,} stories, exact likelihood")

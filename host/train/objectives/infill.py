@@ -20,6 +20,7 @@ MOST_GAPS: Final = 6
 LONGEST_GAP: Final = 64
 LARGEST_SHARE: Final = 0.6  # of a story's text in gaps
 LONGEST_SLACK: Final = 32
+SLACK_GAPS: Final = 0.5
 OPEN_ENDS: Final = 0.2  # of the stories
 
 
@@ -33,10 +34,15 @@ def gapped(
     tokens: list[int],
     rng: np.random.Generator,
     length: int,
+    *,
     most_gaps: int = MOST_GAPS,
     open_ends: float = OPEN_ENDS,
+    slack_gaps: float = SLACK_GAPS,
 ) -> Example:
-    """A story with gaps drawn at random, every token of them a target. length: positions there are."""
+    """A story with gaps drawn at random, every token of them a target. length: positions there are.
+
+    open_ends: the share of stories whose last gap is open; slack_gaps: that of gaps with positions too many.
+    """
     ends = tokens[-1] == EOS
     opened = ends and rng.random() < open_ends
     text = tokens[1:-1] if ends else tokens[1:]
@@ -53,7 +59,7 @@ def gapped(
         more = start - (len(seen) - 1)
         seen, places = seen + tokens[source : source + more], places + list(range(position, position + more))
         source, position = source + more, position + more
-        inside, slack = tokens[source : source + size], min(room, _slack(rng))
+        inside, slack = tokens[source : source + size], min(room, _slack(rng, slack_gaps))
         if opened and i == len(sizes) - 1:
             inside, slack = [*inside, EOS], 0
         elif slack:
@@ -82,6 +88,6 @@ def _sizes(text: int, most: int, rng: np.random.Generator) -> list[int]:
     return sizes
 
 
-def _slack(rng: np.random.Generator) -> int:
-    """Positions that a gap has too many: none in half of the gaps."""
-    return 0 if rng.random() < 0.5 else int(math.exp(rng.uniform(0, math.log(LONGEST_SLACK + 1))))
+def _slack(rng: np.random.Generator, share: float) -> int:
+    """Positions that a gap has too many, log-uniform in this share of the gaps."""
+    return 0 if rng.random() >= share else int(math.exp(rng.uniform(0, math.log(LONGEST_SLACK + 1))))

@@ -1,0 +1,60 @@
+"""All that a network has learned, on held-out text: each law by a measure of its own, with its standard error."""
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from host.device import mixed_precision_dtype
+from host.evaluate.drafting import Drafting, evaluate_drafting, print_drafting
+from host.evaluate.infilling import Infilling, evaluate_infilling, print_infilling
+from host.evaluate.likelihood import HeldOut, evaluate, exact_likelihood, print_table
+from host.evaluate.scorers import TorchScorer
+from host.model.network import Denoiser
+from host.train.checkpoint import Progress
+from shared.errors import ConfigError
+from shared.manifest import Evaluation, Figure
+
+
+class Laws(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was measured; None of what the run has not learned. nats_per_token, bits_per_byte: autoregressive, exact."""
+
+    source: str
+    nats_per_token: Figure | None = None
+    bits_per_byte: Figure | None = None
+    infilling: Infilling | None = None
+    canvas: Evaluation | None = None
+    drafting: Sequence[Drafting] = ()
+
+
+def measure_laws(model: Denoiser, progress: Progress, held_out: HeldOut, draws: int, drafts: bool) -> Laws:
+    """ConfigError when drafts are to be measured of a run without a drafter."""
+    if drafts and model.drafter is None:
+        raise ConfigError("--drafts needs a run with a drafter: train one with host.train --stage drafter --init RUN")
+    learned = progress.objectives
+    nats, bits = exact_likelihood(model, held_out) if "ar" in learned else (None, None)
+    dtype = mixed_precision_dtype(torch.device("cpu"))
+    return Laws(
+        source=held_out.name,
+        nats_per_token=nats,
+        bits_per_byte=bits,
+        infilling=evaluate_infilling(model, held_out, draws, "canvas" in learned) if "infill" in learned else None,
+        canvas=evaluate(TorchScorer(model), held_out, progress.schedule, draws) if "canvas" in learned else None,
+        drafting=evaluate_drafting(model, held_out, dtype=dtype) if drafts else (),
+    )
+
+
+def print_laws(laws: Laws, held_out: HeldOut) -> None:
+    """A few lines each."""
+    if laws.nats_per_token and laws.bits_per_byte:
+        nats, bits = laws.nats_per_token, laws.bits_per_byte
+        print(f"autoregressive: {nats.value:.4f} ± {nats.stderr:.4f} nats per token, "
+              f"{bits.value:.4f} ± {bits.stderr:.4f} bits per byte")  # fmt: skip
+    if laws.infilling:
+        print_infilling(laws.infilling)
+    if laws.canvas:
+        print_table([laws.canvas])
+    else:
+        print(f"on {held_out.name}: {len(held_out.canvases):,} stories, exact likelihood")
+    if laws.drafting:
+        print_drafting(laws.drafting)
