@@ -28,11 +28,11 @@ from shared.errors import DeviceError, DiffusionLLMError, command_name
 if TYPE_CHECKING:
     from edge.transports.mqtt.client import MqttTransport
 
-log = logging.getLogger("edgelm")
+log = logging.getLogger(__name__)
 
 RELOADED: Final = ("bundle", "backend", "threads", "drain_s")
 """What SIGHUP changes. The rest belongs to open sockets and connections, which answers are still owed to."""
-FAREWELL_S: Final = 15.0
+CLOSE_S: Final = 15.0
 """What a stop may take beyond the drain: a last step, the transports' last answers."""
 
 EPILOG = """examples:
@@ -119,7 +119,7 @@ def serve(read_config: Callable[[], Config]) -> None:
         while signals.wait_for_reload():
             config = _reload(config, read_config, worker)
         if worker.failure is not None:
-            systemd.stopping(FAREWELL_S, f"the device has failed: {worker.failure}")
+            systemd.stopping(CLOSE_S, f"the device has failed: {worker.failure}")
             raise DeviceError(f"the device has failed, and only a new start can use it again: {worker.failure}")
         _drain(config, worker, signals)
     GpuDeaths(config.state).end()
@@ -148,8 +148,8 @@ def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler
     """Serve what the configuration says now; when that cannot be, go on as before and say why in one sentence."""
     systemd.reloading()
     try:
-        found = read_config()
-        worker.replace_engine(_load(found))
+        fresh = read_config()
+        worker.replace_engine(_load(fresh))
     except DiffusionLLMError as error:
         log.error("the reload failed, and %s serves on: %s", worker.model, error)
         systemd.ready(f"serving {worker.model}; the last reload failed: {error}")
@@ -158,8 +158,8 @@ def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler
         log.exception("the reload failed, and %s serves on", worker.model)
         systemd.ready(f"serving {worker.model}; the last reload failed: the log has the details")
         return config
-    merged = msgspec.structs.replace(config, **{key: getattr(found, key) for key in RELOADED})
-    later = [key for key in Config.__struct_fields__ if getattr(found, key) != getattr(merged, key)]
+    merged = msgspec.structs.replace(config, **{key: getattr(fresh, key) for key in RELOADED})
+    later = [key for key in Config.__struct_fields__ if getattr(fresh, key) != getattr(merged, key)]
     if later:
         log.warning("changes of %s take effect at the next start", ", ".join(f"`{key}`" for key in later))
     log.info("reloaded: serving %s", worker.model)
@@ -182,7 +182,7 @@ def _ready_line(path: Path, worker: Scheduler, mqtt: "MqttTransport | None") -> 
 
 
 def _drain(config: Config, worker: Scheduler, signals: Signals) -> None:
-    systemd.stopping(config.drain_s + FAREWELL_S)
+    systemd.stopping(config.drain_s + CLOSE_S)
     log.info("stopping: finishing what was accepted, for at most %g s", config.drain_s)
     worker.refuse_new()
     give_up_s = time.monotonic() + config.drain_s

@@ -168,8 +168,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version")
         if version is None or msgspec.json.decode(version) != FORMAT_VERSION:
-            found = "none" if version is None else bytes(version)[:40].decode(errors="replace")
-            raise BundleError(f"{path} has format_version {found}; this release reads {FORMAT_VERSION}")
+            read = "none" if version is None else bytes(version)[:40].decode(errors="replace")
+            raise BundleError(f"{path} has format_version {read}; this release reads {FORMAT_VERSION}")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}") from None
@@ -196,10 +196,10 @@ def verified_bytes(folder: Path, file: str, sha256: str) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise BundleError(f"bundle file {path} cannot be read ({error.strerror})") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
         raise BundleError(
-            f"bundle file {path} does not match its manifest: sha256 {found[:12]}… instead of {sha256[:12]}…"
+            f"bundle file {path} does not match its manifest: sha256 {actual[:12]}… instead of {sha256[:12]}…"
         )
     return content
 

@@ -27,8 +27,8 @@ def explain(error: msgspec.ValidationError, kind: type, given: object) -> str:
     if not what.startswith(("Expected", "Invalid enum value", "Number out of range")):
         what = what.replace("Integer value out", "an integer is out")  # else a rule of our own, which names its fields
         return f"{what} in `{path}`" if path else what
-    found = "" if given is ... else f", not {_quoted(given)}"
-    return f"{f'`{path}`' if path else 'the message'} must be {takes(wanted)}{found}"
+    value = "" if given is ... else f", not {_quoted(given)}"
+    return f"{f'`{path}`' if path else 'the message'} must be {takes(wanted)}{value}"
 
 
 def _below(wanted: inspect.Type, given: object, step: str) -> tuple[inspect.Type, object]:
@@ -86,14 +86,14 @@ def takes(wanted: inspect.Type) -> str:
 def _number(wanted: inspect.IntType | inspect.FloatType) -> str:
     name = "an integer" if isinstance(wanted, inspect.IntType) else "a number"
     bounds = [("above", wanted.gt), ("at least", wanted.ge), ("below", wanted.lt), ("at most", wanted.le)]
-    told = [f"{how} {int(bound) if bound == int(bound) else bound}" for how, bound in bounds if bound is not None]
-    return f"{name}, {' and '.join(told)}" if told else name
+    parts = [f"{how} {int(bound) if bound == int(bound) else bound}" for how, bound in bounds if bound is not None]
+    return f"{name}, {' and '.join(parts)}" if parts else name
 
 
 def _length(wanted: "inspect.StrType | inspect.ListType | inspect.VarTupleType", unit: str) -> str:
     least, most = wanted.min_length, wanted.max_length
-    told = [f"{how} {bound}" for how, bound in (("at least", least), ("at most", most)) if bound is not None]
-    return f" of {' and '.join(told)} {unit}" if told else ""
+    parts = [f"{how} {bound}" for how, bound in (("at least", least), ("at most", most)) if bound is not None]
+    return f" of {' and '.join(parts)} {unit}" if parts else ""
 
 
 def _quoted(value: object) -> str:

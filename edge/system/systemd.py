@@ -18,7 +18,7 @@ from typing import Final
 from edge.system.heartbeat import Sign
 from shared.errors import ConfigError
 
-log = logging.getLogger("edgelm")
+log = logging.getLogger(__name__)
 
 FIRST_FD: Final = 3
 CHECKS: Final = 4

@@ -206,7 +206,7 @@ def test_an_answer_that_did_not_arrive_is_published_by_the_next_daemon(
     broker.start()
     old = OldBroker(broker.port)
     second = listen(broker)
-    serve(address=old.address).signal(signal.SIGTERM)
+    serve(address=old.address)
     answer = second.next("edgelm/dev/response/a")
     assert json.loads(answer.payload)["status"] == "ok" and old.refused == 1
     old.close()
