@@ -92,6 +92,8 @@ class Outbox:
         One that a drain would refuse and that the broker keeps is neither: the next daemon gets it. within_s: how long
         it is of use, if not as long as its own deadline. Called from one thread only.
         """
+        if self._stopping:
+            return  # a late one: the broker keeps it for the next daemon
         digest = hashlib.sha256(encode(request)).digest()
         known = None if request.id is None else self._journal.find(sender.client, sender.address, request.id)
         if known is not None and known.payload_sha256 != digest:

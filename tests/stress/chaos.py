@@ -31,13 +31,14 @@ from tests.support.flood import flood
 from tests.support.wall_clock import COMPILER, WallClock
 
 SETTLE_S: Final = 120.0
+"""How long to wait for answers in the end, from the last one that came."""
 
 
 @dataclass(frozen=True)
 class Bounds:
     """Of the daemon's journal: small, so that a run crosses them. keep_s: instead of a day."""
 
-    max_bytes: int = 768 << 10
+    max_bytes: int = 1 << 20
     keep_s: float = 60.0
 
     @property
@@ -229,10 +230,12 @@ def run(
                     say(f"{len(asker.asked)} asked, {len(asker.open)} open, struck {dict(chaos.counts)}")
                     next_strike_s = time.monotonic() + rng.random() * 4
             chaos.calm()
-            settle_s = time.monotonic() + SETTLE_S
-            while (asker.open or vanishers.open) and time.monotonic() < settle_s:
+            progress_s, answered = time.monotonic(), 0
+            while (asker.open or vanishers.open) and time.monotonic() < progress_s + SETTLE_S:
                 asker.ask_again()
                 time.sleep(0.1)
+                if len(heard.answers) > answered:
+                    progress_s, answered = time.monotonic(), len(heard.answers)
         finally:
             vanishers.close()
             asker.close()
