@@ -18,13 +18,14 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from edge.backends import AnyBackend, load_backend
+from edge.backends import load_backend
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, on_jetson
 from edge.backends.trt.profiles import buckets
 from edge.config import default_bundle
-from edge.decoding.canvas import Row, Sampling, advance
+from edge.decoding.canvas import advance
+from edge.decoding.types import AnyBackend, Row, Sampling
 from shared.errors import DeviceError, DiffusionLLMError, command_name, run_main
 from shared.manifest import Manifest, find_graph, read_manifest
 from shared.tokens import BOS, MASK
@@ -180,7 +181,7 @@ def _open_row(manifest: Manifest) -> Row:
 
 def _timed(times: list[float], backend: AnyBackend, manifest: Manifest, row: Row) -> None:
     started = time.perf_counter()
-    advance(backend, manifest.schedule, [row], backend.lengths[-1])
+    advance(backend, manifest.schedule, [row])
     times.append((time.perf_counter() - started) * 1e3)
 
 

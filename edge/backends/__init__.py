@@ -1,86 +1,26 @@
-"""What runs the step graph: a protocol of few methods, and an explicit table of its implementations."""
+"""What runs the step graph: ONNX Runtime on the CPU, TensorRT on an NVIDIA GPU, or a fake, in an explicit table.
+
+The protocols that they fulfil are in `edge.decoding.types`.
+"""
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from edge.decoding.types import AnyBackend, Backend
 from shared.errors import ConfigError, DiffusionLLMError, one_line
 from shared.manifest import Manifest
 
-if TYPE_CHECKING:
-    from edge.decoding.canvas import Row
-
-log = logging.getLogger("edgelm")
-
-
-class StepResult(NamedTuple):
-    """What one pass knows of the wanted positions: the K best tokens, best first; ties: the lower id first.
-
-    What stands at other positions is nothing to rely on.
-    """
-
-    ids: NDArray[np.int32]  # (B, L, K)
-    logp: NDArray[np.float32]  # (B, L, K) log-probabilities over the full vocabulary
-    entropy: NDArray[np.float32]  # (B, L) nats
-
-
-class Backend(Protocol):
-    """Scores canvases. Not thread-safe: one worker owns it."""
-
-    lengths: tuple[int, ...]
-    """Canvas lengths it serves, ascending; the last is the bundle's canvas length."""
-
-    batches: tuple[int, ...]
-    """Numbers of canvases it scores in one pass, ascending from 1. No canvas's scores depend on its neighbours."""
-
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-        """Score the wanted (B, L) of the masked positions of canvases (B, L) at times t (B,).
-
-        B is one of `batches`, L one of `lengths`; behind a canvas's first visible EOS or PAD nothing is wanted.
-        """
-
-    def close(self) -> None:
-        """Free what it holds."""
-
-
-@runtime_checkable
-class LoopBackend(Protocol):
-    """A backend that draws and commits where the logits lie: they never come to Python. Not thread-safe either."""
-
-    lengths: tuple[int, ...]
-    """As of a Backend."""
-
-    batches: tuple[int, ...]
-    """Numbers of rows that it has a program for, ascending; fewer rows run in the next larger one."""
-
-    failure: str | None
-    """Why the device is out of service; None while it is healthy."""
-
-    def advance(self, rows: "Sequence[Row]", length: int) -> None:
-        """One pass over at most `batches[-1]` rows, each cut to its first `length` positions; one of `lengths`.
-
-        Changes canvas and step of every row in place, exactly as `unmask.advance` would. A row that comes again is
-        known by its identity: between two passes nobody else may write to it. Raises DeviceError: when `failure` is set
-        from then on, the device is out of service and every call raises; else these rows failed and others may not.
-        """
-
-    def close(self) -> None:
-        """Free what it holds."""
-
-
-AnyBackend = Backend | LoopBackend
+log = logging.getLogger(__name__)
 
 
 def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
     from edge.backends.ort import OrtBackend
 
     if argument:
-        raise ConfigError(f"backend 'ort' takes no argument; found {argument!r} behind its colon")
+        raise ConfigError(f"backend 'ort' takes no argument; found {argument!r} after its colon")
     return OrtBackend(folder, manifest, threads)
 
 
@@ -88,7 +28,7 @@ def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) ->
     from edge.backends.fake import FakeBackend
 
     if not re.fullmatch(r"\d*\.?\d*", argument, re.ASCII) or argument == ".":
-        raise ConfigError(f"backend 'fake' takes milliseconds behind its colon, as in fake:20; found {argument!r}")
+        raise ConfigError(f"backend 'fake' takes milliseconds after its colon, as in fake:20; found {argument!r}")
     return FakeBackend(manifest, step_ms=float(argument or 0))
 
 
@@ -132,7 +72,7 @@ def choose_backend(name: str, folder: Path, manifest: Manifest, threads: int) ->
     if kind != "auto":
         raise ConfigError(f"unknown backend {name!r}: choose one of auto, {', '.join(_LOADERS)}")
     if argument:
-        raise ConfigError(f"backend 'auto' takes no argument; found {argument!r} behind its colon")
+        raise ConfigError(f"backend 'auto' takes no argument; found {argument!r} after its colon")
     degraded = None
     if may_use_gpu(name):
         try:

@@ -1,132 +1,50 @@
-"""The unmasking loop: score the canvas, draw a candidate for every open position, commit some, repeat.
+"""The canvas loop: score the canvas, draw a candidate for every open position, commit some, repeat.
 
 Backend-blind. `host.sampling.reference` says the same in torch; a golden test holds the two together.
 L: canvas length, M: open positions, K: candidates of each.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge.backends import AnyBackend, LoopBackend, StepResult
 from edge.decoding.philox import ORDER_DOMAIN, gumbel, uniform
-from shared.manifest import Selection
+from edge.decoding.types import (
+    AnyBackend,
+    Backend,
+    Bools,
+    Floats,
+    Ids,
+    LoopBackend,
+    Positions,
+    Row,
+    Sampling,
+    StepResult,
+)
 from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
-
-Ids = NDArray[np.int32]
-Floats = NDArray[np.float32]
-Bools = NDArray[np.bool_]
 
 COLDEST: Final = 1e-30
 """Argmax already. Divided by less, scores overflow float32 to −∞ together, and the lowest id, PAD, wins the tie."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw and commit. threshold and entropy_bound replace the fixed grid; then steps is the most passes.
+def advance(backend: AnyBackend, schedule: ScheduleName, rows: Sequence[Row], under_way: int = 1) -> None:
+    """One step of unfinished rows, on the device if that is where the loop runs; there they are of one bucket.
 
-    One more pass follows where the last one drew an end left of text, and the end had to wait.
-    """
-
-    seed: int
-    steps: int
-    selection: Selection
-    temperature: float
-    top_k: int
-    top_p: float
-    threshold: float | None = None
-    entropy_bound: float | None = None
-
-    @property
-    def by_confidence(self) -> bool:
-        """Whether what is drawn decides what is committed; else only what is committed needs to be drawn."""
-        return self.threshold is not None or (self.entropy_bound is None and self.selection == "confidence")
-
-    @property
-    def by_chance(self) -> bool:
-        """Whether what is committed is known before the pass; then only that needs to be scored."""
-        return self.threshold is None and self.entropy_bound is None and self.selection == "random"
-
-
-@dataclass(eq=False)
-class Row:
-    """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of its neighbours.
-
-    draft (L,): what the last pass would have put at the positions that it left open: the candidate drawn, where every
-    one is drawn, else the likeliest. MASK where nobody looked (`Sampling.by_chance`), or a device does not tell.
-    """
-
-    canvas: Ids
-    fill: Bools
-    sampling: Sampling
-    step: int = 0  # passes so far
-    draft: Ids = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.draft = np.full_like(self.canvas, MASK)
-
-    @property
-    def left(self) -> int:
-        """Positions still open; the canvas is finished when there are none."""
-        return int(np.count_nonzero(self.fill & (self.canvas == MASK)))
-
-    def wanted(self) -> NDArray[np.intp]:
-        """The open positions whose scores its next pass needs, ascending.  → (M,)"""
-        position = np.flatnonzero(self.fill & (self.canvas == MASK))
-        if self.sampling.by_chance:
-            order = chance_order(self.sampling, self.step, position)
-            return np.sort(position[order[: on_grid(self.sampling, self.step, position.size)]])
-        return position
-
-    def commit(self, position: NDArray[np.intp], scored: StepResult) -> None:
-        """Commit some of what one pass saw on this canvas: ids, logp (L', K), entropy (L',), L' up to its end.
-
-        position: what `wanted` answered before the pass.
-        """
-        sampling, step, left = self.sampling, self.step, self.left
-        ids, logp, entropy = scored.ids[position], scored.logp[position], scored.entropy[position]
-        token = np.zeros_like(position, np.int32)  # (M,)
-        confidence = np.zeros_like(entropy)
-        chosen = np.arange(position.size)
-        if not sampling.by_chance:
-            if sampling.by_confidence:
-                token, confidence = draw(ids, logp, sampling, step, position)
-            self.draft[position] = token if sampling.by_confidence else ids[:, 0]
-            order = rank(logp, entropy, confidence, sampling, step, position)
-            chosen = order[: how_many(order, entropy, confidence, sampling, step, left)]
-        if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
-            token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, position[chosen])
-        commit(self.canvas, position[chosen], token[chosen])
-        self.step += 1
-        self.check_progress(left)
-
-    def check_progress(self, before: int) -> None:
-        """Raise RuntimeError when a pass has committed nothing: the loop would never end. before: `left` before it."""
-        if self.left >= before:
-            raise RuntimeError("the step graph proposes MASK, or an end left of visible text: nothing can be committed")
-
-
-def advance(backend: AnyBackend, schedule: ScheduleName, rows: Sequence[Row], length: int) -> None:
-    """One pass over unfinished rows whose active_bucket is `length`, on the device if that is where the loop runs.
-
-    Their number is one of the backend's batches.
+    under_way: how many rows are unfinished on this backend, these among them.
     """
     if isinstance(backend, LoopBackend):
-        backend.advance(rows, length)
+        backend.advance(rows, bucket(rows[0].active, backend.lengths))
         return
-    masked = [np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1) for row in rows]
-    t = np.array([time_of_masked_fraction(schedule, fraction) for fraction in masked], np.float32)
-    positions = [row.wanted() for row in rows]
-    wanted = np.zeros((len(rows), length), np.bool_)
-    for i, position in enumerate(positions):
-        wanted[i, position] = True
-    scored = backend.step(np.stack([row.canvas[:length] for row in rows]), t, wanted)
-    for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
-        row.commit(position, StepResult(scored.ids[i], scored.logp[i], scored.entropy[i]))
+    for row in rows:
+        _score_and_commit(backend, schedule, row, under_way)
+
+
+def _score_and_commit(backend: Backend, schedule: ScheduleName, row: Row, under_way: int) -> None:
+    t = time_of_masked_fraction(schedule, np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1))
+    positions = wanted(row)
+    commit_step(row, positions, backend.score(row.canvas[: row.active], t, positions, under_way))
 
 
 def unmask(
@@ -137,30 +55,56 @@ def unmask(
     sampling: Sampling,
     on_step: Callable[[int, Ids], None],
 ) -> int:
-    """Fill a canvas (L,) in place where `fill` is true; calls on_step(passes so far, canvas).  → passes made"""
+    """Fill a canvas (L,) in place where `fill` is true; calls on_step(steps so far, canvas).  → steps made"""
     row = Row(canvas, fill, sampling)
     while row.left:
-        advance(backend, schedule, [row], active_bucket(canvas, backend.lengths))
+        advance(backend, schedule, [row])
         on_step(row.step, canvas)
     return row.step
 
 
-def active_length(canvas: Ids) -> int:
-    """Positions up to the first visible EOS or PAD, with it; what follows is certain."""
-    ends = np.flatnonzero((canvas == EOS) | (canvas == PAD))
-    return int(ends[0]) + 1 if ends.size else canvas.size
-
-
-def active_bucket(canvas: Ids, lengths: tuple[int, ...]) -> int:
-    """The shortest length that holds everything up to the first visible end."""
-    active = active_length(canvas)
+def bucket(active: int, lengths: tuple[int, ...]) -> int:
+    """The shortest of `lengths`, ascending, that holds the active positions."""
     return next(length for length in lengths if length >= active)
 
 
-def draw(ids: Ids, logp: Floats, sampling: Sampling, step: int, position: NDArray[np.intp]) -> tuple[Ids, Floats]:
-    """One candidate a position, after temperature, top-k and top-p, by the Gumbel-max trick.  → ids, confidence (M,)
+def wanted(row: Row) -> Positions:
+    """The open positions whose scores a row's next step needs, ascending.  → (M,)"""
+    positions = row.open_positions()
+    if row.sampling.by_chance:
+        order = chance_order(row.sampling, row.step, positions)
+        return np.sort(positions[order[: on_grid(row.sampling, row.step, positions.size)]])
+    return positions
 
-    confidence is the candidate's log-probability before temperature. Ties go to the lower id.
+
+def commit_step(row: Row, positions: Positions, scored: StepResult) -> None:
+    """Commit some of what one pass has scored. positions: what `wanted` answered before the pass.
+
+    Raises RuntimeError when nothing can be committed.
+    """
+    sampling, step, left = row.sampling, row.step, row.left
+    ids, logp, entropy = scored
+    token = np.zeros_like(positions, np.int32)  # (M,)
+    confidence = np.zeros_like(entropy)
+    chosen = np.arange(positions.size)
+    if not sampling.by_chance:
+        if sampling.by_confidence:
+            token, confidence = draw(ids, logp, sampling, step, positions)
+        row.draft[positions] = token if sampling.by_confidence else ids[:, 0]
+        order = rank(logp, entropy, confidence, sampling, step, positions)
+        chosen = order[: num_to_commit(order, entropy, confidence, sampling, step, left)]
+    if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
+        token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, positions[chosen])
+    commit(row.canvas, positions[chosen], token[chosen])
+    row.step += 1
+    row.recount()
+    row.check_progress(left)
+
+
+def draw(ids: Ids, logp: Floats, sampling: Sampling, step: int, position: Positions) -> tuple[Ids, Floats]:
+    """One candidate for each position, after temperature, top-k and top-p, by the Gumbel-max trick.
+
+    → ids (M,), confidence (M,): their log-probabilities before temperature. Ties go to the lower id.
     """
     if sampling.temperature == 0:
         return ids[:, 0], logp[:, 0]
@@ -177,9 +121,9 @@ def draw(ids: Ids, logp: Floats, sampling: Sampling, step: int, position: NDArra
 
 
 def rank(
-    logp: Floats, entropy: Floats, confidence: Floats, sampling: Sampling, step: int, position: NDArray[np.intp]
-) -> NDArray[np.intp]:
-    """Order in which open positions are committed, the first first; ties go to the lower position.  → (M,)"""
+    logp: Floats, entropy: Floats, confidence: Floats, sampling: Sampling, step: int, position: Positions
+) -> Positions:
+    """Indices of open positions in the order in which they are committed; ties go to the lower position.  → (M,)"""
     if sampling.threshold is not None:
         score = confidence
     elif sampling.entropy_bound is not None or sampling.selection == "entropy":
@@ -193,16 +137,16 @@ def rank(
     return np.argsort(-score, kind="stable")
 
 
-def chance_order(sampling: Sampling, step: int, position: NDArray[np.intp]) -> NDArray[np.intp]:
-    """What `rank` answers where chance decides, which needs no scores.  → (M,)"""
+def chance_order(sampling: Sampling, step: int, position: Positions) -> Positions:
+    """What `rank` answers for random selection, which needs no scores.  → (M,)"""
     score = uniform(sampling.seed, step, position.astype(np.uint32), np.zeros(1, np.uint32), ORDER_DOMAIN)
     return np.argsort(-score, kind="stable")
 
 
-def how_many(
-    order: NDArray[np.intp], entropy: Floats, confidence: Floats, sampling: Sampling, step: int, left: int
+def num_to_commit(
+    order: Positions, entropy: Floats, confidence: Floats, sampling: Sampling, step: int, left: int
 ) -> int:
-    """How many positions this pass commits: at least one, and all that are left in the last pass.
+    """How many positions this step commits: at least one, and all that are left in the last.
 
     entropy_bound is the rule of the EB-sampler (Ben-Hamu et al., arXiv 2505.24857): the largest set U, taken by
     ascending entropy H, with Σ H(U) − max H(U) ≤ bound, which bounds the tokens' mutual information given the canvas.
@@ -217,16 +161,16 @@ def how_many(
 
 
 def on_grid(sampling: Sampling, step: int, left: int) -> int:
-    """How many positions the fixed number of steps commits in this pass: all that are left in the last."""
+    """How many positions the unmasking schedule commits in this step: all that are left in the last."""
     return left if step >= sampling.steps - 1 else reveal_count(left, step, sampling.steps)
 
 
-def commit(canvas: Ids, position: NDArray[np.intp], token: Ids) -> None:
+def commit(canvas: Ids, position: Positions, token: Ids) -> None:
     """Write tokens for good, and what follows from them with certainty.
 
-    Tokens drawn in one pass do not know of each other: an EOS or PAD left of a text token cannot stand, so text is
-    committed and the end stays open for a later pass. Behind the first end everything is PAD, and an end directly
-    behind text is EOS.
+    Tokens drawn in one step do not know of each other: an EOS or PAD left of a text token cannot stand, so text is
+    committed and the end stays open for a later step. After the first end everything is PAD, and an end directly
+    after text is EOS.
     """
     is_text = token >= FIRST_TEXT_ID
     canvas[position[is_text]] = token[is_text]

@@ -83,7 +83,7 @@ class Outbox:
         for entry in self._journal.unfinished():
             self._resume(entry)
         self._journal.computing([])
-        self._scheduler.watch = self._journal.computing
+        self._scheduler.watch(self._journal.computing)
         self._thread.start()
 
     def accept(self, sender: Sender, request: GenerateRequest, within_s: float | None) -> None:
@@ -232,8 +232,16 @@ class Outbox:
         within_s: float | None,
         **more: bool,
     ) -> None:
-        gone, client = lambda: opened.cancelled, opened.client
-        self._scheduler.submit(request, reply, gone, client, commit, within_s, partial_every_s=SNAPSHOT_S, **more)
+        self._scheduler.submit(
+            request,
+            reply,
+            gone=lambda: opened.cancelled,
+            client=opened.client,
+            commit=commit,
+            within_s=within_s,
+            partial_every_s=SNAPSHOT_S,
+            **more,
+        )
 
     def _reply(self, seq: int, reply: Reply) -> None:
         opened = self._open.get(seq)

@@ -20,12 +20,11 @@ from typing import Final
 import msgspec
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
-from edge.backends import AnyBackend, LoopBackend
 from edge.backends.trt.profiles import BATCHES
 from edge.config import default_bundle
-from edge.decoding.canvas import Row, Sampling
+from edge.decoding.canvas import wanted
+from edge.decoding.types import AnyBackend, LoopBackend, Positions, Row, Sampling
 from edge.measure.clients import measure, print_clients, serving
 from edge.measure.roofline import BOARDS, floor
 from edge.serving.loaded_bundle import Engine
@@ -83,10 +82,10 @@ class Report(Struct):
 
 
 class Stopwatch:
-    """Adds up the time spent in a backend's own method, `step` or `advance`, while it is attached."""
+    """Adds up the time spent in a backend's own method, `score` or `advance`, while it is attached."""
 
     def __init__(self, backend: AnyBackend) -> None:
-        self._backend, self._name = backend, "advance" if isinstance(backend, LoopBackend) else "step"
+        self._backend, self._name = backend, "advance" if isinstance(backend, LoopBackend) else "score"
         self.seconds = 0.0
 
     def __enter__(self) -> "Stopwatch":
@@ -114,17 +113,15 @@ def half_masked(engine: Engine) -> Row:
     return Row(canvas, canvas == MASK, sampling, step=defaults.steps * 2 // 3)
 
 
-def median_step_ms(engine: Engine, wanted: NDArray[np.intp], repeats: int = 40) -> float:
-    """Median of single steps over half_masked() that score `wanted` of its positions."""
+def median_step_ms(engine: Engine, positions: Positions, repeats: int = 40) -> float:
+    """Median of single steps over half_masked() that score these of its positions."""
     row, backend, times = half_masked(engine), engine.backend, []
-    scored = np.zeros((1, row.canvas.size), np.bool_)
-    scored[0, wanted] = True
     for _ in range(repeats + 5):
         started = time.perf_counter()
         if isinstance(backend, LoopBackend):
             backend.advance([replace(row, canvas=row.canvas.copy())], row.canvas.size)
         else:
-            backend.step(row.canvas[None], np.full(1, 0.5, np.float32), scored)
+            backend.score(row.canvas, 0.5, positions)
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times[5:])
 
@@ -300,8 +297,8 @@ def main() -> None:
         step_ms=step_ms,
         bare_step_ms=None if share is None else step_ms * (1 - share),
         reduction_ms=None if share is None else step_ms * share,
-        default_step_ms=None if isinstance(engine.backend, LoopBackend) else median_step_ms(engine, row.wanted()),
-        default_scored=row.wanted().size,
+        default_step_ms=None if isinstance(engine.backend, LoopBackend) else median_step_ms(engine, wanted(row)),
+        default_scored=wanted(row).size,
         generations=[generation(engine, steps) for steps in args.steps],
         daemon=daemon_cost(engine, args.bundle, args.backend, args.threads),
         reference=host_reference(engine, args.threads),

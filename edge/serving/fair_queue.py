@@ -1,15 +1,15 @@
-"""Whose turn it is: the client that had least of the engine goes next, and of its requests the least served.
+"""Start-time fair queueing over clients, and over the requests of each: the least served goes next.
 
-What is counted is positions scored, not passes: a pass over a long canvas costs several over a short one, and counted
+What is counted is positions computed, not passes: a pass over a long canvas costs several over a short one, and counted
 alike it would let long requests starve short ones. Counted, not timed, so that equal requests finish in their order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 
 class Served(Protocol):
-    """What takes turns. number: its place in the order of acceptance, which breaks ties."""
+    """What is queued. number: its place in the order of acceptance, which breaks ties."""
 
     client: str
     number: int
@@ -18,11 +18,11 @@ class Served(Protocol):
 T = TypeVar("T", bound=Served)
 
 
-class Turns(Generic[T]):
-    """Requests under way, and how many positions were scored for each. cost: positions that its next pass scores.
+class FairQueue(Generic[T]):
+    """Requests under way, and the positions computed for each, its virtual time. cost: positions of its next pass.
 
-    The next is whose count will be lowest *after* its pass. So beside n others a request has to wait for n times its
-    own cost at most, and for the pass that it came into.
+    The next is the one whose virtual time will be lowest *after* its pass. So beside n others a request waits for n
+    times its own cost at most, and for the pass that it came into. Not thread-safe.
     """
 
     def __init__(self, cost: Callable[[T], int]) -> None:
@@ -33,19 +33,22 @@ class Turns(Generic[T]):
     def __len__(self) -> int:
         return len(self._used)
 
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._used)
+
     def __contains__(self, client: str) -> bool:
         """Whether a client has a request under way."""
         return client in self._client_used
 
     def join(self, job: T) -> None:
-        """It begins level with the least served: owes nothing, and is owed nothing of the past."""
+        """A request comes in. New clients and requests start at the current minimum virtual time."""
         own = [used for other, used in self._used.items() if other.client == job.client]
         if not own:
             self._client_used[job.client] = min(self._client_used.values(), default=0)
         self._used[job] = min(own, default=0)
 
     def leave(self, job: T) -> None:
-        """It is finished."""
+        """A request is finished."""
         del self._used[job]
         if all(other.client != job.client for other in self._used):
             del self._client_used[job.client]

@@ -9,12 +9,13 @@ from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response, Timing, Usage
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Job:
     """Times are seconds of the monotonic clock; engine_s is what it had of the engine.
 
-    gone: tells that nobody waits for the answer any more. tag: what the scheduler's `watch` calls it. partial_every_s:
-    the least time from one snapshot to the next.
+    number: in the order of acceptance. gone: tells that nobody waits for the answer any more. tag: what the scheduler's
+    `watch` calls it. alone: a pass that it shared failed, or ended the process, so it shares none. partial_every_s: the
+    least time from one snapshot to the next.
     """
 
     request: GenerateRequest
@@ -31,7 +32,7 @@ class Job:
     started_s: float | None = None
     first_token_s: float | None = None
     engine_s: float = 0.0
-    alone: bool = False  # a pass with others failed, or ended the process: which of them was it?
+    alone: bool = False
     partials: int = 0
     last_partial_s: float = float("-inf")
 
@@ -44,8 +45,8 @@ class Job:
         return None
 
     def positions(self) -> int:
-        """How many its next pass scores."""
-        return self.engine.bucket(self.run)
+        """How many canvas positions its next pass computes."""
+        return self.engine.positions(self.run)
 
     def partial(self) -> Partial | None:
         """A snapshot, if it wants one now."""
@@ -54,15 +55,15 @@ class Job:
             return None
         self.last_partial_s = now
         self.partials += 1
-        seen = self.run.snapshot()
+        snapshot = self.run.snapshot()
         return Partial(
             id=self.request.id,
             seq=self.partials,
-            step=seen.step,
-            steps=seen.steps,
-            text=seen.text(),
-            masked=seen.masked,
-            parts=seen.parts(),
+            step=snapshot.step,
+            steps=snapshot.steps,
+            text=snapshot.text(),
+            masked=snapshot.masked,
+            parts=snapshot.parts(),
         )
 
     def answer(self) -> Response:

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from edge.backends import Chosen, LoopBackend, choose_backend
-from edge.decoding.canvas import Row, Sampling, active_bucket, advance
+from edge.backends import Chosen, choose_backend
+from edge.decoding.canvas import advance, bucket
 from edge.decoding.layout_text import Layout, Texts
+from edge.decoding.types import LoopBackend, Row, Sampling
 from shared.errors import BundleError, RequestError
 from shared.manifest import TOKENIZER, Manifest, bundle_digest, read_manifest, verified_bytes
 from shared.messages import GenerateRequest, Part
@@ -68,7 +69,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is open any more."""
+        """Whether all positions are filled."""
         return self.row.left == 0
 
     def snapshot(self) -> Snapshot:
@@ -89,7 +90,7 @@ class Run:
 
 
 class Engine:
-    """One bundle on one backend. Not thread-safe, except for `prepare`.
+    """One bundle on one backend. Thread-safe for `prepare`, and for `step` in as many threads as it has `lanes`.
 
     backend_name: "ort", "trt" or "fake". degraded: why the device computes with less than it has, or None.
     """
@@ -148,13 +149,27 @@ class Engine:
         """A plan's canvas, ready for its first pass."""
         return Run(plan, self._texts)
 
-    def bucket(self, run: "Run") -> int:
-        """The length that its next pass is scored at."""
-        return active_bucket(run.row.canvas, self.backend.lengths)
+    @property
+    def lanes(self) -> int:
+        """How many threads may be in `step` at once, with different runs."""
+        return 1 if isinstance(self.backend, LoopBackend) else self.backend.lanes
 
-    def step(self, runs: Sequence["Run"]) -> None:
-        """One pass over unfinished runs of one bucket; their number is one of the backend's batches."""
-        advance(self.backend, self.manifest.schedule, [run.row for run in runs], self.bucket(runs[0]))
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """How many runs of equal `positions` one step may take, ascending from 1."""
+        return self.backend.batches if isinstance(self.backend, LoopBackend) else (1,)
+
+    def positions(self, run: Run) -> int:
+        """How many canvas positions its next pass computes."""
+        active = run.row.active
+        return bucket(active, self.backend.lengths) if isinstance(self.backend, LoopBackend) else active
+
+    def step(self, runs: Sequence[Run], under_way: int = 1) -> None:
+        """One denoising step of unfinished runs of equal `positions`; their number is one of `batches`.
+
+        under_way: how many runs take turns, these included; a CPU's threads are shared among them.
+        """
+        advance(self.backend, self.manifest.schedule, [run.row for run in runs], under_way)
 
     def run(self, plan: Plan, on_step: Callable[[Snapshot], None] | None = None) -> Completion:
         """Unmask a plan's canvas; an exception raised by on_step ends the run and comes out here."""

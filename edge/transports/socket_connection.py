@@ -222,8 +222,8 @@ class Connection:
         self._scheduler.submit(
             message,
             lambda reply: self._reply(request, reply),
-            lambda: request.cancelled or self._sender.gone,
-            self._name,
+            gone=lambda: request.cancelled or self._sender.gone,
+            client=self._name,
         )
 
     def _reply(self, request: _Request, reply: Reply) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge.backends import StepResult
-from edge.decoding.canvas import Sampling, unmask
+from edge.decoding.canvas import unmask
+from edge.decoding.types import Ids, Positions, Sampling, StepResult
 from host.evaluate.scorers import GraphScorer, TorchScorer
 from host.export.bundle_writer import StepGraph
 from host.export.reference import PARITY_SEED, Reference
@@ -39,7 +39,7 @@ def _texts(reference: Reference, scorer: TorchScorer | GraphScorer) -> NDArray[n
     """
     config = reference.model.config
     top_k = min(TOP_K, config.vocab_size)
-    backend = _Backend(scorer, config.canvas_len, top_k)
+    backend = _Backend(scorer, top_k)
     texts = np.full((SEEDS, config.canvas_len), MASK, np.int32)
     texts[:, 0] = BOS
     for seed, canvas in enumerate(texts, PARITY_SEED):
@@ -51,23 +51,18 @@ def _texts(reference: Reference, scorer: TorchScorer | GraphScorer) -> NDArray[n
 class _Backend:
     """What the edge's loop asks of a backend, answered from all scores of the masked positions."""
 
-    def __init__(self, scorer: TorchScorer | GraphScorer, length: int, top_k: int) -> None:
-        self.lengths: tuple[int, ...] = (length,)
-        self.batches: tuple[int, ...] = (1,)
+    lanes = 1
+
+    def __init__(self, scorer: TorchScorer | GraphScorer, top_k: int) -> None:
         self._scorer = scorer
         self._top_k = top_k
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-        logp = torch.from_numpy(self._scorer.logits(canvas[0], float(t[0]))).log_softmax(-1)  # (M, V)
+    def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
+        wanted = np.isin(np.flatnonzero(canvas == MASK), positions)
+        logp = torch.from_numpy(self._scorer.logits(canvas, t)[wanted]).log_softmax(-1)  # (M, V)
         best = logp.sort(dim=-1, descending=True, stable=True)
-        masked = canvas == MASK
-        ids = np.zeros((*canvas.shape, self._top_k), np.int32)
-        values = np.zeros(ids.shape, np.float32)
-        entropy = np.zeros(canvas.shape, np.float32)
-        ids[masked] = best.indices[:, : self._top_k].numpy()
-        values[masked] = best.values[:, : self._top_k].numpy()
-        entropy[masked] = torch.special.entr(logp.exp()).sum(-1).numpy()
-        return StepResult(ids, values, entropy)
+        ids, values = best.indices[:, : self._top_k], best.values[:, : self._top_k]
+        return StepResult(ids.int().numpy(), values.numpy(), torch.special.entr(logp.exp()).sum(-1).numpy())
 
     def close(self) -> None:
         pass

@@ -56,15 +56,6 @@ LATE: Final[dict[tuple[str, str], str]] = {
     ("edge.measure", "edge.backends"): "other backends are measured without ONNX Runtime",
     ("host.bench", "*"): "`host.bench data` needs no torch",
 }
-KNOWN: Final[frozenset[tuple[str, str]]] = frozenset(
-    {
-        # Arrows of today that run up or in a circle. Only ever removed from.
-        ("edge.backends", "edge.backends.fake"),
-        ("edge.backends", "edge.backends.ort"),
-        ("edge.backends", "edge.backends.trt.backend"),
-        ("edge.decoding.canvas", "edge.backends"),
-    }
-)
 
 
 class Arrow(NamedTuple):
@@ -124,7 +115,7 @@ def forbidden(found: list[Arrow]) -> list[str]:
         elif above.startswith("host") and below.startswith("edge"):
             if below not in EDGE_ROOMS_OF_THE_HOST:
                 lines.append(f"{where}: the host imports {below}; of the edge it may import the loop and its backends")
-        elif above != below and level[above] <= level[below] and (importer, imported) not in KNOWN:
+        elif above != below and level[above] <= level[below]:
             lines.append(f"{where}: {above} imports {below}, which is not below it")
     return lines
 
@@ -133,8 +124,7 @@ def circle(found: list[Arrow]) -> list[str]:
     """Modules that import each other in a circle, late imports counted; empty when there is none."""
     graph: dict[str, set[str]] = {}
     for importer, imported, _, _ in own(found):
-        if (importer, imported) not in KNOWN:
-            graph.setdefault(importer, set()).add(imported)
+        graph.setdefault(importer, set()).add(imported)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -151,7 +141,7 @@ def needlessly_late(found: list[Arrow]) -> list[str]:
             continue
         if package in PACKAGES:
             room = room_of(importer)
-            if not {(room, room_of(imported)), (room, "*")} & LATE.keys() and (importer, imported) not in KNOWN:
+            if not {(room, room_of(imported)), (room, "*")} & LATE.keys():
                 lines.append(f"{where}: imports {imported} inside a function, for no reason in LATE")
         elif package not in HEAVY and package not in sys.stdlib_module_names:
             lines.append(f"{where}: imports {package} inside a function, for no reason in HEAVY")
@@ -186,7 +176,6 @@ def test_floors_tables_name_nothing_that_is_gone() -> None:
     used = {(room_of(arrow.importer), room_of(arrow.imported)) for arrow in late}
     used |= {(room, "*") for room, _ in used}
     assert {room for floor in FLOORS.values() for room in floor} - rooms == set()
-    assert KNOWN - {(arrow.importer, arrow.imported) for arrow in found} == set()
     assert LATE.keys() - used == set()
     assert HEAVY.keys() - {arrow.imported.split(".")[0] for arrow in late} == set()
 

@@ -11,7 +11,7 @@ import pytest
 from edge.backends.trt import kernels
 from edge.backends.trt.backend import TrtBackend
 from edge.backends.trt.driver import CudaMemory, Gpu
-from edge.decoding.canvas import Row, Sampling
+from edge.decoding.types import Row, Sampling
 from host.export.random_weights import untrained
 from host.model.network import CONFIGS
 from shared.errors import DeviceError

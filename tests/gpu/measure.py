@@ -20,7 +20,7 @@ from edge.backends.trt import kernels
 from edge.backends.trt.backend import Bucket, TrtBackend, load
 from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.config import default_bundle
-from edge.decoding.canvas import Row, Sampling
+from edge.decoding.types import Row, Sampling
 from shared.errors import DeviceError, run_main
 from shared.manifest import MAX_STEPS, read_manifest
 from shared.tokens import BOS, MASK

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from edge.backends import StepResult
 from edge.backends.trt.driver import Gpu
+from edge.decoding.types import Ids, Positions, StepResult
 from host.model.network import Denoiser, ends_impossible
 from tests.support.emulator.fakes import FakeTensorRT, array_at
 from tests.support.emulator.reference import reduce_logits
@@ -122,16 +121,16 @@ class Context:
 class SameLogits:
     """The processor's loop on the logits of the same network, each canvas alone: what the backend's texts must be."""
 
-    def __init__(self, network: Network, lengths: tuple[int, ...], k: int) -> None:
-        self.lengths, self._network, self._k = lengths, network, k
-        self.batches: tuple[int, ...] = (1,)
+    lanes = 1
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+    def __init__(self, network: Network, k: int) -> None:
+        self._network, self._k = network, k
+
+    def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
         network = self._network
-        times = torch.from_numpy(t).to(network.device) if network.timed else None
-        logits = network(torch.from_numpy(canvas).to(network.device), times)
-        ids, logp, entropy = reduce_logits(logits[0].cpu().numpy(), self._k)
-        return StepResult(ids[None], logp[None], entropy[None])
+        times = torch.tensor([t], device=network.device) if network.timed else None
+        logits = network(torch.from_numpy(canvas[None]).to(network.device), times)
+        return reduce_logits(logits[0].cpu().numpy()[positions], self._k)
 
     def close(self) -> None:
         """Nothing to free."""

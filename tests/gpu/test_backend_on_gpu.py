@@ -10,7 +10,8 @@ from edge.backends import load_backend
 from edge.backends.trt.backend import TrtBackend
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import import_tensorrt
-from edge.decoding.canvas import Row, active_bucket, advance
+from edge.decoding.canvas import advance, bucket
+from edge.decoding.types import Row
 from shared.errors import DeviceError
 from shared.manifest import Manifest, read_manifest
 from tests.gpu.conftest import rows
@@ -24,10 +25,10 @@ pytestmark = pytest.mark.proof("7. kernels, captured loop and backend on a GPU")
 def finish(backend: TrtBackend | SameLogits, mine: list[Row]) -> list[Row]:
     """Pass by pass, whoever is unfinished together, as the scheduler batches them."""
     while open_rows := [row for row in mine if row.left]:
-        length = active_bucket(open_rows[0].canvas, backend.lengths)
-        mates = [row for row in open_rows if active_bucket(row.canvas, backend.lengths) == length]
-        for batch in [mates] if isinstance(backend, TrtBackend) else [[row] for row in mates]:
-            advance(backend, "linear", batch, length)
+        if isinstance(backend, TrtBackend):
+            length = bucket(open_rows[0].active, backend.lengths)
+            open_rows = [row for row in open_rows if bucket(row.active, backend.lengths) == length]
+        advance(backend, "linear", open_rows)
     return mine
 
 
@@ -48,7 +49,7 @@ def test_every_bucket_has_its_graph_and_both_ways_write_the_same(
     for name in ("random", "confidence", "entropy", "argmax by margin", "hot nucleus"):
         sampling = replace(RULES[name], steps=6)
         found = finish(backend, rows(3, sampling))
-        wanted = finish(SameLogits(network, backend.lengths, manifest.top_k), rows(3, sampling))
+        wanted = finish(SameLogits(network, manifest.top_k), rows(3, sampling))
         agreed += sum(bool((f.canvas == w.canvas).all()) for f, w in zip(found, wanted, strict=True))
         total += len(found)
     assert agreed >= 0.8 * total

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edge.backends.trt import kernels
 from edge.backends.trt.driver import CudaMemory, Gpu
-from edge.decoding.canvas import Row
+from edge.decoding.types import Row
 from tests.support.emulator import Emulator
 from tests.unit.edge.backends.trt.test_kernels import RULES, Device, network, some_canvas
 

@@ -52,7 +52,7 @@ def test_clients_get_a_typed_error_and_the_daemon_ends_for_systemd_to_restart_it
         answer = last(line)
         assert answer["id"] == str(i)
         assert answer["error"]["code"] == "draining" and answer["error"]["retryable"]
-        assert answer["error"]["message"] == "the device has failed, and the daemon starts anew"
+        assert answer["error"]["message"] == "the device has failed, and the daemon starts again"
         assert line.read() is None
     assert daemon.exit_code() == DeviceError.exit_code  # Restart=on-failure
     assert f"only a new start can use it again: {FAILURE}" in daemon.log.read_text()
@@ -139,7 +139,7 @@ def test_health_tells_while_the_daemon_still_answers(debug_bundle: Path) -> None
     failed: list[str | None] = []
     scheduler.on_failure = lambda: failed.append(scheduler.failure)
     told: list[list[int]] = []
-    scheduler.watch = lambda tags: told.append(list(tags))
+    scheduler.watch(lambda tags: told.append(list(tags)))
     mailboxes = [submit(scheduler) for _ in range(4)]
     tagged = Mailbox()
     scheduler.submit(GenerateRequest(prompt="Once"), tagged, commit=lambda plan: 7)

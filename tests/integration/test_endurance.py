@@ -20,17 +20,17 @@ needs_mosquitto = pytest.mark.skipif(
 
 
 @needs_mosquitto
-def test_endurance_memory_and_descriptors_stay_as_they_are(debug_bundle: Path) -> None:
+def test_memory_and_descriptors_stay_as_they_are(debug_bundle: Path) -> None:
     before, after = run(1000, "fake", debug_bundle, print)
     assert grown(before, after) is None
 
 
-def test_endurance_leak_would_be_seen() -> None:
+def test_a_leak_would_be_seen() -> None:
     assert "kB" in (grown(Resources(50_000, 9), Resources(51_001, 9)) or "")
     assert "descriptors" in (grown(Resources(50_000, 9), Resources(50_000, 11)) or "")
 
 
-def test_endurance_no_line_ends_the_daemon_or_goes_without_its_reply(start_daemon: StartDaemon) -> None:
+def test_no_line_ends_the_daemon_or_goes_without_its_reply(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     counts = fuzz_socket(daemon, 2000, random.Random(1))
     print(counts)
@@ -40,7 +40,7 @@ def test_endurance_no_line_ends_the_daemon_or_goes_without_its_reply(start_daemo
 
 
 @needs_mosquitto
-def test_endurance_no_message_over_mqtt_ends_the_daemon(start_daemon: StartDaemon, broker: Broker) -> None:
+def test_nor_does_a_message_over_mqtt(start_daemon: StartDaemon, broker: Broker) -> None:
     daemon = start_daemon("--mqtt", broker.address, DEVICE="dev")
     until(lambda: "mqtt connected" in daemon.log.read_text(), "the connection")
     counts = fuzz_mqtt(broker, 200, random.Random(1))
@@ -50,7 +50,7 @@ def test_endurance_no_message_over_mqtt_ends_the_daemon(start_daemon: StartDaemo
 
 
 @needs_mosquitto
-def test_endurance_overload_is_refused_with_advice_and_passes(debug_bundle: Path) -> None:
+def test_overload_is_refused_with_advice_and_passes(debug_bundle: Path) -> None:
     report = overload.run(5, "fake:20", debug_bundle)
     print(report)
     assert report.fault is None

@@ -18,7 +18,7 @@ def line(shared_daemon: Daemon) -> Line:
     return shared_daemon.line()
 
 
-def test_socket_story_comes_with_all_that_a_response_promises(line: Line, shared_daemon: Daemon) -> None:
+def test_a_story_comes_with_all_that_a_response_promises(line: Line, shared_daemon: Daemon) -> None:
     reply = line.ask(STORY | {"id": "a", "max_tokens": 9, "steps": 3})
 
     assert reply["type"] == "response" and reply["v"] == 1 and reply["id"] == "a" and reply["status"] == "ok"
@@ -31,19 +31,19 @@ def test_socket_story_comes_with_all_that_a_response_promises(line: Line, shared
     assert reply["model"] in shared_daemon.ready  # NAME@DIGEST, as the daemon announced it
 
 
-def test_socket_seed_that_comes_back_repeats_the_text(line: Line) -> None:
+def test_the_seed_that_comes_back_repeats_the_text(line: Line) -> None:
     first = line.ask({"prompt": "Once"})
     assert line.ask({"prompt": "Once", "seed": first["seed"]})["text"] == first["text"]
     assert line.ask({"prompt": "Once"})["seed"] != first["seed"]
 
 
-def test_socket_gaps_are_filled_between_the_given_texts(line: Line) -> None:
+def test_gaps_are_filled_between_the_given_texts(line: Line) -> None:
     reply = line.ask({"segments": ["Tom had a ", {"gap": 4}, " and it was ", {"gap": 3}, "."]})
     assert reply["text"].startswith("Tom had a ") and " and it was " in reply["text"] and reply["text"].endswith(".")
     assert reply["usage"]["generated_tokens"] == 7
 
 
-def test_socket_requests_in_flight_together_are_told_apart_by_their_ids(line: Line) -> None:
+def test_requests_in_flight_together_are_told_apart_by_their_ids(line: Line) -> None:
     line.send(*({"prompt": "Once", "id": str(i), "max_tokens": 3} for i in range(5)))
     assert [(line.read() or {})["id"] for _ in range(5)] == ["0", "1", "2", "3", "4"]
 
@@ -66,9 +66,7 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize(("sent", "code", "named"), BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_socket_bad_line_gets_one_sentence_and_the_next_is_served(
-    line: Line, sent: bytes, code: str, named: str
-) -> None:
+def test_a_bad_line_gets_one_sentence_and_the_next_is_served(line: Line, sent: bytes, code: str, named: str) -> None:
     reply = line.ask(sent)
 
     assert reply["status"] == "error" and reply["error"]["code"] == code
@@ -76,23 +74,23 @@ def test_socket_bad_line_gets_one_sentence_and_the_next_is_served(
     assert line.ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
 
 
-def test_socket_bad_request_is_answered_under_its_id(line: Line) -> None:
+def test_a_bad_request_is_answered_under_its_id(line: Line) -> None:
     assert line.ask({"id": "mine", "prompt": "x", "promt": "y"})["id"] == "mine"
 
 
-def test_socket_empty_lines_are_passed_over(line: Line) -> None:
+def test_empty_lines_are_passed_over(line: Line) -> None:
     assert line.ask(b"\n  \n" + b'{"prompt": "x", "max_tokens": 1}')["status"] == "ok"
 
 
 @pytest.mark.parametrize("end", [b"\n", b""], ids=["with its end", "without end"])
-def test_socket_line_that_is_too_long_is_refused_and_ends_the_connection(line: Line, end: bytes) -> None:
+def test_a_line_that_is_too_long_is_refused_and_ends_the_connection(line: Line, end: bytes) -> None:
     line.sock.sendall(b"x" * (MAX_MESSAGE_BYTES + 1) + end)
 
     assert (line.read() or {})["error"]["code"] == "too_large"
     assert line.read() is None
 
 
-def test_socket_last_line_needs_no_newline_when_the_client_shuts_its_side(line: Line) -> None:
+def test_the_last_line_needs_no_newline_when_the_client_shuts_its_side(line: Line) -> None:
     line.sock.sendall(b'{"prompt": "x", "max_tokens": 2}')
     line.sock.shutdown(socket.SHUT_WR)
 
@@ -100,13 +98,13 @@ def test_socket_last_line_needs_no_newline_when_the_client_shuts_its_side(line: 
     assert line.read() is None
 
 
-def test_socket_health_tells_state_and_model(line: Line, shared_daemon: Daemon) -> None:
+def test_health_tells_state_and_model(line: Line, shared_daemon: Daemon) -> None:
     health = line.ask({"type": "health"})
     assert (health["state"], health["queued"]) == ("idle", 0)
     assert health["model"] in shared_daemon.ready
 
 
-def test_socket_client_that_reads_nothing_holds_up_nobody(shared_daemon: Daemon, line: Line) -> None:
+def test_a_client_that_reads_nothing_holds_up_nobody(shared_daemon: Daemon, line: Line) -> None:
     deaf = shared_daemon.line()
     deaf.sock.setblocking(False)
     junk = b"{}\n" * 1000
@@ -129,7 +127,7 @@ def is_busy(daemon: Daemon) -> bool:
     return busy
 
 
-def test_socket_snapshots_replace_each_other_at_most_thirty_a_second(start_daemon: Callable[..., Daemon]) -> None:
+def test_snapshots_replace_each_other_at_most_thirty_a_second(start_daemon: Callable[..., Daemon]) -> None:
     line = slow_daemon(start_daemon).line()
     line.send(STORY | {"id": "s", "stream": True, "steps": 40})
     started_s = time.monotonic()
@@ -150,7 +148,7 @@ def test_socket_snapshots_replace_each_other_at_most_thirty_a_second(start_daemo
     assert reply["status"] == "ok" and reply["usage"]["steps"] == 40
 
 
-def test_socket_client_that_hangs_up_stops_its_requests(start_daemon: Callable[..., Daemon]) -> None:
+def test_a_client_that_hangs_up_stops_its_requests(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(backend="fake:50")  # the whole story would take three seconds
     gone, waiting = Line(daemon.socket), daemon.line()
     gone.send(STORY, STORY)
@@ -161,7 +159,7 @@ def test_socket_client_that_hangs_up_stops_its_requests(start_daemon: Callable[.
     assert reply["status"] == "ok" and reply["timing"]["queue_ms"] < 1000
 
 
-def test_socket_deadline_counts_from_acceptance(start_daemon: Callable[..., Daemon]) -> None:
+def test_a_deadline_counts_from_acceptance(start_daemon: Callable[..., Daemon]) -> None:
     line = slow_daemon(start_daemon).line()
     line.send(STORY | {"id": "first"}, STORY | {"id": "waiting", "deadline_ms": 100})
 
@@ -171,7 +169,7 @@ def test_socket_deadline_counts_from_acceptance(start_daemon: Callable[..., Daem
     assert (line.read() or {})["status"] == "ok"
 
 
-def test_socket_full_queue_says_when_to_come_again(start_daemon: Callable[..., Daemon]) -> None:
+def test_a_full_queue_says_when_to_come_again(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(backend="fake:200", QUEUE_SIZE="1")
     line = daemon.line()
     line.send(STORY | {"id": "running"})
@@ -183,7 +181,7 @@ def test_socket_full_queue_says_when_to_come_again(start_daemon: Callable[..., D
     assert refused["error"]["retryable"] and refused["error"]["retry_after_ms"] >= 1
 
 
-def test_socket_health_is_answered_during_a_step(start_daemon: Callable[..., Daemon]) -> None:
+def test_health_is_answered_during_a_step(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(backend="fake:3000")
     busy, asking = daemon.line(), daemon.line()
     busy.send(STORY | {"steps": 1})
@@ -195,7 +193,7 @@ def test_socket_health_is_answered_during_a_step(start_daemon: Callable[..., Dae
     busy.close()
 
 
-def test_socket_cancel_stops_the_connections_own_request_of_that_id(start_daemon: Callable[..., Daemon]) -> None:
+def test_a_cancel_stops_the_connections_own_request_of_that_id(start_daemon: Callable[..., Daemon]) -> None:
     daemon = slow_daemon(start_daemon)
     mine, other = daemon.line(), daemon.line()
     mine.send(STORY | {"id": "a"}, STORY | {"id": "b", "steps": 5})

@@ -73,7 +73,7 @@ def open_daemon(debug_bundle: Path) -> Iterator[Daemon]:
         daemon.close()
 
 
-def test_socket_crowded_socket_closes_the_longest_idle_connection(start_daemon: Callable[..., Daemon]) -> None:
+def test_crowded_socket_closes_the_longest_idle_connection(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(backend="fake:200")
     busy = daemon.line()
     busy.send({"prompt": "Once", "steps": 5})
@@ -90,7 +90,7 @@ def test_socket_crowded_socket_closes_the_longest_idle_connection(start_daemon: 
             client.close()
 
 
-def test_socket_refusals_of_the_socket_are_logged_without_their_text(start_daemon: Callable[..., Daemon]) -> None:
+def test_refusals_of_the_socket_are_logged_without_their_text(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon()
     line = daemon.line()
     assert line.ask({"prompt": "zanzibar", "id": "a", "seed": -1})["status"] == "error"
@@ -105,7 +105,7 @@ needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become o
 
 
 @needs_root
-def test_socket_idle_connections_of_one_user_lock_nobody_out(open_daemon: Daemon, crowds: list[Crowd]) -> None:
+def test_idle_connections_of_one_user_lock_nobody_out(open_daemon: Daemon, crowds: list[Crowd]) -> None:
     crowds.append(Crowd(open_daemon, uid=4711, many=MAX_CONNECTIONS))
     crowds.append(Crowd(open_daemon, uid=4712, many=MAX_CONNECTIONS))
     assert open_daemon.line().ask(STORY)["status"] == "ok"  # root: what an upgrade asks
@@ -117,7 +117,7 @@ def test_socket_idle_connections_of_one_user_lock_nobody_out(open_daemon: Daemon
 
 
 @needs_root
-def test_socket_busy_connections_of_one_user_leave_places_for_others(open_daemon: Daemon, crowds: list[Crowd]) -> None:
+def test_busy_connections_of_one_user_leave_places_for_others(open_daemon: Daemon, crowds: list[Crowd]) -> None:
     crowds.append(Crowd(open_daemon, uid=4711, many=MAX_CONNECTIONS, line='{"prompt": "x", "steps": 100}'))
     line = open_daemon.line()
     health: dict[str, Any] = line.ask({"type": "health"})

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edge.backends import StepResult
+from edge.decoding.types import Ids, Positions, StepResult
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
 A, B = FIRST_TEXT_ID, FIRST_TEXT_ID + 1
@@ -28,8 +28,7 @@ class Ideal:
         self.p = np.array(list(canvases.values()))
         assert math.isclose(self.p.sum(), 1.0)
         self.config = SimpleNamespace(time_input=False)
-        self.lengths: tuple[int, ...] = (self.canvases.shape[1],)
-        self.batches: tuple[int, ...] = (1,)
+        self.lanes = 1
 
     def marginals(self, canvas: NDArray[np.int64]) -> NDArray[np.float64]:
         """p(token at each position | visible tokens).  (L,) → (L, V)"""
@@ -53,14 +52,14 @@ class Ideal:
         """Log-probabilities; the exact posterior already gives impossible tokens none."""
         return hidden.float().log()
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
+    def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
         """As a backend: all tokens, best first."""
-        p = self.marginals(canvas[0].astype(np.int64))
+        p = self.marginals(canvas.astype(np.int64))[positions]
         order = np.argsort(-p, axis=1, kind="stable")
         with np.errstate(divide="ignore"):
             logp = np.maximum(np.log(np.take_along_axis(p, order, 1)), -1e4)
         entropy = -(p * np.where(p > 0, np.log(np.where(p > 0, p, 1)), 0)).sum(1)
-        return StepResult(order[None].astype(np.int32), logp[None].astype(np.float32), entropy[None].astype(np.float32))
+        return StepResult(order.astype(np.int32), logp.astype(np.float32), entropy.astype(np.float32))
 
     def close(self) -> None:
         """Nothing to free."""

@@ -38,5 +38,5 @@ class Mailbox:
 def submit(scheduler: Scheduler, gone: Callable[[], bool] = lambda: False, client: str = "", **fields: Any) -> Mailbox:
     mailbox = Mailbox()
     asked: dict[str, Any] = {"prompt": "Once", "max_tokens": 8} | fields
-    scheduler.submit(GenerateRequest(**asked), mailbox, gone, client)
+    scheduler.submit(GenerateRequest(**asked), mailbox, gone=gone, client=client)
     return mailbox

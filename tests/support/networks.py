@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import Backend, StepResult
-from edge.decoding.canvas import Sampling, unmask
+from edge.decoding.canvas import unmask
+from edge.decoding.types import Backend, Ids, Positions, Sampling, StepResult
 from shared.schedule import ScheduleName
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
@@ -20,24 +20,22 @@ class Noise:
     vocab: int
     k: int
     seed: int
-    lengths: tuple[int, ...]
     spread: float = 1.0
     times: list[float] = field(default_factory=list)
-    batches: tuple[int, ...] = (1,)
+    lanes: int = 1
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-        assert canvas.shape in {(1, n) for n in self.lengths}
-        self.times.append(float(t[0]))
-        rng = np.random.default_rng([self.seed, *canvas[0].tolist()])
-        score = rng.normal(0, self.spread, (canvas.shape[1], self.vocab))
+    def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
+        self.times.append(t)
+        rng = np.random.default_rng([self.seed, *canvas.tolist()])
+        score = rng.normal(0, self.spread, (canvas.size, self.vocab))
         score[:, [MASK, BOS]] = NEVER
-        last_text = np.flatnonzero(canvas[0] >= FIRST_TEXT_ID)[-1:].max(initial=-1)
+        last_text = np.flatnonzero(canvas >= FIRST_TEXT_ID)[-1:].max(initial=-1)
         score[: max(0, last_text), [EOS, PAD]] = NEVER
-        logp = score - np.log(np.exp(score).sum(1, keepdims=True))
+        logp = (score - np.log(np.exp(score).sum(1, keepdims=True)))[positions]
         order = np.argsort(-logp, axis=1, kind="stable")[:, : self.k]
         entropy = -(np.exp(logp) * logp).sum(1)
         best = np.take_along_axis(logp, order, 1)
-        return StepResult(order[None].astype(np.int32), best[None].astype(np.float32), entropy[None].astype(np.float32))
+        return StepResult(order.astype(np.int32), best.astype(np.float32), entropy.astype(np.float32))
 
     def close(self) -> None:
         """Nothing to free."""
@@ -45,16 +43,15 @@ class Noise:
 
 @dataclass
 class Constant:
-    """The same scored candidates at every position, of one long canvas."""
+    """The same scored candidates at every position."""
 
     ids: NDArray[np.int32]  # (K,)
     logp: NDArray[np.float32]  # (K,)
-    lengths: tuple[int, ...]
-    batches: tuple[int, ...] = (1,)
+    lanes: int = 1
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-        shape = (1, canvas.shape[1], self.ids.size)
-        entropy = np.full(shape[:2], 1.0, np.float32)
+    def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
+        shape = (positions.size, self.ids.size)
+        entropy = np.full(positions.size, 1.0, np.float32)
         return StepResult(np.broadcast_to(self.ids, shape), np.broadcast_to(self.logp, shape), entropy)
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
 from edge.backends.trt.engine_builder import Order
 from edge.backends.trt.find_tensorrt import import_tensorrt, log_messages, make_logger
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable, length_buckets
-from edge.decoding.canvas import Row
+from edge.decoding.types import Row
 from shared.errors import ConfigError, DeviceError
 from shared.manifest import MAX_STEPS, Manifest
 from shared.schedule import SCHEDULES, time_of_masked_fraction
@@ -245,6 +245,7 @@ class TrtBackend:
         for i, row in enumerate(rows):
             row.canvas[: bucket.length] = bucket.canvas[i]
             row.step = int(self._rows["step"][i])
+            row.recount()
         for row, before in zip(rows, left, strict=True):
             row.check_progress(before)
 

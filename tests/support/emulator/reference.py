@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.backends import StepResult
-from edge.decoding.canvas import Row, Sampling, draw, how_many, rank
+from edge.decoding.canvas import COLDEST, draw, num_to_commit, rank
+from edge.decoding.philox import gumbel
+from edge.decoding.types import Row, Sampling, StepResult
 from shared.tokens import MASK
 
 HALF_MAX = 65504.0
@@ -46,9 +47,6 @@ def drawn(scored: StepResult, row: Row) -> Drawn:
 
 def _draw_margin(ids: Any, logp: Any, sampling: Sampling, step: int, position: Any) -> float:
     """The gap between the two best noisy scores and, with top-p, between its bound and the nearest cumulated mass."""
-    from edge.decoding.canvas import COLDEST
-    from edge.decoding.philox import gumbel
-
     if sampling.temperature == 0 or position.size == 0:
         return float("inf")  # ids are sorted by exact FP16 values
     ids, logp = ids[:, : sampling.top_k], logp[:, : sampling.top_k]
@@ -74,4 +72,4 @@ def committed(scored: StepResult, row: Row, drawn_: Drawn) -> tuple[NDArray[np.i
     """The reference's order of commitment, and how many it commits."""
     p = drawn_.position
     order = rank(scored.logp[p], drawn_.entropy, drawn_.confidence, row.sampling, row.step, p)
-    return order, how_many(order, drawn_.entropy, drawn_.confidence, row.sampling, row.step, p.size)
+    return order, num_to_commit(order, drawn_.entropy, drawn_.confidence, row.sampling, row.step, p.size)

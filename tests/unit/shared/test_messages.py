@@ -34,16 +34,16 @@ def line(**fields: Any) -> bytes:
     return msgspec.json.encode({"prompt": "x"} | fields)
 
 
-def test_messages_prompt_is_all_a_request_needs() -> None:
+def test_a_prompt_is_all_a_request_needs() -> None:
     assert decode_request(b'{"prompt": "Once"}') == GenerateRequest(prompt="Once")
 
 
-def test_messages_segments_mix_texts_and_gaps() -> None:
+def test_segments_mix_texts_and_gaps() -> None:
     request = decode_request(b'{"segments": ["Tom had a ", {"gap": 4}, "."]}')
     assert request.segments == ["Tom had a ", Gap(4), "."]
 
 
-def test_messages_request_goes_over_the_wire_without_its_defaults() -> None:
+def test_a_request_goes_over_the_wire_without_its_defaults() -> None:
     assert encode(GenerateRequest(prompt="x", seed=0)) == b'{"type":"generate","prompt":"x","seed":0}'
 
 
@@ -55,7 +55,7 @@ def test_messages_request_goes_over_the_wire_without_its_defaults() -> None:
         (b'{"type": "health"}', HealthRequest()),
     ],
 )
-def test_messages_line_is_a_generate_request_unless_it_says_otherwise(
+def test_a_line_is_a_generate_request_unless_it_says_otherwise(
     payload: bytes, expected: GenerateRequest | HealthRequest
 ) -> None:
     assert decode_line(payload) == expected
@@ -79,12 +79,12 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
 ]
 
 
-def test_messages_table_of_bounds_has_every_field() -> None:
+def test_the_table_of_bounds_has_every_field() -> None:
     assert {name for name, _, _ in BOUNDS} == set(GenerateRequest.__struct_fields__) - {"segments"}
 
 
 @pytest.mark.parametrize(("field", "inside", "outside"), BOUNDS, ids=[name for name, _, _ in BOUNDS])
-def test_messages_field_is_bounded_and_a_refusal_names_it(field: str, inside: list[Any], outside: list[Any]) -> None:
+def test_a_field_is_bounded_and_a_refusal_names_it(field: str, inside: list[Any], outside: list[Any]) -> None:
     for value in inside:
         assert getattr(decode_request(line(**{field: value})), field) == value
     for value in outside:
@@ -104,7 +104,7 @@ def test_messages_field_is_bounded_and_a_refusal_names_it(field: str, inside: li
         ([{"hole": 3}], "unknown field `hole` in `segments[0]`: known are `gap`"),
     ],
 )
-def test_messages_impossible_segments_are_refused_with_their_place(segments: list[Any], place: str) -> None:
+def test_impossible_segments_are_refused_with_their_place(segments: list[Any], place: str) -> None:
     error = refusal(msgspec.json.encode({"segments": segments}))
     assert error.code == "bad_request"
     assert place in str(error)
@@ -144,14 +144,14 @@ def test_messages_impossible_segments_are_refused_with_their_place(segments: lis
         (b'{"prompt": "x", "threshold": 1, "entropy_bound": 1}', "at most one of `threshold` and `entropy_bound`"),
     ],
 )
-def test_messages_bad_lines_are_refused_with_one_sentence(payload: bytes, sentence: str) -> None:
+def test_bad_lines_are_refused_with_one_sentence(payload: bytes, sentence: str) -> None:
     error = refusal(payload)
     assert error.code == "bad_request"
     assert sentence in str(error)
     assert "\n" not in str(error)
 
 
-def test_message_may_fill_its_bytes_and_no_more() -> None:
+def test_a_message_may_fill_its_bytes_and_no_more() -> None:
     frame = len(line(prompt=""))
     assert decode_line(line(prompt="x" * (MAX_MESSAGE_BYTES - frame)))
     error = refusal(line(prompt="x" * (MAX_MESSAGE_BYTES - frame + 1)))
@@ -159,7 +159,7 @@ def test_message_may_fill_its_bytes_and_no_more() -> None:
     assert f"{MAX_MESSAGE_BYTES + 1}" in str(error)
 
 
-def test_messages_only_a_generate_request_passes_as_one() -> None:
+def test_only_a_generate_request_passes_as_one() -> None:
     with pytest.raises(RequestError, match="type"):
         decode_request(b'{"type": "health"}')
 
@@ -178,12 +178,12 @@ def test_messages_only_a_generate_request_passes_as_one() -> None:
         (b"[]", None),
     ],
 )
-def test_messages_refused_request_keeps_its_id_where_that_can_be_read(payload: bytes, expected: str | None) -> None:
+def test_a_refused_request_keeps_its_id_where_that_can_be_read(payload: bytes, expected: str | None) -> None:
     assert id_of(payload) == expected
 
 
 @pytest.mark.parametrize("code", ERROR_CODES)
-def test_messages_error_becomes_the_terminal_answer(code: str) -> None:
+def test_an_error_becomes_the_terminal_answer(code: str) -> None:
     response = error_response(RequestError(code, "because", retry_after_ms=50), "a")
     assert response.id == "a"
     assert response.status == ("cancelled" if code == "cancelled" else "error")

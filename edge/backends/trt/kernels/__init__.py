@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.decoding.canvas import Sampling
+from edge.decoding.types import Sampling
 from shared.errors import DeviceError
 from shared.schedule import reveal_ratio
 

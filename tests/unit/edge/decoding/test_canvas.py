@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge.backends import StepResult
-from edge.decoding.canvas import Row, Sampling, draw, how_many, rank, unmask
+from edge.decoding.canvas import advance, bucket, commit_step, draw, num_to_commit, rank, unmask, wanted
 from edge.decoding.philox import gumbel
+from edge.decoding.types import Ids, Positions, Row, Sampling, StepResult
 from shared.manifest import Selection
 from shared.schedule import SCHEDULES, ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
@@ -93,12 +93,12 @@ def test_each_selection_puts_its_own_first() -> None:
     assert {first(replace(PLAIN, seed=s)) for s in range(40)} == {0, 1, 2}
 
 
-def test_how_many_a_pass_commits() -> None:
+def test_num_to_commit_by_threshold_and_in_the_last_step() -> None:
     order, entropy = np.arange(4), np.array([0.1, 0.2, 0.3, 0.4], np.float32)
     confidence = np.log(np.array([0.9, 0.6, 0.5, 0.1])).astype(np.float32)
 
     def count(sampling: Sampling, step: int = 0) -> int:
-        return how_many(order, entropy, confidence, replace(sampling, steps=64), step, 4)
+        return num_to_commit(order, entropy, confidence, replace(sampling, steps=64), step, 4)
 
     assert count(replace(PLAIN, threshold=0.55)) == 2
     assert count(replace(PLAIN, threshold=1.0)) == 1
@@ -111,7 +111,7 @@ def test_entropy_bound_is_the_sum_less_the_largest(bound: float, committed: int)
     entropy = np.array([0.3, 0.1, 0.4, 0.2], np.float32)
     sampling = replace(PLAIN, steps=64, entropy_bound=bound)
     order = rank(np.repeat(LOGP, 4, 0), entropy, np.zeros(4, np.float32), sampling, 0, np.arange(1, 5))
-    assert how_many(order, entropy, np.zeros(4, np.float32), sampling, 0, 4) == committed
+    assert num_to_commit(order, entropy, np.zeros(4, np.float32), sampling, 0, 4) == committed
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_entropy_bound_is_the_sum_less_the_largest(bound: float, committed: int)
 def cases(draw_: st.DrawFn) -> tuple[Noise, NDArray[np.int32], Sampling]:
     length, vocab = draw_(st.integers(2, 24)), draw_(st.integers(8, 14))
     k = draw_(st.integers(2, vocab))
-    noise = Noise(vocab, k, draw_(st.integers(0, 999)), (length,), draw_(st.sampled_from([0.0, 1.0, 5.0])))
+    noise = Noise(vocab, k, draw_(st.integers(0, 999)), draw_(st.sampled_from([0.0, 1.0, 5.0])))
     canvas = open_canvas(length)
     given_text = draw_(st.lists(st.integers(1, length - 1), max_size=4))
     canvas[given_text] = FIRST_TEXT_ID
@@ -155,7 +155,7 @@ def test_any_request_on_any_network_ends_in_a_sound_canvas(case: tuple[Noise, ND
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_commits_at_least_one_token_a_pass_and_ends(name: str) -> None:
     for seed in range(20):
-        noise = Noise(vocab=12, k=12, seed=seed, lengths=(40,))
+        noise = Noise(vocab=12, k=12, seed=seed)
         canvas, left = filled(noise, open_canvas(40), replace(RULES[name], seed=seed))
         assert_sound(canvas)
         assert left[-1] == 0
@@ -163,7 +163,7 @@ def test_every_rule_commits_at_least_one_token_a_pass_and_ends(name: str) -> Non
 
 
 def test_fixed_steps_bound_the_passes_but_for_a_waiting_end_and_more_steps_than_positions_work() -> None:
-    noise = Noise(vocab=40, k=40, seed=0, lengths=(30,), spread=0.0)
+    noise = Noise(vocab=40, k=40, seed=0, spread=0.0)
     for steps in (1, 2, 5, 29, 30, 1000):
         _, left = filled(noise, open_canvas(30), replace(PLAIN, steps=steps, top_k=40))
         assert len(left) <= min(steps + 1, 29)
@@ -173,7 +173,7 @@ def test_an_end_drawn_left_of_text_waits_for_one_more_pass() -> None:
     """One pass draws EOS beside later text; the text stands and the gap it left is filled with text."""
     waited = 0
     for seed in range(40):
-        noise = Noise(vocab=8, k=8, seed=seed, lengths=(12,))
+        noise = Noise(vocab=8, k=8, seed=seed)
         canvas, left = filled(noise, open_canvas(12), PLAIN)
         assert_sound(canvas)
         assert len(left) <= 2
@@ -186,14 +186,14 @@ def test_positions_that_nobody_asked_for_stay_open() -> None:
     canvas[6:8] = FIRST_TEXT_ID
     fill = np.zeros(20, bool)
     fill[2:6] = True
-    unmask(Noise(12, 12, 0, (20,)), "linear", canvas, fill, replace(PLAIN, steps=3), lambda step, now: None)
+    unmask(Noise(12, 12, 0), "linear", canvas, fill, replace(PLAIN, steps=3), lambda step, now: None)
     assert (canvas[2:6] >= FIRST_TEXT_ID).all()
     assert (canvas[1] == MASK) and (canvas[8:] == MASK).all()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_network_is_told_the_masked_fraction_of_the_canvas(schedule: ScheduleName) -> None:
-    noise = Noise(vocab=12, k=12, seed=5, lengths=(8, 16, 32))
+    noise = Noise(vocab=12, k=12, seed=5)
     start = open_canvas(32)
     start[1:5] = FIRST_TEXT_ID
     _, left = filled(noise, start, replace(PLAIN, steps=9), schedule)
@@ -202,58 +202,71 @@ def test_the_network_is_told_the_masked_fraction_of_the_canvas(schedule: Schedul
 
 
 @dataclass
-class Grudging(Noise):
-    """Scores what is wanted, and rubbish elsewhere; notes how much was wanted."""
+class Counting(Noise):
+    """Notes how much is to be scored, and how many positions of the canvas it sees."""
 
     asked: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-        self.asked.append(int(wanted.sum()))
-        assert (canvas[wanted] == MASK).all()
-        result = super().step(canvas, t, wanted)
-        result.ids[~wanted], result.logp[~wanted], result.entropy[~wanted] = -1, np.nan, np.nan
-        return result
+    def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
+        self.asked.append(positions.size)
+        self.lengths.append(canvas.size)
+        assert (canvas[positions] == MASK).all() and (np.diff(positions) > 0).all()
+        return super().score(canvas, t, positions)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_is_read_that_was_not_wanted(rule: str) -> None:
+def test_scoring_is_asked_for_no_more_than_a_step_can_use(rule: str) -> None:
     for seed in range(5):
         sampling = replace(RULES[rule], seed=seed)
-        plain, grudging = Noise(40, 16, seed, (48,)), Grudging(40, 16, seed, (48,))
-        expected, left = filled(plain, open_canvas(48), sampling)
-        found, _ = filled(grudging, open_canvas(48), sampling)
-        np.testing.assert_array_equal(found, expected)
+        counting = Counting(40, 16, seed)
+        _, left = filled(counting, open_canvas(48), sampling)
         if rule in ("random", "argmax"):  # chance decides: known before the pass, and little
-            assert sum(grudging.asked) <= 2 * 47
-            assert grudging.asked[0] == reveal_count(47, 0, sampling.steps)
+            assert sum(counting.asked) <= 2 * 47
+            assert counting.asked[0] == reveal_count(47, 0, sampling.steps)
         else:
-            assert grudging.asked == [47, *left[:-1]]
+            assert counting.asked == [47, *left[:-1]]
 
 
-def test_the_bucket_shrinks_behind_the_end() -> None:
-    """Positions behind an end are certain: the shortest length that still holds the end is scored."""
-    used = list[int]()
+def test_scored_canvas_ends_behind_the_first_visible_end() -> None:
+    """What follows an end is certain, and is not computed."""
 
-    class Recorder(Noise):
-        def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-            used.append(canvas.shape[1])
-            result = super().step(canvas, t, wanted)
-            if np.isin(canvas[0], [EOS, PAD]).any():
-                return result
-            result.ids[0, 9, 0], result.logp[0, 9] = EOS, [0.0, *[NEVER] * 11]  # sure of an end at position 9
+    class SureOfAnEnd(Counting):
+        def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
+            result = super().score(canvas, t, positions)
+            if 9 in positions and not np.isin(canvas, [EOS, PAD]).any():
+                at = int(np.flatnonzero(positions == 9)[0])
+                result.ids[at, 0], result.logp[at] = EOS, [0.0, *[NEVER] * 11]
             return result
 
-    recorder = Recorder(12, 12, 1, (8, 16, 32))
-    canvas, _ = filled(recorder, open_canvas(32), replace(PLAIN, steps=32, selection="confidence", temperature=0.0))
+    network = SureOfAnEnd(12, 12, 1)
+    canvas, _ = filled(network, open_canvas(32), replace(PLAIN, steps=32, selection="confidence", temperature=0.0))
     assert_sound(canvas)
-    assert used[:2] == [32, 16]
-    assert used == sorted(used, reverse=True)
+    assert network.lengths[:2] == [32, 10]
+    assert network.lengths == sorted(network.lengths, reverse=True)
+
+
+def test_bucket_is_the_shortest_that_holds_the_active_positions() -> None:
+    assert [bucket(active, (64, 128, 256)) for active in (1, 64, 65, 128, 256)] == [64, 64, 128, 128, 256]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_row_keeps_count_of_its_open_and_active_positions(rule: str) -> None:
+    """They are counted once a step, when it commits; a scheduler asks for them at every pass of every request."""
+    for seed in range(5):
+        canvas = open_canvas(40)
+        row = Row(canvas, canvas == MASK, replace(RULES[rule], seed=seed))
+        while row.left:
+            advance(Noise(12, 12, seed), "linear", [row])
+            ends = np.flatnonzero((row.canvas == EOS) | (row.canvas == PAD))
+            assert row.left == np.count_nonzero(row.fill & (row.canvas == MASK)) == row.open_positions().size
+            assert row.active == (ends[0] + 1 if ends.size else 40)
 
 
 @pytest.mark.parametrize("insists_on", [EOS, PAD, MASK])
 def test_a_network_that_proposes_the_impossible_is_an_error_and_no_endless_loop(insists_on: int) -> None:
     """It proposes one control token everywhere, left of visible text too."""
-    impossible = Constant(np.array([insists_on, FIRST_TEXT_ID], np.int32), np.array([0.0, NEVER], np.float32), (16,))
+    impossible = Constant(np.array([insists_on, FIRST_TEXT_ID], np.int32), np.array([0.0, NEVER], np.float32))
     canvas = open_canvas(16)
     canvas[15] = FIRST_TEXT_ID
     with pytest.raises(RuntimeError, match="nothing can be committed"):
@@ -266,19 +279,21 @@ def test_a_network_that_proposes_the_impossible_is_an_error_and_no_endless_loop(
 @pytest.mark.parametrize("rule", RULES)
 def test_open_positions_are_drafted_by_what_was_drawn_or_else_by_the_likeliest(rule: str) -> None:
     """Where chance decides, nobody looks at what stays open."""
-    network, canvas = Noise(vocab=40, k=16, seed=5, lengths=(24,)), open_canvas(24)
+    network, canvas = Noise(vocab=40, k=16, seed=5), open_canvas(24)
     row = Row(canvas, canvas == MASK, RULES[rule])
     assert (row.draft == MASK).all()
     seen = 0
     while row.left:
-        wanted, canvas = row.wanted(), row.canvas[None]
-        scored = network.step(canvas, np.full(1, 0.5, np.float32), canvas == MASK)
-        ids, logp = scored.ids[0], scored.logp[0]
-        drawn, _ = draw(ids, logp, row.sampling, row.step, np.arange(24))
-        row.commit(wanted, StepResult(ids, logp, scored.entropy[0]))
+        step, everywhere = row.step, np.flatnonzero(row.canvas == MASK)
+        every = network.score(row.canvas[: row.active], 0.5, everywhere)
+        expected = np.full_like(row.canvas, MASK)
+        if not row.sampling.by_chance:
+            drawn, _ = draw(every.ids, every.logp, row.sampling, step, everywhere)
+            expected[everywhere] = drawn if row.sampling.by_confidence else every.ids[:, 0]
+        positions = wanted(row)
+        at = np.isin(everywhere, positions)
+        commit_step(row, positions, StepResult(every.ids[at], every.logp[at], every.entropy[at]))
         still = row.canvas == MASK
-        expected = drawn if row.sampling.by_confidence else ids[:, 0]
-        expected = np.full_like(expected, MASK) if row.sampling.by_chance else expected
         np.testing.assert_array_equal(row.draft[still], expected[still])
         seen += int(still.sum())
     assert seen > 20

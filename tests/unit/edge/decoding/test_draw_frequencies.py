@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge.decoding.canvas import Sampling, draw
+from edge.decoding.canvas import draw
+from edge.decoding.types import Sampling
 from shared.tokens import FIRST_TEXT_ID
 from tests.support.networks import Constant, filled, open_canvas
 
@@ -50,7 +51,7 @@ def test_tokens_are_drawn_as_often_as_the_renormalised_top_k_says(name: str, see
     logp = -np.sort(np.random.default_rng(3).gamma(2.0, 1.5, k)).astype(np.float32)
     logp -= np.log(np.exp(logp).sum() / 0.9)  # the full vocabulary holds a tenth more
     ids = np.random.default_rng(4).permutation(np.arange(FIRST_TEXT_ID, 400))[:k].astype(np.int32)
-    canvas, _ = filled(Constant(ids, logp, (draws + 1,)), open_canvas(draws + 1), sampling)
+    canvas, _ = filled(Constant(ids, logp), open_canvas(draws + 1), sampling)
     counts = np.array([(canvas[1:] == i).sum() for i in ids])
     expected = truncated_softmax(logp, sampling) * draws
     assert counts[expected == 0].sum() == 0

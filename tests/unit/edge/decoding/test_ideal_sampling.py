@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from edge.decoding.canvas import Sampling, unmask
+from edge.decoding.canvas import unmask
+from edge.decoding.types import Sampling
 from shared.manifest import Selection
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.support.ideal import LENGTHS, PAIRS, VOCAB, Ideal

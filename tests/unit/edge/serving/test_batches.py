@@ -1,38 +1,38 @@
 """Continuous batching: who shares a pass with whom, whose turn it is, and that no text shows it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge.backends import Backend, StepResult
 from edge.backends.fake import FakeBackend
+from edge.decoding.canvas import advance
+from edge.decoding.types import Row
 from edge.serving.loaded_bundle import Engine
-from edge.serving.scheduler import ACTIVE, Scheduler
+from edge.serving.request_table import ACTIVE
+from edge.serving.scheduler import Scheduler
 from shared.messages import GenerateRequest
 from tests.support.mailbox import Mailbox, submit
 
 
 class Recorder:
-    """A backend of three lengths that notes the shape of every pass, and can refuse to score a canvas."""
+    """A backend that steps several rows of one length, notes the shape of every pass, and can refuse a canvas."""
 
-    def __init__(self, inner: Backend, batches: tuple[int, ...]) -> None:
+    def __init__(self, inner: FakeBackend, longest: int, batches: tuple[int, ...]) -> None:
         self._inner = inner
-        self.lengths: tuple[int, ...] = (16, 32, inner.lengths[-1])
+        self.lengths: tuple[int, ...] = (16, 32, longest)
         self.batches = batches
+        self.failure: str | None = None
         self.shapes: list[tuple[int, int]] = []
         self.refuses: set[bytes] = set()
         self.closed = False
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-        assert canvas.shape[0] in self.batches and canvas.shape[1] in self.lengths
-        if any(row[:8].tobytes() in self.refuses for row in canvas):
+    def advance(self, rows: Sequence[Row], length: int) -> None:
+        assert len(rows) in self.batches and length in self.lengths
+        assert all(row.active <= length for row in rows)
+        if any(row.canvas[:8].tobytes() in self.refuses for row in rows):
             raise ZeroDivisionError("the accelerator fell off")
-        self.shapes.append((canvas.shape[0], canvas.shape[1]))
-        length = canvas.shape[1]
-        ids, logp, entropy = self._inner.step(canvas, t, wanted)
-        return StepResult(ids[:, :length], logp[:, :length], entropy[:, :length])
+        self.shapes.append((len(rows), length))
+        advance(self._inner, "linear", rows)
 
     def close(self) -> None:
         self.closed = True
@@ -41,7 +41,7 @@ class Recorder:
 def recorded(folder: Path, *batches: int) -> tuple[Engine, Recorder]:
     engine = Engine.load(folder, "fake")
     assert isinstance(engine.backend, FakeBackend)
-    recorder = Recorder(engine.backend, batches)
+    recorder = Recorder(engine.backend, engine.manifest.model.canvas_len, batches)
     engine.backend = recorder
     return engine, recorder
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.serving.fair_queue import Turns
+from edge.serving.fair_queue import FairQueue
 
 
 @dataclass(eq=False)
@@ -19,59 +19,59 @@ class Job:
     passes: int = 1
 
 
-def under_way() -> Turns[Job]:
-    return Turns(lambda job: job.cost)
+def under_way() -> FairQueue[Job]:
+    return FairQueue(lambda job: job.cost)
 
 
-def serve(turns: Turns[Job]) -> Job:
+def serve(queue: FairQueue[Job]) -> Job:
     """One pass of whoever is next."""
-    job = turns.order()[0]
-    turns.charge([job])
+    job = queue.order()[0]
+    queue.charge([job])
     job.passes -= 1
     if job.passes == 0:
-        turns.leave(job)
+        queue.leave(job)
     return job
 
 
-def cost_until_done(turns: Turns[Job], wanted: Job) -> int:
+def cost_until_done(queue: FairQueue[Job], wanted: Job) -> int:
     """What all passes cost up to the last one of `wanted`."""
     cost = 0
     while wanted.passes:
-        cost += serve(turns).cost
+        cost += serve(queue).cost
     return cost
 
 
-def test_requests_of_one_client_take_turns() -> None:
-    turns = under_way()
+def test_requests_of_one_client_take_queue() -> None:
+    queue = under_way()
     for number in range(3):
-        turns.join(Job("a", number, passes=2))
-    assert [serve(turns).number for _ in range(6)] == [0, 1, 2, 0, 1, 2]
-    assert len(turns) == 0 and "a" not in turns
+        queue.join(Job("a", number, passes=2))
+    assert [serve(queue).number for _ in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert len(queue) == 0 and "a" not in queue
 
 
 def test_a_client_with_many_requests_gets_no_more_than_one_with_a_single_one() -> None:
-    turns = under_way()
+    queue = under_way()
     for number in range(8):
-        turns.join(Job("greedy", number, passes=100))
-    turns.join(Job("modest", 8, passes=100))
-    served = [serve(turns).client for _ in range(100)]
+        queue.join(Job("greedy", number, passes=100))
+    queue.join(Job("modest", 8, passes=100))
+    served = [serve(queue).client for _ in range(100)]
     assert served.count("modest") == 50
 
 
 def test_who_comes_late_is_not_owed_the_past() -> None:
-    turns = under_way()
-    turns.join(Job("early", 0, passes=1000))
+    queue = under_way()
+    queue.join(Job("early", 0, passes=1000))
     for _ in range(100):
-        serve(turns)
-    turns.join(Job("late", 1, passes=1000))
-    assert [serve(turns).client for _ in range(100)].count("late") == 50
+        serve(queue)
+    queue.join(Job("late", 1, passes=1000))
+    assert [serve(queue).client for _ in range(100)].count("late") == 50
 
 
 def test_a_long_canvas_uses_up_more_than_a_short_one() -> None:
-    turns = under_way()
-    turns.join(Job("a", 0, cost=256, passes=100))
-    turns.join(Job("b", 1, cost=64, passes=100))
-    served = [serve(turns).client for _ in range(100)]
+    queue = under_way()
+    queue.join(Job("a", 0, cost=256, passes=100))
+    queue.join(Job("b", 1, cost=64, passes=100))
+    served = [serve(queue).client for _ in range(100)]
     assert (served.count("a"), served.count("b")) == (20, 80)
 
 
@@ -83,14 +83,14 @@ passes_and_costs = st.tuples(st.integers(1, 40), st.sampled_from([64, 128, 256])
 def test_beside_n_others_a_request_takes_n_plus_1_times_as_long_as_alone(
     of_one_client: bool, short: tuple[int, int], others: list[tuple[int, int]], head_start: int
 ) -> None:
-    turns = under_way()
+    queue = under_way()
     for number, (passes, cost) in enumerate(others):
-        turns.join(Job("a" if of_one_client else f"client {number}", number, cost, passes))
+        queue.join(Job("a" if of_one_client else f"client {number}", number, cost, passes))
     for _ in range(head_start):
-        if len(turns):
-            serve(turns)
-    n = len(turns)
+        if len(queue):
+            serve(queue)
+    n = len(queue)
     passes, cost = short
     wanted = Job("a" if of_one_client else "short", 99, cost, passes)
-    turns.join(wanted)
-    assert cost_until_done(turns, wanted) <= (n + 1) * passes * cost
+    queue.join(wanted)
+    assert cost_until_done(queue, wanted) <= (n + 1) * passes * cost

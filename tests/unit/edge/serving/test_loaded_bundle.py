@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from edge.decoding.types import Row
 from edge.serving.loaded_bundle import Engine
 from edge.serving.scheduler import Scheduler
 from shared.errors import BundleError, RequestError
@@ -141,17 +142,22 @@ def test_the_same_request_gives_the_same_text_alone_and_beside_others(engine: En
         assert (message.status, message.text) == ("ok", alone[message.id])
 
 
-def test_the_text_does_not_depend_on_the_length_that_is_scored(fp32: Engine) -> None:
-    """The whole canvas at every pass, or only up to the end: positions behind it are certain and change nothing."""
-    buckets = fp32.backend.lengths
-    assert len(buckets) > 1
+def test_text_does_not_depend_on_the_length_that_is_scored(fp32: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole canvas at every pass, or only up to the end: positions after it are certain and change nothing."""
     requests = [replace(REQUESTS[n], seed=s) for n in ("short", "random", "confidence") for s in range(2)]
     cut = [fp32.run(fp32.prepare(request)).canvas for request in requests]
-    try:
-        fp32.backend.lengths = buckets[-1:]
-        whole = [fp32.run(fp32.prepare(request)).canvas for request in requests]
-    finally:
-        fp32.backend.lengths = buckets
+    seen = set[int]()
+
+    recount = Row.recount
+
+    def never_cut(row: Row) -> None:
+        recount(row)
+        seen.add(row.active)
+        row.active = row.canvas.size
+
+    monkeypatch.setattr(Row, "recount", never_cut)
+    whole = [fp32.run(fp32.prepare(request)).canvas for request in requests]
+    assert len(seen) > 1
     np.testing.assert_array_equal(cut, whole)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edge.backends.fake import FakeBackend
 from edge.serving.loaded_bundle import Engine, Plan, Run
 from edge.serving.scheduler import Scheduler
 from shared.errors import RequestError
@@ -20,11 +21,13 @@ class GatedEngine(Engine):
 
     def __init__(self, inner: Engine) -> None:
         self.__dict__.update(inner.__dict__)
+        assert isinstance(self.backend, FakeBackend)
+        self.backend.lanes = 1
         self.at_step = threading.Semaphore(0)
         self.may_step = threading.Semaphore(0)
 
-    def step(self, runs: Sequence[Run]) -> None:
-        super().step(runs)
+    def step(self, runs: Sequence[Run], under_way: int = 1) -> None:
+        super().step(runs, under_way)
         self.at_step.release()
         assert self.may_step.acquire(timeout=20)
 
@@ -57,7 +60,6 @@ def submit_running(scheduler: Scheduler, engine: GatedEngine, **fields: Any) -> 
 
 def test_equal_requests_are_answered_in_the_order_they_came(engine: GatedEngine) -> None:
     order: list[str | None] = []
-    engine.backend.batches = (1,)
     scheduler = Scheduler(engine, queue_size=16)
     for name in "abcdefghij":
         request = GenerateRequest(prompt="Once", id=name, max_tokens=3)
@@ -151,7 +153,7 @@ def test_an_unexpected_failure_ends_one_request_and_not_the_scheduler(
 ) -> None:
     engine.go()
 
-    def fail(runs: Sequence[Run]) -> None:
+    def fail(runs: Sequence[Run], under_way: int) -> None:
         raise ZeroDivisionError("the accelerator fell off")
 
     with monkeypatch.context() as patch:
@@ -256,7 +258,7 @@ def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, en
 
 def test_it_tells_what_is_on_the_engine(scheduler: Scheduler, engine: GatedEngine) -> None:
     told: list[list[int]] = []
-    scheduler.watch = lambda tags: told.append(list(tags))
+    scheduler.watch(lambda tags: told.append(list(tags)))
     engine.go()
     mailbox = Mailbox()
     scheduler.submit(GenerateRequest(prompt="Once", max_tokens=4), mailbox, commit=lambda plan: 77)

@@ -12,13 +12,13 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
-from numpy.typing import NDArray
 
-from edge.backends import Chosen, LoopBackend, StepResult
+from edge.backends import Chosen
 from edge.backends.trt.backend import EngineRejected, TrtBackend
 from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable
-from edge.decoding.canvas import Row, Sampling, advance
+from edge.decoding.canvas import advance
+from edge.decoding.types import Ids, LoopBackend, Positions, Row, Sampling, StepResult
 from edge.serving.loaded_bundle import Engine
 from shared.errors import BundleError, DeviceError
 from shared.manifest import Manifest, find_graph, read_manifest
@@ -116,7 +116,7 @@ def test_without_graphs_the_passes_are_enqueued_plainly(
 ) -> None:
     backend = bench.open()
     wanted = rows(bench.manifest, 2)
-    advance(backend, "linear", wanted, backend.lengths[-1])
+    advance(backend, "linear", wanted)
     backend.close()
     bench.driver.fails = {name: Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED}
     with caplog.at_level(logging.WARNING, "edgelm"):
@@ -212,16 +212,16 @@ REQUESTS = {
 class SameLogits:
     """The processor's loop on the very logits that the kernels read: the CUDA graph, then the reduction in numpy."""
 
-    def __init__(self, graph: bytes, lengths: tuple[int, ...], k: int) -> None:
-        self.lengths, self.k = lengths, k
-        self.batches: tuple[int, ...] = (1,)
+    lanes = 1
+
+    def __init__(self, graph: bytes, k: int) -> None:
+        self._k = k
         self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
 
-    def step(self, canvas: NDArray[np.int32], t: NDArray[np.float32], wanted: NDArray[np.bool_]) -> StepResult:
-        names = [i.name for i in self._session.get_inputs()]
-        (logits,) = self._session.run(["logits"], {n: v for n, v in (("canvas", canvas), ("t", t)) if n in names})
-        ids, logp, entropy = reduce_logits(logits[0], self.k)
-        return StepResult(ids[None], logp[None], entropy[None])
+    def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
+        feed: dict[str, Any] = {"canvas": canvas[None], "t": np.array([t], np.float32)}
+        (logits,) = self._session.run(["logits"], {i.name: feed[i.name] for i in self._session.get_inputs()})
+        return reduce_logits(logits[0][positions], self._k)
 
     def close(self) -> None:
         """Nothing to free."""
@@ -233,7 +233,7 @@ def test_a_whole_text_is_the_one_of_the_processor(bench: Bench, debug_bundle: Pa
     on_cpu = Engine.load(debug_bundle, "fake")
     backend = bench.open()
     on_gpu = Engine(debug_bundle, bench.manifest, Chosen(backend, "trt"), on_cpu._texts)
-    on_cpu.backend = SameLogits(bench.graph, backend.lengths, bench.manifest.top_k)
+    on_cpu.backend = SameLogits(bench.graph, bench.manifest.top_k)
     agreed = 0
     for seed in range(4):
         plan = on_cpu.prepare(msgspec.structs.replace(REQUESTS[name], seed=seed))

@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.backends.trt import kernels
-from edge.decoding.canvas import Row, Sampling, commit, draw
+from edge.decoding.canvas import commit, draw
+from edge.decoding.types import Row, Sampling
 from shared.manifest import Selection
 from shared.schedule import time_of_masked_fraction
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD

@@ -155,7 +155,7 @@ def test_an_engine_that_tensorrt_no_longer_takes_is_built_once_more(
     assert "does not take the cached engine: building it once more" in caplog.text
     assert engines.load(place).engine != STALE
     row = doctor._open_row(jetson.manifest)
-    advance(backend, jetson.manifest.schedule, [row], backend.lengths[-1])
+    advance(backend, jetson.manifest.schedule, [row])
     assert row.step == 1
     backend.close()
     assert not any(jetson.driver.live.values())

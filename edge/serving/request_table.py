@@ -1,0 +1,240 @@
+"""Accepted requests from acceptance to answer, behind one lock: who has a place, whose turn it is, who is in a pass."""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from edge.serving.fair_queue import FairQueue
+from edge.serving.job import Job
+from edge.serving.loaded_bundle import Engine
+from shared.errors import RequestError
+
+ACTIVE: Final = 16
+"""Requests that take turns. More would all be late: the rest waits for a place, but for a client that has none."""
+FIRST_GUESS_MS: Final = 1000.0
+"""A request's service time before one was measured."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one thread is to do next: finish some requests with an error, or one pass over a batch.
+
+    under_way: how many requests take turns with the batch, itself included.
+    """
+
+    stopped: Sequence[tuple[Job, RequestError]] = ()
+    batch: Sequence[Job] = ()
+    under_way: int = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """For health and metrics. load: accepted and unanswered requests, the waiting ones among them."""
+
+    load: int
+    waiting: int
+    accepted: int
+    steps: int
+    draining: bool
+
+
+@dataclass
+class _Guarded:
+    """What the table's lock guards: touch it with the lock held."""
+
+    engine: Engine
+    waiting: deque[Job] = field(default_factory=deque)
+    queue: FairQueue[Job] = field(default_factory=lambda: FairQueue(Job.positions))
+    taken: set[Job] = field(default_factory=set)  # some thread is at work on them
+    passes: list[Sequence[Job]] = field(default_factory=list)  # the batches that are being computed
+    steps: int = 0  # passes made
+    load: Counter[str] = field(default_factory=Counter)  # client → accepted and unanswered
+    users: Counter[Engine] = field(default_factory=Counter)  # engine → the same
+    accepted: int = 0
+    mean_ms: float = FIRST_GUESS_MS
+    watched: list[int] = field(default_factory=list)
+    draining: bool = False
+    stopping: bool = False
+    failure: str | None = None
+
+
+class RequestTable:
+    """Thread-safe. size: how many requests may be accepted and unanswered.
+
+    watch: called, with the lock held, with the tags of the requests in a pass whenever they change; it and every job's
+    `gone` must return at once and not call back.
+    """
+
+    def __init__(self, engine: Engine, size: int) -> None:
+        self.watch: Callable[[Sequence[int]], None] = lambda tags: None
+        self._size = size
+        self._changed = threading.Condition()
+        self._its = _Guarded(engine)
+
+    @property
+    def engine(self) -> Engine:
+        """What new requests are accepted for."""
+        return self._its.engine
+
+    @property
+    def failure(self) -> str | None:
+        """Why the device is out of service."""
+        return self._its.failure
+
+    def counts(self) -> Counts:
+        """How many requests there are."""
+        with self._changed:
+            its = self._its
+            return Counts(its.load.total(), len(its.waiting), its.accepted, its.steps, its.draining)
+
+    # --- in and out ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, client: str, resumed: bool) -> tuple[Engine, int]:
+        """A place, and the engine to fill it for.  → engine, number in the order of acceptance
+
+        resumed: accepted before, so there is room for it. Raises RequestError (`queue_full`, `draining`).
+        """
+        with self._changed:
+            its = self._its
+            if its.draining:
+                raise RequestError("draining", self._reason("the daemon is shutting down"))
+            load, retry_after_ms = its.load.total(), max(1, round(its.mean_ms))
+            if load >= self._size and not resumed:
+                raise RequestError("queue_full", f"{load} requests are accepted already", retry_after_ms)
+            if load >= self._size - self._size // 4 and its.load[client] and not resumed:
+                theirs = f"{load} requests are accepted already: the last places are for clients that have none"
+                raise RequestError("queue_full", theirs, retry_after_ms)
+            its.load[client] += 1
+            its.users[its.engine] += 1
+            its.accepted += 1
+            return its.engine, its.accepted
+
+    def release(self, client: str, engine: Engine) -> None:
+        """Give a reserved place back; the last to leave a replaced engine closes it."""
+        with self._changed:
+            its = self._its
+            its.load[client] -= 1
+            its.users[engine] -= 1
+            its.load, its.users = +its.load, +its.users  # forget those who have nothing here any more
+            if its.draining:
+                self._changed.notify_all()
+            unused = engine is not its.engine and not its.users[engine]
+        if unused:
+            engine.close()
+
+    def add(self, job: Job) -> None:
+        """A reserved place is filled."""
+        with self._changed:
+            self._its.waiting.append(job)
+            self._changed.notify()
+
+    def remove(self, job: Job, service_ms: float | None = None) -> None:
+        """A taken job is finished. service_ms: the time its passes took, where it is a complete text."""
+        with self._changed:
+            its = self._its
+            its.taken.discard(job)
+            if job in its.waiting:
+                its.waiting.remove(job)
+            else:
+                its.queue.leave(job)
+            if service_ms is not None:
+                its.mean_ms += 0.2 * (service_ms - its.mean_ms)
+        self.release(job.client, job.engine)
+
+    # --- work ---------------------------------------------------------------------------------------------------------
+
+    def take(self) -> Work | None:
+        """Wait for something to do; None when nothing is left and nothing will come."""
+        with self._changed:
+            its = self._its
+            while True:
+                self._admit()
+                if stopped := self._stopped():
+                    its.taken.update(job for job, _ in stopped)
+                    return Work(stopped=stopped)
+                if batch := self._next_batch():
+                    return self._begin(batch)
+                if not its.taken:
+                    self._report([])
+                    if its.draining and not its.load.total():
+                        return None
+                self._changed.wait()
+
+    def end_pass(self, batch: Sequence[Job], finished: Collection[Job]) -> None:
+        """The pass over a batch is over: `finished` are to be removed, the others may be taken again."""
+        with self._changed:
+            its = self._its
+            its.passes.remove(batch)
+            its.steps += 1
+            its.taken.difference_update(job for job in batch if job not in finished)
+
+    def _admit(self) -> None:
+        """Give places in the fair queue to those who wait, once there is one."""
+        its = self._its
+        for job in list(its.waiting):
+            if len(its.queue) < ACTIVE or job.client not in its.queue:
+                its.waiting.remove(job)
+                its.queue.join(job)
+
+    def _stopped(self) -> list[tuple[Job, RequestError]]:
+        """Who is not to go on, and why: also of those who wait, so that they learn it now and make room."""
+        its = self._its
+        jobs = [job for job in (*its.queue, *its.waiting) if job not in its.taken]
+        if its.stopping:
+            reason = self._reason("the daemon shut down before this was finished")
+            return [(job, RequestError("draining", reason)) for job in jobs]
+        return [(job, error) for job in jobs if (error := job.obstacle()) is not None]
+
+    def _next_batch(self) -> list[Job]:
+        """The next in turn, with as many others of its engine and length as the backend takes in one pass."""
+        its = self._its
+        order = [job for job in its.queue.order() if job not in its.taken]
+        computing = [batch[0] for batch in its.passes]
+        if not order or any(job.alone for job in computing):
+            return []
+        first = order[0]
+        if first.alone:
+            return [] if computing else [first]
+        if len(computing) >= min(job.engine.lanes for job in (first, *computing)):
+            return []
+        kind = (first.engine, first.positions())
+        mates = [job for job in order if not job.alone and (job.engine, job.positions()) == kind]
+        size = max(size for size in first.engine.batches if size <= len(mates))
+        return sorted(mates[:size], key=lambda job: job.number)
+
+    def _begin(self, batch: list[Job]) -> Work:
+        its = self._its
+        its.taken.update(batch)
+        its.passes.append(batch)
+        its.queue.charge(batch)
+        self._report([job.tag for computed in its.passes for job in computed])
+        if len(its.queue) > len(its.taken):
+            self._changed.notify()  # there may be a pass for another thread
+        return Work(batch=batch, under_way=1 if batch[0].alone else len(its.queue))
+
+    def _report(self, tags: list[int]) -> None:
+        if tags != self._its.watched and self._its.failure is None:  # what was on the device as it failed stays noted
+            self._its.watched = tags
+            self.watch(tags)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def replace_engine(self, engine: Engine) -> None:
+        """Accept for another engine from now on. The old one is closed once its last request is answered."""
+        with self._changed:
+            retired, self._its.engine = self._its.engine, engine
+            unused = not self._its.users[retired]
+        if unused:
+            retired.close()
+
+    def drain(self, stop: bool = False, failure: str | None = None) -> None:
+        """Refuse what comes now; stop: what is accepted as well, from its next pass on. failure: of the device."""
+        with self._changed:
+            its = self._its
+            its.draining, its.stopping, its.failure = True, its.stopping or stop, its.failure or failure
+            self._changed.notify_all()
+
+    def _reason(self, usual: str) -> str:
+        return usual if self._its.failure is None else "the device has failed, and the daemon starts again"
