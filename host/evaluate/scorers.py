@@ -1,4 +1,4 @@
-"""One question for every form of a model: the cross-entropy of each masked token. Torch answers, or a step graph."""
+"""Scorers: the cross-entropy of each masked token, by the torch network or by a step graph."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def session_of(graph: onnx.ModelProto, outputs: Mapping[str, type] | None = None
 
 
 def step_feed(session: ort.InferenceSession, canvas: NDArray[np.int32], t: float) -> Feed:
-    """Inputs of one pass over one canvas (L,) whose masked positions are all wanted."""
+    """Inputs of one denoising step of one canvas (L,) whose masked positions are all wanted."""
     feed: Feed = {
         "canvas": canvas[None].astype(np.int32),
         "t": np.array([t], np.float32),

@@ -1,6 +1,6 @@
 """The step graph for the CPU: float32, ONNX Runtime's own attention, and a reduction to the K best tokens at the end.
 
-Full scores (8 MB a pass at 256 × 8,192) never come to Python.
+All logits (8 MB a step at 256 × 8,192) never come to Python.
 """
 
 from typing import Any
@@ -15,8 +15,7 @@ from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
 
 def cpu_graph(model: Denoiser, top_k: int) -> onnx.ModelProto:
-    """One canvas, and of its masked positions only the wanted ones: nobody reads the others, and the head is a good
-    part of a small network.
+    """One canvas, scored at the wanted positions only: the LM head is a good part of a small network.
 
     canvas int32 (1, L), t float32 (1,) if timed, wanted int32 (M,) positions, ascending →
     ids int32 (M, K), logp float32 (M, K) over the full vocabulary, entropy float32 (M,)
@@ -24,8 +23,8 @@ def cpu_graph(model: Denoiser, top_k: int) -> onnx.ModelProto:
     g = StepBuilder(model, "float32")
     config = model.config
     x = g.embed()
-    bias = g.attention_bias(_bias_by_distance(g))  # (1, H, L, L)
-    asked: dict[str, Any] = {"domain": "com.microsoft", "num_heads": config.heads}
+    bias = g.attention_bias(_relative_bias(g))  # (1, H, L, L)
+    attention: dict[str, Any] = {"domain": "com.microsoft", "num_heads": config.heads}
     for i in range(config.layers):
         b = f"blocks.{i}"
         h = g.norm(x, f"{b}.norm1")
@@ -40,7 +39,7 @@ def cpu_graph(model: Denoiser, top_k: int) -> onnx.ModelProto:
         else:
             g.op("Split", f"{b}.qkv3", g.linear(h, f"{b}.qkv", f"{b}.qkv.out"), outputs=3, axis=-1, num_outputs=3)
             inputs = (f"{b}.qkv3.0", f"{b}.qkv3.1", f"{b}.qkv3.2")
-        mixed = g.op("MultiHeadAttention", f"{b}.mixed", *inputs, "", "", bias, **asked)
+        mixed = g.op("MultiHeadAttention", f"{b}.mixed", *inputs, "", "", bias, **attention)
         x = g.feed_forward(g.attention_out(x, mixed, b), b)
     _reduction(g, g.op("Squeeze", "states", g.norm(x, "norm"), "axis_0"), top_k)
     read: list[Value] = [("canvas", "int32", (1, "length")), ("t", "float32", (1,)), ("wanted", "int32", ("wanted",))]
@@ -54,7 +53,7 @@ def cpu_graph(model: Denoiser, top_k: int) -> onnx.ModelProto:
     return g.model(read, outputs, contrib=True)
 
 
-def _bias_by_distance(g: StepBuilder) -> str:
+def _relative_bias(g: StepBuilder) -> str:
     """The table spread over all pairs of positions: by ONNX Runtime when it loads the graph, whose file stays small.
 
     → (1, H, canvas, canvas)

@@ -55,7 +55,7 @@ def quantize(
 ) -> onnx.ModelProto:
     """The graph with INT8 matrix products.
 
-    dynamic: activations scaled per tensor at run time, so a pass must hold one request. static: scales fixed by the
+    dynamic: activations scaled per tensor at run time, so a run must hold one request. static: scales fixed by the
     calibration canvases, taken from where sampling really goes. kept_float: layers to leave as they are.
     """
     kept = [*KEPT_FLOAT, *(node for layer in kept_float for node in nodes_of(layer))]

@@ -97,7 +97,7 @@ class StepBuilder(GraphBuilder):
         return self.op("Cast", f"{name}.out", x, to=ONNX_TYPE[self._dtype])
 
     def embed(self) -> str:
-        """Tokens, places and time; also the value `position` (L,).  → (B, L, D)"""
+        """Embeddings of tokens, positions and time; also the value `position` (L,).  → (B, L, D)"""
         config = self.config
         length = self.op("Shape", "length", "canvas", start=1, end=2)
         zero, axis0 = self.constant("zero", np.array([0])), self.constant("axis_0", np.array([0]))
@@ -108,33 +108,33 @@ class StepBuilder(GraphBuilder):
         x = self.op("Add", "embedded", tokens, places)
         return self.op("Add", "timed", x, self._time()) if config.time_input else x
 
-    def attention_bias(self, by_distance: str) -> str:
-        """The bias by_distance (1, H, canvas, canvas) cut to the length, and NEVER for keys behind the end.
+    def attention_bias(self, relative: str) -> str:
+        """Relative position bias (1, H, canvas, canvas) cut to the length, plus NEVER at keys after the end.
 
         → (B, H, L, L)
         """
         starts, axes = self.constant("zeros", np.array([0, 0])), self.constant("axes_2_3", np.array([2, 3]))
         ends = self.op("Concat", "length_twice", "length", "length", axis=0)
-        cut = self.op("Slice", "bias_by_distance", by_distance, starts, ends, axes)
+        cut = self.op("Slice", "bias_by_distance", relative, starts, ends, axes)
         visible, never = (self.constant(n, np.full(1, v, self._dtype)) for n, v in (("visible", 0), ("never", NEVER)))
         keys = self.op("Where", "key_bias", self.attended(), visible, never)
         keys = self.op("Unsqueeze", "key_bias.row", keys, self.constant("axes_1_2", np.array([1, 2])))
         return self.op("Add", "attention_bias", cut, keys)
 
     def attention_out(self, x: str, mixed: str, block: str) -> str:
-        """What attention found, added to the stream."""
+        """Output projection of attention, added to the residual stream."""
         return self.op(
             "Add", f"{block}.x1", x, self.linear(mixed, f"{block}.attention_out", f"{block}.attention_out.out")
         )
 
     def feed_forward(self, x: str, block: str) -> str:
-        """The second half of a block."""
+        """LayerNorm, feed-forward with GELU by erf, added to the residual stream."""
         h = self.linear(self.norm(x, f"{block}.norm2"), f"{block}.up", f"{block}.up.out")
         h = self.op("Gelu", f"{block}.gelu", h, approximate="none")
         return self.op("Add", f"{block}.x2", x, self.linear(h, f"{block}.down", f"{block}.down.out"))
 
     def attended(self) -> str:
-        """True up to and with the first visible EOS or PAD; what follows is certain, nothing looks at it.  → (B, L)"""
+        """True up to and including the first visible EOS or PAD: later keys are masked.  → (B, L)"""
         visible = [
             self.op("Equal", f"is_{name}", "canvas", self.constant(name, np.array(token, np.int32)))
             for name, token in (("eos", EOS), ("pad", PAD))

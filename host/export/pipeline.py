@@ -50,7 +50,7 @@ class Built:
 
 
 def median_step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
-    """Median time of one pass over one canvas (L,) on this machine."""
+    """Median time of one denoising step of one canvas (L,) on this machine."""
     session = session_of(graph)
     feed = step_feed(session, canvas, 1.0)
     times = []
@@ -122,7 +122,7 @@ def cuda_int8(reference: Reference, fp16: onnx.ModelProto) -> Built:
 
 
 def most_faithful(passing: Sequence[Built]) -> Built:
-    """Of graphs that pass the gate, that whose NELBO moved least: all of a distribution counts, not its best token."""
+    """Of graphs that pass the gate, the one whose NELBO changed least: top-1 agreement sees one token alone."""
     return min(passing, key=lambda built: nelbo_change(built.parity))
 
 

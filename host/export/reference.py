@@ -101,7 +101,7 @@ def trajectories(
 def stratified(visited: Canvases, strata: int, each: int, seed: int) -> Canvases:
     """Of canvases that sampling visits, `each` from every band of mask rates, drawn by chance.
 
-    Trajectories spend many passes where nearly all is masked, and leap over whole bands when an end is drawn. A band
+    Trajectories spend many steps where nearly all is masked, and skip whole bands when an end is drawn. A band
     with fewer canvases gives some of them more than once; one that was never visited gives none.
     """
     bands: list[list[tuple[NDArray[np.int32], float]]] = [[] for _ in range(strata)]

@@ -111,15 +111,15 @@ def refusal(folder: Path) -> str:
     return sentence
 
 
-def test_a_manifest_comes_back_as_it_was_written(bundle: Path) -> None:
+def test_manifest_comes_back_as_it_was_written(bundle: Path) -> None:
     assert read_manifest(bundle) == WHOLE
 
 
-def test_no_folder_is_no_bundle(tmp_path: Path) -> None:
+def test_manifest_of_no_folder_is_refused(tmp_path: Path) -> None:
     assert "is not a bundle: cannot read manifest.json (No such file or directory)" in refusal(tmp_path / "nowhere")
 
 
-def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+def test_manifest_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "is not a bundle: cannot read manifest.json (Not a directory)" in refusal(tmp_path / "file")
 
@@ -137,19 +137,19 @@ def test_a_file_is_no_bundle(tmp_path: Path) -> None:
     ],
     ids=["empty", "truncated", "list", "null", "binary", "deep", "not UTF-8"],
 )
-def test_damage_is_called_damage(bundle: Path, content: bytes) -> None:
+def test_manifest_damage_is_called_damage(bundle: Path, content: bytes) -> None:
     (bundle / MANIFEST).write_bytes(content)
     assert "manifest.json is damaged: " in refusal(bundle)
 
 
-def test_a_truncated_manifest_is_damaged_wherever_it_ends(bundle: Path) -> None:
+def test_manifest_cut_anywhere_is_damaged(bundle: Path) -> None:
     whole = (bundle / MANIFEST).read_bytes()
     for end in range(0, len(whole), 97):
         (bundle / MANIFEST).write_bytes(whole[:end])
         assert "is damaged: " in refusal(bundle)
 
 
-def test_a_manifest_without_end_is_not_read(bundle: Path) -> None:
+def test_manifest_without_end_is_not_read(bundle: Path) -> None:
     (bundle / MANIFEST).write_bytes(b" " * (MAX_MANIFEST_BYTES + 1))
     assert f"{MAX_MANIFEST_BYTES + 1} bytes; at most {MAX_MANIFEST_BYTES}" in refusal(bundle)
 
@@ -157,7 +157,7 @@ def test_a_manifest_without_end_is_not_read(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "found"), [(0, "0"), (2, "2"), ("1", '"1"'), (None, "null"), (["x" * 1000], '["' + "x" * 38)]
 )
-def test_another_version_is_refused_before_its_fields_are(
+def test_manifest_of_another_version_is_refused_before_its_fields_are(
     edit: Callable[[Callable[[Any], None]], Path], version: object, found: str
 ) -> None:
     """A later release's manifest has fields that this one cannot know."""
@@ -165,7 +165,7 @@ def test_another_version_is_refused_before_its_fields_are(
     assert refusal(folder).endswith(f"has format_version {found}; this release reads 1")
 
 
-def test_a_manifest_without_version_is_refused(edit: Callable[[Callable[[Any], None]], Path]) -> None:
+def test_manifest_without_version_is_refused(edit: Callable[[Callable[[Any], None]], Path]) -> None:
     assert "has format_version none; this release reads 1" in refusal(edit(lambda wire: wire.pop("format_version")))
 
 
@@ -190,39 +190,39 @@ def test_a_manifest_without_version_is_refused(edit: Callable[[Callable[[Any], N
         (lambda wire: wire.update(top_k=301), "top_k 301 above vocab_size 300"),
     ],
 )
-def test_a_field_that_does_not_fit_is_named(
+def test_manifest_field_that_does_not_fit_is_named(
     edit: Callable[[Callable[[Any], None]], Path], change: Callable[[Any], None], place: str
 ) -> None:
     assert place in refusal(edit(change))
 
 
-def test_a_file_is_read_once_and_checked(bundle: Path) -> None:
+def test_verified_bytes_reads_a_file_once(bundle: Path) -> None:
     assert verified_bytes(bundle, GRAPH.file, GRAPH.sha256) == STEP
     assert sha256_of(bundle / GRAPH.file) == GRAPH.sha256
 
 
-def test_a_file_with_another_hash_is_refused(bundle: Path) -> None:
+def test_verified_bytes_refuses_another_hash(bundle: Path) -> None:
     (bundle / GRAPH.file).write_bytes(STEP[:-1])
     with pytest.raises(BundleError, match=rf"step\.cpu\.int8\.onnx does not match its manifest: .*{SHA256[:12]}"):
         verified_bytes(bundle, GRAPH.file, GRAPH.sha256)
 
 
-def test_a_file_that_is_missing_is_named(bundle: Path) -> None:
+def test_verified_bytes_names_a_missing_file(bundle: Path) -> None:
     (bundle / GRAPH.file).unlink()
     with pytest.raises(BundleError, match=r"step\.cpu\.int8\.onnx cannot be read \(No such file or directory\)"):
         verified_bytes(bundle, GRAPH.file, GRAPH.sha256)
 
 
-def test_the_graph_of_a_target_is_found(bundle: Path) -> None:
+def test_find_graph_of_a_target(bundle: Path) -> None:
     assert find_graph(bundle, WHOLE, "cpu") is GRAPH
 
 
-def test_a_target_without_graph_is_refused_with_what_there_is(bundle: Path) -> None:
+def test_find_graph_refuses_with_what_there_is(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"no graph for target 'cuda'; it lists step\.cpu\.int8\.onnx \(cpu\)"):
         find_graph(bundle, WHOLE, "cuda")
 
 
-def test_a_bundles_digest_follows_its_manifest(edit: Callable[[Callable[[Any], None]], Path], bundle: Path) -> None:
+def test_bundle_digest_follows_its_manifest(edit: Callable[[Callable[[Any], None]], Path], bundle: Path) -> None:
     before = bundle_digest(bundle)
     assert before == bundle_digest(bundle)
     assert bundle_digest(edit(lambda wire: wire["graphs"][0].update(sha256="0" * 64))) != before

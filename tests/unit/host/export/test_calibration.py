@@ -19,7 +19,7 @@ def canvas_of(masked: int) -> tuple[np.ndarray, float]:
     return canvas, masked / 255
 
 
-def test_every_mask_rate_weighs_the_same() -> None:
+def test_stratified_weighs_every_mask_rate_the_same() -> None:
     """However often sampling passes through each: here 200 canvases that are nearly all masked, and few others."""
     visited = [canvas_of(n) for n in (*range(55, 256), 100, 60, 50, 40, 2, 1)]
     chosen = stratified(visited, strata=4, each=6, seed=0)
@@ -30,12 +30,12 @@ def test_every_mask_rate_weighs_the_same() -> None:
     assert all((a == b).all() for (a, _), (b, _) in zip(chosen, again, strict=True))
 
 
-def test_a_mask_rate_never_visited_gives_nothing() -> None:
+def test_stratified_gives_nothing_of_a_rate_never_visited() -> None:
     chosen = stratified([canvas_of(255), canvas_of(1)], strata=4, each=3, seed=0)
     assert sorted(np.count_nonzero(canvas == MASK) for canvas, _ in chosen) == [1, 1, 1, 255, 255, 255]
 
 
-def test_every_rule_stays_within_what_was_seen() -> None:
+def test_activation_ranges_stay_within_what_was_seen() -> None:
     canvases = trajectories(MODEL, "linear", np.zeros((1, 256), np.uint16), seed=0, steps=8)
     ranges = activation_ranges(cuda_graph(MODEL), canvases)
     assert tuple(ranges) == RANGES

@@ -20,7 +20,7 @@ def model() -> Denoiser:
     return model
 
 
-def test_equals_the_tail_of_the_sorted_softmax(model: Denoiser) -> None:
+def test_dropped_mass_is_the_tail_of_the_sorted_softmax(model: Denoiser) -> None:
     """By hand: masked positions only, the sum behind the K-th best probability."""
     row = torch.from_numpy(CANVAS).long()[None]
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_equals_the_tail_of_the_sorted_softmax(model: Denoiser) -> None:
     assert dropped_mass(model, [(CANVAS, 0.8)], 64, 1.5) == pytest.approx(tail, abs=1e-6)
 
 
-def test_grows_with_temperature_and_vanishes_with_the_whole_vocabulary(model: Denoiser) -> None:
+def test_dropped_mass_grows_with_temperature(model: Denoiser) -> None:
     masses = [dropped_mass(model, [(CANVAS, 0.8)], 64, temperature) for temperature in (0.7, 1.0, 1.5)]
     print("top 64 of 512 drop", *(f"{mass:.4f}" for mass in masses))
     assert masses == sorted(masses)
@@ -39,7 +39,7 @@ def test_grows_with_temperature_and_vanishes_with_the_whole_vocabulary(model: De
     assert dropped_mass(model, [(CANVAS, 0.8)], 512, 1.0) == pytest.approx(0, abs=1e-6)
 
 
-def test_each_masked_position_counts_once(model: Denoiser) -> None:
+def test_dropped_mass_counts_each_masked_position_once(model: Denoiser) -> None:
     """Two canvases together give their mean weighted by masked positions, not the mean of their means."""
     other = CANVAS.copy()
     other[1:3] = FIRST_TEXT_ID + 1

@@ -50,7 +50,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ],
     ids=lambda value: " ".join(value) or "no flags" if value and isinstance(value[0], str) else None,
 )
-def test_flags_choose_the_graphs(
+def test_export_flags_choose_the_graphs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], graphs: list[tuple[str, str, str]]
 ) -> None:
     out = tmp_path / "bundle"
@@ -66,7 +66,7 @@ def test_flags_choose_the_graphs(
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_a_run_becomes_a_bundle_with_its_figures(
+def test_export_of_a_run_writes_its_figures(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest run, by default into bundles/NAME-OF-RUN."""
@@ -126,7 +126,7 @@ def with_outliers(trained: Path, run: Path, pairs: dict[str, str]) -> None:
         save_file(tensors, run / file, metadata=metadata)
 
 
-def test_a_network_that_int8_ruins_is_not_written_and_the_old_bundle_stays(
+def test_export_of_a_network_that_int8_ruins_keeps_the_old_bundle(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "outliers", tmp_path / "bundles" / "mine"
@@ -149,7 +149,7 @@ def test_a_network_that_int8_ruins_is_not_written_and_the_old_bundle_stays(
     assert not (tmp_path / "new").exists()
 
 
-def test_layers_that_int8_ruins_stay_in_float(
+def test_export_leaves_layers_in_float_that_int8_ruins(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "outliers", tmp_path / "mine"
@@ -169,7 +169,7 @@ def test_layers_that_int8_ruins_stay_in_float(
     )
 
 
-def test_a_new_bundle_replaces_an_old_one(tmp_path: Path) -> None:
+def test_export_replaces_an_old_bundle(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--untrained", "debug", "--out", out)
     call(export.main, "--untrained", "debug", "--out", out, "--int8")
@@ -178,7 +178,7 @@ def test_a_new_bundle_replaces_an_old_one(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_at_no_moment_is_there_no_bundle(tmp_path: Path) -> None:
+def test_swap_leaves_no_moment_without_a_bundle(tmp_path: Path) -> None:
     """Looked for at every call and return of the code that replaces it; two renames are caught between them."""
     out = tmp_path / "bundle"
     moments: list[bool] = []
@@ -198,7 +198,7 @@ def test_at_no_moment_is_there_no_bundle(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_a_disk_that_cannot_exchange_gets_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swap_on_a_disk_that_cannot_exchange_is_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--untrained", "debug", "--out", out)
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # there is no such disk here
@@ -207,7 +207,7 @@ def test_a_disk_that_cannot_exchange_gets_two_renames(tmp_path: Path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_to_a_full_disk_leaves_the_old_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--untrained", "debug", "--out", out)
     before = snapshot(tmp_path)
@@ -217,13 +217,13 @@ def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, capsys: pytest.Captur
     assert snapshot(tmp_path) == before
 
 
-def test_the_same_export_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_export_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         call(export.main, "--untrained", "debug", "--out", tmp_path / folder / "bundle", "--int8", "--fp16")
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
-def test_figures_can_come_from_other_text(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_export_takes_figures_from_other_text(trained: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--run", trained, "--out", out, "--source", corpus, "--stories", 3)
     found = read_manifest(out).evaluations
@@ -234,7 +234,7 @@ def test_figures_can_come_from_other_text(trained: Path, corpus: Path, tmp_path:
     assert found[0].nelbo_nats_per_token.value == pytest.approx(found[1].nelbo_nats_per_token.value, rel=1e-4)
 
 
-def test_the_bundle_is_there_before_its_figures(
+def test_export_writes_the_bundle_before_its_figures(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Who stops the command while it measures keeps a bundle that works, without figures."""
@@ -252,7 +252,7 @@ def test_the_bundle_is_there_before_its_figures(
     assert [line[:5] for line in capsys.readouterr().out.splitlines() if line.startswith("[")] == ["[1/2]", "[2/2]"]
 
 
-def test_an_unwritable_place_is_refused_before_anything_is_measured(
+def test_export_to_an_unwritable_place_is_refused_first(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(export, "load_run", lambda run: pytest.fail("it began to work"))
@@ -267,7 +267,7 @@ def built(nelbo_ratio: float, top1_agreement: float, scheme: str) -> Built:
     return Built(StepGraph(onnx.ModelProto(), "int8", "cuda"), parity, 1.0)
 
 
-def test_the_range_rule_is_chosen_by_its_nelbo() -> None:
+def test_range_rule_is_chosen_by_its_nelbo() -> None:
     """As the shipped network's rules measured: by top-1 agreement, a NELBO eight times as far off was shipped."""
     largest, percentile = built(1.0006, 0.958, "largest"), built(1.0051, 0.969, "percentile")
     assert most_faithful([percentile, largest]) is largest
@@ -289,7 +289,7 @@ def test_stages_say_how_long_the_rest_takes(
     ]
 
 
-def test_tokens_of_every_stage_are_added_up(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_export_adds_up_the_tokens_of_every_stage(trained: Path, corpus: Path, tmp_path: Path) -> None:
     """A run that began with another's weights learned from that one's tokens too."""
     for run in ("first", "second"):
         shutil.copytree(trained, tmp_path / run)
@@ -321,7 +321,7 @@ def test_tokens_of_every_stage_are_added_up(trained: Path, corpus: Path, tmp_pat
     ],
     ids=lambda value: " ".join(map(str, value)) or "no runs" if isinstance(value, list) else None,
 )
-def test_what_cannot_be_exported_is_refused(
+def test_export_refuses_in_one_sentence(
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

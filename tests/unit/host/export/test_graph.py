@@ -80,7 +80,7 @@ def test_cpu_graph_reduces_exactly(name: str, every: int) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_lies_behind_the_end_may_be_cut_away(name: str) -> None:
+def test_graph_of_a_canvas_cut_after_its_end_is_the_same(name: str) -> None:
     """A shorter canvas has a shorter slice of the bias by distance."""
     model, whole = NETWORKS[name], canvases()[2]
     end = int(np.argmax(whole == EOS))
@@ -97,7 +97,7 @@ def test_what_lies_behind_the_end_may_be_cut_away(name: str) -> None:
         np.testing.assert_allclose(kept[at].astype(np.float32), cut[at].astype(np.float32), atol=tolerance, rtol=0)
 
 
-def test_of_equal_scores_the_lower_id_comes_first() -> None:
+def test_cpu_graph_puts_the_lower_of_equal_ids_first() -> None:
     """Two words for each place in the vocabulary, half of it apart."""
     model, half = untrained(CONFIGS["debug"])[0], CONFIGS["debug"].vocab_size // 2
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_of_equal_scores_the_lower_id_comes_first() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_batched_rows_of_the_cuda_graph_do_not_see_each_other(name: str) -> None:
+def test_cuda_graph_keeps_batched_rows_apart(name: str) -> None:
     model = NETWORKS[name]
     runtime = session(cuda_graph(model))
     rows = canvases()
@@ -180,7 +180,7 @@ def test_cuda_int8_graph_stays_near_torch(name: str, level: ort.GraphOptimizatio
     assert np.mean(agree) > 0.85 and np.mean(differences) < 0.1
 
 
-def test_int8_graph_stays_near() -> None:
+def test_cpu_int8_graph_stays_near_torch() -> None:
     """7-bit weights by the column: the likeliest token mostly stays, the log-probabilities move a little."""
     model = NETWORKS["time input True"]
     graph = GraphScorer("int8", quantize(cpu_graph(model, K), "dynamic", []))
@@ -194,7 +194,7 @@ def test_int8_graph_stays_near() -> None:
     assert np.mean(agree) > 0.9 and np.mean(difference) < 0.1
 
 
-def test_two_constants_under_one_name_are_an_error() -> None:
+def test_graph_refuses_two_constants_under_one_name() -> None:
     graph = GraphBuilder()
     assert graph.constant("scale", np.ones(1, np.float32)) == graph.constant("scale", np.ones(1, np.float32))
     for other in (np.zeros(1, np.float32), np.ones(1, np.float16), np.ones((1, 1), np.float32)):
@@ -203,7 +203,7 @@ def test_two_constants_under_one_name_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_relative_bias_has_a_floor_in_every_graph(name: str) -> None:
+def test_graph_bias_has_a_floor(name: str) -> None:
     """Smaller probabilities are denormal numbers, with which an Intel processor takes half of a step."""
     learned = NETWORKS[name].relative_bias
     assert 10 * learned.min() < BIAS_FLOOR
@@ -215,7 +215,7 @@ def test_relative_bias_has_a_floor_in_every_graph(name: str) -> None:
         assert table.min() == BIAS_FLOOR
 
 
-def test_every_graph_has_the_gelu_that_was_trained() -> None:
+def test_graph_gelu_is_the_trained_one() -> None:
     """By erf, as torch computes it."""
     for graph in (cpu_graph(NETWORKS["time input False"], K), cuda_graph(NETWORKS["time input False"])):
         gelus = [node.attribute for node in graph.graph.node if node.op_type == "Gelu"]

@@ -35,7 +35,7 @@ GRAPHS = dict(graphs())
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_our_graphs_break_no_rule(name: str) -> None:
+def test_lint_finds_nothing_in_our_graphs(name: str) -> None:
     assert violations(GRAPHS[name]) == []
     assert slow_shapes(GRAPHS[name]) == []
 
@@ -118,19 +118,19 @@ BROKEN: dict[Callable[[onnx.ModelProto], None], str] = {
 
 
 @pytest.mark.parametrize("spoil", BROKEN, ids=lambda spoil: spoil.__name__)
-def test_each_broken_rule_is_one_sentence(spoil: Callable[[onnx.ModelProto], None]) -> None:
+def test_lint_names_each_broken_rule(spoil: Callable[[onnx.ModelProto], None]) -> None:
     graph = onnx.ModelProto()
     graph.CopyFrom(INT8)
     spoil(graph)
     assert any(BROKEN[spoil] in sentence for sentence in violations(graph)), violations(graph)
 
 
-def test_sides_that_waste_tiles_are_named() -> None:
+def test_lint_names_sides_that_waste_tiles() -> None:
     graph = cuda_graph(untrained(replace(CONFIGS["debug"], vocab_size=300))[0])
     assert slow_shapes(graph) == ["head.matmul: its weights are 64 × 300; multiples of 64 are faster"]
 
 
-def test_int8_graph_leaves_out_what_it_is_told_to() -> None:
+def test_cuda_int8_graph_leaves_kept_layers_in_float() -> None:
     kept = ["head.matmul", "blocks.1.up.out.matmul"]
     graph = quantize_linears(FP16, activation_ranges(FP16, [(CANVAS, 1.0)])["largest"], kept)
     still = {layer.name for layer in linear_layers(gs.import_onnx(graph))}
