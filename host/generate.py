@@ -1,6 +1,7 @@
-"""Text from a trained run by the torch reference sampler: slow, for looking at a model before it is exported.
+"""Text from a trained run by the torch reference samplers: slow, for looking at a model before it is exported.
 
-An autoregressive run writes token by token.
+A run that has learned to write left to right does so, with the drafts of its drafter if it has one. Others fill a
+canvas, and so does a run that has learned both where --steps, --selection or --max-tokens ask for it.
 """
 
 import argparse
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import get_args
 
 import msgspec
+import numpy as np
 import torch
 
-from edge.decoding.layout_text import Texts
+from edge.decoding.layout_text import Layout, Texts
 from host.data.tokenizer import load_tokenizer
-from host.sampling.many import sample_autoregressive
+from host.model.network import Denoiser
+from host.sampling.blocks import write
 from host.sampling.reference import TOP_K, Settings, sample
 from host.train.checkpoint import newest_run
 from host.train.run_folder import load_run
 from shared.errors import ConfigError, RequestError, run_main
 from shared.manifest import TOKENIZER, SamplingDefaults, Selection
 from shared.messages import GenerateRequest, decode_request
-from shared.tokens import FIRST_TEXT_ID
+from shared.tokens import BOS, EOS, PAD
 
 
 def checked_request(args: argparse.Namespace, seed: int) -> GenerateRequest:
@@ -66,6 +69,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def print_written(model: Denoiser, texts: Texts, layout: Layout, prompt: list[int], settings: Settings) -> None:
+    """The text that the autoregressive law continues a prompt with."""
+    window = 0 if model.drafter is None else len(model.drafter.depths)
+    started = time.perf_counter()
+    written = write(model, [prompt], settings, open_end=True, window=window)
+    canvas = np.full(model.config.canvas_len, PAD)
+    text = [BOS, *prompt, *written.gaps[0], EOS][: len(canvas)]
+    canvas[: len(text)] = text
+    tokens, passes = sum(written.kept), len(written.kept)
+    print(f"{texts.read(layout, canvas)}\n— seed {settings.seed}, {tokens} tokens in {passes} passes, "
+          f"{time.perf_counter() - started:.1f} s\n")  # fmt: skip
+
+
 def main() -> None:
     """Sample one text for each seed."""
     args, usual = parse_arguments(), SamplingDefaults()
@@ -83,15 +99,14 @@ def main() -> None:
         args.top_p,
     )
     settings = [replace(base, seed=seed) for seed in args.seed]
-    if "canvas" not in progress.objectives:
-        for name in ("steps", "selection", "max_tokens"):
-            if getattr(args, name) is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"{flag} is for a canvas: the autoregressive run {run} draws one token at a time")
-        given = torch.from_numpy(layout.canvas[1:][~layout.fill[1:]]).long()[None]
+    of_canvas = [name for name in ("steps", "selection", "max_tokens") if getattr(args, name) is not None]
+    if of_canvas and "canvas" not in progress.objectives:
+        flag = f"--{of_canvas[0].replace('_', '-')}"
+        raise ConfigError(f"{flag} is for a canvas: {run} has not learned that objective")
+    if "ar" in progress.objectives and not of_canvas:
+        given = layout.canvas[1:][~layout.fill[1:]].tolist()
         for one in settings:
-            (written,) = sample_autoregressive(model, [one], prompts=given).numpy()
-            print(f"{texts.read(layout, written)}\n— seed {one.seed}, {(written >= FIRST_TEXT_ID).sum()} tokens\n")
+            print_written(model, texts, layout, given, one)
         return
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)
     for one in settings:

@@ -172,7 +172,7 @@ def canvases_of(samples: Path, scorer: SampleScorer, count: int) -> tuple[str, n
     settings = [
         Settings(seed, usual.steps, usual.selection, usual.temperature, top_k, usual.top_p) for seed in range(count)
     ]
-    if "canvas" not in state.objectives:
+    if "ar" in state.objectives:
         return f"{samples.name}, sampled", sample_autoregressive(model, settings, dtype).numpy()
     sampled = sample_many(model, state.schedule, settings, dtype)
     return f"{samples.name}, sampled", torch.stack([one.canvas for one in sampled]).numpy()

@@ -56,5 +56,21 @@ def test_generate_of_an_autoregressive_run_goes_token_by_token(
         call(generate.main, prompt, "--run", run, "--seed", 3)
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] != printed[2]
-    assert printed[0].startswith("the") and " tokens" in printed[0].splitlines()[-2]
+    assert printed[0].startswith("the") and " tokens in " in printed[0].splitlines()[-2]
     assert "--steps is for a canvas" in refusal(capsys, generate.main, "the", "--run", run, "--steps", 7)[1]
+
+
+def test_generate_of_a_joint_run_writes_or_fills_a_canvas(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "joint"
+    call(
+        train.main,
+        *("--config", "debug", "--data", data, "--out", run, "--objectives", "ar,canvas", "--steps", 2),
+        *("--batch-size", 8),
+    )
+    capsys.readouterr()
+    call(generate.main, "the", "--run", run)
+    assert " passes, " in capsys.readouterr().out
+    call(generate.main, "the", "--run", run, "--steps", 3)
+    assert " denoising steps, " in capsys.readouterr().out
