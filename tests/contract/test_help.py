@@ -1,4 +1,4 @@
-"""--help of every command: an example, a text for each flag, and the default of each that takes a value."""
+"""--help of the edge's commands: an example, a text for each flag, and the default of each that takes a value."""
 
 import argparse
 import importlib
@@ -16,13 +16,6 @@ COMMANDS: Final = (
     "edge.doctor",
     "edge.generate",
     "edge.measure.bench",
-    "host.experiments.baseline",
-    "host.experiments.ablate",
-    "host.experiments.compare",
-    "host.data.prepare",
-    "host.train.trainer",
-    "host.evaluate.__main__",
-    "host.generate",
     "host.export.__main__",
 )
 
