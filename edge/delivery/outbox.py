@@ -130,7 +130,7 @@ class Outbox:
             elif isinstance(message, Response) and not (sender.reliable and _is_draining(message)):
                 self.reply(sender, lambda: encode(message))
 
-        self._submit(request, reply, opened, commit, min(bounds, default=None))
+        self._submit(request, reply, opened=opened, commit=commit, within_s=min(bounds, default=None))
 
     def cancel(self, client: str | None, id: str, address: str | None) -> None:
         """Stop a client's unfinished requests of that id, or the one of them that is answered at `address`.
@@ -216,9 +216,9 @@ class Outbox:
         self._submit(
             request,
             lambda reply: self._reply(entry.seq, reply),
-            opened,
-            lambda plan: entry.seq,
-            within_s,
+            opened=opened,
+            commit=lambda plan: entry.seq,
+            within_s=within_s,
             resumed=True,
             alone=entry.suspect,
         )
@@ -227,6 +227,7 @@ class Outbox:
         self,
         request: GenerateRequest,
         reply: Callable[[Reply], None],
+        *,
         opened: OpenRequest,
         commit: Callable[[Plan], int],
         within_s: float | None,

@@ -53,14 +53,14 @@ def carried(message: MQTTMessage, name: str) -> object:
     return getattr(message.properties, name)
 
 
-def test_plain_text_is_the_prompt(site: Site, listener: Listener) -> None:
+def test_mqtt_plain_text_is_the_prompt(site: Site, listener: Listener) -> None:
     site.broker.tool("mosquitto_pub", "-t", REQUEST, "-m", "Once upon a time")
 
     reply = body(listener.next("edgelm/dev/response"))
     assert reply["status"] == "ok" and reply["text"].startswith("Once upon a time")
 
 
-def test_a_request_response_tool_gets_the_final_answer_alone(site: Site) -> None:
+def test_mqtt_request_response_tool_gets_the_final_answer_alone(site: Site) -> None:
     request = '{"id": "rr", "prompt": "Once", "stream": true}'
     flags = ["-V", "5", "-q", "1", "-W", "20"]
     out = site.broker.tool("mosquitto_rr", *flags, "-t", REQUEST, "-e", "edgelm/reply/me", "-m", request)
@@ -68,7 +68,7 @@ def test_a_request_response_tool_gets_the_final_answer_alone(site: Site) -> None
     assert json.loads(out)["status"] == "ok" and json.loads(out)["id"] == "rr"
 
 
-def test_the_answer_carries_what_the_sender_needs_to_place_it(listener: Listener) -> None:
+def test_mqtt_answer_carries_what_the_sender_needs_to_place_it(listener: Listener) -> None:
     request = {"prompt": "Once", "max_tokens": 1}
     listener.publish(REQUEST, request, ResponseTopic="edgelm/reply/me", CorrelationData=b"\x00\xff42")
 
@@ -79,18 +79,18 @@ def test_the_answer_carries_what_the_sender_needs_to_place_it(listener: Listener
     assert carried(message, "ContentType") == "application/json"
 
 
-def test_a_client_of_3_1_1_is_answered_under_its_id(site: Site, listener: Listener) -> None:
+def test_mqtt_client_of_3_1_1_is_answered_under_its_id(site: Site, listener: Listener) -> None:
     site.broker.tool("mosquitto_pub", "-V", "311", "-t", REQUEST, "-m", '{"id": "1", "prompt": "x", "max_tokens": 1}')
     assert body(listener.next("edgelm/dev/response/1"))["status"] == "ok"
 
 
-def test_or_where_its_request_says(site: Site, listener: Listener) -> None:
+def test_mqtt_3_1_1_request_names_its_reply_topic(site: Site, listener: Listener) -> None:
     request = '{"id": "2", "prompt": "x", "max_tokens": 1, "response_topic": "edgelm/reply/me"}'
     site.broker.tool("mosquitto_pub", "-V", "311", "-t", REQUEST, "-m", request)
     assert body(listener.next("edgelm/reply/me"))["id"] == "2"
 
 
-def test_snapshots_go_to_the_stream_topic_at_most_five_a_second(listener: Listener) -> None:
+def test_mqtt_snapshots_go_to_the_stream_topic_at_most_five_a_second(listener: Listener) -> None:
     started_s = time.monotonic()
     listener.publish(REQUEST, {"id": "s", "prompt": "Once", "stream": True}, CorrelationData=b"me")
 
@@ -112,7 +112,7 @@ FORBIDDEN = ["other/topic", AVAILABILITY, REQUEST, "edgelm/other/request/generat
 
 
 @pytest.mark.parametrize("topic", FORBIDDEN)
-def test_answers_are_not_sent_just_anywhere(listener: Listener, topic: str) -> None:
+def test_mqtt_answers_are_not_sent_just_anywhere(listener: Listener, topic: str) -> None:
     listener.publish(REQUEST, {"id": "x", "prompt": "Once"}, ResponseTopic=topic)
 
     reply = body(listener.next("edgelm/dev/response/x"))
@@ -123,12 +123,12 @@ UNSENDABLE = ["edgelm/+/x", "edgelm/#", "$SYS/x", "", "edgelm/\x7f", "edgelm" + 
 
 
 @pytest.mark.parametrize("topic", UNSENDABLE, ids=["plus", "hash", "dollar", "none", "control", "too deep"])
-def test_nor_to_topics_that_no_broker_takes(listener: Listener, topic: str) -> None:
+def test_mqtt_reply_topics_that_no_broker_takes_are_refused(listener: Listener, topic: str) -> None:
     listener.publish(REQUEST, {"id": "x", "prompt": "Once", "response_topic": topic})
     assert body(listener.next("edgelm/dev/response/x"))["error"]["code"] == "bad_reply_topic"
 
 
-def test_an_id_that_no_topic_can_carry_is_answered_without_it(listener: Listener) -> None:
+def test_mqtt_id_that_no_topic_can_carry_is_answered_without_it(listener: Listener) -> None:
     # mosquitto drops a client that publishes to such a topic; sent again at every connect, it would end all answers.
     listener.publish(REQUEST, {"id": "\x85\U0001fffe", "prompt": "Once", "max_tokens": 1})
     assert body(listener.next("edgelm/dev/response"))["id"] == "\x85\U0001fffe"
@@ -145,7 +145,7 @@ BAD_PAYLOADS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("payload", "code"), BAD_PAYLOADS.values(), ids=BAD_PAYLOADS.keys())
-def test_bad_payloads_are_answered_where_the_sender_listens(listener: Listener, payload: bytes, code: str) -> None:
+def test_mqtt_bad_payloads_are_answered_where_the_sender_listens(listener: Listener, payload: bytes, code: str) -> None:
     listener.publish(REQUEST, payload, ResponseTopic="edgelm/reply/me", CorrelationData=b"7")
 
     message = listener.next("edgelm/reply/me")
@@ -153,6 +153,6 @@ def test_bad_payloads_are_answered_where_the_sender_listens(listener: Listener, 
     assert carried(message, "CorrelationData") == b"7"
 
 
-def test_a_bad_request_of_a_3_1_1_client_is_answered_under_its_id(site: Site, listener: Listener) -> None:
+def test_mqtt_bad_request_of_a_3_1_1_client_is_answered_under_its_id(site: Site, listener: Listener) -> None:
     site.broker.tool("mosquitto_pub", "-V", "311", "-t", REQUEST, "-m", '{"id": "b", "promt": "x"}')
     assert body(listener.next("edgelm/dev/response/b"))["error"]["code"] == "bad_request"

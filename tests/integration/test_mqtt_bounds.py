@@ -49,7 +49,7 @@ def body(message: MQTTMessage) -> dict[str, Any]:
     ],
     ids=["invalid", "asked again", "health", "cancel"],
 )
-def test_a_qos_0_flood_stays_in_bounds_while_others_are_served(
+def test_mqtt_qos_0_flood_stays_in_bounds_while_others_are_served(
     serve: Callable[..., Daemon], make_broker: Callable[..., Broker], listen: Listen, topic: str, payload: bytes
 ) -> None:
     broker = make_broker("max_queued_messages 0").start()
@@ -69,7 +69,7 @@ def test_a_qos_0_flood_stays_in_bounds_while_others_are_served(
     assert json.loads(metrics)["type"] == "health"
 
 
-def test_a_qos_0_client_is_told_so_much_a_second_and_the_rest_is_counted(
+def test_mqtt_qos_0_client_is_told_so_much_a_second_and_the_rest_is_counted(
     serve: Callable[..., Daemon], broker: Broker, listen: Listen
 ) -> None:
     daemon = serve(broker)
@@ -87,7 +87,7 @@ def test_a_qos_0_client_is_told_so_much_a_second_and_the_rest_is_counted(
     assert replies + metrics["dropped"] == sent
 
 
-def test_every_bad_request_of_qos_1_is_answered(
+def test_mqtt_every_bad_request_of_qos_1_is_answered(
     serve: Callable[..., Daemon], make_broker: Callable[..., Broker], listen: Listen
 ) -> None:
     broker = make_broker("max_queued_messages 0").start()
@@ -99,7 +99,7 @@ def test_every_bad_request_of_qos_1_is_answered(
         assert body(listener.next("edgelm/dev/response"))["error"]["code"] == "bad_request"
 
 
-def test_correlation_data_is_bounded(serve: Callable[..., Daemon], broker: Broker, listen: Listen) -> None:
+def test_mqtt_correlation_data_is_bounded(serve: Callable[..., Daemon], broker: Broker, listen: Listen) -> None:
     serve(broker)
     listener = listen(broker, HONEST)
     listener.publish(REQUEST, {"prompt": "x"}, ResponseTopic=HONEST, CorrelationData=b"x" * 1025)
@@ -109,7 +109,7 @@ def test_correlation_data_is_bounded(serve: Callable[..., Daemon], broker: Broke
     assert body(listener.next(HONEST))["status"] == "ok"
 
 
-def test_what_the_broker_takes_no_packet_for_is_given_up_and_the_rest_is_served(
+def test_mqtt_what_the_broker_takes_no_packet_for_is_given_up_and_the_rest_is_served(
     serve: Callable[..., Daemon], make_broker: Callable[..., Broker], listen: Listen
 ) -> None:
     """Here, the description of the daemon, and an answer with much correlation data."""

@@ -61,7 +61,7 @@ class Guarded:
         time.sleep(0.5)  # nothing says when it is done
 
 
-def test_an_answer_that_the_broker_refused_for_a_while_comes(
+def test_mqtt_answer_that_the_broker_refused_for_a_while_comes(
     serve: Serve, make_broker: Callable[..., Broker], listen: Listen, tmp_path: Path
 ) -> None:
     guarded = Guarded(make_broker, tmp_path)
@@ -78,7 +78,7 @@ def test_an_answer_that_the_broker_refused_for_a_while_comes(
     assert body(listener.next(ALICE))["status"] == "ok"
 
 
-def test_an_answer_that_the_broker_refused_before_a_restart_comes_after_it(
+def test_mqtt_answer_that_the_broker_refused_before_a_restart_comes_after_it(
     serve: Serve, make_broker: Callable[..., Broker], listen: Listen, tmp_path: Path
 ) -> None:
     guarded = Guarded(make_broker, tmp_path)
@@ -144,7 +144,7 @@ class HangsUp:
             thread.join(PATIENCE_S)
 
 
-def test_an_answer_that_ends_connections_keeps_no_other_from_arriving(
+def test_mqtt_answer_that_ends_connections_keeps_no_other_from_arriving(
     serve: Serve, broker: Broker, listen: Listen
 ) -> None:
     proxy = HangsUp(broker.port, b"edgelm/reply/poison")
@@ -164,7 +164,7 @@ def test_an_answer_that_ends_connections_keeps_no_other_from_arriving(
     proxy.close()
 
 
-def test_answers_survive_a_broker_that_falls_back_to_the_old_version(
+def test_mqtt_answers_survive_a_broker_that_falls_back_to_the_old_version(
     serve: Serve, broker: Broker, listen: Listen
 ) -> None:
     """The first answers go to a broker of the new version, and come from it no further; then it speaks the old one."""
@@ -183,7 +183,7 @@ def test_answers_survive_a_broker_that_falls_back_to_the_old_version(
     proxy.close()
 
 
-def test_a_drain_leaves_requests_to_the_next_daemon(serve: Serve, broker: Broker, listen: Listen) -> None:
+def test_mqtt_drain_leaves_requests_to_the_next_daemon(serve: Serve, broker: Broker, listen: Listen) -> None:
     daemon = serve(broker.address, backend="fake:100", DRAIN_S="20")
     listener = listen(broker)
     listener.publish(REQUEST, {"id": "running", "prompt": "Once", "steps": 20, "stream": True})
@@ -198,7 +198,7 @@ def test_a_drain_leaves_requests_to_the_next_daemon(serve: Serve, broker: Broker
     assert answer["status"] == "ok", answer
 
 
-def test_two_daemons_of_one_name_say_so_and_do_not_fight(
+def test_mqtt_two_daemons_of_one_name_say_so_and_do_not_fight(
     start_daemon: Callable[..., Daemon], broker: Broker, tmp_path: Path, debug_bundle: Path
 ) -> None:
     first = start_daemon("--mqtt", broker.address, DEVICE="dev")
@@ -221,7 +221,7 @@ def test_two_daemons_of_one_name_say_so_and_do_not_fight(
         second.close()
 
 
-def test_a_password_in_plain_text_beyond_loopback_is_warned_of(
+def test_mqtt_password_in_plain_text_beyond_loopback_is_warned_of(
     start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     (tmp_path / "password").write_text("secret\n")
@@ -234,7 +234,7 @@ def test_a_password_in_plain_text_beyond_loopback_is_warned_of(
         daemon.log.unlink()
 
 
-def test_the_example_that_a_daemon_prints_works_as_pasted(start_daemon: Callable[..., Daemon], broker: Broker) -> None:
+def test_mqtt_example_that_a_daemon_prints_works_as_pasted(start_daemon: Callable[..., Daemon], broker: Broker) -> None:
     daemon = start_daemon("--mqtt", broker.address)
     until(lambda: "mqtt connected" in daemon.log.read_text(), "the connection")
     assert daemon.process.stdout is not None

@@ -35,7 +35,9 @@ def serve(broker: Broker, listen: Listen, start_daemon: StartDaemon) -> StartDae
     return start
 
 
-def test_availability_is_retained_and_ends_with_the_daemon(serve: StartDaemon, broker: Broker, listen: Listen) -> None:
+def test_mqtt_availability_is_retained_and_ends_with_the_daemon(
+    serve: StartDaemon, broker: Broker, listen: Listen
+) -> None:
     daemon = serve()
     watcher = listen(broker, AVAILABILITY)
     message = watcher.next(AVAILABILITY)
@@ -47,7 +49,7 @@ def test_availability_is_retained_and_ends_with_the_daemon(serve: StartDaemon, b
     assert listen(broker, AVAILABILITY).next(AVAILABILITY).payload == b"offline"
 
 
-def test_the_last_will_speaks_for_a_killed_daemon(serve: StartDaemon, broker: Broker, listen: Listen) -> None:
+def test_mqtt_last_will_speaks_for_a_killed_daemon(serve: StartDaemon, broker: Broker, listen: Listen) -> None:
     daemon = serve()
     watcher = listen(broker, AVAILABILITY)
     assert watcher.next(AVAILABILITY).payload == b"online"
@@ -56,7 +58,9 @@ def test_the_last_will_speaks_for_a_killed_daemon(serve: StartDaemon, broker: Br
     assert watcher.next(AVAILABILITY).payload == b"offline"
 
 
-def test_a_drain_publishes_the_last_answer_before_offline(serve: StartDaemon, broker: Broker, listen: Listen) -> None:
+def test_mqtt_drain_publishes_the_last_answer_before_offline(
+    serve: StartDaemon, broker: Broker, listen: Listen
+) -> None:
     daemon = serve(backend="fake:20")
     listener = listen(broker)
     listener.publish(REQUEST, {"id": "s", "prompt": "Once", "stream": True, "steps": 30})
@@ -67,7 +71,7 @@ def test_a_drain_publishes_the_last_answer_before_offline(serve: StartDaemon, br
     assert listener.next(AVAILABILITY).payload == b"offline"
 
 
-def test_without_a_broker_the_socket_serves_and_the_daemon_keeps_trying(
+def test_mqtt_without_a_broker_the_socket_serves_and_the_daemon_keeps_trying(
     make_broker: MakeBroker, start_daemon: StartDaemon
 ) -> None:
     broker = make_broker()
@@ -83,13 +87,15 @@ def test_without_a_broker_the_socket_serves_and_the_daemon_keeps_trying(
     assert daemon.log.read_text().count("cannot be reached") == 1
 
 
-def test_a_daemon_stops_at_once_while_it_waits_for_a_broker(make_broker: MakeBroker, start_daemon: StartDaemon) -> None:
+def test_mqtt_daemon_stops_at_once_while_it_waits_for_a_broker(
+    make_broker: MakeBroker, start_daemon: StartDaemon
+) -> None:
     daemon = start_daemon("--mqtt", make_broker().address)
     daemon.signal(signal.SIGTERM)
     assert daemon.exit_code() == 0
 
 
-def test_the_password_file_opens_a_guarded_broker(
+def test_mqtt_password_file_opens_a_guarded_broker(
     make_broker: MakeBroker, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     guards, secret = tmp_path / "passwords", tmp_path / "secret"
@@ -108,7 +114,7 @@ def test_the_password_file_opens_a_guarded_broker(
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: apt-get install openssl")
-def test_ca_file_turns_tls_on(make_broker: MakeBroker, start_daemon: StartDaemon, tmp_path: Path) -> None:
+def test_mqtt_ca_file_turns_tls_on(make_broker: MakeBroker, start_daemon: StartDaemon, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -162,7 +168,7 @@ class OldBroker:
             thread.join(PATIENCE_S)
 
 
-def test_an_old_broker_is_served_in_its_own_version(serve: StartDaemon, broker: Broker, listen: Listen) -> None:
+def test_mqtt_old_broker_is_served_in_its_own_version(serve: StartDaemon, broker: Broker, listen: Listen) -> None:
     old = OldBroker(broker.port)
     daemon = serve(address=old.address)
     listener = listen(broker)
@@ -177,7 +183,9 @@ def test_an_old_broker_is_served_in_its_own_version(serve: StartDaemon, broker: 
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
-def test_retained_requests_are_not_served(serve: StartDaemon, broker: Broker, listen: Listen, version: str) -> None:
+def test_mqtt_retained_requests_are_not_served(
+    serve: StartDaemon, broker: Broker, listen: Listen, version: str
+) -> None:
     listener = listen(broker, "edgelm/dev/response/#")
     listener.publish(REQUEST, {"id": "kept", "prompt": "x"}, retain=True)
     old = OldBroker(broker.port)
@@ -190,7 +198,7 @@ def test_retained_requests_are_not_served(serve: StartDaemon, broker: Broker, li
     old.close()
 
 
-def test_an_answer_that_did_not_arrive_is_published_by_the_next_daemon(
+def test_mqtt_answer_that_did_not_arrive_is_published_by_the_next_daemon(
     serve: StartDaemon, broker: Broker, listen: Listen
 ) -> None:
     """To a broker of the old version, which drops the first attempt."""

@@ -64,7 +64,7 @@ def quiet(listener: Listener, topic: str, seconds: float = 1.0) -> bool:
     return False
 
 
-def test_what_a_killed_daemon_accepted_its_successor_answers_once(serve: Serve, listener: Listener) -> None:
+def test_mqtt_what_a_killed_daemon_accepted_its_successor_answers_once(serve: Serve, listener: Listener) -> None:
     daemon = serve(backend="fake:50")
     for i in range(5):
         listener.publish(REQUEST, STORY | {"id": str(i), "stream": True})
@@ -80,7 +80,7 @@ def test_what_a_killed_daemon_accepted_its_successor_answers_once(serve: Serve, 
     assert quiet(listener, f"{RESPONSE}/4")
 
 
-def test_its_text_is_the_one_it_would_have_been(serve: Serve, listener: Listener) -> None:
+def test_mqtt_its_text_is_the_one_it_would_have_been(serve: Serve, listener: Listener) -> None:
     """The seed was drawn when it was accepted."""
     daemon = serve(backend="fake:50")
     listener.publish(REQUEST, STORY | {"id": "a", "stream": True, "temperature": 2.0})
@@ -92,7 +92,7 @@ def test_its_text_is_the_one_it_would_have_been(serve: Serve, listener: Listener
     assert body(listener.next(f"{RESPONSE}/b"))["text"] == first["text"]
 
 
-def test_a_request_sent_again_gets_the_same_bytes(serve: Serve, listener: Listener) -> None:
+def test_mqtt_request_sent_again_gets_the_same_bytes(serve: Serve, listener: Listener) -> None:
     daemon = serve()
     request = {"id": "a", "prompt": "Once"}
     listener.publish(REQUEST, request, ResponseTopic="edgelm/reply/me", CorrelationData=b"1")
@@ -111,7 +111,7 @@ def test_a_request_sent_again_gets_the_same_bytes(serve: Serve, listener: Listen
     assert ("status", "ok") in first.properties.UserProperty  # type: ignore[union-attr]
 
 
-def test_a_request_sent_again_while_it_is_computed_is_computed_once(serve: Serve, listener: Listener) -> None:
+def test_mqtt_request_sent_again_while_it_is_computed_is_computed_once(serve: Serve, listener: Listener) -> None:
     serve(backend="fake:20")
     for _ in range(3):
         listener.publish(REQUEST, STORY | {"id": "a"})
@@ -119,7 +119,7 @@ def test_a_request_sent_again_while_it_is_computed_is_computed_once(serve: Serve
     assert quiet(listener, f"{RESPONSE}/a")
 
 
-def test_an_id_that_was_given_away_is_a_conflict(serve: Serve, listener: Listener) -> None:
+def test_mqtt_id_that_was_given_away_is_a_conflict(serve: Serve, listener: Listener) -> None:
     serve()
     listener.publish(REQUEST, {"id": "a", "prompt": "Once"})
     first = listener.next(f"{RESPONSE}/a")
@@ -132,7 +132,7 @@ def test_an_id_that_was_given_away_is_a_conflict(serve: Serve, listener: Listene
     assert body(listener.next("edgelm/reply/me"))["status"] == "ok"  # another address, another name
 
 
-def test_a_request_that_ended_two_daemons_is_not_given_to_a_third(serve: Serve, listener: Listener) -> None:
+def test_mqtt_request_that_ended_two_daemons_is_not_given_to_a_third(serve: Serve, listener: Listener) -> None:
     for _ in range(2):
         daemon = serve(backend="fake:50")
         listener.publish(REQUEST, STORY | {"id": "poison", "stream": True})
@@ -145,7 +145,7 @@ def test_a_request_that_ended_two_daemons_is_not_given_to_a_third(serve: Serve, 
     assert body(listener.next(f"{RESPONSE}/next"))["status"] == "ok"
 
 
-def test_what_a_drain_cuts_off_is_finished_by_the_next_daemon(serve: Serve, listener: Listener) -> None:
+def test_mqtt_what_a_drain_cuts_off_is_finished_by_the_next_daemon(serve: Serve, listener: Listener) -> None:
     daemon = serve(backend="fake:50", DRAIN_S="0")
     listener.publish(REQUEST, STORY | {"id": "a", "stream": True})
     listener.next("edgelm/dev/stream/a")
@@ -156,14 +156,14 @@ def test_what_a_drain_cuts_off_is_finished_by_the_next_daemon(serve: Serve, list
     assert quiet(listener, f"{RESPONSE}/a")
 
 
-def test_requests_wait_at_the_broker_while_no_daemon_is_there(serve: Serve, listener: Listener) -> None:
+def test_mqtt_requests_wait_at_the_broker_while_no_daemon_is_there(serve: Serve, listener: Listener) -> None:
     kill(serve())
     listener.publish(REQUEST, {"id": "a", "prompt": "Once"})
     serve()
     assert body(listener.next(f"{RESPONSE}/a"))["status"] == "ok"
 
 
-def test_a_broker_that_comes_back_without_memory_gets_the_answers(
+def test_mqtt_broker_that_comes_back_without_memory_gets_the_answers(
     serve: Serve, broker: Broker, listener: Listener, listen: Listen
 ) -> None:
     daemon = serve(backend="fake:50")
@@ -193,7 +193,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
-def test_a_full_disk_refuses_what_is_new_and_serves_what_is_there(
+def test_mqtt_full_disk_refuses_what_is_new_and_serves_what_is_there(
     serve: Serve, listener: Listener, small_disk: Path
 ) -> None:
     daemon = serve(backend="fake:50", STATE=str(small_disk))
@@ -219,7 +219,7 @@ def test_a_full_disk_refuses_what_is_new_and_serves_what_is_there(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
-def test_an_answer_that_finds_no_room_waits_for_it(serve: Serve, listener: Listener, small_disk: Path) -> None:
+def test_mqtt_answer_that_finds_no_room_waits_for_it(serve: Serve, listener: Listener, small_disk: Path) -> None:
     daemon = serve(backend="fake:50", STATE=str(small_disk))
     listener.publish(REQUEST, STORY | {"id": "running", "stream": True})
     listener.next("edgelm/dev/stream/running")

@@ -45,7 +45,7 @@ def begin(listener: Listener, id: str, **properties: Any) -> None:
     listener.next(f"{BASE}/stream/{id}")
 
 
-def test_a_cancelled_request_ends_at_its_next_step(listener: Listener) -> None:
+def test_mqtt_cancelled_request_ends_at_its_next_step(listener: Listener) -> None:
     begin(listener, "c1")
     listener.publish(f"{BASE}/request/cancel", {"id": "c1"})
     answer = body(listener.next(f"{BASE}/response/c1"))
@@ -54,7 +54,7 @@ def test_a_cancelled_request_ends_at_its_next_step(listener: Listener) -> None:
     assert body(listener.next(f"{BASE}/response/c1")) == answer  # its one answer
 
 
-def test_a_cancel_with_an_address_stops_the_one_answered_there(listener: Listener) -> None:
+def test_mqtt_cancel_with_an_address_stops_the_one_answered_there(listener: Listener) -> None:
     begin(listener, "c2", ResponseTopic="edgelm/reply/me")
     listener.publish(REQUEST, STORY | {"id": "c2"}, ResponseTopic="edgelm/reply/you")
     listener.publish(f"{BASE}/request/cancel", {"id": "c2"}, ResponseTopic="edgelm/reply/me")
@@ -62,12 +62,12 @@ def test_a_cancel_with_an_address_stops_the_one_answered_there(listener: Listene
     assert body(listener.next("edgelm/reply/you"))["status"] == "ok"
 
 
-def test_a_cancel_that_cannot_be_read_is_answered(listener: Listener) -> None:
+def test_mqtt_cancel_that_cannot_be_read_is_answered(listener: Listener) -> None:
     listener.publish(f"{BASE}/request/cancel", {"id": "c3", "why": "bored"})
     assert "why" in body(listener.next(f"{BASE}/response/c3"))["error"]["message"]
 
 
-def test_health_is_answered_while_a_request_is_computed(listener: Listener) -> None:
+def test_mqtt_health_is_answered_while_a_request_is_computed(listener: Listener) -> None:
     begin(listener, "h")
     listener.publish(f"{BASE}/request/health", b"", ResponseTopic="edgelm/reply/me", CorrelationData=b"7")
     message = listener.next("edgelm/reply/me")
@@ -76,29 +76,29 @@ def test_health_is_answered_while_a_request_is_computed(listener: Listener) -> N
     listener.next(f"{BASE}/response/h")
 
 
-def test_health_has_a_topic_of_its_own_for_those_who_name_none(site: Broker, listener: Listener) -> None:
+def test_mqtt_health_has_a_topic_of_its_own_for_those_who_name_none(site: Broker, listener: Listener) -> None:
     site.tool("mosquitto_pub", "-V", "311", "-t", f"{BASE}/request/health", "-n")
     assert body(listener.next(f"{BASE}/response/health"))["type"] == "health"
 
 
-def test_health_goes_no_further_than_answers_do(listener: Listener) -> None:
+def test_mqtt_health_goes_no_further_than_answers_do(listener: Listener) -> None:
     listener.publish(f"{BASE}/request/health", b"", ResponseTopic="other/topic")
     assert body(listener.next(f"{BASE}/response/health"))["error"]["code"] == "bad_reply_topic"
 
 
-def test_a_request_expires_with_its_message(listener: Listener) -> None:
+def test_mqtt_request_expires_with_its_message(listener: Listener) -> None:
     listener.publish(REQUEST, STORY | {"id": "e", "steps": 200}, MessageExpiryInterval=1)
     assert body(listener.next(f"{BASE}/response/e"))["error"]["code"] == "timeout"
 
 
 @pytest.mark.parametrize("topic", ["state", "info", "metrics", "stream/x"])
-def test_answers_are_not_sent_where_the_daemon_speaks_for_itself(listener: Listener, topic: str) -> None:
+def test_mqtt_answers_are_not_sent_where_the_daemon_speaks_for_itself(listener: Listener, topic: str) -> None:
     for device in ("dev", "other"):
         listener.publish(REQUEST, {"id": "spoof", "prompt": "x"}, ResponseTopic=f"edgelm/{device}/{topic}")
         assert body(listener.next(f"{BASE}/response/spoof"))["error"]["code"] == "bad_reply_topic"
 
 
-def test_info_tells_what_requests_may_be(listener: Listener, debug_bundle: Path) -> None:
+def test_mqtt_info_tells_what_requests_may_be(listener: Listener, debug_bundle: Path) -> None:
     message = listener.next(f"{BASE}/info")
     manifest = json.loads((debug_bundle / "manifest.json").read_text())
     info = body(message)
@@ -110,7 +110,7 @@ def test_info_tells_what_requests_may_be(listener: Listener, debug_bundle: Path)
     assert "\\Z" not in bytes(message.payload).decode()  # no dialect but Python's knows it
 
 
-def test_state_follows_the_work(listener: Listener) -> None:
+def test_mqtt_state_follows_the_work(listener: Listener) -> None:
     begin(listener, "s")
     while body(message := listener.next(f"{BASE}/state"))["state"] != "busy":
         pass
@@ -119,7 +119,7 @@ def test_state_follows_the_work(listener: Listener) -> None:
     assert body(message)["queued"] == 0
 
 
-def test_metrics_come_when_the_daemon_does_and_state_ends_with_it(
+def test_mqtt_metrics_come_when_the_daemon_does_and_state_ends_with_it(
     start_daemon: Callable[..., Daemon], site: Broker, listener: Listener
 ) -> None:
     daemon = start_daemon("--mqtt", site.address, DEVICE="second")

@@ -136,7 +136,7 @@ class MqttTransport:
         elif kind == "cancel":
             self._cancel(message, client, acknowledge)
         else:
-            sender, error = self._sender(message, client, None, "health", acknowledge)
+            sender, error = self._sender(message, client, topic=None, id="health", acknowledge=acknowledge)
             if error is not None:
                 self._outbox.refuse(sender, error, None)
             else:
@@ -151,7 +151,7 @@ class MqttTransport:
         except RequestError as error:
             bad = error
         topic, id = (None, id_of(payload)) if request is None else (request.response_topic, request.id)
-        sender, misplaced = self._sender(message, client, topic, id, acknowledge)
+        sender, misplaced = self._sender(message, client, topic=topic, id=id, acknowledge=acknowledge)
         refusal = bad or misplaced
         if request is not None and refusal is None:
             try:
@@ -168,7 +168,7 @@ class MqttTransport:
             request = decode_cancel(payload)
         except RequestError as error:
             id = id_of(payload)
-            sender, _ = self._sender(message, client, None, id, acknowledge)
+            sender, _ = self._sender(message, client, topic=None, id=id, acknowledge=acknowledge)
             self._outbox.refuse(sender, error, id)
             return
         topic: str | None = sent_with(message, "ResponseTopic")
@@ -179,6 +179,7 @@ class MqttTransport:
         self,
         message: MQTTMessage,
         client: str | None,
+        *,
         topic: str | None,
         id: str | None,
         acknowledge: Callable[[], None],
