@@ -5,6 +5,7 @@
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def bench_train(args: argparse.Namespace) -> None:
     check_numbers(args, MOST)
     from host.bench.training import measure_training
     from host.model.network import config_named  # torch, which `data` does without
+    from host.train.objectives import parse_mixture
     from host.train.optim import PEAK_RATES
     from host.train.run_folder import TrainConfig, usual_batch_size, usual_micro_size
 
@@ -107,15 +109,19 @@ def bench_train(args: argparse.Namespace) -> None:
         optimizer=args.optimizer,
         lr=PEAK_RATES[args.optimizer],
     )
-    for number, config in enumerate(configs):
-        speed = measure_training(config, data, settings, steps=args.steps, threads=args.threads)
+    mixtures = {given: parse_mixture(given) for given in args.objectives}
+    for number, (config, given) in enumerate(itertools.product(configs, mixtures)):
+        speed = measure_training(
+            config, data, settings, objectives=mixtures[given], steps=args.steps, threads=args.threads
+        )
         if number == 0:
             peaks = " ".join(f"{f'{name} peak':>10}" for name in speed.peaks)
-            print(f"{'config':8} {'threads':>7} {'ours, tokens/s':>14} {'baseline':>9} {'ratio':>6} "
+            print(f"{'config':8} {'objectives':24} {'threads':>7} {'ours, tokens/s':>14} {'baseline':>9} {'ratio':>6} "
                   f"{'GFLOP/s':>8} {peaks} {f'of {speed.peak_type} peak':>13}")  # fmt: skip
         peaks = " ".join(f"{peak:10.0f}" for peak in speed.peaks.values())
-        print(f"{speed.config:8} {speed.threads:7} {speed.tokens_per_s:14,.0f} {speed.baseline_tokens_per_s:9,.0f} "
-              f"{speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} {speed.fraction_of_peak:13.0%}")  # fmt: skip
+        print(f"{speed.config:8} {given:24} {speed.threads:7} {speed.tokens_per_s:14,.0f} "
+              f"{speed.baseline_tokens_per_s:9,.0f} {speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} "
+              f"{speed.fraction_of_peak:13.0%}")  # fmt: skip
     source = f"{data.meta.source}, vocabulary {data.meta.vocab_size:,}"
     print(f"real tokens of {source}; medians of {args.steps} steps, in turn, ours of {batch_size} canvases")
 
@@ -134,6 +140,13 @@ def main() -> None:
     train = commands.add_parser("train", help="our training loop, the baseline's and the matmul peaks (the default)")
     train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
     train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
+    train.add_argument(
+        "--objectives",
+        nargs="+",
+        default=["canvas"],
+        metavar="MIXTURE",
+        help="see host.train (default: canvas)",
+    )
     train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="of ours (default: %(default)s)")
     train.add_argument("--batch-size", type=int, help="stories in a step of ours (default: as in host.train)")
     train.add_argument("--micro-size", type=int, help="stories in a pass of ours (default: as in host.train)")

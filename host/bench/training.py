@@ -64,7 +64,13 @@ class TrainSpeed(msgspec.Struct, frozen=True):
 
 
 def measure_training(
-    config: ModelConfig, data: DataFolder, settings: TrainConfig, *, steps: int, threads: int
+    config: ModelConfig,
+    data: DataFolder,
+    settings: TrainConfig,
+    *,
+    objectives: dict[str, float],
+    steps: int,
+    threads: int,
 ) -> TrainSpeed:
     """`steps` steps of each loop, taking turns, so that a busy machine slows both. Sets torch's number of threads."""
     torch.set_num_threads(threads)
@@ -76,7 +82,7 @@ def measure_training(
         return theirs.step(next(numbers))[2]
 
     with tempfile.TemporaryDirectory(prefix="host-bench-") as out:
-        trainer = Trainer(replace(settings, out=Path(out)), Progress(model, {"canvas": 1.0}, "linear"), data, device)
+        trainer = Trainer(replace(settings, out=Path(out)), Progress(model, objectives, "linear"), data, device)
 
         def ours() -> int:
             tokens = trainer.step()[2]

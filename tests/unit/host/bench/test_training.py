@@ -58,7 +58,8 @@ def test_peak_type_is_that_of_the_loop(
     monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: mixed)
     monkeypatch.setattr(train_speed, "torch_gflops", peak)
     monkeypatch.setattr(train_speed, "measure_training", measure)
-    call(bench.main, *("--config", "debug", "--data", data, "--steps", 2, "--batch-size", 8, "--threads", 1))
+    flags = ("--steps", 2, "--batch-size", 8, "--threads", 1, "--objectives", "ar=2,infill,canvas")
+    call(bench.main, "--config", "debug", "--data", data, *flags)
     (speed,) = speeds
     assert timed == products
     of_peak = speed.tokens_per_s * speed.gflop_per_token / PEAKS[products[0]]
@@ -74,10 +75,12 @@ def test_bench_row_is_both_loops_their_ratio_work_and_peaks(
 ) -> None:
     speed = TrainSpeed("debug", "cpu", 1, 3000.0, 750.0, 0.02, {"bf16": 240.0, "fp32": 80.0})
     monkeypatch.setattr(train_speed, "measure_training", lambda *_, **__: speed)
-    call(bench.main, "--config", "debug", "tiny", "--data", data)
+    call(bench.main, "--config", "debug", "--data", data, "--objectives", "ar", "canvas")
     head, row, again, _ = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "config"
-    assert row.split() == again.split() == ["debug", "1", "3,000", "750", "4.00", "60", "240", "80", "25%"]
+    figures = ["1", "3,000", "750", "4.00", "60", "240", "80", "25%"]
+    assert row.split() == ["debug", "ar", *figures]
+    assert again.split() == ["debug", "canvas", *figures]
 
 
 def test_peaks_of_this_machine_are_measured() -> None:
