@@ -152,17 +152,20 @@ class Engine:
     @property
     def lanes(self) -> int:
         """How many threads may be in `step` at once, with different runs."""
-        return 1 if isinstance(self.backend, LoopBackend) else self.backend.lanes
+        lanes: int = getattr(self.backend, "lanes", 1)
+        return lanes
 
     @property
     def batches(self) -> tuple[int, ...]:
         """How many runs of equal `positions` one step may take, ascending from 1."""
-        return self.backend.batches if isinstance(self.backend, LoopBackend) else (1,)
+        batches: tuple[int, ...] = getattr(self.backend, "batches", (1,))
+        return batches
 
     def positions(self, run: Run) -> int:
         """How many canvas positions its next pass computes."""
-        active = run.row.active
-        return bucket(active, self.backend.lengths) if isinstance(self.backend, LoopBackend) else active
+        # Asked of every request at every pass: isinstance with a protocol would cost more than all the rest.
+        lengths = getattr(self.backend, "lengths", None)
+        return run.row.active if lengths is None else bucket(run.row.active, lengths)
 
     def step(self, runs: Sequence[Run], under_way: int = 1) -> None:
         """One denoising step of unfinished runs of equal `positions`; their number is one of `batches`.
