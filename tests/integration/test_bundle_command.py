@@ -48,6 +48,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
     return line.removeprefix("error: ")
 
 
+@pytest.mark.slow
 def test_two_bundles_are_kept_and_the_older_one_is_a_command_away(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = install(store, debug_bundle)
@@ -108,6 +109,7 @@ def test_a_bundle_that_is_not_right_is_refused_and_leaves_nothing(
     assert links(store) == (before, None) and contents(store) == {before}
 
 
+@pytest.mark.slow
 def test_damage_on_the_device_is_found_and_repaired(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     name = install(store, debug_bundle)

@@ -144,6 +144,7 @@ def test_what_a_killed_command_left_makes_room_for_the_next(
     assert contents(store) == {name}
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_leaves_a_whole_bundle_current(debug_bundle: Path, tmp_path: Path) -> None:
     new = variant(debug_bundle, tmp_path, "new")
     command = [sys.executable, "-m", "tests.support.killed", tmp_path / "store", debug_bundle, new]
@@ -195,6 +196,7 @@ def test_what_is_not_provably_a_bundle_of_the_store_survives_in_it(debug_bundle:
     assert kept <= contents(store)
 
 
+@pytest.mark.slow
 def test_a_store_that_lost_its_links_keeps_its_bundles(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     names = {install(store, debug_bundle), install(store, variant(debug_bundle, tmp_path, "second"))}

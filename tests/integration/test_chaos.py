@@ -10,6 +10,7 @@ from tests.stress.chaos import Bounds, run
 from tests.support.wall_clock import COMPILER
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mosquitto_pub") is None and "CI" not in os.environ, reason="mosquitto is missing")
 def test_nothing_accepted_is_lost_or_answered_twice(debug_bundle: Path) -> None:
     report = run(12, "fake:10", debug_bundle, seed=1, say=print, bounds=Bounds(256 << 10, keep_s=30))

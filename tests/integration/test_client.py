@@ -183,6 +183,7 @@ def test_demo_shows_a_story_and_leaves_nothing(debug_bundle: Path, temporary: Pa
     assert "tokens/s" in result.stdout and "--seed " in lines[-1]
 
 
+@pytest.mark.slow
 def test_demo_prints_a_command_that_repeats_the_text_outside_the_environment(
     debug_bundle: Path, temporary: Path
 ) -> None:

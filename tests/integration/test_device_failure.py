@@ -59,6 +59,7 @@ def test_clients_get_a_typed_error_and_the_daemon_ends_for_systemd_to_restart_it
     assert not daemon.socket.exists()
 
 
+@pytest.mark.slow
 def test_a_broker_hears_of_it_and_what_was_accepted_is_answered_after_the_next_start(
     start: Start, broker: Broker, listen: Callable[..., Listener]
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_broker_hears_of_it_and_what_was_accepted_is_answered_after_the_next_s
     assert len({answer["text"] for answer in answers.values()}) == 1  # one seed, one text, whoever shared its passes
 
 
+@pytest.mark.slow
 def test_a_request_at_which_the_gpu_fails_each_time_is_given_up(
     start: Start, broker: Broker, listen: Callable[..., Listener]
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_request_at_which_the_gpu_fails_each_time_is_given_up(
     assert answer["error"]["code"] == "internal" and "ended 2 times" in answer["error"]["message"]
 
 
+@pytest.mark.slow
 def test_after_the_second_failure_the_cpu_serves_and_a_restart_tries_the_gpu_again(start: Start) -> None:
     for _ in range(2):
         daemon = start(3)

@@ -19,6 +19,7 @@ needs_mosquitto = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_mosquitto
 def test_memory_and_descriptors_stay_as_they_are(debug_bundle: Path) -> None:
     before, after = run(1000, "fake", debug_bundle, print)
@@ -49,6 +50,7 @@ def test_nor_does_a_message_over_mqtt(start_daemon: StartDaemon, broker: Broker)
     assert "Traceback" not in daemon.log.read_text()
 
 
+@pytest.mark.slow
 @needs_mosquitto
 def test_overload_is_refused_with_advice_and_passes(debug_bundle: Path) -> None:
     report = overload.run(5, "fake:20", debug_bundle)

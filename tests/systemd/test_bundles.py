@@ -8,7 +8,7 @@ import pytest
 from tests.systemd.device import SHIPPED_MODEL, bundle_command, current, newer, served
 from tests.systemd.machine import PATH, Machine
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 SSHD_USER = "sshd:x:105:65534::/run/sshd:/usr/sbin/nologin"

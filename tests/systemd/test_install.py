@@ -5,7 +5,7 @@ import pytest
 from tests.systemd.device import INSTALL, OFFLINE, SHIPPED_MODEL, ask, served
 from tests.systemd.machine import PATH, Machine
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_it_installs_starts_and_answers(device: Machine) -> None:

@@ -16,7 +16,7 @@ from tests.systemd.device import (
 )
 from tests.systemd.machine import Machine
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_mosquitto_pub_is_answered(device: Machine, on_mqtt: Path) -> None:

@@ -12,7 +12,7 @@ from tests.systemd.device import (
 )
 from tests.systemd.machine import NETWORK, Machine
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 PROBE = """

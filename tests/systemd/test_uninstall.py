@@ -5,7 +5,7 @@ import pytest
 from tests.systemd.device import INSTALL, OFFLINE, SHIPPED_MODEL, current, served
 from tests.systemd.machine import Machine
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def left(device: Machine) -> set[str]:

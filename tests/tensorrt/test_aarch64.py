@@ -10,11 +10,16 @@ import tomli
 
 from tests.support.packages import PIP
 
-pytestmark = [pytest.mark.proof("6. the edge's dependencies have wheels on aarch64"), pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.proof("6. the edge's dependencies have wheels on aarch64"),
+    pytest.mark.timeout(120),
+]
 
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("python", "extra", "glibc"), [("3.10", "cuda12", 35), ("3.12", "cuda13", 39)])
 def test_everything_resolves_to_wheels(python: str, extra: str, glibc: int) -> None:
     """JetPack 6 is Ubuntu 22.04 with glibc 2.35, JetPack 7 is 24.04 with 2.39."""

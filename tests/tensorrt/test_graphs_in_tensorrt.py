@@ -23,6 +23,7 @@ from shared.tokens import BOS, MASK
 from tests.support.packages import installed
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.proof("1. TensorRT's parser and builder take the CUDA graphs"),
     pytest.mark.timeout(400),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="tensorrt-rtx 1.4 has wheels for x86-64 alone"),
@@ -62,6 +63,7 @@ def graph(request: pytest.FixtureRequest, debug_bundle: Path, tmp_path: Path) ->
     return files[precision]
 
 
+@pytest.mark.slow
 def test_the_newer_one_builds_an_engine(graph: Path) -> None:
     found = tried(BUILDS, graph, [(1, 64), (2, 256)])
     assert "error" not in found

@@ -17,6 +17,7 @@ import pytest
 from tests.support.packages import installed
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.proof("2. every TensorRT name we use exists in 10.3, 10.13, 10.16 and 11.4"),
     pytest.mark.timeout(200),
     pytest.mark.skipif(platform.machine() != "x86_64", reason="10.3's bindings on the index are for x86-64 alone"),

@@ -42,6 +42,7 @@ def test_generate_refuses_a_prompt_that_is_not_text(trained: Path, capsys: pytes
     assert "not UTF-8" in refusal(capsys, generate.main, "caf\udce9", "--run", trained)[1]
 
 
+@pytest.mark.slow
 def test_generate_of_an_autoregressive_run_goes_token_by_token(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

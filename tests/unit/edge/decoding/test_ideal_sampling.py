@@ -22,6 +22,7 @@ def sampled(ideal: Ideal, seed: int, steps: int, selection: Selection = "random"
     return tuple(canvas.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ideal", [PAIRS, LENGTHS], ids=["two tokens", "with lengths"])
 def test_canvases_appear_as_often_as_they_should(ideal: Ideal) -> None:
     counts = dict.fromkeys(map(tuple, ideal.canvases.tolist()), 0)

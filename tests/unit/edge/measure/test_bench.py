@@ -15,6 +15,7 @@ from shared.errors import ConfigError
 from shared.schedule import reveal_count
 
 
+@pytest.mark.slow
 def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
     options = ["--bundle", str(debug_bundle), "--threads", "1", "--steps", "4", "8", "--json"]
     command = [sys.executable, "-m", "edge.bench", *options]
@@ -75,6 +76,7 @@ def test_a_users_mistake_is_one_sentence(options: list[str], status: int, senten
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_clients_share_the_same_requests(debug_bundle: Path) -> None:
     options = ["--bundle", str(debug_bundle), "--threads", "1", "--clients", "1,3", "--json"]
     done = subprocess.run([sys.executable, "-m", "edge.bench", *options], capture_output=True, check=False)

@@ -123,6 +123,7 @@ def run_data(endpoint: str, tmp_path: Path, *arguments: str) -> "subprocess.Comp
     )
 
 
+@pytest.mark.slow
 def test_hub_data_set_is_streamed_with_its_own_splits_and_licence(endpoint: str, tmp_path: Path) -> None:
     done = run_data(endpoint, tmp_path, "--source", "owner/stories")
     assert done.returncode == 0, done.stderr

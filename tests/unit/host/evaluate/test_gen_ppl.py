@@ -61,6 +61,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_sample_many_is_the_same_as_one_by_one(network: Denoiser, rule: str) -> None:
     settings = [replace(RULES[rule], seed=seed) for seed in range(20)]  # more than one network call takes
@@ -76,6 +77,7 @@ def test_sample_many_is_the_same_as_one_by_one(network: Denoiser, rule: str) -> 
     assert decided >= 2
 
 
+@pytest.mark.slow
 def test_sample_autoregressive_has_the_frequencies_of_the_model(network: Denoiser) -> None:
     """The first token of many canvases, against the model's own distribution."""
     shape = replace(config_named("debug"), vocab_size=12, canvas_len=3, time_input=False)

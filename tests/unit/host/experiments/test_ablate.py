@@ -40,6 +40,7 @@ def test_twice_the_rate_is_twice_that_of_the_other_variants(
     )
 
 
+@pytest.mark.slow
 def test_ablate_trains_measures_and_continues_two_variants(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +102,7 @@ def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines()[-1] == "| a | 1.5000 ± 0.7071 | 3.0000 ± 0.0000 | 0.50 | `c` |"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [

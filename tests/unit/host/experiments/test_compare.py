@@ -152,6 +152,7 @@ def test_baseline_nelbo_is_the_bound_itself(data: Path) -> None:
     assert loop.nelbo(n) == pytest.approx(nats / tokens, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_baseline_learns(data: Path) -> None:
     """On sixteen stories over and over; an untrained one of 300 words is near log 300 = 5.7 nats."""
     loop = BaselineLoop(

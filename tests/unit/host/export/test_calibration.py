@@ -35,6 +35,7 @@ def test_stratified_gives_nothing_of_a_rate_never_visited() -> None:
     assert sorted(np.count_nonzero(canvas == MASK) for canvas, _ in chosen) == [1, 1, 1, 255, 255, 255]
 
 
+@pytest.mark.slow
 def test_activation_ranges_stay_within_what_was_seen() -> None:
     canvases = trajectories(MODEL, "linear", np.zeros((1, 256), np.uint16), seed=0, steps=8)
     ranges = activation_ranges(cuda_graph(MODEL), canvases)

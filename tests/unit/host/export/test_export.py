@@ -28,6 +28,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "graphs"),
     [
@@ -66,6 +67,7 @@ def test_export_flags_choose_the_graphs(
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.slow
 def test_export_of_a_run_writes_its_figures(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +128,7 @@ def with_outliers(trained: Path, run: Path, pairs: dict[str, str]) -> None:
         save_file(tensors, run / file, metadata=metadata)
 
 
+@pytest.mark.slow
 def test_export_of_a_network_that_int8_ruins_keeps_the_old_bundle(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +152,7 @@ def test_export_of_a_network_that_int8_ruins_keeps_the_old_bundle(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_export_leaves_layers_in_float_that_int8_ruins(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +173,7 @@ def test_export_leaves_layers_in_float_that_int8_ruins(
     )
 
 
+@pytest.mark.slow
 def test_export_replaces_an_old_bundle(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--untrained", "debug", "--out", out)
@@ -217,12 +222,14 @@ def test_export_to_a_full_disk_leaves_the_old_bundle(tmp_path: Path, capsys: pyt
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_export_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         call(export.main, "--untrained", "debug", "--out", tmp_path / folder / "bundle", "--int8", "--fp16")
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_export_takes_figures_from_other_text(trained: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--run", trained, "--out", out, "--source", corpus, "--stories", 3)

@@ -154,6 +154,7 @@ def test_cuda_graph_follows_torch_in_half_precision(name: str, level: ort.GraphO
         assert (found[~certain][:, [MASK, BOS]] < -5000).all()
 
 
+@pytest.mark.slow
 @PROOF
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("level", LEVELS)
@@ -202,6 +203,7 @@ def test_graph_refuses_two_constants_under_one_name() -> None:
             graph.constant("scale", other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_graph_bias_has_a_floor(name: str) -> None:
     """Smaller probabilities are denormal numbers, with which an Intel processor takes half of a step."""

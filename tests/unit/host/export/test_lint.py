@@ -130,6 +130,7 @@ def test_lint_names_sides_that_waste_tiles() -> None:
     assert slow_shapes(graph) == ["head.matmul: its weights are 64 × 300; multiples of 64 are faster"]
 
 
+@pytest.mark.slow
 def test_cuda_int8_graph_leaves_kept_layers_in_float() -> None:
     kept = ["head.matmul", "blocks.1.up.out.matmul"]
     graph = quantize_linears(FP16, activation_ranges(FP16, [(CANVAS, 1.0)])["largest"], kept)

@@ -128,6 +128,7 @@ def test_averaged_or_raw_weights_are_loaded(tmp_path: Path) -> None:
     assert not averaged.training
 
 
+@pytest.mark.slow
 def test_killing_a_process_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)],

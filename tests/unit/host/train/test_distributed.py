@@ -67,6 +67,7 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float32")
 def test_two_processes_stop_together_and_one_goes_on_along_the_same_curve(data: Path, tmp_path: Path) -> None:
     length: list[object] = ["--steps", 8, "--valid-every", 4, "--micro-size", 3]
@@ -81,6 +82,7 @@ def test_two_processes_stop_together_and_one_goes_on_along_the_same_curve(data: 
     assert {p.name for p in run.iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float32")
 def test_two_processes_take_up_the_run_of_one(data: Path, tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
@@ -99,6 +101,7 @@ def test_two_processes_take_up_the_run_of_one(data: Path, tmp_path: Path) -> Non
     assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours if n.startswith("model.")) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -133,6 +136,7 @@ def test_the_processor_time_of_all_processes_is_counted(data: Path, tmp_path: Pa
     assert trainer.progress.compute_seconds > time.process_time() - before
 
 
+@pytest.mark.slow
 def test_the_loss_compiles_whole(data: Path) -> None:
     """As on CUDA: traced without a break, for any batch; here its graph is run as it is."""
     model = Denoiser(config_named("debug"))

@@ -304,6 +304,7 @@ def test_a_disk_that_has_no_room_for_the_log_leaves_it_as_it_was(
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "room", "words"),
     [

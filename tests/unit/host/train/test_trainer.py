@@ -111,6 +111,7 @@ def test_learning_rate_rises_and_falls_in_the_log(trained: Path) -> None:
     assert rates[0] < 1e-4 and rates[-1] < 4e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [["--optimizer", "adamw"], ["--schedule", "cosine"], ["--objectives", "ar"]],
@@ -129,6 +130,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(tmp_path / "parted"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "valid_every"), [(signal.SIGINT, 1000), (signal.SIGHUP, 1000), (signal.SIGKILL, 3)])
 def test_a_signal_in_the_middle_costs_nothing(
     data: Path, tmp_path: Path, number: signal.Signals, valid_every: int
@@ -260,6 +262,7 @@ def test_a_finished_run_goes_on_for_more_steps(data: Path, tmp_path: Path, capsy
     assert "done; best validation loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_diffusion_starts_from_an_autoregressive_run(data: Path, tmp_path: Path) -> None:
     """Every weight is taken over; the time input, which the other lacks, starts fresh."""
     call(train.main, *small(data, tmp_path / "ar", "--objectives", "ar", "--steps", 3))
@@ -318,6 +321,7 @@ def test_an_infinite_gradient_in_half_precision_touches_no_weight(data: Path, tm
     assert not torch.equal(one.model.head.weight, before["head.weight"])
 
 
+@pytest.mark.slow
 def test_a_new_length_is_kept_for_the_next_resumption(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     call(train.main, *small(data, run, "--steps", 2))

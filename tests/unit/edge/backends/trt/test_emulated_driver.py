@@ -54,6 +54,7 @@ def test_every_name_that_we_use_is_there(version: str) -> None:
     assert used() - names == set()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # seconds on an idle machine
 @pytest.mark.parametrize("version", ["12.9.10", "13.5.0"])
 def test_the_tests_for_a_gpu_pass_on_an_emulated_driver(version: str, tmp_path: Path) -> None:
