@@ -15,18 +15,20 @@ PEAK_RATES: Final[dict[OptimizerName, float]] = {"adamw": 1e-3, "muon": 4e-3}
 WEIGHT_DECAY = 0.05
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
-    """The nearest matrix with singular values of about one, by Newton-Schulz (Jordan et al., Muon, 2024).
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """The nearest matrices with singular values of about one, by Newton-Schulz (Jordan et al., Muon, 2024).
 
-    bf16 is exact enough: the iteration itself leaves singular values between 0.7 and 1.2.
+    matrices (n, rows, columns), or one of them. bf16 is exact enough: the iteration itself leaves singular values
+    between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = (x / x.norm().clamp(min=1e-7)).to(dtype)  # in this order: in FP16 a small gradient would vanish
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).reshape(-1, *sorted(matrices.shape[-2:]))
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)  # in this order: FP16 has no small gradients
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,14 +55,18 @@ class Muon(torch.optim.Optimizer):
         """Update every matrix from its gradient."""
         assert closure is None
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(average, group["momentum"]), self.dtype)  # Nesterov
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, matrices in by_shape.items():  # together: a GPU is not busy with one small product
+                gradients = [p.grad for p in matrices if p.grad is not None]
+                averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
+                updates = orthogonalize(torch.stack(nesterov), self.dtype)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
 def build_optimizers(

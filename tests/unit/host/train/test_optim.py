@@ -134,3 +134,10 @@ def test_average_does_not_share_memory_with_the_model() -> None:
     with torch.no_grad():
         model.weight.add_(math.pi)
     assert torch.equal(ema.shadow["weight"], before)
+
+
+def test_matrices_of_one_shape_are_orthogonalized_as_each_alone() -> None:
+    for shape in [(6, 4), (4, 6), (5, 5)]:
+        matrices = torch.randn(3, *shape)
+        together = orthogonalize(matrices)
+        assert torch.allclose(together, torch.stack([orthogonalize(one) for one in matrices]), atol=1e-6)
