@@ -16,14 +16,15 @@ EDGE := $(VENV)/.installed-edge
 ALL := $(VENV)/.installed-all
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-systemd check clean venv
-.SILENT: help demo test test-fast test-systemd clean venv $(EDGE) $(ALL)
+.PHONY: help demo test test-fast test-systemd gpu check clean venv
+.SILENT: help demo test test-fast test-systemd gpu clean venv $(EDGE) $(ALL)
 
 help:
 	echo "make demo    install the edge, and watch the shipped model write a story"
 	echo "make test    install everything, and run the tests; those of MQTT need mosquitto"
 	echo "make test-fast   those without the slow ones, while you work: two minutes on two cores"
 	echo "make test-systemd   the installed service on a booted systemd; needs root and systemd-container"
+	echo "make gpu     on an NVIDIA machine: tests, training benchmark, a short run, in build/gpu/report.txt"
 	echo "make check   formatting, types, floors, pages, file sizes, line budget"
 	echo "make clean   remove .venv and caches; data, runs and bundles stay"
 
@@ -40,6 +41,9 @@ test-fast: $(ALL)
 # By itself, in one process: every process would boot a machine of its own. Skipped, with the reason, where none can be.
 test-systemd: $(ALL)
 	$(BIN)/python -m pytest tests/systemd -s $(PYTEST_ARGS)
+
+gpu: $(ALL)
+	PYTHON=$(BIN)/python bash tests/gpu/report.sh
 
 check: $(ALL)
 	$(BIN)/ruff check
