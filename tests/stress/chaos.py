@@ -158,7 +158,7 @@ class Chaos:
 
     def _flood(self) -> None:
         kinds = [("request/generate", b'{"prompt": ' + b"x" * 909), ("request/health", b""), ("request/cancel", b"{")]
-        kinds.append(("request/generate/flood", b'{"id": "one", "prompt": "Once", "max_tokens": 1}'))
+        kinds.append(("request/generate/flood", b'{"prompt": "Once", "max_tokens": 1}'))
         topic, payload = self._random.choice(kinds)
         threading.Thread(target=flood, args=(self.port, f"{BASE}/{topic}", payload, 2000, 3.0), daemon=True).start()
 

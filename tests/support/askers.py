@@ -37,8 +37,8 @@ class Heard:
     def note(self, payload: bytes) -> bool:
         """Keep an answer, unless it is a refusal.  → whether it is one to keep"""
         answer = json.loads(payload)
-        if answer["id"] is None:
-            return False  # of a flood
+        if answer["type"] != "response" or answer["id"] is None:
+            return False  # to a flood: an exception here would end the listening thread
         if answer["status"] == "error" and answer["error"]["code"] in NOT_TERMINAL:
             self.refused_full += answer["error"]["code"] == "storage_full"
             return False
