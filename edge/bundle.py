@@ -21,7 +21,7 @@ from edge.backends.trt.engine_builder import Order
 from edge.backends.trt.engine_cache import writable_cache
 from edge.backends.trt.find_tensorrt import is_gpu_device
 from edge.client import ask, connect
-from edge.config import FILE_VARIABLE, STORE, Config, load_config
+from edge.config import CONFIG, STORE, Config, load_config, settings_file
 from edge.system.bundle_store import Links, Store, check_files, check_signature
 from edge.system.privileges import become_nobody
 from shared.errors import BundleError, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
@@ -29,7 +29,6 @@ from shared.manifest import bundle_digest, read_manifest
 from shared.messages import GenerateRequest, Response
 
 KEY: Final = Path("/etc/edgelm/minisign.pub")
-CONFIG: Final = Path("/etc/edgelm/edgelm.toml")
 UNIT: Final = "edgelm.service"
 TEST: Final = GenerateRequest(prompt="", seed=1, steps=10)
 TEST_S: Final = 300.0
@@ -266,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     found.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: the one that is current")
     args = parser.parse_args(argv)
     store = Store(args.store)
-    file = args.config or (CONFIG if CONFIG.is_file() and FILE_VARIABLE not in os.environ else None)
+    file = settings_file(args.config)
     config = load_config(file)
     if args.command == "list":
         print("\n".join(describe(store)) or f"no bundles in {store.folder}")

@@ -43,6 +43,8 @@ VARIABLES: Final[dict[str, str]] = {
 """Environment variable → the key it overrides. An empty variable counts as unset."""
 
 MACHINE_ID: Final = Path("/etc/machine-id")
+CONFIG: Final = Path("/etc/edgelm/edgelm.toml")
+"""The service's settings."""
 SYSTEM_SOCKET: Final = Path("/run/edgelm.sock")
 STORE: Final = Path("/opt/edgelm/bundles")
 """Where a device keeps its bundles."""
@@ -167,6 +169,11 @@ def load_config(
     if config.mqtt.password_file and not config.mqtt.username:
         raise ConfigError("mqtt.password_file needs mqtt.username: brokers take a password only with a name")
     return config
+
+
+def settings_file(named: Path | None) -> Path | None:
+    """The file that a command for the device reads: the one named, else the service's if nothing names another."""
+    return named or (CONFIG if CONFIG.is_file() and FILE_VARIABLE not in os.environ else None)
 
 
 def log_level(*, default: str) -> int:

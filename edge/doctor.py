@@ -1,4 +1,7 @@
-"""What this device has, what it lacks, and what to do first: `python -m edge.doctor`. Works without a GPU too."""
+"""What this device has, what it lacks, and what to do first: `python -m edge.doctor`.
+
+It is judged by what it is meant to serve from: a device without a GPU lacks nothing by having none.
+"""
 
 import argparse
 import grp
@@ -6,11 +9,13 @@ import os
 import platform
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -21,18 +26,23 @@ from msgspec import Struct
 from edge.backends import load_backend
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import Gpu
-from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, on_jetson
+from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_device, on_jetson
 from edge.backends.trt.profiles import buckets
-from edge.config import default_bundle
+from edge.client import connect
+from edge.config import CONFIG, Config, load_config, settings_file
 from edge.decoding.canvas import advance
 from edge.decoding.types import AnyBackend, Row, Sampling
-from shared.errors import DeviceError, DiffusionLLMError, command_name, run_main
-from shared.manifest import Manifest, find_graph, read_manifest
+from edge.system.bundle_store import check_files
+from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
+from shared.manifest import Manifest, Target, find_graph, read_manifest
 from shared.tokens import BOS, MASK
 
 STEPS: Final = 10
 MIN_AGREEMENT: Final = 0.8
 """Of committed tokens, pass by pass: precision decides close draws differently, a broken engine decides all so."""
+BROKER_S: Final = 5.0
+MIN_DISK_MIB: Final = 64
+MIN_MEMORY_MIB: Final = 256
 JETPACKS: Final = {36: 6, 38: 7, 39: 7}
 """Major version of Jetson Linux → of JetPack."""
 NODES: Final = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dri/renderD128")
@@ -185,22 +195,69 @@ def _timed(times: list[float], backend: AnyBackend, manifest: Manifest, row: Row
     times.append((time.perf_counter() - started) * 1e3)
 
 
-def examine(folder: Path) -> list[Finding]:
-    """The whole report; whatever fails becomes a finding."""
-    found = system()
-    manifest = None
+def serves_from_gpu(config: Config, has_gpu: bool) -> bool:
+    """Whether this device is meant to compute on a GPU: it says so, or has one and leaves the choice to the daemon."""
+    return config.backend.startswith("trt") or (config.backend == "auto" and (has_gpu or is_gpu_device()))
+
+
+def whole_bundle(folder: Path, target: Target) -> Finding:
+    """Whether the bundle can be read, has a graph for the target, and every file is as its manifest says."""
     try:
         manifest = read_manifest(folder)
-        precisions = ", ".join(f"{g.target} {g.precision}" for g in manifest.graphs)
-        found.append(Finding("bundle", f"{manifest.name}: {precisions}"))
-        find_graph(folder, manifest, "cuda")
+        find_graph(folder, manifest, target)
+        check_files(folder)
     except DiffusionLLMError as error:
-        found.append(Finding("bundle", "unusable on a GPU", str(error)))
-    findings, with_gpu = gpu_and_engine(folder, manifest)
-    found += findings
-    if manifest is not None:
-        found += _guarded("self-test", lambda: self_test(folder, manifest, with_gpu))
-    return [*found, watts()]
+        return Finding("bundle", "unusable", str(error))
+    graphs = ", ".join(f"{graph.target} {graph.precision}" for graph in manifest.graphs)
+    return Finding("bundle", f"{manifest.name}: {graphs}")
+
+
+def surroundings(config: Config) -> list[Finding]:
+    """Socket, broker, disk, memory."""
+    found = []
+    try:
+        connection = connect(config.socket)
+        found.append(Finding("socket", f"{config.socket}: {'no daemon listens' if connection is None else 'answers'}"))
+        if connection is not None:
+            connection.close()
+    except ConfigError as error:
+        found.append(Finding("socket", str(config.socket), f"{error}: see `ls -l {config.socket}`"))
+    if config.mqtt.host is None:
+        found.append(Finding("broker", "none is configured"))
+    else:
+        broker = f"{config.mqtt.host}:{config.mqtt.port}"
+        try:
+            socket.create_connection((config.mqtt.host, config.mqtt.port), BROKER_S).close()
+            found.append(Finding("broker", f"{broker} answers"))
+        except OSError as error:
+            fix = f"the broker {broker} cannot be reached ({error.strerror or error}): start it, or mend `mqtt.host`"
+            found.append(Finding("broker", broker, fix))
+    place = next(path for path in (config.state.absolute(), *config.state.absolute().parents) if path.exists())
+    found.append(_room("disk", f"for {config.state}", shutil.disk_usage(place).free >> 20, MIN_DISK_MIB))
+    available = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return [*found, *([_room("memory", "available", int(available[1]) >> 10, MIN_MEMORY_MIB)] if available else [])]
+
+
+def _room(name: str, what: str, mib: int, least_mib: int) -> Finding:
+    fix = None if mib >= least_mib else f"{name}: {mib} MiB {what}, and at least {least_mib} are wanted"
+    return Finding(name, f"{mib} MiB {what}", fix)
+
+
+def examine(config: Config) -> list[Finding]:
+    """The whole report; whatever fails becomes a finding. What a GPU lacks matters where one is meant to serve."""
+    manifest = None
+    with suppress(DiffusionLLMError):  # told below
+        manifest = read_manifest(config.bundle)
+    gpu, with_engine = gpu_and_engine(config.bundle, manifest)
+    on_gpu = serves_from_gpu(config, has_gpu=gpu[0].value != "absent")
+    bundle = whole_bundle(config.bundle, "cuda" if on_gpu else "cpu")
+    if not on_gpu:
+        gpu = [Finding(finding.name, finding.value) for finding in gpu]
+    found = [*system(), Finding("serves from", "GPU" if on_gpu else "CPU"), bundle, *gpu]
+    if manifest is not None and bundle.fix is None:
+        tested = manifest
+        found += _guarded("self-test", lambda: self_test(config.bundle, tested, with_engine and on_gpu))
+    return [*found, watts(), *surroundings(config)]
 
 
 def _guarded(name: str, work: Callable[[], list[Finding]]) -> list[Finding]:
@@ -211,16 +268,17 @@ def _guarded(name: str, work: Callable[[], list[Finding]]) -> list[Finding]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; the exit status is 0 when nothing is to be fixed for the GPU, else 69."""
+    """Print the report; the exit status is 0 when nothing is to be fixed, else 69."""
     parser = argparse.ArgumentParser(
         prog=command_name("edge.doctor"),
         description=__doc__,
         epilog="exit codes: 0 all is well, 69 something is to be fixed",
     )
-    parser.add_argument("--bundle", type=Path, default=default_bundle(), help="folder (default: the shipped one)")
+    parser.add_argument("--bundle", metavar="DIR", help="bundle to examine (default: the one that is served)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"the daemon's (default: {CONFIG}, if it is there)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
-    found = examine(args.bundle)
+    found = examine(load_config(settings_file(args.config), {"bundle": args.bundle} if args.bundle else {}))
     fixes = [finding.fix for finding in found if finding.fix]
     if args.json:
         print(msgspec.json.encode({"findings": found, "fix_first": fixes[0] if fixes else None}).decode())

@@ -1,7 +1,10 @@
 """`edge.doctor` and the roofline: what they say on a machine without a GPU, and figures that can be counted."""
 
 import json
+import shutil
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge import doctor
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
+from edge.backends.trt.find_tensorrt import is_gpu_device
 from edge.measure.roofline import BOARDS, floor, matmul_flops
 from shared.errors import ConfigError, DeviceError
 from shared.manifest import find_graph, read_manifest
@@ -20,17 +24,83 @@ from tests.support.emulator import Emulator
 from tests.support.emulator.fakes import FakeDriver, array_at
 
 
-def test_without_a_gpu_the_report_says_what_is_absent(debug_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--bundle", str(debug_bundle), "--json"]) == DeviceError.exit_code
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
-    found = {line["name"]: line["value"] for line in report["findings"]}
-    assert found["gpu"] == "absent"
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Settings of a daemon that does not run, of which a test changes some; none of this machine's."""
+    monkeypatch.setattr("edge.config.CONFIG", tmp_path / "none.toml")
+    monkeypatch.setenv("EDGELM_SOCKET", str(tmp_path / "socket"))
+    monkeypatch.setenv("EDGELM_STATE", str(tmp_path / "state"))
+
+    def change(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(f"EDGELM_{name}", value)
+
+    return change
+
+
+Report = Callable[..., tuple[int, dict[str, str], str | None]]
+
+
+@pytest.fixture
+def report(settings: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Report:
+    """Exit code, findings, the first thing to fix."""
+
+    def examine(bundle: Path) -> tuple[int, dict[str, str], str | None]:
+        code = doctor.main(["--bundle", str(bundle), "--json"])
+        told: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return code, {line["name"]: line["value"] for line in told["findings"]}, told["fix_first"]
+
+    return examine
+
+
+@pytest.mark.skipif(is_gpu_device(), reason="this machine has a GPU")
+def test_doctor_of_a_device_without_a_gpu_finds_nothing_to_fix(debug_bundle: Path, report: Report) -> None:
+    code, found, fix = report(debug_bundle)
+    assert (code, fix) == (0, None)
+    assert (found["gpu"], found["serves from"]) == ("absent", "CPU")
     assert found["bundle"] == "debug: cpu fp32, cuda fp16"
     assert found["step on the cpu"].endswith(" ms")
-    assert "cuda-python is not installed" in report["fix_first"] or "no NVIDIA driver" in report["fix_first"]
+    assert found["socket"].endswith("no daemon listens") and found["broker"] == "none is configured"
 
 
-def test_a_broken_bundle_is_the_first_thing_to_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(is_gpu_device(), reason="this machine has a GPU")
+def test_doctor_of_a_device_that_is_to_serve_from_a_gpu_says_what_it_lacks(
+    debug_bundle: Path, report: Report, settings: Callable[..., None]
+) -> None:
+    settings(BACKEND="trt")
+    code, found, fix = report(debug_bundle)
+    assert (code, found["serves from"]) == (DeviceError.exit_code, "GPU")
+    assert fix is not None and ("cuda-python is not installed" in fix or "no NVIDIA driver" in fix)
+
+
+def test_doctor_names_the_file_of_a_bundle_that_is_corrupt(debug_bundle: Path, tmp_path: Path, report: Report) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(debug_bundle, copy)
+    (copy / "step.cuda.fp16.onnx").write_bytes(b"rubbish")  # not even a graph that this device needs
+    code, _, fix = report(copy)
+    assert code == DeviceError.exit_code and fix is not None
+    assert f"{copy / 'step.cuda.fp16.onnx'} does not match its manifest" in fix
+
+
+def test_doctor_names_a_broker_that_does_not_answer(
+    debug_bundle: Path, report: Report, settings: Callable[..., None]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        port = taken.getsockname()[1]
+        settings(MQTT_HOST="127.0.0.1", MQTT_PORT=str(port))
+        code, _, fix = report(debug_bundle)
+    assert code == DeviceError.exit_code
+    assert fix == f"the broker 127.0.0.1:{port} cannot be reached (Connection refused): start it, or mend `mqtt.host`"
+
+
+def test_doctor_names_a_disk_without_room(debug_bundle: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MIN_DISK_MIB", 1 << 40)
+    code, _, fix = report(debug_bundle)
+    assert code == DeviceError.exit_code and fix is not None and fix.startswith("disk: ")
+
+
+def test_doctor_of_a_broken_bundle_names_it_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--bundle", str(tmp_path)]) == DeviceError.exit_code
     assert "fix first: " in (err := capsys.readouterr().err)
     assert "is not a bundle" in err
