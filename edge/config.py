@@ -64,7 +64,7 @@ def default_bundle() -> Path:
 
 
 def socket_candidates() -> tuple[Path, ...]:
-    """Where a daemon may listen when nobody says: the user's runtime folder, the system's, the temporary one."""
+    """Where a daemon listens by default: the user's runtime folder, the system's, the temporary one."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     own = (Path(runtime) / "edgelm.sock",) if runtime else ()
     return (*own, SYSTEM_SOCKET, Path(f"/tmp/edgelm-{os.getuid()}.sock"))

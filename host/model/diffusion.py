@@ -22,7 +22,7 @@ Weighting = Literal["nelbo", "flat"]
 def token_weight(weighting: Weighting, schedule: ScheduleName, t: float) -> float:
     """A masked token's weight in training.
 
-    flat: the same at every t, and 1 a token on average over t, so that the loss reads as nats a masked token.
+    flat: the same at every t; 1 per token on average over t, so that the loss is in nats per masked token.
     """
     if weighting == "nelbo":
         return loss_weight(schedule, t)

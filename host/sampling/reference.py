@@ -106,7 +106,7 @@ def commit_pass(canvas: Tensor, open_positions: Tensor, logp: Tensor, step: int,
     token, confidence, apart = _draw(best, ids, open_positions, step, settings)
     score = _order_score(best, entropy, confidence, open_positions, step, settings)
     ranked, order = score.sort(descending=True, stable=True)
-    count, gap = _how_many(ranked, confidence, entropy[order], step, settings)
+    count, gap = _num_to_commit(ranked, confidence, entropy[order], step, settings)
     margin = min(float(apart.min()), gap)
     exact = settings.selection == "random" and settings.threshold is None and settings.entropy_bound is None
     if count < len(order) and not exact:
@@ -163,7 +163,7 @@ def _order_score(logp: Tensor, entropy: Tensor, confidence: Tensor, position: Te
     return by_rule[s.selection]
 
 
-def _how_many(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings) -> tuple[int, float]:
+def _num_to_commit(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings) -> tuple[int, float]:
     """How many positions to commit, and by how much that number was decided."""
     if step >= s.steps - 1:
         return len(ranked), float("inf")

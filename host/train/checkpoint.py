@@ -61,7 +61,7 @@ def save_checkpoint(
         "progress": msgspec.json.encode(asdict(progress)).decode(),
         "scaler": msgspec.json.encode(scaler.state_dict()).decode(),
     }
-    # In a folder, since save_file has a temporary file of its own, which it leaves, each time named anew, when killed.
+    # In a folder: when killed, save_file leaves a temporary file, under another name each time.
     aside = path.with_suffix(".saving")
     shutil.rmtree(aside, ignore_errors=True)
     partial = aside / path.name
@@ -128,7 +128,7 @@ def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[De
 
 def _check_age(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if "position_embedding.weight" in tensors and "relative_bias" not in tensors:
-        raise DataError(f"{path} was trained before attention had a bias by distance: train it anew")
+        raise DataError(f"{path} was trained before attention had a relative position bias: train it again")
 
 
 def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:

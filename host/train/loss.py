@@ -11,7 +11,8 @@ from shared.tokens import FIRST_TEXT_ID
 CHUNK_ROWS = 64  # float32 scores of so many positions stay in a core's own cache
 SCORED_ALIGNED = 64
 """oneDNN, which multiplies bf16 matrices on CPUs, compiles a kernel for every new shape, for milliseconds, and keeps
-the last 1,024. With shapes as they fall, a third of a `tiny` step goes there; of rounded ones there are few hundred."""
+the last 1,024. With shapes as they fall, a third of a `tiny` step goes there; rounding leaves a few hundred distinct
+shapes."""
 
 
 class WeightedLoss(nn.Module):
@@ -40,7 +41,7 @@ class WeightedLoss(nn.Module):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Read-out and weighted cross-entropy in one pass over the scores, for CPUs.
+    """LM head and weighted cross-entropy in one pass over the scores, for CPUs.
 
     The gradient is made where the loss is, a few rows at a time, instead of in a dozen passes over (M, V). On CUDA a
     compiler fuses the plain form.

@@ -29,9 +29,7 @@ def plot_curves(run: Path) -> None:
     above.plot(tokens, loss, color="tab:blue", alpha=0.2)
     above.plot(tokens, smooth, color="tab:blue", label="training as it is weighted, running mean")
     if valid:
-        above.plot(
-            *zip(*valid, strict=True), "o-", color="tab:orange", label="validation, nats a token, averaged weights"
-        )
+        above.plot(*zip(*valid, strict=True), "o-", color="tab:orange", label="validation, nats per token, EMA weights")
         # The first steps would squeeze the rest.
         settled = [*smooth[len(smooth) // 20 :], *(value for x, value in valid if x > tokens[-1] / 20)]
         above.set_ylim(0.9 * min(settled), 1.05 * max(settled))

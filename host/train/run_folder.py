@@ -151,12 +151,12 @@ def check_free(out: Path) -> None:
 
 
 def usual_batch_size() -> int:
-    """Canvases in a step where nobody says: few on a CPU, where tokens are dear and more steps learn more from them."""
+    """Default batch size. Small on a CPU: for a fixed token budget, more steps train better."""
     return TrainConfig.batch_size if torch.cuda.is_available() else CPU_BATCH_SIZE
 
 
 def usual_micro_size(batch_size: int) -> int:
-    """Canvases in a pass where nobody says: few, short of padding, on a CPU; on CUDA the whole batch."""
+    """Default micro-batch size. Small on a CPU, to save padding; on CUDA the whole batch."""
     return batch_size if torch.cuda.is_available() else TrainConfig.micro_size
 
 

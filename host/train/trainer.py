@@ -143,7 +143,7 @@ class Trainer:
         return loss
 
     def step(self) -> tuple[float, float, int]:
-        """One optimizer step.  → (loss in nats a token, gradient norm, tokens)"""
+        """One optimizer step.  → (loss in nats per token, gradient norm, tokens)"""
         c = self.config
         batch = self.next_batch()
         total = torch.zeros((), device=self.device)
@@ -188,7 +188,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Averaged weights on two samples of validation stories, in nats a token; always the same ones and noise."""
+        """EMA weights on two samples of validation stories, in nats per token; always the same ones and noise."""
         raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.model.load_state_dict(self.ema.shadow)
         self.model.eval()  # no dropout
@@ -335,4 +335,4 @@ def main() -> None:
     state = f"stopped at step {trainer.progress.step}; continue with --resume {config.out}"
     best = trainer.progress.best_nats
     print(f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss "
-          f"{'not measured yet' if best is None else f'{best:.4f} nats a token'}")  # fmt: skip
+          f"{'not measured yet' if best is None else f'{best:.4f} nats per token'}")  # fmt: skip

@@ -251,7 +251,7 @@ class TrtBackend:
 
     def _place(self, rows: Sequence[Row], bucket: Bucket) -> None:
         """Write the rows that are not in their places already, and empty the places that nobody has."""
-        if bucket is not self._current:  # another shape lays the same memory out anew
+        if bucket is not self._current:  # another shape lays the same memory out again
             self._current, self._placed = bucket, [None] * BATCHES[-1]
             bucket.fill[:] = 0
         for i in range(bucket.batch):

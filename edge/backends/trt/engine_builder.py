@@ -71,7 +71,7 @@ def build(
 ) -> tuple[bytes, bytes]:
     """Build an engine with one profile for each shape (batch, length).
 
-    timings: an earlier timing cache, or nothing; one that does not fit is begun anew.  → engine, timing cache. Raises
+    timings: an earlier timing cache, or nothing; one that does not fit is made again.  → engine, timing cache. Raises
     DeviceError.
     """
     builder = trt.Builder(logger)

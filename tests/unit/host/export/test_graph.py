@@ -81,7 +81,7 @@ def test_cpu_graph_reduces_exactly(name: str, every: int) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_graph_of_a_canvas_cut_after_its_end_is_the_same(name: str) -> None:
-    """A shorter canvas has a shorter slice of the bias by distance."""
+    """A shorter canvas has a shorter slice of the relative position bias."""
     model, whole = NETWORKS[name], canvases()[2]
     end = int(np.argmax(whole == EOS))
     wanted = np.flatnonzero(whole[:end] == MASK).astype(np.int32)

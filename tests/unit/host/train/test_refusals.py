@@ -50,7 +50,7 @@ def from_before_the_bias(data: Path, tmp_path: Path) -> list[object]:
 @pytest.mark.parametrize(
     ("prepare_run", "words"),
     [
-        (from_before_the_bias, "was trained before attention had a bias by distance: train it anew"),
+        (from_before_the_bias, "was trained before attention had a relative position bias: train it again"),
         (other_tokenizer, "was trained with another tokenizer than"),
         (other_shape, "cannot start this model: relative_bias is missing or has another shape"),
         (lambda data, tmp: ["--init", tmp / "nowhere"], "nowhere holds no checkpoint: train one with"),
