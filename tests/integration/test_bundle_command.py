@@ -156,6 +156,7 @@ def keys(tmp_path: Path) -> tuple[Path, Path]:
     return public, secret
 
 
+@pytest.mark.slow
 @needs_minisign
 def test_with_a_key_only_what_it_signed_is_installed(
     keys: tuple[Path, Path], debug_bundle: Path, tmp_path: Path

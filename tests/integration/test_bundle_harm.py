@@ -182,6 +182,7 @@ def test_a_store_within_a_bundle_is_refused(inside: str, debug_bundle: Path, tmp
     assert sorted(bundle.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_what_is_not_provably_a_bundle_of_the_store_survives_in_it(debug_bundle: Path, tmp_path: Path) -> None:
     """Photos, a bundle that somebody copied there by hand, and one whose name says another digest."""
     store = tmp_path / "store"

@@ -198,6 +198,7 @@ def test_mqtt_drain_leaves_requests_to_the_next_daemon(serve: Serve, broker: Bro
     assert answer["status"] == "ok", answer
 
 
+@pytest.mark.slow
 def test_mqtt_two_daemons_of_one_name_say_so_and_do_not_fight(
     start_daemon: Callable[..., Daemon], broker: Broker, tmp_path: Path, debug_bundle: Path
 ) -> None:

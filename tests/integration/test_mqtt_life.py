@@ -198,6 +198,7 @@ def test_mqtt_retained_requests_are_not_served(
     old.close()
 
 
+@pytest.mark.slow
 def test_mqtt_answer_that_did_not_arrive_is_published_by_the_next_daemon(
     serve: StartDaemon, broker: Broker, listen: Listen
 ) -> None:

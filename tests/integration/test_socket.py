@@ -45,7 +45,7 @@ def test_gaps_are_filled_between_the_given_texts(line: Line) -> None:
 
 def test_requests_in_flight_together_are_told_apart_by_their_ids(line: Line) -> None:
     line.send(*({"prompt": "Once", "id": str(i), "max_tokens": 3} for i in range(5)))
-    assert [(line.read() or {})["id"] for _ in range(5)] == ["0", "1", "2", "3", "4"]
+    assert sorted((line.read() or {})["id"] for _ in range(5)) == ["0", "1", "2", "3", "4"]  # in any order: lanes
 
 
 BAD_LINES: dict[str, tuple[bytes, str, str]] = {

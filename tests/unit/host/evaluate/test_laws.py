@@ -80,6 +80,7 @@ def test_a_network_that_knows_nothing_infills_no_better_than_it_writes(model: De
     assert found.gap_tokens > 1000
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_by_every_law_it_has_learned(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

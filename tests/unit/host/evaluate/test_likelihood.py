@@ -99,6 +99,7 @@ def test_evaluate_of_a_tiny_story_is_finite(trained: Path, tmp_path: Path, capsy
     assert math.isfinite(found.masked_cross_entropy.stderr)
 
 
+@pytest.mark.slow
 def test_evaluate_of_a_bundle_agrees_with_torch(
     trained: Path, bundles: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

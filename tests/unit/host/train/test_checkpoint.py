@@ -164,6 +164,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(checkpoint: Path) -> None
     assert [p.name for p in checkpoint.parent.iterdir()] == [LAST]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     """A real one, of 2 MiB, with room for one checkpoint and the first third of another."""
     mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=2m none "$0" && exec "$@"', str(tmp_path)]

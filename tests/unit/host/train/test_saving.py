@@ -25,7 +25,7 @@ def test_between_validations_the_state_is_saved_every_few_minutes(
     monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(train, "Trainer", DiesAtFive)
     with pytest.raises(KeyboardInterrupt):
-        call(train.main, *small(data, tmp_path / "run", "--steps", 9))
+        call(train.main, *small(data, tmp_path / "run", "--steps", 9, "--valid-every", 99))
     assert read_progress(tmp_path / "run" / LAST).step == 3  # whose loss, in the fourth step, was a number
 
 

@@ -99,6 +99,7 @@ def stages(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return a, b
 
 
+@pytest.mark.slow
 def test_stage_b_trains_the_drafter_and_leaves_the_network_to_the_bit(stages: tuple[Path, Path]) -> None:
     before, after = (load_file(run / BEST) for run in stages)
     body = [name for name in before if name.startswith("ema.")]
@@ -113,6 +114,7 @@ def test_stage_b_trains_the_drafter_and_leaves_the_network_to_the_bit(stages: tu
     assert any(not torch.equal(a, b) for a, b in moved)
 
 
+@pytest.mark.slow
 def test_stage_b_lowers_its_loss(stages: tuple[Path, Path]) -> None:
     rows = (stages[1] / "log.csv").read_text().splitlines()
     valid = rows[0].split(",").index("valid")
