@@ -20,11 +20,12 @@ What goes where:
   /opt/edgelm/bundles                 models; see: python -m edge.bundle --help
   /etc/edgelm/edgelm.toml             settings, written once and then yours
   /etc/systemd/system/edgelm.*        the units
+  /usr/local/bin/edgelm               the command; not where something else has this name
   /var/lib/edgelm, /var/cache/edgelm  state (requests and answers that are still owed), and engines that were built
 END
 }
 
-readonly OPT=/opt/edgelm ETC=/etc/edgelm UNITS=/etc/systemd/system GROUP=edgelm
+readonly OPT=/opt/edgelm ETC=/etc/edgelm UNITS=/etc/systemd/system GROUP=edgelm COMMAND=/usr/local/bin/edgelm
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly here
 python=${PYTHON:-python3}
@@ -116,8 +117,8 @@ name_release() {
     local version hash
     version=$(sed -n 's/^version = "\([^"]*\)".*/\1/p' "$here/pyproject.toml")
     hash=$(cd "$here" && {
-        find edge shared host systemd -type f ! -path '*/__pycache__/*' -print0
-        printf '%s\0' pyproject.toml deploy/edgelm.toml
+        find edge shared systemd -type f ! -path '*/__pycache__/*' -print0
+        printf '%s\0' pyproject.toml deploy/edgelm.toml deploy/constraints.txt
     } | LC_ALL=C sort -z | xargs -0 sha256sum | cat - <(echo "$extras $visible" && "$python" -VV) | sha256sum | head -c 12)
     release=$version-$hash
 }
@@ -137,8 +138,9 @@ make_release() {
     [[ $dry ]] || source=$(mktemp -d)
     # shellcheck disable=SC2064 # the folder's name as it is now
     trap "rm -rf '$source'" EXIT
-    run cp -r "$here"/{pyproject.toml,README.md,LICENSE,edge,shared,host} "$source"
-    run "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$source$extras"
+    run cp -r "$here"/{pyproject.toml,README.md,LICENSE,edge,shared} "$source" # without the training host
+    run "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint "$here/deploy/constraints.txt" "$source$extras"
     run cp -r "$here/systemd" "$folder/systemd"
     run install -m 644 "$here/deploy/edgelm.toml" "$folder/edgelm.toml"
     run chmod -R go=rX "$folder"
@@ -177,6 +179,15 @@ place_units() {
     run systemctl daemon-reload
 }
 
+# The command in everybody's path, unless the name is taken by something that is not ours.
+link_command() {
+    if [[ -L $COMMAND && $(readlink "$COMMAND") == "$OPT"/* ]] || [[ ! -e $COMMAND && ! -L $COMMAND ]]; then
+        swap "$OPT/current/bin/edgelm" "$COMMAND"
+    else
+        say "$COMMAND is not ours and stays: use $OPT/current/bin/edgelm"
+    fi
+}
+
 start_service() {
     run systemctl enable --quiet edgelm.socket edgelm.service
     run systemctl reset-failed edgelm.socket edgelm.service || true # else one that failed too often would not start
@@ -212,6 +223,7 @@ install_it() {
         fail "$release does not start, and $before runs again; journalctl -u edgelm has the details"
     fi
     settle
+    link_command
     local folder
     for folder in "$OPT"/releases/*; do # two are kept
         [[ ! -d $folder || $folder == */"$release" || $folder == */"${before:-$release}" ]] || run rm -rf "$folder"
@@ -240,6 +252,7 @@ uninstall_it() {
         [[ ! -d $UNITS/edgelm.service.d ]] || run rmdir --ignore-fail-on-non-empty "$UNITS/edgelm.service.d"
         run systemctl daemon-reload
     fi
+    [[ ! -L $COMMAND || $(readlink "$COMMAND") != "$OPT"/* ]] || remove "$COMMAND"
     remove "$OPT"/{current,settled,unsettled,releases} /var/cache/{private/,}edgelm
     if [[ $purge ]]; then
         remove "$OPT" "$ETC" /var/lib/{private/,}edgelm

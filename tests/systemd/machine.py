@@ -57,7 +57,8 @@ def fetch_wheels(folder: Path) -> None:
     version = subprocess.check_output([PYTHON, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], text=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     for_python = ["--python-version", version.strip(), "--only-binary=:all:", "--dest", str(folder)]
-    subprocess.run([*command, *for_python, *wanted], check=True, timeout=600)
+    pinned = ["--constraint", str(REPOSITORY / "deploy/constraints.txt")]
+    subprocess.run([*command, *for_python, *pinned, *wanted], check=True, timeout=600)
 
 
 class Machine:
@@ -117,7 +118,7 @@ class Machine:
         environment = {"PATH": PATH, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"}
         command = [
             *("systemd-nspawn", "--quiet", f"--directory={self._tree}", f"--machine=edgelm-{os.getpid()}", "--boot"),
-            *("--volatile=overlay", "--bind-ro=/usr", "--private-network"),
+            *("--volatile=overlay", "--bind-ro=/usr", "--tmpfs=/usr/local/bin:mode=755", "--private-network"),
             *("--register=no", "--keep-unit", "--console=pipe"),
             *("--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON", "--system-call-filter=bpf"),
         ]

@@ -1,8 +1,10 @@
 """deploy/install.sh on a booted systemd: first, again, newer, broken, on a Jetson."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.systemd.device import INSTALL, OFFLINE, SHIPPED_MODEL, ask, served
+from tests.systemd.device import INSTALL, OFFLINE, PYTHON, SHIPPED_MODEL, ask, served
 from tests.systemd.machine import PATH, Machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -19,6 +21,31 @@ def test_it_installs_starts_and_answers(device: Machine) -> None:
 def test_systemd_itself_finds_nothing_wrong_and_little_exposed(device: Machine) -> None:
     assert device.run("systemd-analyze", "verify", "edgelm.service", "edgelm.socket").stderr == ""
     assert device.run("systemd-analyze", "security", "--threshold=10", "edgelm.service").returncode == 0
+
+
+def test_install_takes_the_pinned_packages_and_leaves_the_training_host_out(device: Machine) -> None:
+    lines = Path("deploy/constraints.txt").read_text().splitlines()
+    pinned = {line.partition(";")[0].replace("_", "-") for line in lines}
+    listed = device.run(PYTHON, "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check").stdout.split()
+    packages = {line.lower().replace("_", "-") for line in listed}
+    packages = {line for line in packages if line.split("==")[0] not in ("diffusion-llm", "pip", "setuptools")}
+    assert "numpy" in {line.split("==")[0] for line in packages} and packages <= pinned
+    assert device.run(PYTHON, "-c", "import edge, host", check=False).stderr.endswith("No module named 'host'\n")
+
+
+def test_install_links_the_command_but_not_over_somebody_elses(device: Machine) -> None:
+    command = device.root / "usr/local/bin/edgelm"
+    assert str(command.readlink()) == "/opt/edgelm/current/bin/edgelm"
+    assert device.run("/usr/local/bin/edgelm", "--version").stdout.startswith("edgelm 0.1.0")
+    command.unlink()
+    command.write_text("somebody else's")
+    device.write("/srv/checkout/edge/relinked.py", ["# another release"])
+    assert "/usr/local/bin/edgelm is not ours and stays" in device.run(INSTALL, environment=OFFLINE).stdout
+    assert command.read_text() == "somebody else's"
+    command.unlink()
+    device.write("/srv/checkout/edge/relinked.py", ["# yet another release"])
+    device.run(INSTALL, environment=OFFLINE)
+    assert command.is_symlink()
 
 
 def test_installing_again_changes_nothing(device: Machine) -> None:

@@ -10,7 +10,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 def left(device: Machine) -> set[str]:
     """Everything of ours outside of the checkout."""
-    found = [path for name in ("opt", "etc", "run", "var") for path in (device.root / name).rglob("edgelm*")]
+    found = [
+        path for name in ("opt", "etc", "run", "usr/local", "var") for path in (device.root / name).rglob("edgelm*")
+    ]
     return {str(path.relative_to(device.root)) for path in found if "log" not in path.parts}
 
 
