@@ -13,14 +13,11 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from edge.backends import load_backend
@@ -30,16 +27,11 @@ from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_devic
 from edge.backends.trt.profiles import buckets
 from edge.client import connect
 from edge.config import CONFIG, Config, load_config, settings_file
-from edge.decoding.canvas import advance
-from edge.decoding.types import AnyBackend, Row, Sampling
+from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
 from edge.system.bundle_store import check_files
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
 from shared.manifest import Manifest, Target, find_graph, read_manifest
-from shared.tokens import BOS, MASK
 
-STEPS: Final = 10
-MIN_AGREEMENT: Final = 0.8
-"""Of committed tokens, pass by pass: precision decides close draws differently, a broken engine decides all so."""
 BROKER_S: Final = 5.0
 MIN_DISK_MIB: Final = 64
 MIN_MEMORY_MIB: Final = 256
@@ -114,8 +106,8 @@ def watts(hwmon: Path = Path("/sys/class/hwmon")) -> Finding:
     return Finding("power", "no INA3221 sensor")
 
 
-def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], bool]:
-    """Driver, GPU, TensorRT, engine.  → findings, whether the TensorRT backend can be tried"""
+def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], list[tuple[int, int]]]:
+    """Driver, GPU, TensorRT, engine.  → findings, the engine's profiles (batch, length) if it can be tried"""
     found: list[Finding] = []
     try:
         gpu = Gpu()
@@ -123,76 +115,43 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
         found.append(Finding("gpu", f"{gpu.name}, {gpu.architecture}, CUDA {gpu.cuda_version}"))
         found.append(Finding("gpu memory", f"{free >> 20} of {total >> 20} MiB free"))
     except DeviceError as error:
-        return [Finding("gpu", "absent", str(error)), _tensorrt_only()], False
+        return [Finding("gpu", "absent", str(error))], []
     try:
         trt = import_tensorrt()
         found.append(Finding("tensorrt", trt.__version__))
         if manifest is None:
-            return found, False
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest, gpu.processors))
+            return found, []
+        profiles = buckets(manifest, gpu.processors)
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, profiles)
         place = engines.find(facts, engines.cache_folders())
         fix = None if place else f"python -m edge.build --bundle {folder}"
         found.append(Finding("engine", str(place or "not built yet"), fix))
-        return found, place is not None
+        return found, profiles if place else []
     except DiffusionLLMError as error:
         found.append(Finding("tensorrt", "unusable", str(error)))
-        return found, False
+        return found, []
     finally:
         gpu.close()
 
 
-def _tensorrt_only() -> Finding:
-    """Without a GPU, importing TensorRT says little; its absence is worth a line."""
-    from importlib.util import find_spec
-
-    return Finding("tensorrt", "installed" if find_spec("tensorrt") else "absent")
-
-
-def self_test(folder: Path, manifest: Manifest, with_gpu: bool) -> list[Finding]:
-    """Ten seeded passes on the processor, and on the GPU from the same canvases: step times, agreement."""
-    found = []
-    cpu = load_backend("ort", folder, manifest, 0)
-    gpu = load_backend("trt", folder, manifest, 0) if with_gpu else None
-    try:
-        timed: dict[str, list[float]] = {"cpu": [], "gpu": []}
-        same = total = 0
-        row = _open_row(manifest)
-        for _ in range(STEPS):
-            twin = Row(row.canvas.copy(), row.fill, row.sampling, row.step)
-            before = row.canvas.copy()
-            _timed(timed["cpu"], cpu, manifest, row)
-            if gpu is not None:
-                _timed(timed["gpu"], gpu, manifest, twin)
-                changed = (before == MASK) & ((row.canvas != MASK) | (twin.canvas != MASK))
-                same += int(np.count_nonzero(changed & (row.canvas == twin.canvas)))
-                total += int(np.count_nonzero(changed))
-        for name, times in timed.items():
-            if times:
-                found.append(Finding(f"step on the {name}", f"{statistics.median(times):.2f} ms"))
-        if total:
-            share = same / total
-            fix = None if share >= MIN_AGREEMENT else "the engine disagrees with the CPU: python -m edge.build --force"
-            found.append(Finding("self-test", f"{share:.0%} of {total} tokens agree with the CPU", fix))
-        elif gpu is None:
-            found.append(Finding("self-test", "the CPU's loop runs; no GPU to compare it with"))
-    finally:
-        cpu.close()
-        if gpu is not None:
-            gpu.close()
+def self_test(folder: Path, manifest: Manifest, profiles: list[tuple[int, int]]) -> list[Finding]:
+    """Steps on the CPU; and every profile of the GPU's engine, beside the CPU from the same canvases."""
+    with ExitStack() as stack:
+        cpu = load_backend("ort", folder, manifest, 0)
+        stack.callback(cpu.close)
+        rows = [open_row(manifest, manifest.model.canvas_len, seed=1)]
+        cpu_ms = statistics.median(step_ms(cpu, manifest, rows) for _ in range(STEPS))
+        found = [Finding("step on the cpu", f"{cpu_ms:.2f} ms")]
+        if not profiles:
+            return found
+        gpu = load_backend("trt", folder, manifest, 0)
+        stack.callback(gpu.close)
+        compared = compare_profiles(gpu, cpu, manifest, profiles)
+    for one in compared:
+        name = f"{one.batch} × {one.length} on the gpu"
+        fix = None if one.agreement >= MIN_AGREEMENT else f"{name} disagrees with the CPU: python -m edge.build --force"
+        found.append(Finding(name, f"{one.step_ms:.2f} ms, {one.agreement:.0%} of the tokens are the CPU's", fix))
     return found
-
-
-def _open_row(manifest: Manifest) -> Row:
-    canvas = np.full(manifest.model.canvas_len, MASK, np.int32)
-    canvas[0] = BOS
-    sampling = Sampling(1, 2 * STEPS, "confidence", 1.0, manifest.top_k, 1.0)
-    return Row(canvas, canvas == MASK, sampling)
-
-
-def _timed(times: list[float], backend: AnyBackend, manifest: Manifest, row: Row) -> None:
-    started = time.perf_counter()
-    advance(backend, manifest.schedule, [row])
-    times.append((time.perf_counter() - started) * 1e3)
 
 
 def serves_from_gpu(config: Config, has_gpu: bool) -> bool:
@@ -248,23 +207,18 @@ def examine(config: Config) -> list[Finding]:
     manifest = None
     with suppress(DiffusionLLMError):  # told below
         manifest = read_manifest(config.bundle)
-    gpu, with_engine = gpu_and_engine(config.bundle, manifest)
+    gpu, profiles = gpu_and_engine(config.bundle, manifest)
     on_gpu = serves_from_gpu(config, has_gpu=gpu[0].value != "absent")
     bundle = whole_bundle(config.bundle, "cuda" if on_gpu else "cpu")
     if not on_gpu:
         gpu = [Finding(finding.name, finding.value) for finding in gpu]
     found = [*system(), Finding("serves from", "GPU" if on_gpu else "CPU"), bundle, *gpu]
     if manifest is not None and bundle.fix is None:
-        tested = manifest
-        found += _guarded("self-test", lambda: self_test(config.bundle, tested, with_engine and on_gpu))
+        try:
+            found += self_test(config.bundle, manifest, profiles if on_gpu else [])
+        except DiffusionLLMError as error:
+            found.append(Finding("self-test", "failed", str(error)))
     return [*found, watts(), *surroundings(config)]
-
-
-def _guarded(name: str, work: Callable[[], list[Finding]]) -> list[Finding]:
-    try:
-        return work()
-    except DiffusionLLMError as error:
-        return [Finding(name, "failed", str(error))]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from edge.backends.trt.driver import Gpu
 from edge.backends.trt.engine_builder import Order
 from edge.backends.trt.profiles import buckets
 from edge.decoding.canvas import advance
+from edge.measure.self_test import open_row
 from shared.errors import BundleError, DeviceError
 from shared.manifest import Manifest, read_manifest
 from tests.support.emulator import Emulator
@@ -154,7 +155,7 @@ def test_an_engine_that_tensorrt_no_longer_takes_is_built_once_more(
     assert [(order.cache, order.force) for order in rebuilds] == [(str(jetson.cache), True)]
     assert "does not take the cached engine: building it once more" in caplog.text
     assert engines.load(place).engine != STALE
-    row = doctor._open_row(jetson.manifest)
+    row = open_row(jetson.manifest, jetson.manifest.model.canvas_len, seed=1)
     advance(backend, jetson.manifest.schedule, [row])
     assert row.step == 1
     backend.close()
@@ -195,6 +196,13 @@ def report(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> tuple[int, dic
     return code, {line["name"]: line["value"] for line in told["findings"]}, told["fix_first"]
 
 
+def agreement(found: dict[str, str], batch: int, length: int) -> int:
+    """Percent of a profile's tokens."""
+    value = found[f"{batch} × {length} on the gpu"]
+    assert value.endswith("% of the tokens are the CPU's")
+    return int(value.partition(" ms, ")[2].partition("%")[0])
+
+
 def test_a_board_in_order_has_nothing_to_fix(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
     place = jetson.fulfil()
     capsys.readouterr()
@@ -203,9 +211,9 @@ def test_a_board_in_order_has_nothing_to_fix(jetson: Jetson, capsys: pytest.Capt
     assert found["gpu"] == "Orin, sm_87, CUDA 12.6"
     assert found["gpu memory"] == "1024 of 8192 MiB free"
     assert (found["tensorrt"], found["engine"]) == ("10.3.0", str(place))
-    assert found["step on the gpu"].endswith(" ms") and found["step on the cpu"].endswith(" ms")
-    share, _, rest = found["self-test"].partition("%")
-    assert int(share) >= 95 and rest.endswith("tokens agree with the CPU")
+    assert found["step on the cpu"].endswith(" ms")
+    for batch, length in buckets(jetson.manifest, PROCESSORS):  # every profile, nine on an Orin Nano
+        assert agreement(found, batch, length) >= 95
     assert not any(jetson.driver.live.values())
 
 
@@ -222,15 +230,19 @@ def test_an_engine_that_computes_something_else_is_found_out(
     capsys.readouterr()
     alike = trt.TrtBackend._launch_draw
 
+    broken = buckets(jetson.manifest, PROCESSORS)[4]  # one profile of all, in the middle
+
     def another_seed(backend: trt.TrtBackend, bucket: trt.Bucket) -> None:
-        backend._rows["seed"] += 1
+        backend._rows["seed"] += (bucket.batch, bucket.length) == broken
         alike(backend, bucket)
 
     monkeypatch.setattr(trt.TrtBackend, "_launch_draw", another_seed)
     monkeypatch.setattr("edge.backends.trt.driver.CudaMemory.graphs", False)
     code, found, fix = report(jetson, capsys)
-    assert code == DeviceError.exit_code and fix == "the engine disagrees with the CPU: python -m edge.build --force"
-    assert int(found["self-test"].partition("%")[0]) < 80
+    name = "{} × {} on the gpu".format(*broken)
+    assert code == DeviceError.exit_code and fix == f"{name} disagrees with the CPU: python -m edge.build --force"
+    for profile in buckets(jetson.manifest, PROCESSORS):
+        assert (agreement(found, *profile) < 80) == (profile == broken)
 
 
 def test_a_gpu_that_fails_in_the_self_test_is_a_finding(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
