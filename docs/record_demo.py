@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from edge.config import default_bundle
 from edge.demo import PROMPT, SELECTION, STEPS, TEMPERATURE
-from edge.serving.loaded_bundle import Engine, Snapshot
+from edge.serving.loaded_bundle import LoadedBundle, Snapshot
 from shared.messages import OPEN_POSITION, GenerateRequest
 
 COLUMNS, ROWS, FONT_PX = 88, 15, 15
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono"), FONT_PX)
-    engine = Engine.load(default_bundle())
+    engine = LoadedBundle.load(default_bundle())
     frames: list[Image.Image] = []
 
     def draw(snapshot: Snapshot) -> None:

@@ -1,6 +1,6 @@
 """The daemon's settings: one TOML file, overridden by EDGELM_* variables, overridden by command-line flags.
 
-Parsed once at the start and frozen; everything behind this file sees a `Config`.
+Parsed once at the start and frozen; everything after this file sees a `Config`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The daemon: an engine, its worker, and the transports that feed it, from start to drain."""
+"""The daemon: a loaded bundle, its scheduler, and the transports that feed it, from start to drain."""
 
 import argparse
 import logging
@@ -16,7 +16,7 @@ import msgspec
 
 from edge.backends import may_use_gpu
 from edge.config import Config, load_config, log_level, parse_broker
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.system import systemd
 from edge.system.gpu_deaths import GpuDeaths
@@ -98,7 +98,7 @@ def serve(read_config: Callable[[], Config]) -> None:
     path = config.socket if inherited is None else Path(inherited.getsockname())
     with ExitStack() as stack:
         worker = Scheduler(_load(config), config.queue_size)
-        stack.callback(lambda: worker.engine.close())
+        stack.callback(lambda: worker.loaded.close())
         signals = Signals()
         worker.on_failure = signals.wake
         mqtt = _make_mqtt(config, worker)
@@ -125,23 +125,23 @@ def serve(read_config: Callable[[], Config]) -> None:
     GpuDeaths(config.state).end()
 
 
-def _load(config: Config) -> Engine:
+def _load(config: Config) -> LoadedBundle:
     """The bundle on its backend; on the CPU, degraded, once the daemon has died twice on the GPU."""
     # Where a link leads is decided once: files of two bundles must not mix when it is swapped meanwhile.
     folder = config.bundle.resolve()
     if not may_use_gpu(config.backend):
-        return Engine.load(folder, config.backend, config.threads)
+        return LoadedBundle.load(folder, config.backend, config.threads)
     deaths = GpuDeaths(config.state)
     if (why := deaths.too_many()) is not None:
         log.warning("the CPU serves: %s", why)
-        engine = Engine.load(folder, "ort", config.threads)
-        engine.degraded = why
-        return engine
+        loaded = LoadedBundle.load(folder, "ort", config.threads)
+        loaded.degraded = why
+        return loaded
     deaths.begin()
-    engine = Engine.load(folder, config.backend, config.threads)
-    if engine.backend_name != "trt":
+    loaded = LoadedBundle.load(folder, config.backend, config.threads)
+    if loaded.backend_name != "trt":
         deaths.cancel()
-    return engine
+    return loaded
 
 
 def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler) -> Config:
@@ -149,7 +149,7 @@ def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler
     systemd.reloading()
     try:
         fresh = read_config()
-        worker.replace_engine(_load(fresh))
+        worker.replace_bundle(_load(fresh))
     except DiffusionLLMError as error:
         log.error("the reload failed, and %s serves on: %s", worker.model, error)
         systemd.ready(f"serving {worker.model}; the last reload failed: {error}")

@@ -38,7 +38,7 @@ def running_daemon(bundle: Path, socket: Path, log: IO[bytes]) -> Iterator[str]:
 
     Raises DiffusionLLMError with the daemon's own words when it does not start.
     """
-    # What the user's own daemon is told must not reach this one, its broker least of all.
+    # The settings of the user's own daemon must not reach this one, its broker least of all.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     command = [sys.executable, "-m", "edge", "--bundle", str(bundle), "--socket", str(socket)]
     # A session of its own: Ctrl-C stops this program, which then stops the daemon.

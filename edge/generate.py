@@ -83,8 +83,8 @@ def ask_daemon(connection: socket.socket, request: GenerateRequest, show: Callab
 
 def generate_here(config: Config, request: GenerateRequest, show: Callable[[Partial], None]) -> Response:
     """The same answer from this very process. Raises BundleError or ConfigError."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the engine imports ONNX Runtime
-    from edge.serving.loaded_bundle import Engine  # not at the top: a client of the daemon needs no runtime
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported
+    from edge.serving.loaded_bundle import LoadedBundle  # not at the top: a client of the daemon needs no runtime
     from edge.serving.scheduler import Scheduler
 
     responses: list[Response] = []
@@ -95,12 +95,12 @@ def generate_here(config: Config, request: GenerateRequest, show: Callable[[Part
         elif isinstance(reply, Partial):
             show(reply)
 
-    engine = Engine.load(config.bundle, config.backend, config.threads)
-    scheduler = Scheduler(engine, queue_size=1)
+    loaded = LoadedBundle.load(config.bundle, config.backend, config.threads)
+    scheduler = Scheduler(loaded, queue_size=1)
     scheduler.submit(request, receive)
     scheduler.refuse_new()
     scheduler.run()
-    engine.close()
+    loaded.close()
     return responses[0]
 
 

@@ -105,7 +105,7 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False) -> None:
     debug: let errors of ours be tracebacks.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter shows a question mark
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
             stream.reconfigure(errors="replace")
     try:
         status = main()

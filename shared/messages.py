@@ -141,7 +141,7 @@ State = Literal["idle", "busy", "degraded", "draining", "error"]
 
 
 class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="health"):
-    """The daemon's answer to a HealthRequest. queued: accepted requests that have no turns on the engine yet.
+    """The daemon's answer to a HealthRequest. queued: accepted requests that are not being computed yet.
 
     backend: what computes, such as "ort" or "trt". state: "degraded" is a GPU device that serves from its CPU, whether
     idle or busy; "error" a GPU that has failed under this daemon, which ends to be started again. failure: why, in
@@ -160,7 +160,7 @@ class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=
 class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="metrics"):
     """Counters since the daemon started; answered: by "ok" or error code, refusals included.
 
-    active: requests that have their turns on the engine. resident_mb: megabytes of memory, 10^6 bytes each. backend and
+    active: requests that are being computed. resident_mb: megabytes of memory, 10^6 bytes each. backend and
     failure: as in Health. Over MQTT, dropped: replies not sent, because too many were under way or asked for
     in a second; undeliverable: answers that the broker did not take until they were given up.
     """

@@ -1,7 +1,7 @@
-"""Noise schedules and the reveal grid: the one place that defines them for training and for sampling.
+"""Noise schedules and the unmasking schedule: the one place that defines them for training and for sampling.
 
 Two opposite curves are called "cosine" in public code. Ours masks little at first: mask_prob(t) = 1 − cos(πt/2).
-Training schedule and reveal grid are independent: the first weighs the loss, the second says how many tokens a
+Training schedule and unmasking schedule are independent: the first weighs the loss, the second says how many tokens a
 sampler commits at each step.
 """
 

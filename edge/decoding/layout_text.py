@@ -32,13 +32,15 @@ class Texts:
         tokenizer.encode_special_tokens = True  # "<MASK>" in a prompt is seven characters, not a control token
         self._tokenizer = tokenizer
         self._canvas_len = canvas_len
-        self._most_bytes = canvas_len * max(map(len, tokenizer.get_vocab()))  # a byte is a letter of a token's name
+        self._most_bytes = canvas_len * max(
+            map(len, tokenizer.get_vocab())
+        )  # a byte is one character of a token's name
 
     def lay_out(self, request: GenerateRequest) -> Layout:
         """Tokens of the given text, MASK in the gaps and in the open rest.
 
         The open end of a prompt reaches to the canvas end, or `max_tokens` on, where a PAD then says that the text
-        has ended by there. Behind the last segment of an infill the canvas stays masked but is not filled.
+        has ended by there. After the last segment of an infill the canvas stays masked but is not filled.
         Raises RequestError: `too_large` when it does not fit, `bad_request` when there is nothing to fill.
         """
         segments: list[str | Gap] = list(request.segments or []) if request.prompt is None else [request.prompt]

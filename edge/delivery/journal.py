@@ -192,7 +192,7 @@ class Journal:
             db.execute("DELETE FROM request WHERE delivered_s < ?", (self._now_s() - KEEP_S,))
 
     def computing(self, numbers: Iterable[int]) -> None:
-        """Note which requests are on the engine now, in a way that outlives the process but costs no sync."""
+        """Note which requests are being computed, in a way that outlives the process but costs no sync."""
         numbers = list(numbers)[:MAX_COMPUTING]
         os.pwrite(self._computing, _pack(numbers), 0)
 

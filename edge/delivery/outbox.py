@@ -1,7 +1,7 @@
 """Between a transport that may lose messages and the scheduler: what was accepted is answered once, and the same again.
 
 Commit, then acknowledge, then generate, then store, then publish, then note that it arrived. One thread of its own
-stores and publishes, several answers in one transaction, so that neither the engine nor the network waits for the disk.
+stores and publishes, several answers in one transaction, so that neither computing nor the network waits for the disk.
 What it holds is bounded: accepted requests by the scheduler, replies that are kept nowhere by ReplyLimits, and messages
 under way by the publisher's window.
 """

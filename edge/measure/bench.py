@@ -27,7 +27,7 @@ from edge.decoding.canvas import wanted
 from edge.decoding.types import AnyBackend, LoopBackend, Positions, Row, Sampling
 from edge.measure.clients import measure, print_clients, serving
 from edge.measure.roofline import BOARDS, floor
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from shared.errors import ConfigError, command_name
 from shared.manifest import MAX_STEPS, find_graph, read_manifest
 from shared.messages import GenerateRequest, Response, encode
@@ -104,18 +104,18 @@ class Stopwatch:
         delattr(self._backend, self._name)
 
 
-def half_masked(engine: Engine) -> Row:
+def half_masked(loaded: LoadedBundle) -> Row:
     """A canvas whose every second position is masked, as default sampling has it two thirds through its passes."""
-    model, defaults = engine.manifest.model, engine.manifest.defaults
+    model, defaults = loaded.manifest.model, loaded.manifest.defaults
     canvas = np.arange(model.canvas_len, dtype=np.int32) % (model.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
     canvas[::2], canvas[0] = MASK, BOS
-    sampling = Sampling(0, defaults.steps, defaults.selection, defaults.temperature, engine.manifest.top_k, 1.0)
+    sampling = Sampling(0, defaults.steps, defaults.selection, defaults.temperature, loaded.manifest.top_k, 1.0)
     return Row(canvas, canvas == MASK, sampling, step=defaults.steps * 2 // 3)
 
 
-def median_step_ms(engine: Engine, positions: Positions, repeats: int = 40) -> float:
+def median_step_ms(loaded: LoadedBundle, positions: Positions, repeats: int = 40) -> float:
     """Median of single steps over half_masked() that score these of its positions."""
-    row, backend, times = half_masked(engine), engine.backend, []
+    row, backend, times = half_masked(loaded), loaded.backend, []
     for _ in range(repeats + 5):
         started = time.perf_counter()
         if isinstance(backend, LoopBackend):
@@ -131,11 +131,11 @@ def reduction_share(bundle: Path, threads: int) -> float | None:
     from edge.backends.ort import OrtBackend
 
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine.load(bundle, "ort", threads)
-        assert isinstance(engine.backend, OrtBackend)
-        engine.backend = OrtBackend(bundle, engine.manifest, threads, profile=Path(folder) / "step")
-        median_step_ms(engine, np.flatnonzero(half_masked(engine).fill), repeats=10)
-        events = msgspec.json.decode(engine.backend.end_profile().read_bytes())
+        loaded = LoadedBundle.load(bundle, "ort", threads)
+        assert isinstance(loaded.backend, OrtBackend)
+        loaded.backend = OrtBackend(bundle, loaded.manifest, threads, profile=Path(folder) / "step")
+        median_step_ms(loaded, np.flatnonzero(half_masked(loaded).fill), repeats=10)
+        events = msgspec.json.decode(loaded.backend.end_profile().read_bytes())
     spent = {True: 0.0, False: 0.0}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
@@ -143,11 +143,11 @@ def reduction_share(bundle: Path, threads: int) -> float | None:
     return spent[True] / (spent[True] + spent[False])
 
 
-def generation(engine: Engine, steps: int) -> Generation:
+def generation(loaded: LoadedBundle, steps: int) -> Generation:
     """Three whole texts from a short prompt, at full length."""
     rows = []
     for seed in range(REPEATS):
-        plan = engine.prepare(GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps))
+        plan = loaded.prepare(GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps))
         first_s = 0.0
         started = time.perf_counter()
 
@@ -155,15 +155,15 @@ def generation(engine: Engine, steps: int) -> Generation:
             nonlocal first_s
             first_s = first_s or time.perf_counter() - started
 
-        with Stopwatch(engine.backend) as inside:
-            completion = engine.run(plan, on_step)
+        with Stopwatch(loaded.backend) as inside:
+            completion = loaded.run(plan, on_step)
         total_s = time.perf_counter() - started
         loop_ms = (total_s - inside.seconds) / completion.steps * 1e3
         rows.append((completion.generated_tokens / total_s, first_s * 1e3, total_s * 1e3, loop_ms))
     return Generation(steps, *(statistics.median(column) for column in zip(*rows, strict=True)))
 
 
-def daemon_cost(engine: Engine, bundle: Path, backend: str, threads: int) -> DaemonCost:
+def daemon_cost(loaded: LoadedBundle, bundle: Path, backend: str, threads: int) -> DaemonCost:
     """Start a daemon process and ask it, in turns with the bare loop here."""
     started = time.perf_counter()
     with (
@@ -177,10 +177,10 @@ def daemon_cost(engine: Engine, bundle: Path, backend: str, threads: int) -> Dae
         behind = []
         for seed in range(9):
             request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
-            plan = engine.prepare(request)
+            plan = loaded.prepare(request)
             time.sleep(SPIN_S)
             started = time.perf_counter()
-            engine.run(plan)
+            loaded.run(plan)
             alone = time.perf_counter() - started
             time.sleep(SPIN_S)
             started = time.perf_counter()
@@ -191,11 +191,11 @@ def daemon_cost(engine: Engine, bundle: Path, backend: str, threads: int) -> Dae
         return DaemonCost(start_s, statistics.median(behind[1:]) * 1e3, daemon.peak_mb())
 
 
-def host_reference(engine: Engine, threads: int) -> dict[str, float] | None:
+def host_reference(loaded: LoadedBundle, threads: int) -> dict[str, float] | None:
     """`host.bench step` in a process of its own: the edge imports no torch."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("host") is None:
         return None
-    model = engine.manifest.model
+    model = loaded.manifest.model
     shape = [model.d_model, model.layers, model.heads, model.vocab_size, model.canvas_len]
     command = [sys.executable, "-m", "host.bench", "step", *map(str, shape), "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, check=False)
@@ -287,9 +287,9 @@ def main() -> None:
         else:
             print_clients(crowd)
         return
-    engine = Engine.load(args.bundle, args.backend, args.threads)
-    row = half_masked(engine)
-    step_ms = median_step_ms(engine, np.flatnonzero(row.fill))
+    loaded = LoadedBundle.load(args.bundle, args.backend, args.threads)
+    row = half_masked(loaded)
+    step_ms = median_step_ms(loaded, np.flatnonzero(row.fill))
     share = reduction_share(args.bundle, args.threads) if args.backend == "ort" else None
     report = Report(
         bundle=str(args.bundle),
@@ -297,11 +297,11 @@ def main() -> None:
         step_ms=step_ms,
         bare_step_ms=None if share is None else step_ms * (1 - share),
         reduction_ms=None if share is None else step_ms * share,
-        default_step_ms=None if isinstance(engine.backend, LoopBackend) else median_step_ms(engine, wanted(row)),
+        default_step_ms=None if isinstance(loaded.backend, LoopBackend) else median_step_ms(loaded, wanted(row)),
         default_scored=wanted(row).size,
-        generations=[generation(engine, steps) for steps in args.steps],
-        daemon=daemon_cost(engine, args.bundle, args.backend, args.threads),
-        reference=host_reference(engine, args.threads),
+        generations=[generation(loaded, steps) for steps in args.steps],
+        daemon=daemon_cost(loaded, args.bundle, args.backend, args.threads),
+        reference=host_reference(loaded, args.threads),
     )
     if args.json:
         print(msgspec.json.encode(report).decode())

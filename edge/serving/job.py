@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge.serving.loaded_bundle import Engine, Run
+from edge.serving.loaded_bundle import LoadedBundle, Run
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response, Timing, Usage
 
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """Times are seconds of the monotonic clock; engine_s is what it had of the engine.
+    """Times are seconds of the monotonic clock; compute_s: its share of the passes it was in.
 
     number: in the order of acceptance. gone: tells that nobody waits for the answer any more. tag: what the scheduler's
     `watch` calls it. alone: a pass that it shared failed, or ended the process, so it shares none. partial_every_s: the
@@ -24,14 +24,14 @@ class Job:
     client: str
     number: int
     tag: int
-    engine: Engine
+    loaded: LoadedBundle
     run: Run
     accepted_s: float
     deadline_s: float
     partial_every_s: float
     started_s: float | None = None
     first_token_s: float | None = None
-    engine_s: float = 0.0
+    compute_s: float = 0.0
     alone: bool = False
     partials: int = 0
     last_partial_s: float = float("-inf")
@@ -46,7 +46,7 @@ class Job:
 
     def positions(self) -> int:
         """How many canvas positions its next pass computes."""
-        return self.engine.positions(self.run)
+        return self.loaded.positions(self.run)
 
     def partial(self) -> Partial | None:
         """A snapshot, if it wants one now."""
@@ -77,5 +77,5 @@ class Job:
             seed=plan.seed,
             usage=Usage(plan.prompt_tokens, completion.generated_tokens, completion.steps),
             timing=Timing(*(round((t - self.accepted_s) * 1e3, 3) for t in times)),
-            model=self.engine.model,
+            model=self.loaded.model,
         )

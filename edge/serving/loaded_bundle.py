@@ -89,7 +89,7 @@ class Run:
         return self._texts.parts(self.plan.layout, self.row.canvas, self.row.draft)
 
 
-class Engine:
+class LoadedBundle:
     """One bundle on one backend. Thread-safe for `prepare`, and for `step` in as many threads as it has `lanes`.
 
     backend_name: "ort", "trt" or "fake". degraded: why the device computes with less than it has, or None.
@@ -102,7 +102,7 @@ class Engine:
         self._texts = texts
 
     @classmethod
-    def load(cls, folder: Path, backend: str = "ort", threads: int = 0) -> "Engine":
+    def load(cls, folder: Path, backend: str = "ort", threads: int = 0) -> "LoadedBundle":
         """Read, verify and warm up a bundle; raises BundleError or ConfigError in one sentence."""
         manifest = read_manifest(folder)
         raw = verified_bytes(folder, TOKENIZER, manifest.tokenizer_sha256)

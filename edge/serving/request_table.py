@@ -8,7 +8,7 @@ from typing import Final
 
 from edge.serving.fair_queue import FairQueue
 from edge.serving.job import Job
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from shared.errors import RequestError
 
 ACTIVE: Final = 16
@@ -44,14 +44,14 @@ class Counts:
 class _Guarded:
     """What the table's lock guards: touch it with the lock held."""
 
-    engine: Engine
+    loaded: LoadedBundle
     waiting: deque[Job] = field(default_factory=deque)
     queue: FairQueue[Job] = field(default_factory=lambda: FairQueue(Job.positions))
     taken: set[Job] = field(default_factory=set)  # some thread is at work on them
     passes: list[Sequence[Job]] = field(default_factory=list)  # the batches that are being computed
     steps: int = 0  # passes made
     load: Counter[str] = field(default_factory=Counter)  # client → accepted and unanswered
-    users: Counter[Engine] = field(default_factory=Counter)  # engine → the same
+    users: Counter[LoadedBundle] = field(default_factory=Counter)  # bundle → the same
     accepted: int = 0
     mean_ms: float = FIRST_GUESS_MS
     watched: list[int] = field(default_factory=list)
@@ -67,16 +67,16 @@ class RequestTable:
     `gone` must return at once and not call back.
     """
 
-    def __init__(self, engine: Engine, size: int) -> None:
+    def __init__(self, loaded: LoadedBundle, size: int) -> None:
         self.watch: Callable[[Sequence[int]], None] = lambda tags: None
         self._size = size
         self._changed = threading.Condition()
-        self._its = _Guarded(engine)
+        self._its = _Guarded(loaded)
 
     @property
-    def engine(self) -> Engine:
+    def loaded(self) -> LoadedBundle:
         """What new requests are accepted for."""
-        return self._its.engine
+        return self._its.loaded
 
     @property
     def failure(self) -> str | None:
@@ -91,8 +91,8 @@ class RequestTable:
 
     # --- in and out ---------------------------------------------------------------------------------------------------
 
-    def reserve(self, client: str, resumed: bool) -> tuple[Engine, int]:
-        """A place, and the engine to fill it for.  → engine, number in the order of acceptance
+    def reserve(self, client: str, resumed: bool) -> tuple[LoadedBundle, int]:
+        """A place, and the bundle to fill it for.  → bundle, number in the order of acceptance
 
         resumed: accepted before, so there is room for it. Raises RequestError (`queue_full`, `draining`).
         """
@@ -107,22 +107,22 @@ class RequestTable:
                 theirs = f"{load} requests are accepted already: the last places are for clients that have none"
                 raise RequestError("queue_full", theirs, retry_after_ms)
             its.load[client] += 1
-            its.users[its.engine] += 1
+            its.users[its.loaded] += 1
             its.accepted += 1
-            return its.engine, its.accepted
+            return its.loaded, its.accepted
 
-    def release(self, client: str, engine: Engine) -> None:
-        """Give a reserved place back; the last to leave a replaced engine closes it."""
+    def release(self, client: str, loaded: LoadedBundle) -> None:
+        """Give a reserved place back; the last to leave a replaced bundle closes it."""
         with self._changed:
             its = self._its
             its.load[client] -= 1
-            its.users[engine] -= 1
+            its.users[loaded] -= 1
             its.load, its.users = +its.load, +its.users  # forget those who have nothing here any more
             if its.draining:
                 self._changed.notify_all()
-            unused = engine is not its.engine and not its.users[engine]
+            unused = loaded is not its.loaded and not its.users[loaded]
         if unused:
-            engine.close()
+            loaded.close()
 
     def add(self, job: Job) -> None:
         """A reserved place is filled."""
@@ -141,7 +141,7 @@ class RequestTable:
                 its.queue.leave(job)
             if service_ms is not None:
                 its.mean_ms += 0.2 * (service_ms - its.mean_ms)
-        self.release(job.client, job.engine)
+        self.release(job.client, job.loaded)
 
     # --- work ---------------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class RequestTable:
         return [(job, error) for job in jobs if (error := job.obstacle()) is not None]
 
     def _next_batch(self) -> list[Job]:
-        """The next in turn, with as many others of its engine and length as the backend takes in one pass."""
+        """The next in turn, with as many others of its bundle and length as the backend takes in one pass."""
         its = self._its
         order = [job for job in its.queue.order() if job not in its.taken]
         computing = [batch[0] for batch in its.passes]
@@ -197,11 +197,11 @@ class RequestTable:
         first = order[0]
         if first.alone:
             return [] if computing else [first]
-        if len(computing) >= min(job.engine.lanes for job in (first, *computing)):
+        if len(computing) >= min(job.loaded.lanes for job in (first, *computing)):
             return []
-        kind = (first.engine, first.positions())
-        mates = [job for job in order if not job.alone and (job.engine, job.positions()) == kind]
-        size = max(size for size in first.engine.batches if size <= len(mates))
+        kind = (first.loaded, first.positions())
+        mates = [job for job in order if not job.alone and (job.loaded, job.positions()) == kind]
+        size = max(size for size in first.loaded.batches if size <= len(mates))
         return sorted(mates[:size], key=lambda job: job.number)
 
     def _begin(self, batch: list[Job]) -> Work:
@@ -221,10 +221,10 @@ class RequestTable:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def replace_engine(self, engine: Engine) -> None:
-        """Accept for another engine from now on. The old one is closed once its last request is answered."""
+    def replace_bundle(self, loaded: LoadedBundle) -> None:
+        """Accept for another bundle from now on. The old one is closed once its last request is answered."""
         with self._changed:
-            retired, self._its.engine = self._its.engine, engine
+            retired, self._its.loaded = self._its.loaded, loaded
             unused = not self._its.users[retired]
         if unused:
             retired.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from edge.serving.job import Job
-from edge.serving.loaded_bundle import Engine, Plan
+from edge.serving.loaded_bundle import LoadedBundle, Plan
 from edge.serving.request_log import RequestLog
 from edge.serving.request_table import RequestTable
 from edge.system.installed import version
@@ -32,24 +32,24 @@ STOP_GRACE_S: Final = 5.0
 
 
 class Scheduler:
-    """Serves requests on an engine. queue_size: how many may wait while one is computed.
+    """Serves requests on a loaded bundle. queue_size: how many may wait while one is computed.
 
     `reply` callbacks come from the scheduler's threads, one at a time for each request, or from the submitting one when
     the request is refused; they must return at once. on_failure: called when the device has failed for good: `failure`
     says why, what is accepted gets an error, and nothing more is taken.
     """
 
-    def __init__(self, engine: Engine, queue_size: int) -> None:
+    def __init__(self, loaded: LoadedBundle, queue_size: int) -> None:
         self.on_failure: Callable[[], None] = lambda: None
         self.requests = RequestLog()
-        self._table = RequestTable(engine, size=queue_size + 1)
+        self._table = RequestTable(loaded, size=queue_size + 1)
         self._started_s = time.monotonic()
         self._version = version()
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Begin to serve, in as many threads as the engine has lanes."""
-        while len(self._threads) < self.engine.lanes:
+        """Begin to serve, in as many threads as the bundle has lanes."""
+        while len(self._threads) < self.loaded.lanes:
             thread = threading.Thread(target=self.run, name=f"lane {len(self._threads)}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -67,14 +67,14 @@ class Scheduler:
         self._table.watch = watch
 
     @property
-    def engine(self) -> Engine:
+    def loaded(self) -> LoadedBundle:
         """What new requests are accepted for."""
-        return self._table.engine
+        return self._table.loaded
 
     @property
     def model(self) -> str:
         """NAME@DIGEST of the bundle that new requests are accepted for."""
-        return self.engine.model
+        return self.loaded.model
 
     @property
     def failure(self) -> str | None:
@@ -98,28 +98,28 @@ class Scheduler:
 
     def health(self) -> Health:
         """How the daemon is."""
-        counts, engine = self._table.counts(), self.engine
+        counts, loaded = self._table.counts(), self.loaded
         state: State = "busy" if counts.load else "idle"
         if self.failure is not None:
             state = "error"
         elif counts.draining:
             state = "draining"
-        elif engine.degraded is not None:
+        elif loaded.degraded is not None:
             state = "degraded"
         return Health(
             state=state,
             queued=counts.waiting,
-            model=engine.model,
-            backend=engine.backend_name,
+            model=loaded.model,
+            backend=loaded.backend_name,
             version=self._version,
-            failure=self.failure or engine.degraded,
+            failure=self.failure or loaded.degraded,
         )
 
     def metrics(self) -> Metrics:
         """What was done so far."""
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
         answered, tokens = self.requests.counts()
-        counts, engine = self._table.counts(), self.engine
+        counts, loaded = self._table.counts(), self.loaded
         return Metrics(
             uptime_s=round(time.monotonic() - self._started_s, 3),
             accepted=counts.accepted,
@@ -129,8 +129,8 @@ class Scheduler:
             active=counts.load - counts.waiting,
             queued=counts.waiting,
             resident_mb=round(resident_pages * mmap.PAGESIZE / 1e6, 1),
-            backend=engine.backend_name,
-            failure=self.failure or engine.degraded,
+            backend=loaded.backend_name,
+            failure=self.failure or loaded.degraded,
         )
 
     def submit(
@@ -156,18 +156,18 @@ class Scheduler:
         now = time.monotonic()
         if within_s is None:
             within_s = float("inf") if request.deadline_ms is None else request.deadline_ms / 1e3
-        engine = None
+        loaded = None
         try:
-            engine, number = self._table.reserve(client, resumed)
-            plan = engine.prepare(request)
+            loaded, number = self._table.reserve(client, resumed)
+            plan = loaded.prepare(request)
             tag = commit(plan)
         except Exception as error:
             if not isinstance(error, RequestError):
                 log.exception("a request could not be prepared")
                 error = _internal()
             self.requests.note(code=error.code, id=request.id, client=client)
-            if engine is not None:
-                self._table.release(client, engine)
+            if loaded is not None:
+                self._table.release(client, loaded)
             _deliver(reply, error_response(error, request.id))
             return
         self._table.add(
@@ -178,8 +178,8 @@ class Scheduler:
                 client=client,
                 number=number,
                 tag=tag,
-                engine=engine,
-                run=engine.begin(plan),
+                loaded=loaded,
+                run=loaded.begin(plan),
                 accepted_s=now,
                 deadline_s=now + within_s,
                 partial_every_s=partial_every_s,
@@ -187,9 +187,9 @@ class Scheduler:
             )
         )
 
-    def replace_engine(self, engine: Engine) -> None:
-        """Accept for another engine from now on. The old one is closed once its last request is answered."""
-        self._table.replace_engine(engine)
+    def replace_bundle(self, loaded: LoadedBundle) -> None:
+        """Accept for another bundle from now on. The old one is closed once its last request is answered."""
+        self._table.replace_bundle(loaded)
         if self._threads:
             self.start()
 
@@ -205,20 +205,20 @@ class Scheduler:
             thread.join(max(0.0, give_up_s - time.monotonic()))
 
     def _pass(self, batch: Sequence[Job], under_way: int) -> None:
-        engine, started_s = batch[0].engine, time.monotonic()
+        loaded, started_s = batch[0].loaded, time.monotonic()
         for job in batch:
             job.started_s = job.started_s or started_s
         failed = False
         try:
-            engine.step([job.run for job in batch], under_way)
+            loaded.step([job.run for job in batch], under_way)
         except Exception:  # a backend may raise anything; it costs the requests that it meets alone, none beside them
             log.exception("a pass over %d requests failed", len(batch))
             failed = True
         now = time.monotonic()
         for job in batch:
-            job.engine_s += (now - started_s) / len(batch)
-        if failed and engine.failure is not None:  # only a new process can use the device again
-            self._table.drain(stop=True, failure=engine.failure)
+            job.compute_s += (now - started_s) / len(batch)
+        if failed and loaded.failure is not None:  # only a new process can use the device again
+            self._table.drain(stop=True, failure=loaded.failure)
             self.on_failure()
             finished: list[Job] = []
         elif failed:
@@ -248,7 +248,7 @@ class Scheduler:
             tokens=0 if response.usage is None else response.usage.generated_tokens,
             ms=(time.monotonic() - job.accepted_s) * 1e3,
         )
-        self._table.remove(job, service_ms=job.engine_s * 1e3 if response.error is None else None)
+        self._table.remove(job, service_ms=job.compute_s * 1e3 if response.error is None else None)
         _deliver(job.reply, response)
 
 

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import ParamSpec
 
 P = ParamSpec("P")
@@ -25,9 +24,7 @@ class Heartbeat:
         self._beats += 1
         self._working = True
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._working = False
 
     def around(self, work: Callable[P, None]) -> Callable[P, None]:

@@ -173,7 +173,7 @@ class Connection:
     def answer_line(self) -> bool:
         """Serve one complete line, if there is one and the client takes its replies.  → whether there was one
 
-        One: a client that sends thousands at once holds nobody up.
+        One: a client that sends thousands at once delays no one else.
         """
         if self._sender.gone or self._sender.unsent >= MAX_UNREAD_BYTES:
             return False

@@ -121,7 +121,7 @@ def batch_gflop(config: ModelConfig, batch: Batch) -> float:
     """10⁹ operations of the matrix products that a batch needs, forward and backward (twice the forward).
 
     A block's linear layers hold 12·D² weights, its attention has two products of L × L × D for the L active positions
-    of a row; only scored positions are read out. The last block needs its 9·D² weights behind attention, and its
+    of a row; only scored positions pass the LM head. The last block needs its 9·D² weights after attention, and its
     queries, for scored positions alone.
     """
     d, scored = config.d_model, sum(part.at.numel() for part in batch.parts)

@@ -192,7 +192,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prepare data; a run that is told to stop clears up behind itself."""
+    """Prepare data; a run that is stopped by SIGTERM removes its partial output."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = parse_arguments()
     sources = args.source or [DEFAULT_SOURCE]

@@ -175,7 +175,7 @@ class SplitWriter:
         so_far = np.cumsum(self._lengths)
         return SplitMeta(
             stories=stories,
-            tokens=positions - stories,  # every canvas has one BOS, which nobody predicts
+            tokens=positions - stories,  # every canvas has one BOS, which is never predicted
             text_bytes=self._text_bytes,
             truncated=self._truncated,
             quantiles={name: int(np.searchsorted(so_far, q * stories)) for name, q in QUANTILES.items()},

@@ -19,7 +19,7 @@ TEXT_FIELD: Final = "text"
 STORY_SEPARATOR: Final = "<|endoftext|>"
 FILE_ENDINGS: Final = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES: Final = 4 << 20
-MAX_STORY_CHARS: Final = 1 << 16  # far behind the end of any canvas; bounds the memory of a file without separators
+MAX_STORY_CHARS: Final = 1 << 16  # far beyond the end of any canvas; bounds the memory of a file without separators
 ROWS_AT_ONCE: Final = 64
 PARQUET_BUFFER_BYTES: Final = 1 << 20
 HUB_TIMEOUT_S: Final = 10
@@ -91,7 +91,7 @@ def read_texts(source: Path) -> Iterator[str]:
     """Every story of a local file or folder, stripped of outer blanks, empty ones left out.
 
     A .txt file's stories are separated by lines that say <|endoftext|>, or, when it has none, by blank lines. Very long
-    stories are cut far behind the end of any canvas.
+    stories are cut far beyond the end of any canvas.
 
     Raises DataError, which names the file and the line or record, for whatever is no story.
     """

@@ -37,7 +37,7 @@ class GraphBuilder:
         self.constants: dict[str, onnx.TensorProto] = {}
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        """A named initializer. Asked for again it is made once; ValueError when the value is another one."""
+        """A named initializer. Requested again it is made once; ValueError when the value is another one."""
         tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
         if self.constants.setdefault(name, tensor) != tensor:
             raise ValueError(f"two constants under the name {name}")

@@ -36,7 +36,7 @@ def low_discrepancy_times(n: int, u: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A corrupted batch. scored: masked positions that are not certain; those behind the first visible end are."""
+    """A corrupted batch. scored: masked positions that are not certain; those after the first visible end are."""
 
     xt: Tensor  # (B, L)
     scored: Tensor  # (B, L) bool
@@ -44,7 +44,7 @@ class Corrupted:
 
 
 def corrupt(x0: Tensor, keep: Tensor, t: list[float], schedule: ScheduleName) -> Corrupted:
-    """Mask each position behind BOS with probability mask_prob(t).
+    """Mask each position after BOS with probability mask_prob(t).
 
     keep (B, L): uniform draws in [0, 1); a position survives when its draw is at least mask_prob.
     """

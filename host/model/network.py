@@ -218,7 +218,7 @@ class Denoiser(nn.Module):
         nothing gets NaN. at (M,): only these rows, counted over the batch. t (B,): diffusion time, if conditioned on
         it. → (B, N, D), or (M, D)
 
-        The read-out is shifted: the row at position p scores the token of position p + 1, in every layout.
+        The LM head is shifted: the row at position p scores the token of position p + 1, in every layout.
         """
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         if self.time_mlp is not None and t is not None:
@@ -253,7 +253,7 @@ class Denoiser(nn.Module):
 
         at (M,): positions counted over all rows, i·L + j, none of them a BOS.  → (M, D)
         Positions after the first visible EOS or PAD are certain, so nothing attends to them. Position 0 holds BOS,
-        which nobody scores: its state is that of position 1.
+        which is never scored: its state is that of position 1.
         """
         rows = canvas_layout(canvas)
         states = self(*rows, at=None if at is None else at - 1, t=t)

@@ -30,7 +30,7 @@ def sample_many(
 ) -> list[Sampled]:
     """One whole canvas for each of `settings`, as `sample` fills it up to rounding; dtype: autocast to it.
 
-    What lies behind a committed end is certain, so canvases are cut there.
+    What follows a committed end is certain, so canvases are cut there.
     """
     length = model.config.canvas_len
     canvases = [open_canvas(length) for _ in settings]

@@ -177,7 +177,7 @@ def _num_to_commit(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: in
 
 
 def _commit(canvas: Tensor, position: Tensor, token: Tensor) -> None:
-    """Text first; then ends, only behind all text; then what is certain."""
+    """Text first; then ends, only after all text; then what is certain."""
     for p, v in zip(position.tolist(), token.tolist(), strict=True):
         if v >= FIRST_TEXT_ID:
             canvas[p] = v

@@ -89,7 +89,7 @@ def find_checkpoint(run: Path, file: str = BEST) -> Path:
 def newest_run(runs: Path = Path("runs")) -> Path:
     """The diffusion run trained last; DataError names the command that makes one."""
     for path in sorted(runs.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if "canvas" in read_progress(path).objectives:  # a damaged older run is nobody's concern
+        if "canvas" in read_progress(path).objectives:  # a damaged older run does not matter
             return path.parent
     raise DataError(f"no trained run in {runs}/: make one with `python -m host.train`, or name one with --run")
 
@@ -119,7 +119,7 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[Denoiser, Progress]:
-    """The network of a checkpoint, ready to score; by default with the averaged weights."""
+    """The network of a checkpoint, ready to score; by default with the EMA weights."""
     progress = read_progress(path)
     model = Denoiser(progress.model)
     _load_weights(model, path, f"{weights}.")
@@ -141,7 +141,7 @@ def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:
 
 
 def init_from(model: Denoiser, path: Path) -> None:
-    """Start `model` from another run's averaged weights.
+    """Start `model` from another run's EMA weights.
 
     Raises DataError when a tensor is missing or shaped differently; a time input or a drafter that the other lacks
     starts fresh.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # the first process may have to prepare the data
+TIMEOUT = timedelta(hours=2)  # the first process may have to prepare the data
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def joined_ranks() -> Iterator[Ranks]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), processes)
     finally:

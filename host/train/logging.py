@@ -72,7 +72,7 @@ def progress_bar(
             try:
                 bar.set_postfix_str(shown, refresh=False)
                 bar.update(now - bar.n)
-            except OSError:  # Ctrl-C ends a `tee` behind the bar, too; the run has yet to be saved
+            except OSError:  # Ctrl-C ends a `tee` that the bar is piped into, too; the run has yet to be saved
                 bar.disable = True
 
         yield show

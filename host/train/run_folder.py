@@ -73,7 +73,7 @@ class TrainConfig:
 
 
 def fraction_done(config: TrainConfig, progress: Progress) -> float:
-    """Part of a run that is behind it, by time when --minutes was given."""
+    """Fraction of a run that is done, by time when --minutes was given."""
     if config.minutes is not None:
         return min(1.0, progress.seconds / (60 * config.minutes))
     return min(1.0, progress.step / config.steps)
@@ -246,7 +246,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def load_run(run: Path) -> tuple[Denoiser, Progress]:
-    """A run's averaged weights, to meet text; DataError when its tokenizer is not the one that it was trained with."""
+    """A run's EMA weights, to meet text; DataError when its tokenizer is not the one that it was trained with."""
     model, progress = load_model(find_checkpoint(run))
     file = run / TOKENIZER
     if not file.is_file() or sha256_of(file) != progress.tokenizer_sha256:

@@ -105,7 +105,7 @@ class Trainer:
         self.saved_s = self.progress.seconds
 
     def start_from(self, run: Path) -> None:
-        """Start from another run's averaged weights, which `host.train.run_folder.check_start` has found to fit."""
+        """Start from another run's EMA weights, which `host.train.run_folder.check_start` has found to fit."""
         init_from(self.model, find_checkpoint(run))
         self.ema = Ema(self.model, self.config.ema_decay)
 

@@ -138,11 +138,11 @@ def test_imports_of_edge_modules_need_neither_host_nor_runtime() -> None:
 def test_imports_of_a_whole_request_need_no_host(debug_bundle: Path) -> None:
     script = """
 from pathlib import Path
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from shared.messages import GenerateRequest
-engine = Engine.load(Path(sys.argv[1]), "ort")
-print(engine.run(engine.prepare(GenerateRequest(prompt="abc", seed=1, steps=4))).steps)
-engine.close()
+loaded = LoadedBundle.load(Path(sys.argv[1]), "ort")
+print(loaded.run(loaded.prepare(GenerateRequest(prompt="abc", seed=1, steps=4))).steps)
+loaded.close()
 """
     done = run_without(HOST_ONLY, script, str(debug_bundle))
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from host.model.network import Denoiser
 from host.sampling.reference import Sampled, Settings, sample
 from shared.messages import Gap, GenerateRequest
@@ -34,26 +34,26 @@ REQUESTS = {
 
 
 @pytest.fixture(scope="module")
-def engine(exported: Exported) -> Engine:
-    return Engine.load(exported.folder, threads=1)
+def loaded(exported: Exported) -> LoadedBundle:
+    return LoadedBundle.load(exported.folder, threads=1)
 
 
-def reference(model: Denoiser, engine: Engine, request: GenerateRequest) -> Sampled:
-    plan = engine.prepare(request)
+def reference(model: Denoiser, loaded: LoadedBundle, request: GenerateRequest) -> Sampled:
+    plan = loaded.prepare(request)
     canvas, fill = torch.from_numpy(plan.layout.canvas).long(), torch.from_numpy(plan.layout.fill)
     return sample(model, "linear", canvas, fill, Settings(**dataclasses.asdict(plan.sampling)))
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_edge_and_torch_commit_the_same_tokens(exported: Exported, engine: Engine, name: str) -> None:
+def test_edge_and_torch_commit_the_same_tokens(exported: Exported, loaded: LoadedBundle, name: str) -> None:
     decided = 0
     for seed in range(30):
         request = replace(REQUESTS[name], seed=seed)
-        expected = reference(exported.model, engine, request)
+        expected = reference(exported.model, loaded, request)
         if expected.margin <= TOLERANCE:
             continue  # too close to call: either runtime is right
         decided += 1
-        found = engine.run(engine.prepare(request))
+        found = loaded.run(loaded.prepare(request))
         np.testing.assert_array_equal(found.canvas, expected.canvas.numpy(), err_msg=f"seed {seed}")
         assert found.steps == expected.steps
         if decided == 2:

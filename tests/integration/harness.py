@@ -22,7 +22,7 @@ from paho.mqtt.properties import Properties
 
 ROOT = Path(__file__).resolve().parents[2]
 EDGE = ("-m", "edge")
-PATIENCE_S = 20.0  # for what takes a fraction of a second unless the machine is busy
+TIMEOUT_S = 20.0  # for what takes a fraction of a second unless the machine is busy
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
@@ -42,7 +42,7 @@ def run_module(
 
 def until(condition: Callable[[], bool], what: str) -> None:
     """Wait for something that is bound to happen."""
-    give_up_s = time.monotonic() + PATIENCE_S
+    give_up_s = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < give_up_s, f"waited in vain: {what}"
         time.sleep(0.01)
@@ -58,7 +58,7 @@ class Line:
         except OSError:
             self.sock.close()
             raise
-        self.sock.settimeout(PATIENCE_S)
+        self.sock.settimeout(TIMEOUT_S)
         self._file = self.sock.makefile("rb")
 
     def send(self, *messages: dict[str, Any] | bytes) -> None:
@@ -120,14 +120,14 @@ class Daemon:
         self.process.send_signal(number)
 
     def exit_code(self) -> int:
-        return self.process.wait(PATIENCE_S)
+        return self.process.wait(TIMEOUT_S)
 
     def close(self) -> None:
         for line in self._lines:
             line.close()
         self.process.terminate()
         try:
-            self.process.wait(PATIENCE_S)
+            self.process.wait(TIMEOUT_S)
         finally:
             self.process.kill()
             self.process.wait()
@@ -165,7 +165,7 @@ class Broker:
     def tool(self, name: str, *args: str) -> str:
         """Run one of mosquitto's clients on it; its output."""
         command = [name, "-h", "127.0.0.1", "-p", str(self.port), *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S).stdout
 
     def reload(self) -> None:
         """Have it read its configuration again, with the files that this names."""
@@ -195,7 +195,7 @@ class Listener:
         self.client.connect("127.0.0.1", port)
         self.client.loop_start()
         self.client.subscribe(topic, qos=1)
-        subscribed.get(timeout=PATIENCE_S)
+        subscribed.get(timeout=TIMEOUT_S)
 
     def publish(self, topic: str, payload: bytes | dict[str, Any], retain: bool = False, **properties: Any) -> None:
         """Publish bytes or an object, with MQTT 5 properties."""
@@ -203,12 +203,12 @@ class Listener:
         for name, value in properties.items():
             setattr(carried, name, value)
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        self.client.publish(topic, body, qos=1, retain=retain, properties=carried).wait_for_publish(PATIENCE_S)
+        self.client.publish(topic, body, qos=1, retain=retain, properties=carried).wait_for_publish(TIMEOUT_S)
 
     def next(self, topic: str) -> MQTTMessage:
         """The next message on that topic; those on others are passed over."""
         while True:
-            message = self.heard.get(timeout=PATIENCE_S)
+            message = self.heard.get(timeout=TIMEOUT_S)
             if message.topic == topic:
                 return message
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import PATIENCE_S, ROOT, Broker, Daemon, until
+from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, until
 
 SHIPPED = ROOT / "deploy" / "mosquitto"
 USERS = ("edge01", "edge02", "alice", "bob", "monitor")
@@ -67,7 +67,7 @@ def tool(broker: Broker, certificates: Path, name: str, user: str, *arguments: s
 
 
 def said(process: "subprocess.Popen[str]") -> str:
-    return process.communicate(timeout=PATIENCE_S)[0]
+    return process.communicate(timeout=TIMEOUT_S)[0]
 
 
 @pytest.fixture
@@ -164,6 +164,6 @@ def test_broker_example_lets_no_device_speak_for_another(broker: Broker, certifi
 def test_broker_example_lets_nobody_in_without_a_password(broker: Broker, certificates: Path) -> None:
     anonymous = ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(broker.port), "-t", "x", "-m", "y"]
     done = subprocess.run(
-        [*anonymous, "--cafile", str(certificates / "ca.pem")], capture_output=True, text=True, timeout=PATIENCE_S
+        [*anonymous, "--cafile", str(certificates / "ca.pem")], capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode != 0 and "not authorised" in done.stderr.lower()

@@ -221,11 +221,11 @@ def test_a_bundle_that_is_refused_removes_nothing(debug_bundle: Path, tmp_path: 
 WATCHED = """
 import os, sys
 import edge.bundle, edge.serving.loaded_bundle as m
-real = m.Engine.load
+real = m.LoadedBundle.load
 def load(*arguments):
     print(os.getresuid(), os.getresgid())
     return real(*arguments)
-m.Engine.load = load
+m.LoadedBundle.load = load
 edge.bundle.main(["verify", *sys.argv[1:]])
 """
 

@@ -18,7 +18,7 @@ import pytest
 
 from edge.client import connect
 from shared.messages import ErrorInfo, Response, encode
-from tests.integration.harness import PATIENCE_S, ROOT, Daemon, clean_environment, run_module
+from tests.integration.harness import ROOT, TIMEOUT_S, Daemon, clean_environment, run_module
 
 PROMPT = "Once upon a time"
 
@@ -109,7 +109,7 @@ def test_generate_hears_a_daemon_that_refuses_before_it_is_asked(tmp_path: Path)
         thread = threading.Thread(target=refuse)
         thread.start()
         result = run_module("edge.generate", PROMPT, "--socket", str(tmp_path / "s"))
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
     assert result.returncode == 1 and result.stderr == "error: too many clients are connected\n"
 
 
@@ -142,7 +142,7 @@ def test_generate_says_that_the_daemon_left_before_its_answer(tmp_path: Path) ->
         thread = threading.Thread(target=hang_up)
         thread.start()
         result = run_module("edge.generate", PROMPT, "--socket", str(tmp_path / "s"))
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
     assert result.returncode == 1
     assert result.stderr == "error: the daemon hung up before it answered\n"
 
@@ -224,7 +224,7 @@ def test_demo_when_interrupted_stops_its_daemon(
         (socket_path,) = temporary.glob("*/socket")
         daemon_pid = served_by(socket_path)
         demo.send_signal(number)
-        assert demo.wait(PATIENCE_S) == exit_code
+        assert demo.wait(TIMEOUT_S) == exit_code
     finally:
         demo.kill()
         demo.wait()

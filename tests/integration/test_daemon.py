@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.harness import PATIENCE_S, Daemon, Line, clean_environment, run_module, until
+from tests.integration.harness import TIMEOUT_S, Daemon, Line, clean_environment, run_module, until
 
 STORY = {"prompt": "Once upon a time"}
 StartDaemon = Callable[..., Daemon]
@@ -130,7 +130,7 @@ def test_a_closed_terminal_ends_what_was_started_in_it_and_no_other_hang_up_does
             process.send_signal(signal.SIGHUP)
             until(lambda: log.read_text().count("reloaded") >= 2, "the reload")
             process.terminate()
-        assert process.wait(PATIENCE_S) == 0 and not path.exists()
+        assert process.wait(TIMEOUT_S) == 0 and not path.exists()
         line.close()
     finally:
         process.kill()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from shared.errors import DeviceError
 from shared.messages import GenerateRequest
@@ -136,7 +136,7 @@ def test_health_tells_while_the_daemon_still_answers(debug_bundle: Path) -> None
         def close(self) -> None:
             """Nothing to free."""
 
-    engine = Engine.load(debug_bundle, "fake")
+    engine = LoadedBundle.load(debug_bundle, "fake")
     engine.backend = Broken()
     scheduler = Scheduler(engine, queue_size=8)
     failed: list[str | None] = []

@@ -11,7 +11,7 @@ import pytest
 from paho.mqtt.client import MQTTMessage
 
 from shared.messages import MAX_MESSAGE_BYTES
-from tests.integration.harness import PATIENCE_S, Broker, Daemon, Listener
+from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Listener
 
 REQUEST = "edgelm/dev/request/generate"
 AVAILABILITY = "edgelm/dev/availability"
@@ -95,7 +95,7 @@ def test_mqtt_snapshots_go_to_the_stream_topic_at_most_five_a_second(listener: L
     listener.publish(REQUEST, {"id": "s", "prompt": "Once", "stream": True}, CorrelationData=b"me")
 
     partials = []
-    while (message := listener.heard.get(timeout=PATIENCE_S)).topic != "edgelm/dev/response/s":
+    while (message := listener.heard.get(timeout=TIMEOUT_S)).topic != "edgelm/dev/response/s":
         if message.topic == "edgelm/dev/stream/s":
             partials.append(message)
     assert 1 <= len(partials) <= 1 + 5 * (time.monotonic() - started_s)

@@ -13,7 +13,7 @@ from paho.mqtt.client import MQTTMessage
 
 from edge.delivery.reply_limits import BURST, MAX_REPLIES
 from edge.transports.mqtt.link import RECEIVE_MAXIMUM
-from tests.integration.harness import PATIENCE_S, Broker, Daemon, Listener, until
+from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Listener, until
 from tests.stress.soak import resources
 from tests.support.flood import flood
 
@@ -77,10 +77,10 @@ def test_mqtt_qos_0_client_is_told_so_much_a_second_and_the_rest_is_counted(
     sent = flood(broker.port, REQUEST, b"{", 500, 1.0)
     listener.publish(REQUEST, {"id": "last", "prompt": "Once", "max_tokens": 1})
     replies, metrics = 0, {"dropped": 0}
-    while (message := listener.heard.get(timeout=PATIENCE_S)).topic != "edgelm/dev/response/last":
+    while (message := listener.heard.get(timeout=TIMEOUT_S)).topic != "edgelm/dev/response/last":
         replies += message.topic == "edgelm/dev/response"
     daemon.signal(signal.SIGTERM)  # the last it says is its counters
-    while (message := listener.heard.get(timeout=PATIENCE_S)).payload != b"offline":
+    while (message := listener.heard.get(timeout=TIMEOUT_S)).payload != b"offline":
         replies += message.topic == "edgelm/dev/response"
         metrics = body(message) if message.topic == "edgelm/dev/metrics" else metrics
     assert BURST - MAX_REPLIES < replies <= BURST + 40

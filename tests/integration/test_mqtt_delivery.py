@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from paho.mqtt.client import MQTTMessage
 
-from tests.integration.harness import PATIENCE_S, Broker, Daemon, Listener, until
+from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Listener, until
 
 REQUEST = "edgelm/dev/request/generate"
 RESPONSE = "edgelm/dev/response"
@@ -141,7 +141,7 @@ class HangsUp:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(PATIENCE_S)
+            thread.join(TIMEOUT_S)
 
 
 def test_mqtt_answer_that_ends_connections_keeps_no_other_from_arriving(
@@ -155,7 +155,7 @@ def test_mqtt_answer_that_ends_connections_keeps_no_other_from_arriving(
     until(lambda: proxy.hung_up > 0, "the broker to hang up")
     for i in range(5):
         listener.publish(REQUEST, request | {"id": str(i)})
-    answered = {listener.heard.get(timeout=PATIENCE_S).topic for _ in range(5)}
+    answered = {listener.heard.get(timeout=TIMEOUT_S).topic for _ in range(5)}
     assert answered == {f"{RESPONSE}/{i}" for i in range(5)}
     tries = proxy.hung_up
     time.sleep(1.0)
@@ -178,7 +178,7 @@ def test_mqtt_answers_survive_a_broker_that_falls_back_to_the_old_version(
     second = serve(proxy.address)
     answered: set[str] = set()
     while len(answered) < 5:
-        answered.add(listener.heard.get(timeout=PATIENCE_S).topic)
+        answered.add(listener.heard.get(timeout=TIMEOUT_S).topic)
     second.close()
     proxy.close()
 
@@ -242,5 +242,5 @@ def test_mqtt_example_that_a_daemon_prints_works_as_pasted(start_daemon: Callabl
     line = daemon.process.stdout.readline()
     command = line.removeprefix("ask it over MQTT: ")
     assert command != line
-    answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=TIMEOUT_S, check=True).stdout
     assert json.loads(answer)["status"] == "ok"

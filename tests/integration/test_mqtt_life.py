@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import PATIENCE_S, Broker, Daemon, Listener, until
+from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Listener, until
 
 REQUEST = "edgelm/dev/request/generate"
 AVAILABILITY = "edgelm/dev/availability"
@@ -99,7 +99,7 @@ def test_mqtt_password_file_opens_a_guarded_broker(
     make_broker: MakeBroker, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     guards, secret = tmp_path / "passwords", tmp_path / "secret"
-    subprocess.run(["mosquitto_passwd", "-b", "-c", str(guards), "me", "s3cret"], check=True, timeout=PATIENCE_S)
+    subprocess.run(["mosquitto_passwd", "-b", "-c", str(guards), "me", "s3cret"], check=True, timeout=TIMEOUT_S)
     broker = make_broker("allow_anonymous false", f"password_file {guards}").start()
 
     refused = start_daemon("--mqtt", broker.address, DEVICE="dev")
@@ -119,7 +119,7 @@ def test_mqtt_ca_file_turns_tls_on(make_broker: MakeBroker, start_daemon: StartD
     request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*request, *names, *files], check=True, capture_output=True, timeout=PATIENCE_S)
+    subprocess.run([*request, *names, *files], check=True, capture_output=True, timeout=TIMEOUT_S)
     broker = make_broker(f"certfile {certificate}", f"keyfile {key}").start()
 
     start_daemon("--mqtt", broker.address, DEVICE="dev", MQTT_CA_FILE=str(certificate))
@@ -165,7 +165,7 @@ class OldBroker:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(PATIENCE_S)
+            thread.join(TIMEOUT_S)
 
 
 def test_mqtt_old_broker_is_served_in_its_own_version(serve: StartDaemon, broker: Broker, listen: Listen) -> None:
@@ -192,7 +192,7 @@ def test_mqtt_retained_requests_are_not_served(
     daemon = serve(address=None if version == "5" else old.address)
     listener.publish(REQUEST, {"id": "fresh", "prompt": "x"})
 
-    assert listener.heard.get(timeout=PATIENCE_S).topic == "edgelm/dev/response/fresh"
+    assert listener.heard.get(timeout=TIMEOUT_S).topic == "edgelm/dev/response/fresh"
     daemon.signal(signal.SIGTERM)
     assert daemon.exit_code() == 0
     old.close()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from paho.mqtt.client import MQTTMessage
 
-from tests.integration.harness import PATIENCE_S, Broker, Daemon, Listener, until
+from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Listener, until
 
 REQUEST = "edgelm/dev/request/generate"
 RESPONSE = "edgelm/dev/response"
@@ -73,7 +73,7 @@ def test_mqtt_what_a_killed_daemon_accepted_its_successor_answers_once(serve: Se
     serve()
     answers: dict[str, list[bytes]] = {}
     while len(answers) < 5:
-        message = listener.heard.get(timeout=PATIENCE_S)
+        message = listener.heard.get(timeout=TIMEOUT_S)
         if message.topic.startswith(RESPONSE):
             answers.setdefault(message.topic, []).append(bytes(message.payload))
     assert all(json.loads(payload)["status"] == "ok" for (payload,) in answers.values())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.harness import PATIENCE_S, ROOT, Line, clean_environment
+from tests.integration.harness import ROOT, TIMEOUT_S, Line, clean_environment
 
 SECRET = "zanzibar quokka"
 
@@ -42,7 +42,7 @@ class Service:
         self.log = folder / "log"
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._manager.bind(str(folder / "notify"))
-        self._manager.settimeout(PATIENCE_S)
+        self._manager.settimeout(TIMEOUT_S)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(self.path))
         self.path.chmod(0o666)
@@ -127,7 +127,7 @@ def test_the_socket_of_the_manager_is_served_and_outlives_the_daemon(service: Se
     assert service.ask()["status"] == "ok"
     service.process.terminate()
     assert service.told("STOPPING") == "1"
-    assert service.process.wait(PATIENCE_S) == 0
+    assert service.process.wait(TIMEOUT_S) == 0
     assert service.path.exists()
     Line(service.path).close()  # still accepts: whoever connects now waits for the next daemon
 
@@ -225,7 +225,7 @@ def test_prompts_and_texts_stay_out_of_the_log(service: Service) -> None:
     service.ask(prompt=SECRET * 2000)
     service.reload()
     service.process.terminate()
-    service.process.wait(PATIENCE_S)
+    service.process.wait(TIMEOUT_S)
     log = service.log.read_text()
     assert "ready in" in log and "zanzibar" not in log
     assert all(text not in log for text in texts)
@@ -235,7 +235,7 @@ def test_a_start_that_fails_is_an_error_in_the_journal(
     services: list[Service], tmp_path: Path, debug_bundle: Path
 ) -> None:
     services.append(Service(tmp_path, debug_bundle, "--backend", "abacus"))
-    assert services[0].process.wait(PATIENCE_S) == 78
+    assert services[0].process.wait(TIMEOUT_S) == 78
     assert services[0].log.read_text().startswith("<3>unknown backend 'abacus'")
 
 
@@ -266,7 +266,7 @@ def test_with_a_group_only_its_members_are_served(services: list[Service], debug
 
         def status(uid: int, gid: int, *groups: int) -> object:
             command = [sys.executable, "-c", ASK_AS, str(services[0].path), *map(str, (uid, gid, *groups))]
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
             reply = json.loads(asked.stdout)
             return reply["error"]["code"] if reply["error"] else reply["status"]
 
@@ -279,5 +279,5 @@ def test_with_a_group_only_its_members_are_served(services: list[Service], debug
 
 def test_a_group_that_does_not_exist_is_refused(services: list[Service], tmp_path: Path, debug_bundle: Path) -> None:
     services.append(Service(tmp_path, debug_bundle, config='socket_group = "no-such-group"'))
-    assert services[0].process.wait(PATIENCE_S) == 78
+    assert services[0].process.wait(TIMEOUT_S) == 78
     assert "<3>socket_group 'no-such-group' does not exist" in services[0].log.read_text()

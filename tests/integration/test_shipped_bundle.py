@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from edge.config import default_bundle
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from host.evaluate.scorers import GraphScorer, load_graph
 from host.export.parity import passes
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine.load(default_bundle(), threads=2)
+def loaded() -> LoadedBundle:
+    return LoadedBundle.load(default_bundle(), threads=2)
 
 
 def test_shipped_bundle_is_complete_and_small() -> None:
@@ -77,24 +77,24 @@ def test_shipped_bundle_defaults_are_those_of_every_new_bundle() -> None:
     assert read_manifest(default_bundle()).defaults == SamplingDefaults()
 
 
-def test_shipped_bundle_tells_a_story_that_ends(engine: Engine) -> None:
-    completion = engine.run(engine.prepare(GenerateRequest(prompt="Once upon a time", seed=1, max_tokens=120)))
+def test_shipped_bundle_tells_a_story_that_ends(loaded: LoadedBundle) -> None:
+    completion = loaded.run(loaded.prepare(GenerateRequest(prompt="Once upon a time", seed=1, max_tokens=120)))
     assert completion.text.startswith("Once upon a time") and OPEN_POSITION not in completion.text
     assert EOS in completion.canvas and 20 < completion.generated_tokens <= 121
     words = completion.text.lower().split()
     assert len(set(words)) > 20, "a story repeats some words, not all"
 
 
-def test_shipped_bundle_fills_gaps_and_leaves_the_given_text_alone(engine: Engine) -> None:
+def test_shipped_bundle_fills_gaps_and_leaves_the_given_text_alone(loaded: LoadedBundle) -> None:
     request = GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(3), "."], seed=3)
-    text = engine.run(engine.prepare(request)).text
+    text = loaded.run(loaded.prepare(request)).text
     assert text.startswith("Tom had a ") and " and it was " in text and text.endswith(".")
     assert len(text) > len("Tom had a  and it was .")
 
 
-def test_shipped_text_does_not_show_what_was_computed_beside_it(engine: Engine) -> None:
+def test_shipped_text_does_not_show_what_was_computed_beside_it(loaded: LoadedBundle) -> None:
     """INT8 scales its activations by what a run holds: neighbours in one run would change them."""
-    assert engine.lanes == 2
+    assert loaded.lanes == 2
     asked: list[dict[str, Any]] = [
         {"prompt": "Once upon a time", "steps": 6},
         {"prompt": "Tom and the dog", "steps": 5},
@@ -104,8 +104,8 @@ def test_shipped_text_does_not_show_what_was_computed_beside_it(engine: Engine) 
         {"segments": ["Tom had a ", Gap(4), " and it was ", Gap(3), "."], "steps": 3},
     ]
     requests = [GenerateRequest(seed=seed, **fields) for seed, fields in enumerate(asked)]
-    alone = [engine.run(engine.prepare(request)).text for request in requests]
-    scheduler = Scheduler(engine, queue_size=16)
+    alone = [loaded.run(loaded.prepare(request)).text for request in requests]
+    scheduler = Scheduler(loaded, queue_size=16)
     together: list[Reply] = []
     for request in requests:
         scheduler.submit(request, together.append)
@@ -118,14 +118,14 @@ def test_shipped_text_does_not_show_what_was_computed_beside_it(engine: Engine) 
     assert [texts[seed] for seed in range(len(alone))] == alone
 
 
-def test_shipped_bundle_graphs_agree(engine: Engine) -> None:
+def test_shipped_bundle_graphs_agree(loaded: LoadedBundle) -> None:
     """INT8 for the CPU and FP16 for CUDA, both run here by ONNX Runtime, mostly prefer the same tokens."""
     folder = default_bundle()
     cpu, cuda = (
         GraphScorer(graph.file, load_graph(folder / graph.file))
-        for graph in (find_graph(folder, engine.manifest, target) for target in ("cpu", "cuda"))
+        for graph in (find_graph(folder, loaded.manifest, target) for target in ("cpu", "cuda"))
     )
-    canvas = engine.run(engine.prepare(GenerateRequest(prompt="Once upon a time", seed=2))).canvas
+    canvas = loaded.run(loaded.prepare(GenerateRequest(prompt="Once upon a time", seed=2))).canvas
     text = np.flatnonzero(~np.isin(canvas, [PAD, BOS, EOS]))
     canvas = canvas.copy()
     canvas[text[5::2]] = MASK

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge.transports.unix_socket import MAX_CONNECTIONS, USER_CONNECTIONS
-from tests.integration.harness import PATIENCE_S, Daemon, Line, until
+from tests.integration.harness import TIMEOUT_S, Daemon, Line, until
 
 STORY = {"prompt": "x", "max_tokens": 1}
 
@@ -48,7 +48,7 @@ class Crowd:
 
     def end(self) -> list[str]:
         """Hang up.  → the first line that each connection got"""
-        return self._process.communicate("x", timeout=PATIENCE_S)[0].splitlines()
+        return self._process.communicate("x", timeout=TIMEOUT_S)[0].splitlines()
 
 
 @pytest.fixture

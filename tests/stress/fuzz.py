@@ -33,7 +33,7 @@ from shared.messages import (
     encode,
     id_of,
 )
-from tests.integration.harness import PATIENCE_S, Broker, Daemon, Line, Listener
+from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Line, Listener
 from tests.support.spoilt import ODD, VALID, wrong
 
 WINDOW: Final = 20
@@ -166,7 +166,7 @@ def fuzz_mqtt(broker: Broker, inputs: int, luck: random.Random) -> Outcomes:
             )
             missing.add(topic)
         while missing:
-            message = listener.heard.get(timeout=PATIENCE_S)
+            message = listener.heard.get(timeout=TIMEOUT_S)
             missing.remove(message.topic)
             counts[outcome(json.loads(message.payload))] += 1
     listener.close()

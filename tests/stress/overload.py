@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from edge.config import Config, default_bundle
 from shared.errors import run_main
-from tests.integration.harness import PATIENCE_S, Broker, Daemon, Line, Listener
+from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Line, Listener
 from tests.stress.soak import resources
 
 TIMES: Final = 10
@@ -119,7 +119,7 @@ def flood_mqtt(broker: Broker, seconds: float, rate: float, answers: Answers) ->
 
     sent = paced(seconds, rate, send)
     for _ in range(sent):
-        answers.note(json.loads(listener.heard.get(timeout=PATIENCE_S).payload))
+        answers.note(json.loads(listener.heard.get(timeout=TIMEOUT_S).payload))
     listener.close()
     return sent
 

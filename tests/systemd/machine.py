@@ -24,7 +24,7 @@ SHIPPED = ("edge", "shared", "host", "deploy", "systemd", "bundle", "pyproject.t
 PROGRAMS = ("systemd-nspawn", "nsenter", "ip", "mosquitto", "mosquitto_pub", "setpriv", "getent", "groupadd")
 PYTHON = "/usr/bin/python3"  # pyenv's and others lie outside of /usr, or in somebody's home
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 NETWORK = "10.20.30.40"
 """An address of the machine beside 127.0.0.1: for the daemon's sandbox, somewhere in the local network."""
 
@@ -185,7 +185,7 @@ class Machine:
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for something that is bound to happen."""
-        give_up_s = time.monotonic() + PATIENCE_S
+        give_up_s = time.monotonic() + TIMEOUT_S
         while not condition():
             assert time.monotonic() < give_up_s, f"waited in vain: {what}\n{self.console[-2000:]}"
             time.sleep(0.05)
@@ -202,7 +202,7 @@ class Machine:
             if self._leader and self._nspawn.poll() is None:
                 self.run("systemctl", "poweroff", check=False)
             try:
-                self._nspawn.wait(PATIENCE_S)
+                self._nspawn.wait(TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._nspawn.kill()
                 self._nspawn.wait()

@@ -158,7 +158,7 @@ class TrtBackend:
         except RuntimeError as error:  # the bindings' own check of the call
             raise DeviceError(f"TensorRT cannot infer the shapes of {batch} × {length}: {error}") from None
         if missing:
-            raise DeviceError(f"the engine has inputs that nobody gives: {', '.join(missing)}")
+            raise DeviceError(f"the engine has inputs that are not fed: {', '.join(missing)}")
         wanted = (batch, length, self._manifest.model.vocab_size)
         if (found := tuple(context.get_tensor_shape("logits"))) != wanted:
             raise DeviceError(f"the engine gives logits of shape {found}, not {wanted}")
@@ -250,7 +250,7 @@ class TrtBackend:
             row.check_progress(before)
 
     def _place(self, rows: Sequence[Row], bucket: Bucket) -> None:
-        """Write the rows that are not in their places already, and empty the places that nobody has."""
+        """Write the rows that are not in their places already, and empty unused places."""
         if bucket is not self._current:  # another shape lays the same memory out again
             self._current, self._placed = bucket, [None] * BATCHES[-1]
             bucket.fill[:] = 0
@@ -295,7 +295,7 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     built once more. Raises ConfigError, BundleError or DeviceError.
     """
     if argument not in ("", "pycuda"):
-        raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' behind its colon; found {argument!r}")
+        raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' after its colon; found {argument!r}")
     check_servable(manifest)
     gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so
     with ExitStack() as on_failure:

@@ -126,7 +126,7 @@ class MqttTransport:
 
     def _serve(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
         parsed = self._topics.parse(message.topic)
-        if parsed is None:  # nobody could be answered
+        if parsed is None:  # there is no one to answer
             self._outbox.limits.drop()
             acknowledge()
             return

@@ -138,13 +138,13 @@ class Link:
         sent = client.publish(topic, payload, qos, retain, carried)
         return sent.mid if sent.rc in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN) else None
 
-    def close(self, farewell: bytes, timeout_s: float) -> None:
+    def close(self, last_availability: bytes, timeout_s: float) -> None:
         """Publish a last availability and disconnect; the broker keeps what it could not hand on."""
         self._stopping.set()
         client = self._client
         if client is not None:
             try:
-                client.publish(self._availability, farewell, qos=1, retain=True).wait_for_publish(timeout_s)
+                client.publish(self._availability, last_availability, qos=1, retain=True).wait_for_publish(timeout_s)
             except (RuntimeError, ValueError) as error:  # the connection broke just now: the last will says it
                 log.warning("%s", error)
             client.disconnect()

@@ -74,7 +74,7 @@ class Status:
     def _publish_changes(self) -> None:
         health = self._scheduler.health()
         if self._published is None or health.model != self._published.model:
-            manifest = self._scheduler.engine.manifest
+            manifest = self._scheduler.loaded.manifest
             content = info(health, manifest.model.canvas_len, manifest.top_k, self._queue_size)
             self._publish("info", encode(content), retain=True)
         if health != self._published:

@@ -1,4 +1,4 @@
-"""Both schedules and the reveal grid, held to their definitions."""
+"""Both schedules and the unmasking schedule, held to their definitions."""
 
 import itertools
 import math

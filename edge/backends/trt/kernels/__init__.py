@@ -61,7 +61,7 @@ def row_of(sampling: Sampling, step: int) -> tuple[int | float, ...]:
 
 @lru_cache(maxsize=16)
 def ratios(steps: int) -> NDArray[np.float64]:
-    """The reveal grid's ratios for each of the passes but the last, which commits all.  → (steps − 1,)
+    """The unmasking schedule's ratios for each of the passes but the last, which commits all.  → (steps − 1,)
 
     A table, because a cosine that differs in its last bit can commit another number of tokens.
     """

@@ -193,11 +193,11 @@ def watch(name, *rest):
         seen.append(os.environ.get("ORT_DISABLE_TELEMETRY"))
     return real(name, *rest)
 builtins.__import__ = watch
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 before = "onnxruntime" in sys.modules
-fake = Engine.load(Path(sys.argv[1]), "fake", 1)
+fake = LoadedBundle.load(Path(sys.argv[1]), "fake", 1)
 lazy = "onnxruntime" not in sys.modules
-Engine.load(Path(sys.argv[1]), "ort", 1)
+LoadedBundle.load(Path(sys.argv[1]), "ort", 1)
 loaded = [m for m in ("torch", "onnx", "host") if m in sys.modules]
 print(json.dumps({"before": before, "lazy": lazy, "first": seen[0], "heavy": loaded}))
 """

@@ -7,7 +7,7 @@ from typing import Any
 from edge.backends.fake import FakeBackend
 from edge.decoding.canvas import advance
 from edge.decoding.types import Row
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.request_table import ACTIVE
 from edge.serving.scheduler import Scheduler
 from shared.messages import GenerateRequest
@@ -38,12 +38,12 @@ class Recorder:
         self.closed = True
 
 
-def recorded(folder: Path, *batches: int) -> tuple[Engine, Recorder]:
-    engine = Engine.load(folder, "fake")
-    assert isinstance(engine.backend, FakeBackend)
-    recorder = Recorder(engine.backend, engine.manifest.model.canvas_len, batches)
-    engine.backend = recorder
-    return engine, recorder
+def recorded(folder: Path, *batches: int) -> tuple[LoadedBundle, Recorder]:
+    loaded = LoadedBundle.load(folder, "fake")
+    assert isinstance(loaded.backend, FakeBackend)
+    recorder = Recorder(loaded.backend, loaded.manifest.model.canvas_len, batches)
+    loaded.backend = recorder
+    return loaded, recorder
 
 
 def serve_all(scheduler: Scheduler) -> None:
@@ -52,8 +52,8 @@ def serve_all(scheduler: Scheduler) -> None:
 
 
 def test_requests_of_one_length_share_passes_as_far_as_the_backend_takes_them(debug_bundle: Path) -> None:
-    engine, recorder = recorded(debug_bundle, 1, 2, 4)
-    scheduler = Scheduler(engine, queue_size=16)
+    loaded, recorder = recorded(debug_bundle, 1, 2, 4)
+    scheduler = Scheduler(loaded, queue_size=16)
     mailboxes = [submit(scheduler, max_tokens=2, steps=2) for _ in range(7)]
     serve_all(scheduler)
     assert [mailbox.response().status for mailbox in mailboxes] == ["ok"] * 7
@@ -62,8 +62,8 @@ def test_requests_of_one_length_share_passes_as_far_as_the_backend_takes_them(de
 
 
 def test_requests_of_different_lengths_never_pad_each_other(debug_bundle: Path) -> None:
-    engine, recorder = recorded(debug_bundle, 1, 2, 4, 8)
-    scheduler = Scheduler(engine, queue_size=16)
+    loaded, recorder = recorded(debug_bundle, 1, 2, 4, 8)
+    scheduler = Scheduler(loaded, queue_size=16)
     short = [submit(scheduler, max_tokens=2, steps=1) for _ in range(2)]
     long = [submit(scheduler, max_tokens=20, steps=1) for _ in range(2)]
     serve_all(scheduler)
@@ -77,8 +77,8 @@ def test_a_text_is_the_same_in_a_batch_and_alone(debug_bundle: Path) -> None:
     ]
     texts = []
     for batches in [(1,), (1, 2, 4, 8)]:
-        engine, recorder = recorded(debug_bundle, *batches)
-        scheduler = Scheduler(engine, queue_size=16)
+        loaded, recorder = recorded(debug_bundle, *batches)
+        scheduler = Scheduler(loaded, queue_size=16)
         mailboxes = [submit(scheduler, max_tokens=None, **fields) for fields in asked]
         serve_all(scheduler)
         assert max(batch for batch, _ in recorder.shapes) == batches[-1]
@@ -87,8 +87,8 @@ def test_a_text_is_the_same_in_a_batch_and_alone(debug_bundle: Path) -> None:
 
 
 def test_a_suspect_of_an_earlier_crash_shares_no_pass(debug_bundle: Path) -> None:
-    engine, recorder = recorded(debug_bundle, 1, 2, 4)
-    scheduler = Scheduler(engine, queue_size=16)
+    loaded, recorder = recorded(debug_bundle, 1, 2, 4)
+    scheduler = Scheduler(loaded, queue_size=16)
     suspect = GenerateRequest(prompt="Once", max_tokens=2, steps=1)
     scheduler.submit(suspect, Mailbox(), resumed=True, alone=True)
     others = [submit(scheduler, max_tokens=2, steps=1) for _ in range(2)]
@@ -97,10 +97,10 @@ def test_a_suspect_of_an_earlier_crash_shares_no_pass(debug_bundle: Path) -> Non
 
 
 def test_of_a_batch_that_fails_only_the_culprit_is_given_up(debug_bundle: Path) -> None:
-    engine, recorder = recorded(debug_bundle, 1, 2, 4)
-    scheduler = Scheduler(engine, queue_size=16)
+    loaded, recorder = recorded(debug_bundle, 1, 2, 4)
+    scheduler = Scheduler(loaded, queue_size=16)
     culprit = GenerateRequest(prompt="culprit of all", max_tokens=4)
-    recorder.refuses.add(engine.prepare(culprit).layout.canvas[:8].tobytes())
+    recorder.refuses.add(loaded.prepare(culprit).layout.canvas[:8].tobytes())
     mailboxes = [submit(scheduler, prompt=text) for text in ("Once", culprit.prompt, "Twice", "Thrice")]
     serve_all(scheduler)
     assert [mailbox.response().status for mailbox in mailboxes] == ["ok", "error", "ok", "ok"]
@@ -111,8 +111,8 @@ def test_of_a_batch_that_fails_only_the_culprit_is_given_up(debug_bundle: Path) 
 
 
 def test_the_last_places_are_for_clients_that_have_none(debug_bundle: Path) -> None:
-    engine, _ = recorded(debug_bundle, 1)
-    scheduler = Scheduler(engine, queue_size=7)
+    loaded, _ = recorded(debug_bundle, 1)
+    scheduler = Scheduler(loaded, queue_size=7)
     greedy = [submit(scheduler, client="greedy") for _ in range(8)]
     modest = [submit(scheduler, client="modest") for _ in range(2)]
     assert [mailbox.answered for mailbox in greedy] == [False] * 6 + [True] * 2
@@ -123,8 +123,8 @@ def test_the_last_places_are_for_clients_that_have_none(debug_bundle: Path) -> N
 
 
 def test_a_client_does_not_wait_for_a_place_behind_another_that_took_them_all(debug_bundle: Path) -> None:
-    engine, _ = recorded(debug_bundle, 1)
-    scheduler = Scheduler(engine, queue_size=100)
+    loaded, _ = recorded(debug_bundle, 1)
+    scheduler = Scheduler(loaded, queue_size=100)
     order: list[str | None] = []
     for i in range(ACTIVE + 5):
         request = GenerateRequest(prompt="Once", id=f"greedy {i}", max_tokens=2, steps=2)
@@ -142,17 +142,17 @@ def test_a_reload_lets_accepted_requests_finish_on_their_engine_and_then_closes_
     (old, old_backend), (new, new_backend) = recorded(debug_bundle, 1), recorded(debug_bundle, 1)
     scheduler = Scheduler(old, queue_size=4)
     before = submit(scheduler, steps=3)
-    scheduler.replace_engine(new)
+    scheduler.replace_bundle(new)
     after = submit(scheduler, steps=5)
     assert not old_backend.closed
     serve_all(scheduler)
     assert before.response().status == after.response().status == "ok"
     assert (len(old_backend.shapes), len(new_backend.shapes)) == (3, 5)
-    assert old_backend.closed and not new_backend.closed and scheduler.engine is new
+    assert old_backend.closed and not new_backend.closed and scheduler.loaded is new
 
 
 def test_an_engine_that_nobody_uses_is_closed_at_once(debug_bundle: Path) -> None:
     (old, old_backend), (new, _) = recorded(debug_bundle, 1), recorded(debug_bundle, 1)
     scheduler = Scheduler(old, queue_size=4)
-    scheduler.replace_engine(new)
+    scheduler.replace_bundle(new)
     assert old_backend.closed

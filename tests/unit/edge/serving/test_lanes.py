@@ -9,7 +9,7 @@ import pytest
 
 from edge.backends.fake import FakeBackend
 from edge.decoding.types import Ids, Positions, StepResult
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from shared.messages import GenerateRequest
 from tests.support.mailbox import Mailbox, submit
@@ -53,14 +53,14 @@ class Lanes:
 
 @pytest.fixture
 def backend(debug_bundle: Path) -> Lanes:
-    return Lanes(FakeBackend(Engine.load(debug_bundle, "fake").manifest))
+    return Lanes(FakeBackend(LoadedBundle.load(debug_bundle, "fake").manifest))
 
 
 @pytest.fixture
 def scheduler(debug_bundle: Path, backend: Lanes) -> Iterator[Scheduler]:
-    engine = Engine.load(debug_bundle, "fake")
-    engine.backend = backend
-    scheduler = Scheduler(engine, queue_size=16)
+    loaded = LoadedBundle.load(debug_bundle, "fake")
+    loaded.backend = backend
+    scheduler = Scheduler(loaded, queue_size=16)
     yield scheduler
     backend.let_go.set()
     scheduler.stop()
@@ -78,7 +78,7 @@ def test_lanes_serve_requests_of_any_length_at_once(scheduler: Scheduler, backen
 def test_lanes_do_not_wait_for_each_other(scheduler: Scheduler, backend: Lanes) -> None:
     """One request finishes many passes while a single pass of another lasts."""
     slow = GenerateRequest(prompt="slow", max_tokens=4)
-    backend.held = scheduler.engine.prepare(slow).layout.canvas[:4].tobytes()
+    backend.held = scheduler.loaded.prepare(slow).layout.canvas[:4].tobytes()
     mailbox = Mailbox()
     scheduler.submit(slow, mailbox)
     scheduler.start()
@@ -107,7 +107,7 @@ def test_lanes_are_never_more_than_the_backend_has(scheduler: Scheduler, backend
 def test_lanes_stand_still_beside_a_suspect_of_an_earlier_crash(scheduler: Scheduler, backend: Lanes) -> None:
     """Nothing else runs while its pass does, so that a second death names it and no neighbour."""
     suspect = GenerateRequest(prompt="slow", max_tokens=4, steps=4)
-    backend.held = scheduler.engine.prepare(suspect).layout.canvas[:4].tobytes()
+    backend.held = scheduler.loaded.prepare(suspect).layout.canvas[:4].tobytes()
     mailbox = Mailbox()
     reported: list[list[int]] = []
     scheduler.watch(lambda tags: reported.append(list(tags)))

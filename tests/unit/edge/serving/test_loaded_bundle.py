@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from edge.decoding.types import Row
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from shared.errors import BundleError, RequestError
 from shared.manifest import MANIFEST, TOKENIZER
@@ -36,24 +36,24 @@ REQUESTS = {
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8"])
-def engine(request: pytest.FixtureRequest, exported: Exported, exported_int8: Exported) -> Iterator[Engine]:
-    engine = Engine.load((exported if request.param == "fp32" else exported_int8).folder, threads=1)
-    yield engine
-    engine.close()
+def loaded(request: pytest.FixtureRequest, exported: Exported, exported_int8: Exported) -> Iterator[LoadedBundle]:
+    loaded = LoadedBundle.load((exported if request.param == "fp32" else exported_int8).folder, threads=1)
+    yield loaded
+    loaded.close()
 
 
 @pytest.fixture(scope="module")
-def fp32(exported: Exported) -> Iterator[Engine]:
-    engine = Engine.load(exported.folder, threads=1)
-    yield engine
-    engine.close()
+def fp32(exported: Exported) -> Iterator[LoadedBundle]:
+    loaded = LoadedBundle.load(exported.folder, threads=1)
+    yield loaded
+    loaded.close()
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_control_tokens_never_appear_and_pad_only_behind_an_end(engine: Engine, name: str) -> None:
+def test_control_tokens_never_appear_and_pad_only_behind_an_end(loaded: LoadedBundle, name: str) -> None:
     for seed in range(4):
-        plan = engine.prepare(replace(REQUESTS[name], seed=seed))
-        canvas, layout = engine.run(plan).canvas, plan.layout
+        plan = loaded.prepare(replace(REQUESTS[name], seed=seed))
+        canvas, layout = loaded.run(plan).canvas, plan.layout
         given_text = layout.canvas >= FIRST_TEXT_ID
         np.testing.assert_array_equal(canvas[given_text], layout.canvas[given_text])
         generated = canvas[layout.fill]
@@ -65,44 +65,44 @@ def test_control_tokens_never_appear_and_pad_only_behind_an_end(engine: Engine, 
             assert (canvas[ends[0] + 1 :] == PAD).all()
 
 
-def test_gaps_between_texts_are_filled_with_text_alone(engine: Engine) -> None:
+def test_gaps_between_texts_are_filled_with_text_alone(loaded: LoadedBundle) -> None:
     for seed in range(10):
-        plan = engine.prepare(replace(REQUESTS["infill"], seed=seed))
-        completion = engine.run(plan)
+        plan = loaded.prepare(replace(REQUESTS["infill"], seed=seed))
+        completion = loaded.run(plan)
         assert (completion.canvas[plan.layout.fill] >= FIRST_TEXT_ID).all()
         assert completion.generated_tokens == 7
         assert completion.text.startswith("the ")
         assert " and " in completion.text
 
 
-def test_max_tokens_and_steps_are_bounds_but_for_a_pass_for_a_waiting_end(engine: Engine) -> None:
+def test_max_tokens_and_steps_are_bounds_but_for_a_pass_for_a_waiting_end(loaded: LoadedBundle) -> None:
     for bound in (1, 2, 10):
-        completion = engine.run(engine.prepare(GenerateRequest(prompt="abc", max_tokens=bound, seed=3)))
+        completion = loaded.run(loaded.prepare(GenerateRequest(prompt="abc", max_tokens=bound, seed=3)))
         assert completion.generated_tokens <= bound
         assert completion.steps <= bound
     for steps in (1, 4):
-        completion = engine.run(engine.prepare(GenerateRequest(prompt="abc", steps=steps, seed=3)))
+        completion = loaded.run(loaded.prepare(GenerateRequest(prompt="abc", steps=steps, seed=3)))
         assert completion.steps <= steps + 1
 
 
-def test_a_prompt_that_leaves_one_position_gets_one(engine: Engine) -> None:
-    length = engine.manifest.model.canvas_len
-    completion = engine.run(engine.prepare(GenerateRequest(prompt="!" * (length - 2), seed=0)))
+def test_a_prompt_that_leaves_one_position_gets_one(loaded: LoadedBundle) -> None:
+    length = loaded.manifest.model.canvas_len
+    completion = loaded.run(loaded.prepare(GenerateRequest(prompt="!" * (length - 2), seed=0)))
     assert completion.generated_tokens == 1
     assert completion.text.startswith("!" * (length - 2))
 
 
-def test_snapshots_count_down_and_show_what_is_open(engine: Engine) -> None:
+def test_snapshots_count_down_and_show_what_is_open(loaded: LoadedBundle) -> None:
     seen: list[tuple[int, int, int, int]] = []
-    plan = engine.prepare(GenerateRequest(prompt="abc", max_tokens=20, steps=6, seed=1))
-    engine.run(plan, lambda s: seen.append((s.step, s.steps, s.masked, s.text().count(OPEN_POSITION))))
+    plan = loaded.prepare(GenerateRequest(prompt="abc", max_tokens=20, steps=6, seed=1))
+    loaded.run(plan, lambda s: seen.append((s.step, s.steps, s.masked, s.text().count(OPEN_POSITION))))
     assert [step for step, *_ in seen] == list(range(1, len(seen) + 1))
     assert all(step <= steps for step, steps, *_ in seen)
     assert all(masked == marks for *_, masked, marks in seen)
     assert seen[-1][2] == 0
 
 
-def test_top_k_above_the_bundles_is_refused(fp32: Engine) -> None:
+def test_top_k_above_the_bundles_is_refused(fp32: LoadedBundle) -> None:
     top_k = fp32.manifest.top_k
     fp32.prepare(GenerateRequest(prompt="", top_k=top_k))
     with pytest.raises(RequestError, match=f"`top_k` {top_k + 1} is above the bundle's {top_k}") as refused:
@@ -110,7 +110,7 @@ def test_top_k_above_the_bundles_is_refused(fp32: Engine) -> None:
     assert refused.value.code == "bad_request"
 
 
-def test_without_a_seed_each_plan_has_its_own_and_it_reproduces_the_text(fp32: Engine) -> None:
+def test_without_a_seed_each_plan_has_its_own_and_it_reproduces_the_text(fp32: LoadedBundle) -> None:
     request = GenerateRequest(prompt="abc", max_tokens=30, steps=4)
     plans = [fp32.prepare(request) for _ in range(2)]
     assert plans[0].seed != plans[1].seed
@@ -118,11 +118,11 @@ def test_without_a_seed_each_plan_has_its_own_and_it_reproduces_the_text(fp32: E
     assert again.text == fp32.run(plans[0]).text
 
 
-def test_the_same_request_gives_the_same_text_alone_and_beside_others(engine: Engine) -> None:
+def test_the_same_request_gives_the_same_text_alone_and_beside_others(loaded: LoadedBundle) -> None:
     """Through the scheduler, between requests that use other lengths, rules and seeds."""
     asked = [replace(REQUESTS[n], seed=7, id=n) for n in ("random", "short", "infill", "threshold")]
-    alone = {request.id: engine.run(engine.prepare(request)).text for request in asked}
-    scheduler = Scheduler(engine, queue_size=16)
+    alone = {request.id: loaded.run(loaded.prepare(request)).text for request in asked}
+    scheduler = Scheduler(loaded, queue_size=16)
     replies: list[Reply] = []
     arrived = threading.Semaphore(0)
 
@@ -142,7 +142,7 @@ def test_the_same_request_gives_the_same_text_alone_and_beside_others(engine: En
         assert (message.status, message.text) == ("ok", alone[message.id])
 
 
-def test_text_does_not_depend_on_the_length_that_is_scored(fp32: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_does_not_depend_on_the_length_that_is_scored(fp32: LoadedBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole canvas at every pass, or only up to the end: positions after it are certain and change nothing."""
     requests = [replace(REQUESTS[n], seed=s) for n in ("short", "random", "confidence") for s in range(2)]
     cut = [fp32.run(fp32.prepare(request)).canvas for request in requests]
@@ -305,7 +305,7 @@ BAD: dict[Callable[[Path], None], str] = {
 def test_a_bundle_that_does_not_fit_is_refused_in_one_sentence(copy: Path, spoil: Callable[[Path], None]) -> None:
     spoil(copy)
     with pytest.raises(BundleError) as refused:
-        Engine.load(copy, threads=1)
+        LoadedBundle.load(copy, threads=1)
     sentence = str(refused.value)
     print(sentence)
     assert BAD[spoil] in sentence
@@ -315,4 +315,4 @@ def test_a_bundle_that_does_not_fit_is_refused_in_one_sentence(copy: Path, spoil
 
 def test_a_missing_folder_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere is not a bundle"):
-        Engine.load(tmp_path / "nowhere")
+        LoadedBundle.load(tmp_path / "nowhere")

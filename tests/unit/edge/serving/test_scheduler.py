@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from edge.backends.fake import FakeBackend
-from edge.serving.loaded_bundle import Engine, Plan, Run
+from edge.serving.loaded_bundle import LoadedBundle, Plan, Run
 from edge.serving.scheduler import Scheduler
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response
 from tests.support.mailbox import Mailbox, submit
 
 
-class GatedEngine(Engine):
-    """The real engine on the fake backend, held behind every pass until the test lets it go on."""
+class GatedBundle(LoadedBundle):
+    """A real bundle on the fake backend, held behind every pass until the test lets it go on."""
 
-    def __init__(self, inner: Engine) -> None:
+    def __init__(self, inner: LoadedBundle) -> None:
         self.__dict__.update(inner.__dict__)
         assert isinstance(self.backend, FakeBackend)
         self.backend.lanes = 1
@@ -37,43 +37,43 @@ class GatedEngine(Engine):
 
 
 @pytest.fixture
-def engine(debug_bundle: Path) -> GatedEngine:
-    return GatedEngine(Engine.load(debug_bundle, "fake"))
+def loaded(debug_bundle: Path) -> GatedBundle:
+    return GatedBundle(LoadedBundle.load(debug_bundle, "fake"))
 
 
 @pytest.fixture
-def scheduler(engine: GatedEngine) -> Iterator[Scheduler]:
+def scheduler(loaded: GatedBundle) -> Iterator[Scheduler]:
     """Two may wait."""
-    scheduler = Scheduler(engine, queue_size=2)
+    scheduler = Scheduler(loaded, queue_size=2)
     scheduler.start()
     yield scheduler
-    engine.go()
+    loaded.go()
     scheduler.stop()
 
 
-def submit_running(scheduler: Scheduler, engine: GatedEngine, **fields: Any) -> Mailbox:
+def submit_running(scheduler: Scheduler, loaded: GatedBundle, **fields: Any) -> Mailbox:
     """A request that is held at its first step."""
     mailbox = submit(scheduler, **fields)
-    assert engine.at_step.acquire(timeout=20)
+    assert loaded.at_step.acquire(timeout=20)
     return mailbox
 
 
-def test_equal_requests_are_answered_in_the_order_they_came(engine: GatedEngine) -> None:
+def test_equal_requests_are_answered_in_the_order_they_came(loaded: GatedBundle) -> None:
     order: list[str | None] = []
-    scheduler = Scheduler(engine, queue_size=16)
+    scheduler = Scheduler(loaded, queue_size=16)
     for name in "abcdefghij":
         request = GenerateRequest(prompt="Once", id=name, max_tokens=3)
         scheduler.submit(request, lambda reply: order.append(getattr(reply, "id", None)))
-    engine.go()
+    loaded.go()
     scheduler.refuse_new()
     scheduler.run()
     assert order == list("abcdefghij")
 
 
-def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(scheduler: Scheduler, engine: GatedEngine) -> None:
-    long = submit_running(scheduler, engine, max_tokens=60, steps=60)
+def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    long = submit_running(scheduler, loaded, max_tokens=60, steps=60)
     short = submit(scheduler, max_tokens=1)
-    engine.may_step.release(4)
+    loaded.may_step.release(4)
     assert short.response().status == "ok" and not long.answered
 
 
@@ -83,8 +83,8 @@ def test_a_refused_request_is_answered_at_once_and_by_its_id(scheduler: Schedule
     assert mailbox.error_code() == "too_large" and mailbox.response().id == "x"
 
 
-def test_a_full_queue_refuses_and_room_is_room_again(scheduler: Scheduler, engine: GatedEngine) -> None:
-    submit_running(scheduler, engine)
+def test_a_full_queue_refuses_and_room_is_room_again(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    submit_running(scheduler, loaded)
     waiting = [submit(scheduler) for _ in range(2)]
     refused = submit(scheduler)
     assert refused.error_code() == "queue_full"
@@ -92,12 +92,12 @@ def test_a_full_queue_refuses_and_room_is_room_again(scheduler: Scheduler, engin
     assert error is not None and error.retryable and error.retry_after_ms is not None and error.retry_after_ms > 0
     assert not any(mailbox.answered for mailbox in waiting)
 
-    engine.go()
+    loaded.go()
     assert all(mailbox.response().status == "ok" for mailbox in waiting)
     assert submit(scheduler).response().status == "ok"
 
 
-def test_the_time_to_come_again_follows_the_measured_service_time(scheduler: Scheduler, engine: GatedEngine) -> None:
+def test_the_time_to_come_again_follows_the_measured_service_time(scheduler: Scheduler, loaded: GatedBundle) -> None:
     def advice() -> int:
         for _ in range(2):
             submit(scheduler)
@@ -105,42 +105,42 @@ def test_the_time_to_come_again_follows_the_measured_service_time(scheduler: Sch
         assert error is not None and error.retry_after_ms is not None
         return error.retry_after_ms
 
-    running = submit_running(scheduler, engine)
+    running = submit_running(scheduler, loaded)
     before = advice()
-    engine.go()
+    loaded.go()
     running.response()
     for _ in range(20):
         submit(scheduler, max_tokens=1).response()
-    while engine.may_step.acquire(blocking=False):
+    while loaded.may_step.acquire(blocking=False):
         pass
-    while engine.at_step.acquire(blocking=False):
+    while loaded.at_step.acquire(blocking=False):
         pass
-    submit_running(scheduler, engine)
+    submit_running(scheduler, loaded)
     assert advice() < before  # the fake backend answers in a few milliseconds
 
 
-def test_a_request_nobody_waits_for_stops_at_its_next_step(scheduler: Scheduler, engine: GatedEngine) -> None:
+def test_a_request_nobody_waits_for_stops_at_its_next_step(scheduler: Scheduler, loaded: GatedBundle) -> None:
     left = threading.Event()
-    mailbox = submit_running(scheduler, engine, gone=left.is_set)
+    mailbox = submit_running(scheduler, loaded, gone=left.is_set)
     left.set()
-    engine.may_step.release()
+    loaded.may_step.release()
     assert mailbox.response().status == "cancelled" and mailbox.error_code() == "cancelled"
 
 
-def test_a_deadline_ends_a_running_request(scheduler: Scheduler, engine: GatedEngine) -> None:
-    mailbox = submit_running(scheduler, engine, deadline_ms=300)
+def test_a_deadline_ends_a_running_request(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    mailbox = submit_running(scheduler, loaded, deadline_ms=300)
     time.sleep(0.301)
-    engine.may_step.release()
+    loaded.may_step.release()
     assert mailbox.error_code() == "timeout"
 
 
-def test_the_queue_hears_of_its_deadlines_while_another_runs(scheduler: Scheduler, engine: GatedEngine) -> None:
-    running = submit_running(scheduler, engine)
+def test_the_queue_hears_of_its_deadlines_while_another_runs(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    running = submit_running(scheduler, loaded)
     left = threading.Event()
     late, deserted = submit(scheduler, deadline_ms=1), submit(scheduler, gone=left.is_set)
     time.sleep(0.002)
     left.set()
-    engine.may_step.release()  # a single step of the running request
+    loaded.may_step.release()  # a single step of the running request
 
     assert late.error_code() == "timeout"
     assert deserted.error_code() == "cancelled"
@@ -149,15 +149,15 @@ def test_the_queue_hears_of_its_deadlines_while_another_runs(scheduler: Schedule
 
 
 def test_an_unexpected_failure_ends_one_request_and_not_the_scheduler(
-    scheduler: Scheduler, engine: GatedEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    scheduler: Scheduler, loaded: GatedBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine.go()
+    loaded.go()
 
     def fail(runs: Sequence[Run], under_way: int) -> None:
         raise ZeroDivisionError("the accelerator fell off")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "step", fail)
+        patch.setattr(loaded, "step", fail)
         mailbox = submit(scheduler)
         assert mailbox.error_code() == "internal"
     error = mailbox.response().error
@@ -166,8 +166,8 @@ def test_an_unexpected_failure_ends_one_request_and_not_the_scheduler(
     assert submit(scheduler).response().status == "ok"
 
 
-def test_a_transport_that_fails_does_not_end_the_scheduler(scheduler: Scheduler, engine: GatedEngine) -> None:
-    engine.go()
+def test_a_transport_that_fails_does_not_end_the_scheduler(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    loaded.go()
 
     def fail(reply: Reply) -> None:
         raise OSError("no way back")
@@ -176,8 +176,8 @@ def test_a_transport_that_fails_does_not_end_the_scheduler(scheduler: Scheduler,
     assert submit(scheduler).response().status == "ok"
 
 
-def test_snapshots_come_only_to_those_who_ask_and_not_too_often(scheduler: Scheduler, engine: GatedEngine) -> None:
-    engine.go()
+def test_snapshots_come_only_to_those_who_ask_and_not_too_often(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    loaded.go()
     plain = submit(scheduler)
     plain.response()
     streams = {every_s: Mailbox() for every_s in (0.0, 0.05, 3600.0)}
@@ -198,56 +198,56 @@ def test_snapshots_come_only_to_those_who_ask_and_not_too_often(scheduler: Sched
     assert len(plain.replies) == 1
 
 
-def test_health_tells_idle_busy_and_draining(scheduler: Scheduler, engine: GatedEngine) -> None:
+def test_health_tells_idle_busy_and_draining(scheduler: Scheduler, loaded: GatedBundle) -> None:
     assert scheduler.health().state == "idle" and not scheduler.busy
-    running = submit_running(scheduler, engine)
+    running = submit_running(scheduler, loaded)
     submit(scheduler)
     assert (scheduler.health().state, scheduler.health().queued, scheduler.busy) == ("busy", 1, True)
-    assert scheduler.health().model == f"{engine.manifest.name}@{engine.digest[:12]}"
+    assert scheduler.health().model == f"{loaded.manifest.name}@{loaded.digest[:12]}"
     scheduler.refuse_new()
     assert scheduler.health().state == "draining"
-    engine.go()
+    loaded.go()
     running.response()
 
 
-def test_a_drain_finishes_what_was_accepted_and_refuses_the_rest(scheduler: Scheduler, engine: GatedEngine) -> None:
-    accepted = [submit_running(scheduler, engine), submit(scheduler)]
+def test_a_drain_finishes_what_was_accepted_and_refuses_the_rest(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    accepted = [submit_running(scheduler, loaded), submit(scheduler)]
     scheduler.refuse_new()
     assert submit(scheduler).error_code() == "draining"
-    engine.go()
+    loaded.go()
     assert [mailbox.response().status for mailbox in accepted] == ["ok", "ok"]
 
 
-def test_a_stop_answers_what_it_does_not_finish(scheduler: Scheduler, engine: GatedEngine) -> None:
-    unfinished = [submit_running(scheduler, engine), submit(scheduler)]
+def test_a_stop_answers_what_it_does_not_finish(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    unfinished = [submit_running(scheduler, loaded), submit(scheduler)]
     stopping = threading.Thread(target=scheduler.stop)
     stopping.start()
     while scheduler.health().state != "draining":
         time.sleep(0.001)
     time.sleep(0.01)
-    engine.may_step.release()
+    loaded.may_step.release()
     stopping.join(20)
     assert [mailbox.error_code() for mailbox in unfinished] == ["draining", "draining"]
 
 
-def test_a_scheduler_serves_in_the_callers_thread_as_well(engine: GatedEngine) -> None:
-    engine.go()
-    scheduler = Scheduler(engine, queue_size=1)
+def test_a_scheduler_serves_in_the_callers_thread_as_well(loaded: GatedBundle) -> None:
+    loaded.go()
+    scheduler = Scheduler(loaded, queue_size=1)
     mailbox = submit(scheduler, max_tokens=2)
     scheduler.refuse_new()
     scheduler.run()
     assert mailbox.answered and mailbox.response().status == "ok"
 
 
-def test_a_watchdog_can_see_the_passes(scheduler: Scheduler, engine: GatedEngine) -> None:
+def test_a_watchdog_can_see_the_passes(scheduler: Scheduler, loaded: GatedBundle) -> None:
     assert scheduler.steps_done == 0
-    submit_running(scheduler, engine, steps=4)
-    engine.may_step.release(2)
-    assert engine.at_step.acquire(timeout=20) and engine.at_step.acquire(timeout=20)
+    submit_running(scheduler, loaded, steps=4)
+    loaded.may_step.release(2)
+    assert loaded.at_step.acquire(timeout=20) and loaded.at_step.acquire(timeout=20)
     assert scheduler.steps_done == 2  # the third is held
 
 
-def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, engine: GatedEngine) -> None:
+def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, loaded: GatedBundle) -> None:
     def full(plan: Plan) -> int:
         raise RequestError("storage_full", "no room")
 
@@ -256,10 +256,10 @@ def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, en
     assert mailbox.error_code() == "storage_full" and not scheduler.busy
 
 
-def test_it_tells_what_is_on_the_engine(scheduler: Scheduler, engine: GatedEngine) -> None:
+def test_it_tells_what_is_on_the_engine(scheduler: Scheduler, loaded: GatedBundle) -> None:
     told: list[list[int]] = []
     scheduler.watch(lambda tags: told.append(list(tags)))
-    engine.go()
+    loaded.go()
     mailbox = Mailbox()
     scheduler.submit(GenerateRequest(prompt="Once", max_tokens=4), mailbox, commit=lambda plan: 77)
     assert mailbox.response().status == "ok"
@@ -267,8 +267,8 @@ def test_it_tells_what_is_on_the_engine(scheduler: Scheduler, engine: GatedEngin
     assert told == [[77], []]
 
 
-def test_metrics_count_what_was_done(scheduler: Scheduler, engine: GatedEngine) -> None:
-    engine.go()
+def test_metrics_count_what_was_done(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    loaded.go()
     submit(scheduler, max_tokens=4).response()
     submit(scheduler, prompt="time " * 5000).response()
     metrics = scheduler.metrics()

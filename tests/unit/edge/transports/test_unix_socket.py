@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.transports.socket_connection import Connection
 from shared.messages import MAX_MESSAGE_BYTES
@@ -21,7 +21,7 @@ def ends(debug_bundle: Path) -> Iterator[Ends]:
     client, ours = socket.socketpair()
     client.settimeout(20)
     connection = Connection(
-        ours, Scheduler(Engine.load(debug_bundle, "fake"), queue_size=1), uid=0, name="test", wake=lambda: None
+        ours, Scheduler(LoadedBundle.load(debug_bundle, "fake"), queue_size=1), uid=0, name="test", wake=lambda: None
     )
     yield client, connection
     connection.close()

@@ -19,7 +19,7 @@ from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable
 from edge.decoding.canvas import advance
 from edge.decoding.types import Ids, LoopBackend, Positions, Row, Sampling, StepResult
-from edge.serving.loaded_bundle import Engine
+from edge.serving.loaded_bundle import LoadedBundle
 from shared.errors import BundleError, DeviceError
 from shared.manifest import Manifest, find_graph, read_manifest
 from shared.messages import GenerateRequest
@@ -230,9 +230,9 @@ class SameLogits:
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_whole_text_is_the_one_of_the_processor(bench: Bench, debug_bundle: Path, name: str) -> None:
     """To the last token, on the same logits; a draw too close for float32 may part the two, but not on all seeds."""
-    on_cpu = Engine.load(debug_bundle, "fake")
+    on_cpu = LoadedBundle.load(debug_bundle, "fake")
     backend = bench.open()
-    on_gpu = Engine(debug_bundle, bench.manifest, Chosen(backend, "trt"), on_cpu._texts)
+    on_gpu = LoadedBundle(debug_bundle, bench.manifest, Chosen(backend, "trt"), on_cpu._texts)
     on_cpu.backend = SameLogits(bench.graph, bench.manifest.top_k)
     agreed = 0
     for seed in range(4):
