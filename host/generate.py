@@ -78,8 +78,10 @@ def print_written(model: Denoiser, texts: Texts, layout: Layout, prompt: list[in
     text = [BOS, *prompt, *written.gaps[0], EOS][: len(canvas)]
     canvas[: len(text)] = text
     tokens, passes = sum(written.kept), len(written.kept)
-    print(f"{texts.read(layout, canvas)}\n— seed {settings.seed}, {tokens} tokens in {passes} passes, "
-          f"{time.perf_counter() - started:.1f} s\n")  # fmt: skip
+    print(
+        f"{texts.read(layout, canvas)}\n— seed {settings.seed}, {tokens} tokens in {passes} passes, "
+        f"{time.perf_counter() - started:.1f} s\n"
+    )
 
 
 def main() -> None:

@@ -116,12 +116,16 @@ def bench_train(args: argparse.Namespace) -> None:
         )
         if number == 0:
             peaks = " ".join(f"{f'{name} peak':>10}" for name in speed.peaks)
-            print(f"{'config':8} {'objectives':24} {'threads':>7} {'ours, tokens/s':>14} {'baseline':>9} {'ratio':>6} "
-                  f"{'GFLOP/s':>8} {peaks} {f'of {speed.peak_type} peak':>13}")  # fmt: skip
+            print(
+                f"{'config':8} {'objectives':24} {'threads':>7} {'ours, tokens/s':>14} {'baseline':>9} {'ratio':>6} "
+                f"{'GFLOP/s':>8} {peaks} {f'of {speed.peak_type} peak':>13}"
+            )
         peaks = " ".join(f"{peak:10.0f}" for peak in speed.peaks.values())
-        print(f"{speed.config:8} {given:24} {speed.threads:7} {speed.tokens_per_s:14,.0f} "
-              f"{speed.baseline_tokens_per_s:9,.0f} {speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} "
-              f"{speed.fraction_of_peak:13.0%}")  # fmt: skip
+        print(
+            f"{speed.config:8} {given:24} {speed.threads:7} {speed.tokens_per_s:14,.0f} "
+            f"{speed.baseline_tokens_per_s:9,.0f} {speed.ratio:6.2f} {speed.gflops:8.0f} {peaks} "
+            f"{speed.fraction_of_peak:13.0%}"
+        )
     source = f"{data.meta.source}, vocabulary {data.meta.vocab_size:,}"
     print(f"real tokens of {source}; medians of {args.steps} steps, in turn, ours of {batch_size} canvases")
 

@@ -86,8 +86,10 @@ def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[Spl
     metas = {split: writer.finish() for split, writer in writers.items()}
     for split, meta in metas.items():
         if not meta.stories:
-            raise DataError(f"{corpus.name} has too few stories: none fell to {split}, which takes one text in "
-                            f"{HOLD_OUT_OF}; add some, or give files named valid* and test*")  # fmt: skip
+            raise DataError(
+                f"{corpus.name} has too few stories: none fell to {split}, which takes one text in "
+                f"{HOLD_OUT_OF}; add some, or give files named valid* and test*"
+            )
     return metas
 
 
@@ -118,8 +120,10 @@ def is_up_to_date(out: Path, fingerprint: str) -> bool:
             raise DataError(f"--out {out} exists and is not a data folder: choose another --out") from None
         return False
     if meta.fingerprint != fingerprint:
-        raise DataError(f"{out} holds data prepared from {meta.source} with other text or settings: "
-                        "choose another --out, or remove it first")  # fmt: skip
+        raise DataError(
+            f"{out} holds data prepared from {meta.source} with other text or settings: "
+            "choose another --out, or remove it first"
+        )
     return True
 
 

@@ -145,8 +145,10 @@ def _per_pass(made: Sequence[Sequence[list[int]]]) -> Figure:
 
 def print_drafting(found: Sequence[Drafting]) -> None:
     """One line for each temperature and window."""
-    print(f"{'temperature':>11} {'drafts':>6} {'rows':>4} {'tokens per pass':>16} {'rejection sampling':>18} "
-          "agreement by depth")  # fmt: skip
+    print(
+        f"{'temperature':>11} {'drafts':>6} {'rows':>4} {'tokens per pass':>16} {'rejection sampling':>18} "
+        "agreement by depth"
+    )
     for one in found:
         common, rejection = (f"{f.value:.3f} ± {f.stderr:.3f}" for f in (one.tokens_per_pass, one.rejection))
         depths = " ".join(f"{share:.2f}" for share in one.agreement)

@@ -145,13 +145,17 @@ def length_distance(a: Scored, b: Scored) -> float:
 
 def print_scored(rows: Sequence[Scored]) -> None:
     """One line for each set of texts, then the length histograms."""
-    print(f"{'texts':32} {'number':>6} {'gen-PPL':>16} {'entropy, bits':>13} {'distinct-1/2/3':>17} {'repetition':>10} "
-          f"{'non-words':>9}")  # fmt: skip
+    print(
+        f"{'texts':32} {'number':>6} {'gen-PPL':>16} {'entropy, bits':>13} {'distinct-1/2/3':>17} {'repetition':>10} "
+        f"{'non-words':>9}"
+    )
     for row in rows:
         distinct = "/".join(f"{value:.3f}" for value in row.distinct)
         perplexity = f"{row.perplexity.value:.2f} ± {row.perplexity.stderr:.2f}"
-        print(f"{row.name:32} {row.texts:6} {perplexity:>16} {row.unigram_entropy_bits:13.2f} {distinct:>17} "
-              f"{row.repetition:10.1%} {row.non_words:9.2%}")  # fmt: skip
+        print(
+            f"{row.name:32} {row.texts:6} {perplexity:>16} {row.unigram_entropy_bits:13.2f} {distinct:>17} "
+            f"{row.repetition:10.1%} {row.non_words:9.2%}"
+        )
     print("length in eighths of the canvas, part of the texts")
     for row in rows:
         print(f"{row.name:32} " + " ".join(f"{n / row.texts:6.1%}" for n in row.lengths))

@@ -101,8 +101,10 @@ def _bound(model: Denoiser, chosen: list[tuple[Tensor, Example, float]], noise: 
 
 def print_infilling(found: Infilling) -> None:
     """One line each."""
-    print(f"infilling, {found.gap_tokens:,} tokens in one to {GAPS} gaps, nats per gap token: "
-          f"{found.infilling.value:.4f} ± {found.infilling.stderr:.4f}")  # fmt: skip
+    print(
+        f"infilling, {found.gap_tokens:,} tokens in one to {GAPS} gaps, nats per gap token: "
+        f"{found.infilling.value:.4f} ± {found.infilling.stderr:.4f}"
+    )
     rivals = [("left to right, blind to what follows", found.autoregressive), ("canvas bound", found.bound)]
     for name, rival in rivals:
         if rival is not None:

@@ -48,8 +48,10 @@ def print_laws(laws: Laws, held_out: HeldOut) -> None:
     """A few lines each."""
     if laws.nats_per_token and laws.bits_per_byte:
         nats, bits = laws.nats_per_token, laws.bits_per_byte
-        print(f"autoregressive: {nats.value:.4f} ± {nats.stderr:.4f} nats per token, "
-              f"{bits.value:.4f} ± {bits.stderr:.4f} bits per byte")  # fmt: skip
+        print(
+            f"autoregressive: {nats.value:.4f} ± {nats.stderr:.4f} nats per token, "
+            f"{bits.value:.4f} ± {bits.stderr:.4f} bits per byte"
+        )
     if laws.infilling:
         print_infilling(laws.infilling)
     if laws.canvas:

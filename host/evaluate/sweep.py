@@ -88,8 +88,10 @@ def sweep(
     scorer = SampleScorer.load(scorer_run, run / TOKENIZER)
     data = scorer.score_data(source, split, count)
     dtype = mixed_precision_dtype(torch.device("cpu"))
-    print(f"{'rule':14} {'T':>4} {'strength':>9} {'NFE':>7} {'gen-PPL':>14} {'entropy, bits':>13} "
-          f"{'distinct-1/2/3':>17} {'repetition':>10} {'non-words':>9} {'lengths off':>11}")  # fmt: skip
+    print(
+        f"{'rule':14} {'T':>4} {'strength':>9} {'NFE':>7} {'gen-PPL':>14} {'entropy, bits':>13} "
+        f"{'distinct-1/2/3':>17} {'repetition':>10} {'non-words':>9} {'lengths off':>11}"
+    )
     _print((data.name, "", "", ""), data, data)
     points = []
     for setting in settings or grid():
@@ -101,8 +103,10 @@ def sweep(
         _print((setting.rule, f"{base.temperature:g}", setting.strength, f"{steps:.1f}"), point.scored, data)
         points.append(point)
     draw(run / PICTURE, points, data)
-    print(f"{count} texts each, scored by {scorer_run}; lengths off: distance of the length histogram from that of "
-          f"as many stories of the data, 0 to 1; picture: {run / PICTURE}")  # fmt: skip
+    print(
+        f"{count} texts each, scored by {scorer_run}; lengths off: distance of the length histogram from that of "
+        f"as many stories of the data, 0 to 1; picture: {run / PICTURE}"
+    )
     return points
 
 
@@ -110,9 +114,11 @@ def _print(row: tuple[str, str, str, str], scored: Scored, data: Scored) -> None
     rule, temperature, strength, steps = row
     perplexity = f"{scored.perplexity.value:.2f} ± {scored.perplexity.stderr:.2f}"
     distinct = "/".join(f"{value:.3f}" for value in scored.distinct)
-    print(f"{rule:14} {temperature:>4} {strength:>9} {steps:>7} {perplexity:>14} {scored.unigram_entropy_bits:13.2f} "
-          f"{distinct:>17} {scored.repetition:10.1%} {scored.non_words:9.2%} {length_distance(scored, data):11.2f}",
-          flush=True)  # fmt: skip
+    print(
+        f"{rule:14} {temperature:>4} {strength:>9} {steps:>7} {perplexity:>14} {scored.unigram_entropy_bits:13.2f} "
+        f"{distinct:>17} {scored.repetition:10.1%} {scored.non_words:9.2%} {length_distance(scored, data):11.2f}",
+        flush=True,
+    )
 
 
 def draw(path: Path, points: Sequence[Point], data: Scored) -> None:
@@ -130,8 +136,14 @@ def draw(path: Path, points: Sequence[Point], data: Scored) -> None:
         colour = f"C{rules.index(of_line[0].setting.rule)}"
         style = "o-" if of_line[0].setting.settings.temperature == warmest else "o:"
         steps = [p.steps for p in of_line]
-        above.errorbar(steps, [p.scored.perplexity.value for p in of_line],
-                       [p.scored.perplexity.stderr for p in of_line], fmt=style, color=colour, label=line)  # fmt: skip
+        above.errorbar(
+            steps,
+            [p.scored.perplexity.value for p in of_line],
+            [p.scored.perplexity.stderr for p in of_line],
+            fmt=style,
+            color=colour,
+            label=line,
+        )
         below.plot(steps, [p.scored.unigram_entropy_bits for p in of_line], style, color=colour)
     above.axhline(data.perplexity.value, color="black", linestyle="--", label="data")
     below.axhline(data.unigram_entropy_bits, color="black", linestyle="--")

@@ -68,8 +68,10 @@ def train_command(run: Path, seed: int, of_variant: list[str]) -> list[str]:
     for here, there, names in zip(asked, found, (SETTINGS, NATURE), strict=True):
         for field in names:
             if getattr(here, field) != getattr(there, field):
-                raise ConfigError(f"{run} was trained with {field} {getattr(there, field)} instead of "
-                                  f"{getattr(here, field)}: choose another --out")  # fmt: skip
+                raise ConfigError(
+                    f"{run} was trained with {field} {getattr(there, field)} instead of "
+                    f"{getattr(here, field)}: choose another --out"
+                )
     return ["-m", "host.train", "--resume", str(run)]
 
 

@@ -112,9 +112,14 @@ class BaselineLoop:
         nats, tokens = 0.0, 0
         for draw in range(VALIDATION_DRAWS):
             batch = make_batch(
-                self.data.valid, draw, seed=VALIDATION_SEED, batch_size=stories, micro_size=ROWS,
-                mixture={"canvas": 1.0}, settings=Settings(weighting="nelbo"),
-            )  # fmt: skip
+                self.data.valid,
+                draw,
+                seed=VALIDATION_SEED,
+                batch_size=stories,
+                micro_size=ROWS,
+                mixture={"canvas": 1.0},
+                settings=Settings(weighting="nelbo"),
+            )
             nats += sum(float(self._nats(part)) for part in batch.parts)
             tokens += batch.tokens
         self.model.train()
@@ -148,8 +153,19 @@ def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
             compute_s += work_s() - worked
             step = number + 1
             valid = loop.nelbo(stories) if step % every == 0 or step == config.steps else None
-            log((step, tokens, f"{seconds:.1f}", f"{loss:.4f}", "" if valid is None else f"{valid:.4f}",
-                 f"{rate:.2e}", f"{norm:.3f}", f"{of_step / elapsed:.0f}", f"{compute_s:.1f}"))  # fmt: skip
+            log(
+                (
+                    step,
+                    tokens,
+                    f"{seconds:.1f}",
+                    f"{loss:.4f}",
+                    "" if valid is None else f"{valid:.4f}",
+                    f"{rate:.2e}",
+                    f"{norm:.3f}",
+                    f"{of_step / elapsed:.0f}",
+                    f"{compute_s:.1f}",
+                )
+            )
             bar(step, seconds, loss, valid, of_step / elapsed)
         plot_curves(config.out)
 
@@ -181,9 +197,17 @@ def main() -> None:
         raise ConfigError(f"{args.out} exists: choose another --out")
     data = load_data(args.data, verify=True)
     config = TrainConfig(
-        args.out, args.data, args.steps, batch_size=ROWS, micro_size=ROWS, optimizer="adamw", lr=args.lr,
-        valid_every=args.valid_every, seed=args.seed, data_sha256=data.meta.sha256,
-    )  # fmt: skip
+        args.out,
+        args.data,
+        args.steps,
+        batch_size=ROWS,
+        micro_size=ROWS,
+        optimizer="adamw",
+        lr=args.lr,
+        valid_every=args.valid_every,
+        seed=args.seed,
+        data_sha256=data.meta.sha256,
+    )
     with fresh_folder(args.out):
         write_config(config, data.tokenizer_path)
         train(config, replace(config_named(args.config), vocab_size=data.meta.vocab_size), data)

@@ -85,9 +85,11 @@ def print_table(curves: list[Curve]) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for curve in curves:
         end, equal = curve.points[-1], curve.at(equal_s)
-        print(f"| {curve.name} | {end.compute_s / 3600:.2f} | {end.tokens / 1e6:.2f} | "
-              f"{end.tokens / curve.epoch_tokens:.2f} | {end.bits_per_byte:.4f} | "
-              f"{'not measured' if equal is None else f'{equal:.4f}'} |")  # fmt: skip
+        print(
+            f"| {curve.name} | {end.compute_s / 3600:.2f} | {end.tokens / 1e6:.2f} | "
+            f"{end.tokens / curve.epoch_tokens:.2f} | {end.bits_per_byte:.4f} | "
+            f"{'not measured' if equal is None else f'{equal:.4f}'} |"
+        )
 
 
 def draw(path: Path, curves: list[Curve]) -> None:

@@ -2,7 +2,8 @@
 
 The text is the law's: the token of position p is the arg max of the filtered log-probabilities of the row at p − 1
 plus the noise of (seed, p, token). A draft for p is the arg max of the drafter's filtered log-probabilities plus the
-same noise, and is kept where both are the same token. So drafts change how many passes a text takes, never the text.
+same noise, and is kept where both are the same token. So drafts change how many passes a text takes, never the text
+(drafter-invariant speculative decoding, Daliri et al., arXiv 2408.07978).
 """
 
 from collections.abc import Sequence

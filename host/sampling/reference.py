@@ -1,6 +1,7 @@
 """The torch reference sampler: the definition of sampling, slow and obvious. `edge.decoding.canvas` must agree with it.
 
-It scores the whole vocabulary itself, keeps the K best, and shares no code with the edge, Philox included.
+It scores the whole vocabulary itself, keeps the K best, and shares no code with the edge, Philox 4x32-10 (Salmon et
+al., SC 2011) included. A token is drawn by the Gumbel-max trick: arg max of log p / T − log(−log u).
 """
 
 import math

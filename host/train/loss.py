@@ -1,4 +1,7 @@
-"""The training loss: cross-entropy at the scored positions of a micro-batch, each with its weight."""
+"""The training loss Σᵢ wᵢ · CE(logitsᵢ, targetᵢ) over the scored rows of a micro-batch, in nats.
+
+With wᵢ = −α′(t) / (1 − α(t)) it is a Monte Carlo draw of the NELBO (Sahoo et al., MDLM, arXiv 2406.07524).
+"""
 
 import torch
 import torch.nn.functional as F

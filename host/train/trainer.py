@@ -240,9 +240,16 @@ class Trainer:
                 due = validation_due(c, p, self.progress)
                 valid = self.validate_and_keep() if due else None
                 row: tuple[int | str, ...] = (
-                       self.progress.step, self.progress.tokens_seen, f"{self.progress.seconds:.1f}", f"{loss:.4f}",
-                       "" if valid is None else f"{valid:.4f}", f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
-                       f"{norm:.3f}", f"{tokens / elapsed:.0f}", f"{self.progress.compute_seconds:.1f}")  # fmt: skip
+                    self.progress.step,
+                    self.progress.tokens_seen,
+                    f"{self.progress.seconds:.1f}",
+                    f"{loss:.4f}",
+                    "" if valid is None else f"{valid:.4f}",
+                    f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
+                    f"{norm:.3f}",
+                    f"{tokens / elapsed:.0f}",
+                    f"{self.progress.compute_seconds:.1f}",
+                )
                 log(row)  # before the checkpoint: a row too many is dropped when the run goes on, a missing one is lost
                 if due:
                     self.save(LAST)
@@ -334,5 +341,7 @@ def main() -> None:
         return
     state = f"stopped at step {trainer.progress.step}; continue with --resume {config.out}"
     best = trainer.progress.best_nats
-    print(f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss "
-          f"{'not measured yet' if best is None else f'{best:.4f} nats per token'}")  # fmt: skip
+    print(
+        f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss "
+        f"{'not measured yet' if best is None else f'{best:.4f} nats per token'}"
+    )

@@ -111,15 +111,19 @@ class TrtBackend:
         most = max(batch * length for batch, length in shapes)
         self._ratio_stride = max(MAX_STEPS, model.canvas_len)
         canvas, fill, records, ratios, t = (
-            memory.mapped(size) for size in (most * 4, most, rows * kernels.ROW.itemsize,
-                                             rows * self._ratio_stride * 8, rows * 4)
-        )  # fmt: skip
+            memory.mapped(size)
+            for size in (most * 4, most, rows * kernels.ROW.itemsize, rows * self._ratio_stride * 8, rows * 4)
+        )
         self._at = Addresses(
-            canvas[1], fill[1], records[1], ratios[1], t[1],
+            canvas[1],
+            fill[1],
+            records[1],
+            ratios[1],
+            t[1],
             logits=memory.device(most * model.vocab_size * 2),
             candidates=memory.device(most * kernels.CANDIDATE.itemsize),
             scratch=memory.device(max(256, loaded.device_memory_size_v2)),
-        )  # fmt: skip
+        )
         self._rows = records[0].view(kernels.ROW)
         self._ratios = ratios[0].view(np.float64).reshape(rows, self._ratio_stride)
         self._t = t[0].view(np.float32)

@@ -54,9 +54,7 @@ def row_of(sampling: Sampling, step: int) -> tuple[int | float, ...]:
         rule, bound = _THRESHOLD, float(np.log(np.float32(sampling.threshold)))
     elif sampling.entropy_bound is not None:
         rule, bound = _ENTROPY_BOUND, sampling.entropy_bound
-    return (
-        sampling.seed, step, sampling.steps, rule, sampling.top_k, sampling.temperature, sampling.top_p, bound, 0
-    )  # fmt: skip
+    return (sampling.seed, step, sampling.steps, rule, sampling.top_k, sampling.temperature, sampling.top_p, bound, 0)
 
 
 @lru_cache(maxsize=16)
