@@ -66,6 +66,7 @@ def settings(device: Machine) -> Iterator[Path]:
 @pytest.fixture
 def on_mqtt(device: Machine, settings: Path) -> Path:
     """Served through the broker of this machine."""
-    settings.write_text(settings.read_text().replace("# host = ", "host = ").replace("broker.local", "127.0.0.1"))
+    text = settings.read_text().replace("# host = ", "host = ").replace("broker.local", "127.0.0.1")
+    settings.write_text(text.replace("# device = ", "device = "))
     device.run("systemctl", "restart", "edgelm.service")
     return settings
