@@ -155,7 +155,7 @@ class CudaMemory:
 
 
 class PycudaMemory:
-    """From pycuda, for programs that share the GPU with it. It knows no graphs: every pass is enqueued plainly."""
+    """For a process that already lives in a pycuda context: its allocator, its primary context, no CUDA graphs."""
 
     graphs = False
 
@@ -164,9 +164,9 @@ class PycudaMemory:
         try:
             import pycuda.autoprimaryctx  # `autoinit` would make a context of its own, where TensorRT's memory is not
             import pycuda.driver
-        except ImportError:
+        except ModuleNotFoundError:
             raise DeviceError("pycuda is not installed: pip install 'diffusion-llm[pycuda]'") from None
-        except Exception as error:  # pycuda's own errors exist only once it is imported
+        except Exception as error:  # no libcuda: ImportError; else pycuda's own, which exist only once it is imported
             raise DeviceError(f"pycuda finds no GPU: {error}") from None
         self._cuda: Any = pycuda.driver
         self._device: list[Any] = []

@@ -24,16 +24,17 @@ Array = NDArray[Any]
 def build(folder: Path, threads: int) -> "Emulator":
     """Compile the kernels for blocks of so many threads; skips where no C++ compiler is installed."""
     library = folder / f"emulator-{threads}.so"
-    _compile("emulator.cpp", library, f"-DTHREADS={threads}")
+    compile_library("emulator.cpp", library, f"-DTHREADS={threads}")
     return Emulator(ctypes.CDLL(str(library)))
 
 
 def build_driver(folder: Path) -> None:
     """Compile a libcuda.so.1, for a process that finds it by LD_LIBRARY_PATH; skips as above."""
-    _compile("libcuda.cpp", folder / "libcuda.so.1", "-DTHREADS=64", "-Wl,-soname,libcuda.so.1", "-ldl")
+    compile_library("libcuda.cpp", folder / "libcuda.so.1", "-DTHREADS=64", "-Wl,-soname,libcuda.so.1", "-ldl")
 
 
-def _compile(source: str, library: Path, *flags: str) -> None:
+def compile_library(source: str, library: Path, *flags: str) -> None:
+    """source: a file beside this one, or an absolute path. Skips where no C++ compiler is installed."""
     if COMPILER is None:
         pytest.skip("no C++ compiler is installed (apt: g++)")
     include = Path(kernels.__file__).parent

@@ -6,13 +6,11 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 
 from edge import doctor
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
@@ -150,69 +148,16 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory(debug_bundle: Path) ->
         floor("thor", model, "fp16", 1)
 
 
-# --- both kinds of memory keep the protocol ---------------------------------------------------------------------------
-
-
-def pycuda_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """pycuda's few calls, on this process's memory."""
-    freed: list[str] = []
-    cuda, whole, context = ModuleType("pycuda.driver"), ModuleType("pycuda"), ModuleType("pycuda.autoprimaryctx")
-
-    class Allocation:
-        def __init__(self, size: int) -> None:
-            self.array = np.zeros(size, np.uint8)
-
-        def __int__(self) -> int:
-            return int(self.array.ctypes.data)
-
-        def free(self) -> None:
-            freed.append("device")
-
-    class Pinned(np.ndarray):
-        pass
-
-    def pagelocked_zeros(size: int, dtype: Any, mem_flags: int) -> Any:
-        assert (dtype, mem_flags) == (np.uint8, 2)
-        array: NDArray[np.uint8] = np.zeros(size, dtype)
-        base = SimpleNamespace(get_device_pointer=lambda: array.ctypes.data, free=lambda: freed.append("mapped"))
-        view = array.view(Pinned)
-        return SimpleView(view, base)
-
-    class SimpleView:
-        def __init__(self, view: Any, base: Any) -> None:
-            self.view_, self.base = view, base
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.view_, name)
-
-    cuda.mem_alloc, cuda.pagelocked_zeros = Allocation, pagelocked_zeros  # type: ignore[attr-defined]
-    cuda.host_alloc_flags = SimpleNamespace(DEVICEMAP=2)  # type: ignore[attr-defined]
-    whole.driver, whole.autoprimaryctx = cuda, context  # type: ignore[attr-defined]
-    for module in (whole, cuda, context):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    return freed
-
-
-@pytest.mark.parametrize("kind", ["driver", "pycuda"])
-def test_memory_keeps_the_protocol(kind: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[str] = []
-    if kind == "driver":
-        driver = FakeDriver(emulator)
-        memory: Memory = CudaMemory(Gpu(driver))  # type: ignore[arg-type]
-    else:
-        freed = pycuda_stand_in(monkeypatch)
-        memory = PycudaMemory()
-    assert memory.graphs == (kind == "driver")
-    assert memory.device(1000) > 0
+def test_memory_of_the_driver_keeps_the_protocol(emulator: Emulator) -> None:
+    driver = FakeDriver(emulator)
+    memory: Memory = CudaMemory(Gpu(driver))  # type: ignore[arg-type]
+    assert memory.graphs and memory.device(1000) > 0
     view, address = memory.mapped(64)
     assert view.nbytes == 64
     view.view(np.int32)[:] = 7
     assert (array_at(address, np.int32, 16) == 7).all()
     memory.free()
-    if kind == "pycuda":
-        assert sorted(freed) == ["device", "mapped"]
-    else:
-        assert not driver.live["cuMemFree"] | driver.live["cuMemFreeHost"]
+    assert not driver.live["cuMemFree"] | driver.live["cuMemFreeHost"]
 
 
 def test_an_absent_pycuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
