@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.proof("4. the TensorRT backend over a recording driver
 
 ROOT = Path(__file__).resolve().parents[5]
 SOURCES = ("edge/backends/trt/driver.py", "edge/backends/trt/backend.py")
-VERSIONS = ("12.8.0", "12.9.10", "13.0.3", "13.5.0")
+VERSIONS = ("12.9.2", "12.9.10", "13.0.3", "13.5.0")
 """First and last of each major version on the index that the package's extras admit."""
 
 PROBE = """
