@@ -21,7 +21,8 @@ What goes where:
   /etc/edgelm/edgelm.toml             settings, written once and then yours
   /etc/systemd/system/edgelm.*        the units
   /usr/local/bin/edgelm               the command; not where something else has this name
-  /var/lib/edgelm, /var/cache/edgelm  state (requests and answers that are still owed), and engines that were built
+  /opt/edgelm/engines, /var/cache/edgelm  TensorRT engines, built by root and by the daemon
+  /var/lib/edgelm                     state: requests and answers that are still owed
 END
 }
 
@@ -253,7 +254,7 @@ uninstall_it() {
         run systemctl daemon-reload
     fi
     [[ ! -L $COMMAND || $(readlink "$COMMAND") != "$OPT"/* ]] || remove "$COMMAND"
-    remove "$OPT"/{current,settled,unsettled,releases} /var/cache/{private/,}edgelm
+    remove "$OPT"/{current,settled,unsettled,releases,engines} /var/cache/{private/,}edgelm
     if [[ $purge ]]; then
         remove "$OPT" "$ETC" /var/lib/{private/,}edgelm
         if getent group "$GROUP" >/dev/null; then

@@ -27,8 +27,10 @@ def test_what_is_the_users_own_survives_and_serves_again(device: Machine) -> Non
     settings = device.root / "etc/edgelm/edgelm.toml"
     settings.write_text(settings.read_text() + "\n# mine\n")
     bundle = current(device)
+    device.write("/opt/edgelm/engines/key/step.engine", ["built by root"])
     said = device.run(INSTALL, "--uninstall").stdout
     assert "removing /opt/edgelm/releases" in said
+    assert not (device.root / "opt/edgelm/engines").exists()
     kept = "/etc/edgelm /var/lib/private/edgelm /var/lib/edgelm /opt/edgelm/bundles, the group edgelm"
     assert f"kept for the next installation: {kept}; --uninstall --purge removes them" in said
     assert left(device) == {
