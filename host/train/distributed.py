@@ -62,5 +62,6 @@ def joined_ranks() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), processes)
+        dist.barrier()  # leave together: a process that exits before the first has saved was seen to abort, once
     finally:
         dist.destroy_process_group()
