@@ -46,7 +46,7 @@ minisign -Sm NAME/manifest.json); without one, signatures are not asked for."""
 
 def self_test(folder: Path, config: Config) -> None:
     """Run ten steps, twice, to the same text; root becomes nobody for it, and stays so. Raises BundleError."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the engine imports ONNX Runtime
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported
     from edge.serving.loaded_bundle import LoadedBundle  # not at the top: listing and rolling back need no runtime
 
     with suppress(ImportError):  # while this user may read every package: Python may lie in root's home
@@ -56,11 +56,11 @@ def self_test(folder: Path, config: Config) -> None:
     os.chdir(folder)  # nobody may not walk through every folder above it
     become_nobody()
     try:
-        engine = LoadedBundle.load(Path(), config.backend, config.threads)
+        loaded = LoadedBundle.load(Path(), config.backend, config.threads)
         try:
-            first, second = (engine.run(engine.prepare(TEST)) for _ in range(2))
+            first, second = (loaded.run(loaded.prepare(TEST)) for _ in range(2))
         finally:
-            engine.close()
+            loaded.close()
     except BundleError as error:
         raise BundleError(f"{folder} fails its self-test: {error}") from None
     if not 1 <= first.steps <= 10 or first.text != second.text:

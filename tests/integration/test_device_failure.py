@@ -136,9 +136,9 @@ def test_health_tells_while_the_daemon_still_answers(debug_bundle: Path) -> None
         def close(self) -> None:
             """Nothing to free."""
 
-    engine = LoadedBundle.load(debug_bundle, "fake")
-    engine.backend = Broken()
-    scheduler = Scheduler(engine, queue_size=8)
+    loaded = LoadedBundle.load(debug_bundle, "fake")
+    loaded.backend = Broken()
+    scheduler = Scheduler(loaded, queue_size=8)
     failed: list[str | None] = []
     scheduler.on_failure = lambda: failed.append(scheduler.failure)
     told: list[list[int]] = []

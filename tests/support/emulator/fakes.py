@@ -242,9 +242,9 @@ class FakeTensorRT:
 
         class Runtime(Counted):
             def deserialize_cuda_engine(self, engine: bytes) -> Any:
-                return None if "engine" in outer.refuses or engine == STALE else LoadedBundle(engine)
+                return None if "engine" in outer.refuses or engine == STALE else Engine(engine)
 
-        class LoadedBundle(Counted):
+        class Engine(Counted):
             device_memory_size_v2 = 4096
 
             def __init__(self, graph: bytes) -> None:
@@ -256,7 +256,7 @@ class FakeTensorRT:
                 return Context(self)
 
         class Context(Counted):
-            def __init__(self, engine: LoadedBundle) -> None:
+            def __init__(self, engine: Engine) -> None:
                 super().__init__()
                 self.engine, self.at, self.shape = engine, dict[str, int](), dict[str, tuple[int, ...]]()
 
