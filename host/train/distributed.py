@@ -1,7 +1,9 @@
 """One process or many: what `torchrun -m host.train` needs to agree on."""
 
+import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,6 +64,18 @@ def joined_ranks() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), processes)
-        dist.barrier()  # leave together: a process that exits before the first has saved was seen to abort, once
     finally:
         dist.destroy_process_group()
+
+
+def leave(ranks: Ranks) -> None:
+    """End a process that torchrun started, with its exit functions but without unloading torch.
+
+    Threads of its process group that still run then abort the interpreter ("terminate called without an active
+    exception"), after all work is done, and torchrun reports a failure.
+    """
+    if ranks.processes > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -32,7 +32,7 @@ from host.train.checkpoint import (
     restore,
     save_checkpoint,
 )
-from host.train.distributed import Ranks, joined_ranks
+from host.train.distributed import Ranks, joined_ranks, leave
 from host.train.logging import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
 from host.train.objectives import Settings
 from host.train.optim import Ema, build_optimizers, learning_rate_factor
@@ -338,6 +338,7 @@ def main() -> None:
             print(trainer.describe(), flush=True)
         trainer.run()
     if not ranks.first:
+        leave(ranks)
         return
     state = f"stopped at step {trainer.progress.step}; continue with --resume {config.out}"
     best = trainer.progress.best_nats
@@ -345,3 +346,4 @@ def main() -> None:
         f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss "
         f"{'not measured yet' if best is None else f'{best:.4f} nats per token'}"
     )
+    leave(ranks)
