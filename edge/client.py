@@ -4,11 +4,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from shared.errors import ConfigError, RequestError
-from shared.messages import GenerateRequest, Partial, Response, encode
+from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, Health, HealthRequest, Partial, Response, encode
+
+HEALTH_S: Final = 5.0
 
 
 def connect(path: Path) -> socket.socket | None:
@@ -47,3 +50,14 @@ def ask(connection: socket.socket, request: GenerateRequest) -> Iterator[Partial
     except msgspec.DecodeError as error:
         raise RequestError("internal", f"the daemon's reply cannot be read: {error}") from None
     raise RequestError("internal", "the daemon hung up before it answered")
+
+
+def health(connection: socket.socket) -> Health | None:
+    """How the daemon at the other end is; None when what answers within HEALTH_S, if anything, is not this daemon."""
+    connection.settimeout(HEALTH_S)
+    try:
+        connection.sendall(encode(HealthRequest()) + b"\n")
+        with connection.makefile("rb") as lines:
+            return msgspec.json.decode(lines.readline(MAX_MESSAGE_BYTES), type=Health)
+    except (OSError, msgspec.MsgspecError):
+        return None

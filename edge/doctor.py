@@ -25,10 +25,11 @@ from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_device, on_jetson
 from edge.backends.trt.profiles import buckets
-from edge.client import connect
+from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
 from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
 from edge.system.bundle_store import check_files
+from edge.transports.peer_credentials import user_id
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
 from shared.manifest import Manifest, Target, find_graph, read_manifest
 
@@ -171,28 +172,39 @@ def whole_bundle(folder: Path, target: Target) -> Finding:
     return Finding("bundle", f"{manifest.name}: {graphs}")
 
 
-def surroundings(config: Config) -> list[Finding]:
-    """Socket, broker, disk, memory."""
-    found = []
+def listener(path: Path) -> Finding:
+    """Who listens on the daemon's socket, and how it is."""
     try:
-        connection = connect(config.socket)
-        found.append(Finding("socket", f"{config.socket}: {'no daemon listens' if connection is None else 'answers'}"))
-        if connection is not None:
-            connection.close()
+        connection = connect(path)
     except ConfigError as error:
-        found.append(Finding("socket", str(config.socket), f"{error}: see `ls -l {config.socket}`"))
+        return Finding("socket", str(path), f"{error}: see `ls -l {path}`")
+    if connection is None:
+        return Finding("socket", f"{path}: no daemon listens")
+    with connection:
+        uid, daemon = user_id(connection), health(connection)
+    if daemon is None:
+        fix = f"what listens on {path}, of user {uid}, is not this daemon: stop it, or choose another `socket`"
+        return Finding("socket", f"{path}: not this daemon", fix)
+    failing = None if daemon.failure is None else f"the daemon is in state {daemon.state}: {daemon.failure}"
+    return Finding("socket", f"{path}: {daemon.model} on {daemon.backend}, {daemon.state}, of user {uid}", failing)
+
+
+def surroundings(config: Config, on_gpu: bool) -> list[Finding]:
+    """Socket, broker, disk of the state and of the engines, memory."""
+    found = [listener(config.socket)]
     if config.mqtt.host is None:
         found.append(Finding("broker", "none is configured"))
     else:
         broker = f"{config.mqtt.host}:{config.mqtt.port}"
         try:
             socket.create_connection((config.mqtt.host, config.mqtt.port), BROKER_S).close()
-            found.append(Finding("broker", f"{broker} answers"))
+            found.append(Finding("broker", f"{broker} takes connections"))
         except OSError as error:
             fix = f"the broker {broker} cannot be reached ({error.strerror or error}): start it, or mend `mqtt.host`"
             found.append(Finding("broker", broker, fix))
-    place = next(path for path in (config.state.absolute(), *config.state.absolute().parents) if path.exists())
-    found.append(_room("disk", f"for {config.state}", shutil.disk_usage(place).free >> 20, MIN_DISK_MIB))
+    for folder in (config.state, *engines.cache_folders()[: 1 if on_gpu else 0]):
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        found.append(_room("disk", f"for {folder}", shutil.disk_usage(place).free >> 20, MIN_DISK_MIB))
     available = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     return [*found, *([_room("memory", "available", int(available[1]) >> 10, MIN_MEMORY_MIB)] if available else [])]
 
@@ -218,7 +230,7 @@ def examine(config: Config) -> list[Finding]:
             found += self_test(config.bundle, manifest, profiles if on_gpu else [])
         except DiffusionLLMError as error:
             found.append(Finding("self-test", "failed", str(error)))
-    return [*found, watts(), *surroundings(config)]
+    return [*found, watts(), *surroundings(config, on_gpu)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,10 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=command_name("edge.doctor"),
         description=__doc__,
-        epilog="exit codes: 0 all is well, 69 something is to be fixed",
+        epilog="exit codes: 0 all is well, 69 something is to be fixed; example: edgelm doctor --bundle bundles/mine",
     )
     parser.add_argument("--bundle", metavar="DIR", help="bundle to examine (default: the one that is served)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help=f"the daemon's (default: {CONFIG}, if it is there)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"its settings (default: {CONFIG}, if it is there)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
     found = examine(load_config(settings_file(args.config), {"bundle": args.bundle} if args.bundle else {}))

@@ -1,6 +1,7 @@
 """`edge.doctor` and the roofline: what they say on a machine without a GPU, and figures that can be counted."""
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -16,6 +17,9 @@ from edge import doctor
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
 from edge.backends.trt.find_tensorrt import is_gpu_device
 from edge.measure.roofline import BOARDS, floor, matmul_flops
+from edge.serving.loaded_bundle import LoadedBundle
+from edge.serving.scheduler import Scheduler
+from edge.transports.unix_socket import SocketServer
 from shared.errors import ConfigError, DeviceError
 from shared.manifest import find_graph, read_manifest
 from tests.support.emulator import Emulator
@@ -90,6 +94,32 @@ def test_doctor_names_a_broker_that_does_not_answer(
         code, _, fix = report(debug_bundle)
     assert code == DeviceError.exit_code
     assert fix == f"the broker 127.0.0.1:{port} cannot be reached (Connection refused): start it, or mend `mqtt.host`"
+
+
+def test_doctor_names_a_listener_that_is_not_the_daemon(
+    debug_bundle: Path, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.client.HEALTH_S", 0.2)
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.bind(str(tmp_path / "socket"))
+        stranger.listen()
+        code, _, fix = report(debug_bundle)
+    assert code == DeviceError.exit_code and fix is not None
+    assert fix.startswith(f"what listens on {tmp_path / 'socket'}, of user {os.getuid()}, is not this daemon")
+
+
+def test_doctor_says_what_the_daemon_serves(debug_bundle: Path, report: Report, tmp_path: Path) -> None:
+    loaded = LoadedBundle.load(debug_bundle, "fake")
+    scheduler = Scheduler(loaded, queue_size=1)
+    server = SocketServer(tmp_path / "socket", scheduler)
+    server.start()
+    try:
+        code, found, fix = report(debug_bundle)
+    finally:
+        server.close()
+        loaded.close()
+    assert (code, fix) == (0, None)
+    assert found["socket"] == f"{tmp_path / 'socket'}: {loaded.model} on fake, idle, of user {os.getuid()}"
 
 
 def test_doctor_names_a_disk_without_room(debug_bundle: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
