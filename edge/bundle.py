@@ -185,6 +185,7 @@ def build_engine(folder: Path, config: Config) -> str:
 def install(
     store: Store,
     source: Path,
+    *,
     service: Service,
     check: Callable[[Path], None],
     build: Callable[[Path], str] = lambda folder: "",
@@ -279,7 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         passed_on = [f"--{name}={value}" for name in ("key", "config") if (value := getattr(args, name)) is not None]
         check = partial(verify_apart, arguments=passed_on)
-        print(install(store, args.folder, Service(config), check, lambda staged: build_engine(staged, config)))
+        build = partial(build_engine, config=config)
+        print(install(store, args.folder, service=Service(config), check=check, build=build))
     return 0
 
 

@@ -24,7 +24,6 @@ from edge.backends import load_backend
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_device, on_jetson
-from edge.backends.trt.profiles import buckets
 from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
 from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
@@ -122,12 +121,11 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
         found.append(Finding("tensorrt", trt.__version__))
         if manifest is None:
             return found, []
-        profiles = buckets(manifest, gpu.processors)
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, profiles)
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu)
         place = engines.find(facts, engines.cache_folders())
         fix = None if place else f"python -m edge.build --bundle {folder}"
         found.append(Finding("engine", str(place or "not built yet"), fix))
-        return found, profiles if place else []
+        return found, list(facts.shapes) if place else []
     except DiffusionLLMError as error:
         found.append(Finding("tensorrt", "unusable", str(error)))
         return found, []

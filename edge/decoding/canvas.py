@@ -13,7 +13,6 @@ from edge.decoding.philox import ORDER_DOMAIN, gumbel, uniform
 from edge.decoding.types import (
     AnyBackend,
     Backend,
-    Bools,
     Floats,
     Ids,
     LoopBackend,
@@ -47,19 +46,11 @@ def _score_and_commit(backend: Backend, schedule: ScheduleName, row: Row, under_
     commit_step(row, positions, backend.score(row.canvas[: row.active], t, positions, under_way))
 
 
-def unmask(
-    backend: AnyBackend,
-    schedule: ScheduleName,
-    canvas: Ids,
-    fill: Bools,
-    sampling: Sampling,
-    on_step: Callable[[int, Ids], None],
-) -> int:
-    """Fill a canvas (L,) in place where `fill` is true; calls on_step(steps so far, canvas).  → steps made"""
-    row = Row(canvas, fill, sampling)
+def unmask(backend: AnyBackend, schedule: ScheduleName, row: Row, on_step: Callable[[], None] = lambda: None) -> int:
+    """Fill one row's canvas in place; calls on_step after each step.  → steps made"""
     while row.left:
         advance(backend, schedule, [row])
-        on_step(row.step, canvas)
+        on_step()
     return row.step
 
 
@@ -89,19 +80,20 @@ def commit_step(row: Row, positions: Positions, scored: StepResult) -> None:
     chosen = np.arange(positions.size)
     if not sampling.by_chance:
         if sampling.by_confidence:
-            token, confidence = draw(ids, logp, sampling, step, positions)
+            token, confidence = draw(ids, logp, sampling=sampling, step=step, position=positions)
         row.draft[positions] = token if sampling.by_confidence else ids[:, 0]
-        order = rank(logp, entropy, confidence, sampling, step, positions)
-        chosen = order[: num_to_commit(order, entropy, confidence, sampling, step, left)]
+        order = rank(logp, entropy, confidence=confidence, sampling=sampling, step=step, position=positions)
+        count = num_to_commit(order, entropy, confidence=confidence, sampling=sampling, step=step, left=left)
+        chosen = order[:count]
     if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
-        token[chosen], _ = draw(ids[chosen], logp[chosen], sampling, step, positions[chosen])
+        token[chosen], _ = draw(ids[chosen], logp[chosen], sampling=sampling, step=step, position=positions[chosen])
     commit(row.canvas, positions[chosen], token[chosen])
     row.step += 1
     row.recount()
     row.check_progress(left)
 
 
-def draw(ids: Ids, logp: Floats, sampling: Sampling, step: int, position: Positions) -> tuple[Ids, Floats]:
+def draw(ids: Ids, logp: Floats, *, sampling: Sampling, step: int, position: Positions) -> tuple[Ids, Floats]:
     """One candidate for each position, after temperature, top-k and top-p, by the Gumbel-max trick.
 
     → ids (M,), confidence (M,): their log-probabilities before temperature. Ties go to the lower id.
@@ -121,7 +113,7 @@ def draw(ids: Ids, logp: Floats, sampling: Sampling, step: int, position: Positi
 
 
 def rank(
-    logp: Floats, entropy: Floats, confidence: Floats, sampling: Sampling, step: int, position: Positions
+    logp: Floats, entropy: Floats, *, confidence: Floats, sampling: Sampling, step: int, position: Positions
 ) -> Positions:
     """Indices of open positions in the order in which they are committed; ties go to the lower position.  → (M,)"""
     if sampling.threshold is not None:
@@ -139,12 +131,14 @@ def rank(
 
 def chance_order(sampling: Sampling, step: int, position: Positions) -> Positions:
     """What `rank` answers for random selection, which needs no scores.  → (M,)"""
-    score = uniform(sampling.seed, step, position.astype(np.uint32), np.zeros(1, np.uint32), ORDER_DOMAIN)
+    score = uniform(
+        sampling.seed, step, position=position.astype(np.uint32), token=np.zeros(1, np.uint32), domain=ORDER_DOMAIN
+    )
     return np.argsort(-score, kind="stable")
 
 
 def num_to_commit(
-    order: Positions, entropy: Floats, confidence: Floats, sampling: Sampling, step: int, left: int
+    order: Positions, entropy: Floats, *, confidence: Floats, sampling: Sampling, step: int, left: int
 ) -> int:
     """How many positions this step commits: at least one, and all that are left in the last.
 

@@ -38,7 +38,7 @@ def philox(counter: tuple[UInt32, UInt32, UInt32, UInt32], key: int) -> tuple[UI
     return even[0].astype(np.uint32), odd[0].astype(np.uint32), even[1].astype(np.uint32), odd[1].astype(np.uint32)
 
 
-def uniform(seed: int, step: int, position: UInt32, token: UInt32, domain: int) -> Float32:
+def uniform(seed: int, step: int, *, position: UInt32, token: UInt32, domain: int) -> Float32:
     """Uniform draws strictly inside (0, 1), exact in float32: (23 random bits + ½)·2⁻²³."""
     words = philox((token, position, np.array([step], np.uint32), np.array([domain], np.uint32)), seed)
     u: Float32 = ((words[0] >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
@@ -47,5 +47,5 @@ def uniform(seed: int, step: int, position: UInt32, token: UInt32, domain: int) 
 
 def gumbel(seed: int, step: int, position: UInt32, token: UInt32) -> Float32:
     """Standard Gumbel noise of each candidate; the argmax of score + noise is a draw from softmax(score)."""
-    noise: Float32 = -np.log(-np.log(uniform(seed, step, position, token, TOKEN_DOMAIN)))
+    noise: Float32 = -np.log(-np.log(uniform(seed, step, position=position, token=token, domain=TOKEN_DOMAIN)))
     return noise

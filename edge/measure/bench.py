@@ -240,12 +240,8 @@ def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
     """The floor under a pass of each CUDA graph, for each batch."""
     manifest = read_manifest(bundle)
     find_graph(bundle, manifest, "cuda")  # says when there is none
-    floors = [
-        floor(board, manifest.model, graph.precision, (bundle / graph.file).stat().st_size, batch)
-        for graph in manifest.graphs
-        if graph.target == "cuda"
-        for batch in BATCHES
-    ]
+    graphs = [(g.precision, (bundle / g.file).stat().st_size) for g in manifest.graphs if g.target == "cuda"]
+    floors = [floor(board, manifest.model, precision=p, graph_bytes=n, batch=b) for p, n in graphs for b in BATCHES]
     if as_json:
         print(msgspec.json.encode([msgspec.structs.asdict(f) | {"floor_ms": f.floor_ms} for f in floors]).decode())
         return

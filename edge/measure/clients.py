@@ -129,8 +129,8 @@ def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) ->
             for length, asked in ((longest // 4, short), (longest, long))
             for n in clients
         ]
-        lone_ms = crowd(daemon, 0, short, long, 0.0).short_ms
-        crowds = [crowd(daemon, n, short, long, lone_ms) for n in clients]
+        lone_ms = crowd(daemon, 0, short=short, long=long, lone_ms=0.0).short_ms
+        crowds = [crowd(daemon, n, short=short, long=long, lone_ms=lone_ms) for n in clients]
         return ClientsReport(str(bundle), threads, loads, crowds, daemon.peak_mb())
 
 
@@ -157,7 +157,7 @@ def load(daemon: Served, clients: int, length: int, asked: GenerateRequest) -> L
     return Load(clients, length, sum(tokens) / seconds, p50_ms, p99_ms)
 
 
-def crowd(daemon: Served, active: int, short: GenerateRequest, long: GenerateRequest, lone_ms: float) -> Crowd:
+def crowd(daemon: Served, active: int, *, short: GenerateRequest, long: GenerateRequest, lone_ms: float) -> Crowd:
     """Short requests, one after the other, and questions for the health, beside so many long ones."""
     over = threading.Event()
     health_ms: list[float] = []

@@ -52,7 +52,7 @@ def matmul_flops(model: ModelSpec, batch: int) -> tuple[int, int]:
     return linear + time, 4 * tokens * model.canvas_len * d * model.layers
 
 
-def floor(board: str, model: ModelSpec, precision: Precision, graph_bytes: int, batch: int = 1) -> Floor:
+def floor(board: str, model: ModelSpec, *, precision: Precision, graph_bytes: int, batch: int) -> Floor:
     """graph_bytes: size of the CUDA graph's file. Logits are written once and read once. Raises ConfigError."""
     if board not in BOARDS:
         raise ConfigError(f"--roofline {board}: choose one of {', '.join(BOARDS)}")

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge.decoding.canvas import unmask
-from edge.decoding.types import Ids, Positions, Sampling, StepResult
+from edge.decoding.types import Ids, Positions, Row, Sampling, StepResult
 from host.evaluate.scorers import GraphScorer, TorchScorer
 from host.export.bundle_writer import StepGraph
 from host.export.reference import PARITY_SEED, Reference
@@ -44,7 +44,7 @@ def _texts(reference: Reference, scorer: TorchScorer | GraphScorer) -> NDArray[n
     texts[:, 0] = BOS
     for seed, canvas in enumerate(texts, PARITY_SEED):
         sampling = Sampling(seed, STEPS, "random", temperature=1.0, top_k=top_k, top_p=1.0)
-        unmask(backend, reference.progress.schedule, canvas, canvas == MASK, sampling, lambda step, now: None)
+        unmask(backend, reference.progress.schedule, Row(canvas, canvas == MASK, sampling))
     return texts
 
 

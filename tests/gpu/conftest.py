@@ -11,6 +11,7 @@ import pytest
 from edge.backends.trt import kernels
 from edge.backends.trt.backend import TrtBackend
 from edge.backends.trt.driver import CudaMemory, Gpu
+from edge.backends.trt.engine_cache import Built
 from edge.decoding.types import Row, Sampling
 from host.export.random_weights import untrained
 from host.model.network import CONFIGS
@@ -68,7 +69,7 @@ def network(gpu: Gpu) -> Network:
 def backend(gpu: Gpu, cubin: bytes, manifest: Manifest, network: Network) -> Iterator[TrtBackend]:
     """The real backend; torch in the engine's place."""
     trt = StandIn(gpu, network, manifest.model.vocab_size)
-    made = TrtBackend(trt, gpu, CudaMemory(gpu), manifest, b"", cubin)  # type: ignore[arg-type]
+    made = TrtBackend(trt, gpu, memory=CudaMemory(gpu), manifest=manifest, built=Built(b"", cubin))  # type: ignore[arg-type]
     yield made
     made.close()
 

@@ -19,6 +19,7 @@ from msgspec import Struct
 from edge.backends.trt import kernels
 from edge.backends.trt.backend import Bucket, TrtBackend, load
 from edge.backends.trt.driver import CudaMemory, Gpu
+from edge.backends.trt.engine_cache import Built
 from edge.config import default_bundle
 from edge.decoding.types import Row, Sampling
 from shared.errors import DeviceError, run_main
@@ -144,7 +145,7 @@ def main() -> None:
         config = ModelConfig(m.config, m.d_model, m.layers, m.heads, m.vocab_size, m.canvas_len, m.time_input)
         trt = StandIn(gpu, Network(untrained(config)[0], gpu), m.vocab_size)
         cubin = kernels.compile_kernels(gpu.architecture)
-        backend = TrtBackend(trt, gpu, CudaMemory(gpu), manifest, b"", cubin)  # type: ignore[arg-type]
+        backend = TrtBackend(trt, gpu, memory=CudaMemory(gpu), manifest=manifest, built=Built(b"", cubin))  # type: ignore[arg-type]
     print(msgspec.json.format(msgspec.json.encode(measure(backend, engine=engine))).decode())
     backend.close()
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def refused(folder: Path, bundle: Path, key: Path | None = None) -> str:
             check_signature(staged, key)
 
     with pytest.raises(BundleError) as caught:
-        edge.bundle.install(Store(folder), bundle, Service(Config()), check)
+        edge.bundle.install(Store(folder), bundle, service=Service(Config()), check=check)
     assert ".partial" not in str(caught.value)
     return str(caught.value)
 
@@ -262,7 +263,9 @@ def test_a_device_with_a_gpu_gets_the_engine_or_is_told_why_not(
     def install() -> str:
         shutil.rmtree(store.folder, ignore_errors=True)
         service = Service(config)
-        return edge.bundle.install(store, debug_bundle, service, lambda _: None, lambda f: build_engine(f, config))
+        return edge.bundle.install(
+            store, debug_bundle, service=service, check=lambda _: None, build=partial(build_engine, config=config)
+        )
 
     assert install().endswith("the next to start serves it")
     if backend == "trt":

@@ -42,11 +42,11 @@ def main(folder: Path, old: Path, new: Path) -> None:
         step += 1
         shutil.rmtree(folder, ignore_errors=True)
         store = Store(folder)
-        install(store, old, service, lambda staged: None)
+        install(store, old, service=service, check=lambda staged: None)
         heard, told = os.pipe()
         if (child := os.fork()) == 0:
             kill_at(step, folder, told)
-            install(store, new, service, lambda staged: None)
+            install(store, new, service=service, check=lambda staged: None)
             os._exit(0)
         os.close(told)
         _, status = os.waitpid(child, 0)
@@ -59,7 +59,7 @@ def main(folder: Path, old: Path, new: Path) -> None:
             whole = False
         survived = status == 0
         links = store.links
-        install(store, new, service, lambda staged: None)  # nothing stands in its way
+        install(store, new, service=service, check=lambda staged: None)  # nothing stands in its way
         left = sorted(path.name for path in folder.iterdir())
         told_all = {"before": before, "current": links.current, "whole": whole, "left": left, "survived": survived}
         print(json.dumps(told_all))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.decoding.canvas import unmask
-from edge.decoding.types import Backend, Ids, Positions, Sampling, StepResult
+from edge.decoding.types import Backend, Ids, Positions, Row, Sampling, StepResult
 from shared.schedule import ScheduleName
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
@@ -68,10 +68,10 @@ def filled(
     backend: Backend, canvas: NDArray[np.int32], sampling: Sampling, schedule: ScheduleName = "linear"
 ) -> tuple[NDArray[np.int32], list[int]]:
     """→ the finished canvas, and how many positions were open after each pass"""
-    canvas, fill, left = canvas.copy(), canvas == MASK, list[int]()
-    passes = unmask(backend, schedule, canvas, fill, sampling, lambda step, now: left.append(int((now == MASK).sum())))
-    assert passes == len(left)
-    return canvas, left
+    row, left = Row(canvas.copy(), canvas == MASK, sampling), list[int]()
+    steps = unmask(backend, schedule, row, lambda: left.append(row.left))
+    assert steps == len(left)
+    return row.canvas, left
 
 
 def assert_sound(canvas: NDArray[np.int32]) -> None:

@@ -24,7 +24,13 @@ def main() -> None:
         if shapes:
             steps: list[str] = []
             engine, timings = build(
-                trt, logger, content, [(b, n) for b, n in shapes], 256, b"", lambda phase, done, of: steps.append(phase)
+                trt,
+                logger,
+                graph=content,
+                shapes=[(batch, length) for batch, length in shapes],
+                workspace_mib=256,
+                timings=b"",
+                progress=lambda phase, done, of: steps.append(phase),
             )
             found |= {"engine": len(engine), "timings": len(timings), "phases": sorted(set(steps))}
         else:

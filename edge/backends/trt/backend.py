@@ -64,9 +64,7 @@ class Addresses:
 class TrtBackend:
     """A LoopBackend. All memory is taken at the start; the loop allocates nothing and never waits but on its event."""
 
-    def __init__(
-        self, trt: ModuleType, gpu: Gpu, memory: Memory, manifest: Manifest, engine: bytes, cubin: bytes
-    ) -> None:
+    def __init__(self, trt: ModuleType, gpu: Gpu, *, memory: Memory, manifest: Manifest, built: engines.Built) -> None:
         """Load an engine built for this GPU's `buckets` and the compiled kernels, and warm every bucket up.
 
         Raises EngineRejected when TensorRT does not take the engine, DeviceError for everything else that fails.
@@ -78,12 +76,12 @@ class TrtBackend:
         self._gpu, self._manifest, self._trt = gpu, manifest, trt
         self._owned = ExitStack()
         try:
-            self._load(memory, engine, cubin)
+            self._load(memory, built)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, memory: Memory, engine: bytes, cubin: bytes) -> None:
+    def _load(self, memory: Memory, built: engines.Built) -> None:
         gpu, driver, model = self._gpu, self._gpu.driver, self._manifest.model
         self._owned.callback(gpu.close)
         gpu.use()
@@ -92,14 +90,14 @@ class TrtBackend:
         flags = driver.CUevent_flags  # blocking: the CPU sleeps while the GPU works
         self._event = gpu.call("cuEventCreate", flags.CU_EVENT_BLOCKING_SYNC | flags.CU_EVENT_DISABLE_TIMING)
         self._owned.callback(gpu.release, "cuEventDestroy", self._event)
-        module = gpu.call("cuModuleLoadData", cubin)
+        module = gpu.call("cuModuleLoadData", built.cubin)
         self._owned.callback(gpu.release, "cuModuleUnload", module)
         self._draw = gpu.call("cuModuleGetFunction", module, kernels.DRAW.encode())
         self._commit = gpu.call("cuModuleGetFunction", module, kernels.COMMIT.encode())
 
         logger = make_logger(self._trt, log_messages)
         runtime = self._trt.Runtime(logger)
-        loaded = runtime.deserialize_cuda_engine(engine)
+        loaded = runtime.deserialize_cuda_engine(built.engine)
         if loaded is None:
             raise EngineRejected(f"TensorRT {self._trt.__version__} does not take the cached engine")
         self._engine: Any = loaded
@@ -305,7 +303,7 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     with ExitStack() as on_failure:
         on_failure.callback(gpu.close)
         trt = import_tensorrt()
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, buckets(manifest, gpu.processors))
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu)
         place = engines.find(facts, engines.cache_folders())
         if place is None:
             raise DeviceError(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
@@ -313,10 +311,11 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
         built = engines.load(place)
         on_failure.pop_all()  # the backend's from here on
     try:
-        return TrtBackend(trt, gpu, memory, manifest, *built)
+        return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=built)
     except EngineRejected as error:
         log.warning("%s: building it once more, which takes minutes", str(error))
     order = Order(str(folder.absolute()), str(place.parent), build_process.WORKSPACE_MIB, force=True)
     build_process.run_build(order, log.info)
     gpu = Gpu()
-    return TrtBackend(trt, gpu, PycudaMemory() if argument else CudaMemory(gpu), manifest, *engines.load(place))
+    memory = PycudaMemory() if argument else CudaMemory(gpu)
+    return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=engines.load(place))

@@ -19,7 +19,7 @@ from edge.backends.trt import engine_cache as engines
 from edge.backends.trt import kernels
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import import_tensorrt, make_logger
-from edge.backends.trt.profiles import buckets, check_servable
+from edge.backends.trt.profiles import check_servable
 from edge.system.privileges import become_nobody
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError
 from shared.manifest import Manifest, find_graph, read_manifest, verified_bytes
@@ -63,11 +63,12 @@ def parse(trt: ModuleType, builder: Any, logger: Any, graph: bytes) -> Any:
 def build(
     trt: ModuleType,
     logger: Any,
+    *,
     graph: bytes,
     shapes: Sequence[tuple[int, int]],
     workspace_mib: int,
     timings: bytes,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[bytes, bytes]:
     """Build an engine with one profile for each shape (batch, length).
 
@@ -83,8 +84,7 @@ def build(
     cache = config.create_timing_cache(timings)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another device
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-    if progress is not None:
-        config.progress_monitor = _monitor(trt, progress)
+    config.progress_monitor = _monitor(trt, progress)
     for batch, length in shapes:
         profile = builder.create_optimization_profile()
         for i in range(network.num_inputs):
@@ -128,8 +128,7 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     folder, cache = Path(order.bundle), Path(order.cache)
     check_servable(manifest)
     graph = find_graph(folder, manifest, "cuda")
-    shapes = buckets(manifest, gpu.processors)
-    facts = engines.facts_of(folder, manifest, trt.__version__, gpu, shapes)
+    facts = engines.facts_of(folder, manifest, trt.__version__, gpu)
     if (place := engines.find(facts, (cache,))) is not None and not order.force:
         return place
     content = verified_bytes(folder, graph.file, graph.sha256)
@@ -147,7 +146,15 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     timings = timing_file.read_bytes() if timing_file.is_file() else b""
     progress = _throttled(lambda phase, done, of: say(phase=phase, done=done, of=of))
     try:
-        engine, timings = build(trt, logger, content, shapes, order.workspace_mib, timings, progress)
+        engine, timings = build(
+            trt,
+            logger,
+            graph=content,
+            shapes=facts.shapes,
+            workspace_mib=order.workspace_mib,
+            timings=timings,
+            progress=progress,
+        )
     except (DeviceError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(NO_ROOM.search(message) for message in errors):
             raise DeviceError(no_room(f"TensorRT {trt.__version__} ran out of memory", order.workspace_mib)) from None

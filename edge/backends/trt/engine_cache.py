@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from edge.backends.trt import kernels
 from edge.backends.trt.driver import Gpu
+from edge.backends.trt.profiles import buckets
 from shared.errors import DeviceError
 from shared.manifest import Manifest, find_graph
 
@@ -59,7 +60,7 @@ class Built(NamedTuple):
     cubin: bytes
 
 
-def facts_of(folder: Path, manifest: Manifest, tensorrt: str, gpu: Gpu, shapes: list[tuple[int, int]]) -> Facts:
+def facts_of(folder: Path, manifest: Manifest, tensorrt: str, gpu: Gpu) -> Facts:
     """The facts of this bundle's engine on this device. Raises BundleError when the bundle has no graph for CUDA."""
     kernels_text = kernels.source("arithmetic.h") + kernels.source("unmask.cu")
     return Facts(
@@ -70,7 +71,7 @@ def facts_of(folder: Path, manifest: Manifest, tensorrt: str, gpu: Gpu, shapes: 
         gpu=gpu.name,
         architecture=gpu.architecture,
         processors=gpu.processors,
-        shapes=tuple(shapes),
+        shapes=tuple(buckets(manifest, gpu.processors)),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import edge.backends
 from edge.backends.trt.backend import TrtBackend
 from edge.backends.trt.driver import CudaMemory, Gpu
+from edge.backends.trt.engine_cache import Built
 from edge.backends.trt.profiles import buckets
 from edge.daemon import main
 from shared.errors import run_main
@@ -40,7 +41,7 @@ def load_failing(folder: Path, manifest: Manifest, threads: int, argument: str) 
     gpu = Gpu(driver)  # type: ignore[arg-type]
     graph = (folder / find_graph(folder, manifest, "cuda").file).read_bytes()
     trt = FakeTensorRT(driver, buckets(manifest, PROCESSORS))
-    return TrtBackend(trt, gpu, CudaMemory(gpu), manifest, graph, b"cubin")  # type: ignore[arg-type]
+    return TrtBackend(trt, gpu, memory=CudaMemory(gpu), manifest=manifest, built=Built(graph, b"cubin"))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def drawn(scored: StepResult, row: Row) -> Drawn:
     """The reference's draw at every open position of one row."""
     position = np.flatnonzero(row.fill & (row.canvas == MASK))
     ids, logp, entropy = scored.ids[position], scored.logp[position], scored.entropy[position]
-    token, confidence = draw(ids, logp, row.sampling, row.step, position)
+    token, confidence = draw(ids, logp, sampling=row.sampling, step=row.step, position=position)
     score = np.exp(logp[:, 0]) - np.exp(logp[:, 1])
     return Drawn(position, token, confidence, entropy, score, _draw_margin(ids, logp, row.sampling, row.step, position))
 
@@ -71,5 +71,6 @@ def _draw_margin(ids: Any, logp: Any, sampling: Sampling, step: int, position: A
 def committed(scored: StepResult, row: Row, drawn_: Drawn) -> tuple[NDArray[np.intp], int]:
     """The reference's order of commitment, and how many it commits."""
     p = drawn_.position
-    order = rank(scored.logp[p], drawn_.entropy, drawn_.confidence, row.sampling, row.step, p)
-    return order, num_to_commit(order, drawn_.entropy, drawn_.confidence, row.sampling, row.step, p.size)
+    known: Any = {"confidence": drawn_.confidence, "sampling": row.sampling, "step": row.step}
+    order = rank(scored.logp[p], drawn_.entropy, **known, position=p)
+    return order, num_to_commit(order, drawn_.entropy, **known, left=p.size)

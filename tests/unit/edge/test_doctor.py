@@ -167,15 +167,15 @@ def test_the_manifests_shape_gives_the_products_that_stand_in_the_graph(debug_bu
 def test_the_floor_is_the_slower_of_arithmetic_and_memory(debug_bundle: Path) -> None:
     model = read_manifest(debug_bundle).model
     for board, peak in BOARDS.items():
-        found = floor(board, model, "fp16", graph_bytes=102_000_000, batch=2)
+        found = floor(board, model, precision="fp16", graph_bytes=102_000_000, batch=2)
         linear, attention = matmul_flops(model, 2)
         assert found.compute_ms == pytest.approx((linear + attention) / peak.fp16_tops / 1e9)
-        halved = floor(board, model, "int8", graph_bytes=102_000_000, batch=2)
+        halved = floor(board, model, precision="int8", graph_bytes=102_000_000, batch=2)
         assert halved.compute_ms == pytest.approx((linear / peak.int8_tops + attention / peak.fp16_tops) / 1e9)
         assert found.memory_ms > 102e6 / peak.bandwidth_gbs / 1e6
         assert found.floor_ms == max(found.compute_ms, found.memory_ms)
     with pytest.raises(ConfigError, match="--roofline thor: choose one of orin-nano-15w"):
-        floor("thor", model, "fp16", 1)
+        floor("thor", model, precision="fp16", graph_bytes=1, batch=1)
 
 
 def test_memory_of_the_driver_keeps_the_protocol(emulator: Emulator) -> None:

@@ -36,7 +36,9 @@ IDS = np.array([[8, 4, 9, 5]], np.int32)
 
 def test_temperature_zero_is_argmax() -> None:
     for seed in range(20):
-        token, confidence = draw(IDS, LOGP, replace(PLAIN, seed=seed, temperature=0.0), 0, np.array([1]))
+        token, confidence = draw(
+            IDS, LOGP, sampling=replace(PLAIN, seed=seed, temperature=0.0), step=0, position=np.array([1])
+        )
         assert (token[0], confidence[0]) == (8, LOGP[0, 0])
 
 
@@ -45,13 +47,15 @@ def test_a_temperature_next_to_zero_is_argmax_too(temperature: float) -> None:
     """Scores divided by it must not overflow to −∞ all together: then the lowest id would win, PAD before all."""
     ids = np.array([[8, MASK, PAD, BOS]], np.int32)
     logp = np.array([[-1.0, NEVER, NEVER, NEVER]], np.float32)
-    token, _ = draw(ids, logp, replace(PLAIN, temperature=temperature), 0, np.array([1]))
+    token, _ = draw(ids, logp, sampling=replace(PLAIN, temperature=temperature), step=0, position=np.array([1]))
     assert token[0] == 8
 
 
 def test_confidence_is_before_temperature() -> None:
     for temperature in (0.5, 1.0, 3.0):
-        token, confidence = draw(IDS, LOGP, replace(PLAIN, temperature=temperature), 0, np.array([1]))
+        token, confidence = draw(
+            IDS, LOGP, sampling=replace(PLAIN, temperature=temperature), step=0, position=np.array([1])
+        )
         assert confidence[0] == LOGP[0, IDS[0].tolist().index(token[0])]
 
 
@@ -60,14 +64,17 @@ def test_confidence_is_before_temperature() -> None:
 )
 def test_top_p_keeps_the_first_candidate_that_reaches_it(top_p: float, kept: set[int]) -> None:
     exact = np.log(np.array([[0.5, 0.25, 0.125, 0.125]])).astype(np.float32) if top_p == 0.5 else LOGP
-    seen = {int(draw(IDS, exact, replace(PLAIN, seed=s, top_p=top_p), 0, np.array([1]))[0][0]) for s in range(300)}
+    seen = {
+        int(draw(IDS, exact, sampling=replace(PLAIN, seed=s, top_p=top_p), step=0, position=np.array([1]))[0][0])
+        for s in range(300)
+    }
     assert seen == kept
 
 
 def test_equal_scores_go_to_the_lower_id() -> None:
     position = np.array([1])
     noise = gumbel(0, 0, position[:, None].astype(np.uint32), IDS.astype(np.uint32))
-    token, _ = draw(IDS, -noise, PLAIN, 0, position)  # every candidate comes to exactly 0
+    token, _ = draw(IDS, -noise, sampling=PLAIN, step=0, position=position)  # every candidate comes to exactly 0
     assert token[0] == 4
 
 
@@ -75,7 +82,9 @@ def test_equal_scores_go_to_the_lower_id() -> None:
 def test_equal_positions_go_to_the_lower_one(selection: Selection) -> None:
     five = np.repeat(LOGP, 5, 0)
     sampling = replace(PLAIN, selection=selection)
-    order = rank(five, np.ones(5, np.float32), five[:, 0], sampling, 0, np.arange(3, 8))
+    order = rank(
+        five, np.ones(5, np.float32), confidence=five[:, 0], sampling=sampling, step=0, position=np.arange(3, 8)
+    )
     assert order.tolist() == [0, 1, 2, 3, 4]
 
 
@@ -85,7 +94,7 @@ def test_each_selection_puts_its_own_first() -> None:
     logp, entropy = np.log(p).astype(np.float32), np.array([1.0, 1.1, 0.9], np.float32)
 
     def first(sampling: Sampling) -> int:
-        return int(rank(logp, entropy, logp[:, 0], sampling, 0, np.arange(1, 4))[0])
+        return int(rank(logp, entropy, confidence=logp[:, 0], sampling=sampling, step=0, position=np.arange(1, 4))[0])
 
     assert [first(replace(PLAIN, selection=s)) for s in ("confidence", "margin", "entropy")] == [0, 1, 2]
     assert first(replace(PLAIN, threshold=0.9)) == 0
@@ -98,7 +107,9 @@ def test_num_to_commit_by_threshold_and_in_the_last_step() -> None:
     confidence = np.log(np.array([0.9, 0.6, 0.5, 0.1])).astype(np.float32)
 
     def count(sampling: Sampling, step: int = 0) -> int:
-        return num_to_commit(order, entropy, confidence, replace(sampling, steps=64), step, 4)
+        return num_to_commit(
+            order, entropy, confidence=confidence, sampling=replace(sampling, steps=64), step=step, left=4
+        )
 
     assert count(replace(PLAIN, threshold=0.55)) == 2
     assert count(replace(PLAIN, threshold=1.0)) == 1
@@ -110,8 +121,9 @@ def test_entropy_bound_is_the_sum_less_the_largest(bound: float, committed: int)
     """Sets by ascending entropy: {0.1}: 0, {0.1, 0.2}: 0.1, with 0.3: 0.3, with 0.4: 0.6 (EB-sampler, 2505.24857)."""
     entropy = np.array([0.3, 0.1, 0.4, 0.2], np.float32)
     sampling = replace(PLAIN, steps=64, entropy_bound=bound)
-    order = rank(np.repeat(LOGP, 4, 0), entropy, np.zeros(4, np.float32), sampling, 0, np.arange(1, 5))
-    assert num_to_commit(order, entropy, np.zeros(4, np.float32), sampling, 0, 4) == committed
+    none = np.zeros(4, np.float32)
+    order = rank(np.repeat(LOGP, 4, 0), entropy, confidence=none, sampling=sampling, step=0, position=np.arange(1, 5))
+    assert num_to_commit(order, entropy, confidence=none, sampling=sampling, step=0, left=4) == committed
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -186,7 +198,7 @@ def test_positions_that_nobody_asked_for_stay_open() -> None:
     canvas[6:8] = FIRST_TEXT_ID
     fill = np.zeros(20, bool)
     fill[2:6] = True
-    unmask(Noise(12, 12, 0), "linear", canvas, fill, replace(PLAIN, steps=3), lambda step, now: None)
+    unmask(Noise(12, 12, 0), "linear", Row(canvas, fill, replace(PLAIN, steps=3)))
     assert (canvas[2:6] >= FIRST_TEXT_ID).all()
     assert (canvas[1] == MASK) and (canvas[8:] == MASK).all()
 
@@ -288,7 +300,7 @@ def test_open_positions_are_drafted_by_what_was_drawn_or_else_by_the_likeliest(r
         every = network.score(row.canvas[: row.active], 0.5, everywhere)
         expected = np.full_like(row.canvas, MASK)
         if not row.sampling.by_chance:
-            drawn, _ = draw(every.ids, every.logp, row.sampling, step, everywhere)
+            drawn, _ = draw(every.ids, every.logp, sampling=row.sampling, step=step, position=everywhere)
             expected[everywhere] = drawn if row.sampling.by_confidence else every.ids[:, 0]
         positions = wanted(row)
         at = np.isin(everywhere, positions)

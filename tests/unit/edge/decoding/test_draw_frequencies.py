@@ -69,7 +69,9 @@ def test_draws_of_one_position_over_many_seeds_follow_the_softmax() -> None:
     """Another seed must be another draw, not only another position."""
     ids, p = np.array([[9, 5, 6]], np.int32), np.array([0.5, 0.3, 0.2])
     logp = np.log(p)[None].astype(np.float32)
-    drawn = [int(draw(ids, logp, replace(PLAIN, seed=s), 0, np.array([4]))[0][0]) for s in range(2000)]
+    drawn = [
+        int(draw(ids, logp, sampling=replace(PLAIN, seed=s), step=0, position=np.array([4]))[0][0]) for s in range(2000)
+    ]
     wanted = p * 2000
     counts = np.array([drawn.count(i) for i in (9, 5, 6)])
     assert float(((counts - wanted) ** 2 / wanted).sum()) < chi_square_limit(2)

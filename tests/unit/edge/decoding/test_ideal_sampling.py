@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edge.decoding.canvas import unmask
-from edge.decoding.types import Sampling
+from edge.decoding.types import Row, Sampling
 from shared.manifest import Selection
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.support.ideal import LENGTHS, PAIRS, VOCAB, Ideal
@@ -18,7 +18,7 @@ def sampled(ideal: Ideal, seed: int, steps: int, selection: Selection = "random"
     canvas = np.full(ideal.canvases.shape[1], MASK, np.int32)
     canvas[0] = BOS
     sampling = Sampling(seed=seed, steps=steps, selection=selection, temperature=1.0, top_k=VOCAB, top_p=1.0)
-    unmask(ideal, "linear", canvas, canvas == MASK, sampling, lambda step, canvas: None)
+    unmask(ideal, "linear", Row(canvas, canvas == MASK, sampling))
     return tuple(canvas.tolist())
 
 

@@ -36,7 +36,7 @@ def test_known_answers(counter: list[int], key: list[int], expected: str) -> Non
 def test_uniforms_lie_strictly_inside_zero_and_one() -> None:
     """The extreme words must neither reach 0 nor round up to 1 in float32, or a logarithm would be infinite."""
     positions = np.arange(400, dtype=np.uint32)[:, None]
-    u = uniform(7, 3, positions, np.arange(500, dtype=np.uint32), TOKEN_DOMAIN)
+    u = uniform(7, 3, position=positions, token=np.arange(500, dtype=np.uint32), domain=TOKEN_DOMAIN)
     assert u.dtype == np.float32
     assert u.shape == (400, 500)
     assert 0 < u.min() < 1e-4
@@ -51,7 +51,7 @@ def test_uniforms_lie_strictly_inside_zero_and_one() -> None:
 def test_the_torch_reference_draws_the_same(seed: int) -> None:
     positions, tokens = np.arange(0, 256, 5, dtype=np.uint32)[:, None], np.arange(0, 8192, 37, dtype=np.uint32)
     for domain in (TOKEN_DOMAIN, ORDER_DOMAIN):
-        ours = uniform(seed, 11, positions, tokens, domain)
+        ours = uniform(seed, 11, position=positions, token=tokens, domain=domain)
         theirs = sampler.uniforms(seed, 11, torch.from_numpy(positions).long(), torch.from_numpy(tokens).long(), domain)
         np.testing.assert_array_equal(ours, theirs.numpy())  # 23 random bits and a half fit float32 exactly
 
@@ -59,14 +59,14 @@ def test_the_torch_reference_draws_the_same(seed: int) -> None:
 def test_every_part_of_the_counter_matters() -> None:
     """Seed (both halves), step, position, token and domain each give another draw."""
     one = np.arange(64, dtype=np.uint32)
-    base = uniform(1, 2, one, word(4), TOKEN_DOMAIN)
+    base = uniform(1, 2, position=one, token=word(4), domain=TOKEN_DOMAIN)
     others = [
-        uniform(2, 2, one, word(4), TOKEN_DOMAIN),
-        uniform(1 + 2**32, 2, one, word(4), TOKEN_DOMAIN),
-        uniform(1, 3, one, word(4), TOKEN_DOMAIN),
-        uniform(1, 2, one + np.uint32(64), word(4), TOKEN_DOMAIN),
-        uniform(1, 2, one, word(5), TOKEN_DOMAIN),
-        uniform(1, 2, one, word(4), ORDER_DOMAIN),
+        uniform(2, 2, position=one, token=word(4), domain=TOKEN_DOMAIN),
+        uniform(1 + 2**32, 2, position=one, token=word(4), domain=TOKEN_DOMAIN),
+        uniform(1, 3, position=one, token=word(4), domain=TOKEN_DOMAIN),
+        uniform(1, 2, position=one + np.uint32(64), token=word(4), domain=TOKEN_DOMAIN),
+        uniform(1, 2, position=one, token=word(5), domain=TOKEN_DOMAIN),
+        uniform(1, 2, position=one, token=word(4), domain=ORDER_DOMAIN),
     ]
     for other in others:
         assert np.count_nonzero(other == base) <= 1  # two of 2²³ values may meet by chance

@@ -16,6 +16,7 @@ import pytest
 from edge.backends import Chosen
 from edge.backends.trt.backend import EngineRejected, TrtBackend
 from edge.backends.trt.driver import CudaMemory, Gpu
+from edge.backends.trt.engine_cache import Built
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable
 from edge.decoding.canvas import advance
 from edge.decoding.types import Ids, LoopBackend, Positions, Row, Sampling, StepResult
@@ -49,7 +50,8 @@ class Bench:
 
     def open(self) -> TrtBackend:
         gpu = Gpu(self.driver)  # type: ignore[arg-type]
-        return TrtBackend(self.trt, gpu, self.memory or CudaMemory(gpu), self.manifest, self.graph, b"cubin")
+        memory, built = self.memory or CudaMemory(gpu), Built(self.graph, b"cubin")
+        return TrtBackend(self.trt, gpu, memory=memory, manifest=self.manifest, built=built)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_the_draws_are_those_of_the_edge(emulator: Emulator, seed: int) -> None:
     u, noise = np.zeros(n, np.float32), np.zeros(n, np.float32)
     for domain in (TOKEN_DOMAIN, ORDER_DOMAIN):
         emulator.call("uniforms", seed, 11, position, token, domain, n, u, noise)
-        np.testing.assert_array_equal(u, uniform(seed, 11, position, token, domain))
+        np.testing.assert_array_equal(u, uniform(seed, 11, position=position, token=token, domain=domain))
     np.testing.assert_allclose(noise, gumbel(seed, 11, position, token), rtol=1e-6, atol=1e-6)
 
 

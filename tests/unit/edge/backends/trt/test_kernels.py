@@ -158,7 +158,7 @@ def test_the_best_may_all_lie_in_one_thread(emulator: Emulator) -> None:
     for seed in range(10):
         row.sampling = replace(row.sampling, seed=seed)
         scored = reduce_logits(logits, 64)
-        token, _ = draw(scored.ids, scored.logp, row.sampling, 0, np.zeros(1, np.intp))
+        token, _ = draw(scored.ids, scored.logp, sampling=row.sampling, step=0, position=np.zeros(1, np.intp))
         assert Device(row).draw(emulator, logits)["token"][0] == token[0]
 
 
