@@ -1,7 +1,6 @@
 """ONNX Runtime on the CPU."""
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from edge.backends.ort_session import open_session
 from edge.decoding.types import Ids, Positions, StepResult
+from edge.system.locked import Locked
 from shared.errors import BundleError
 from shared.manifest import Manifest, find_graph, verified_bytes
 from shared.tokens import BOS, MASK
@@ -42,8 +42,8 @@ class OrtBackend:
         self.lanes = self._threads = threads or len(os.sched_getaffinity(0))
         graph = find_graph(folder, manifest, "cpu")
         self._file, self._graph = folder / graph.file, verified_bytes(folder, graph.file, graph.sha256)
-        self._lock = threading.Lock()  # guards the sessions by the size of their pool; more open when they are needed
-        self._sessions = {self._threads: self._open(self._threads, profile)}
+        self._sessions = Locked({self._threads: self._open(self._threads, profile)})
+        """By the size of their pool; more open when they are needed."""
         self._takes_time = manifest.model.time_input
         self._check(manifest.model.canvas_len, manifest.top_k)
 
@@ -73,10 +73,10 @@ class OrtBackend:
 
     def _session(self, rows: int) -> Any:
         size = pool_size(self._threads, rows)
-        with self._lock:
-            if size not in self._sessions:
-                self._sessions[size] = self._open(size)
-            return self._sessions[size]
+        with self._sessions as sessions:
+            if size not in sessions:
+                sessions[size] = self._open(size)
+            return sessions[size]
 
     def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
         """See `edge.decoding.types.Backend`."""
@@ -91,4 +91,5 @@ class OrtBackend:
 
     def close(self) -> None:
         """Drop the sessions and their memory."""
-        self._sessions.clear()
+        with self._sessions as sessions:
+            sessions.clear()

@@ -10,7 +10,6 @@ The Unix socket needs none of this: its client is there until the answer, and ha
 import os
 import sqlite3
 import struct
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from edge.system.locked import Locked
 from shared.errors import ConfigError, RequestError
 
 KEEP_S: Final = 24 * 3600.0
@@ -101,17 +101,17 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self._path = path = folder / FILE
-        self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = _open(path)
+            self._db = Locked(_open(path))
             self._computing = os.open(path.with_suffix(".computing"), os.O_RDWR | os.O_CREAT, 0o600)
         except (sqlite3.Error, OSError) as error:
             if "locked" in str(error):
                 raise ConfigError(f"journal {path} is used by another daemon; give each its own `state`") from None
             raise ConfigError(f"journal {path} cannot be opened: {error}") from None
         last = "SELECT max(coalesce(max(answered_s), 0), coalesce(max(delivered_s), 0)) FROM request"
-        self._began_s: float = self._db.execute(last).fetchone()[0] - time.monotonic()
+        with self._db as db:
+            self._began_s: float = db.execute(last).fetchone()[0] - time.monotonic()
         self._blame()
 
     def find(self, client: str, address: str, id: str) -> Entry | None:
@@ -180,11 +180,9 @@ class Journal:
 
     def undelivered(self) -> list[int]:
         """Numbers of what is answered and still to be delivered, oldest first: the answers might fill the memory."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT seq FROM request WHERE answer IS NOT NULL AND delivered_s IS NULL ORDER BY seq"
-            )
-            return [seq for (seq,) in rows]
+        condition = "answer IS NOT NULL AND delivered_s IS NULL"
+        with self._db as db:
+            return [seq for (seq,) in db.execute(f"SELECT seq FROM request WHERE {condition} ORDER BY seq")]
 
     def prune(self) -> None:
         """Forget answers that were delivered, or given up, more than KEEP_S ago, and nothing else."""
@@ -201,8 +199,8 @@ class Journal:
         if orderly:
             self.computing([])
         os.close(self._computing)
-        with self._lock:
-            self._db.close()
+        with self._db as db:
+            db.close()
 
     def _blame(self) -> None:
         """Note the requests during which the last process ended; whoever was alone then is charged with it."""
@@ -229,42 +227,38 @@ class Journal:
     def _holds_more(self, client: str, most_bytes: float) -> bool:
         """Whether more is kept for a client."""
         held = 0
-        with self._lock:
-            for (size,) in self._db.execute(f"SELECT {_SIZE} FROM request WHERE client = ?", (client,)):
+        with self._db as db:
+            for (size,) in db.execute(f"SELECT {_SIZE} FROM request WHERE client = ?", (client,)):
                 held += size
                 if held > most_bytes:
                     return True
         return False
 
     def _select(self, condition: str, *values: object) -> Iterator[Entry]:
-        with self._lock:
-            rows = self._db.execute(f"SELECT {_ENTRY} FROM request WHERE {condition} ORDER BY seq", values).fetchall()
+        with self._db as db:
+            rows = db.execute(f"SELECT {_ENTRY} FROM request WHERE {condition} ORDER BY seq", values).fetchall()
         return (Entry(*row) for row in rows)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._db as db:
+            db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-                self._db.execute("COMMIT")
+                yield db
+                db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # SQLite itself has rolled back what it met a full disk in
-                    self._db.execute("ROLLBACK")
+                if db.in_transaction:  # SQLite rolls a transaction back by itself when the disk is full
+                    db.execute("ROLLBACK")
                 raise
 
     def _now_s(self) -> float:
         return self._began_s + time.monotonic()
 
     def _bytes(self) -> int:
-        with self._lock:
-            return self._used_bytes()
-
-    def _used_bytes(self) -> int:
-        """Bytes in use, without pages that are free to take."""
-        pages, free, size = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
+        """Bytes in use, without free pages."""
+        names = ("page_count", "freelist_count", "page_size")
+        with self._db as db:
+            pages, free, size = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
         return int((pages - free) * size)
 
 

@@ -1,8 +1,9 @@
 """Who sent what is accepted and not answered yet."""
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from edge.system.locked import Locked
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,26 @@ class OpenRequests:
     """Accepted requests without an answer, by number in the journal. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards everything below
-        self._requests: dict[int, OpenRequest] = {}
+        self._requests: Locked[dict[int, OpenRequest]] = Locked({})
 
     def add(self, seq: int, opened: OpenRequest) -> None:
         """Note a request that was accepted."""
-        with self._lock:
-            self._requests[seq] = opened
+        with self._requests as requests:
+            requests[seq] = opened
 
     def get(self, seq: int) -> OpenRequest | None:
         """The request of that number, if it is without an answer."""
-        with self._lock:
-            return self._requests.get(seq)
+        with self._requests as requests:
+            return requests.get(seq)
 
     def remove(self, seq: int) -> None:
         """Its answer is stored."""
-        with self._lock:
-            self._requests.pop(seq, None)
+        with self._requests as requests:
+            requests.pop(seq, None)
 
     def cancel(self, client: str | None, address: str | None, id: str) -> None:
         """Stop those of an id; client: None for whoever used the plain topic. address: only the one answered there."""
-        with self._lock:
-            for opened in self._requests.values():
+        with self._requests as requests:
+            for opened in requests.values():
                 sender = "/" in opened.client if client is None else opened.client == client
                 opened.cancelled |= opened.id == id and sender and address in (None, opened.address)

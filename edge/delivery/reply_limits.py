@@ -1,9 +1,11 @@
 """How much a stranger may make the daemon say that is kept nowhere: refusals, health, answers sent again."""
 
-import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import Final
+
+from edge.system.locked import Locked
 
 MAX_REPLIES: Final = 32
 """Replies under way at once before those to QoS 0 requests are dropped."""
@@ -16,45 +18,58 @@ MAX_CLIENTS: Final = 256
 """Clients whose rate is remembered; the one that was quiet longest is forgotten."""
 
 
+@dataclass
+class _Spent:
+    """What was replied so far. clients: client → (replies against its rate, as of when)."""
+
+    dropped: int = 0
+    under_way: int = 0
+    clients: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
+
+    def within_rate(self, client: str) -> bool:
+        """Count one reply more to a client against its rate."""
+        now = time.monotonic()
+        spent, since_s = self.clients.pop(client, (0.0, now))
+        spent = max(0.0, spent - (now - since_s) * RATE)
+        allowed = spent < BURST
+        self.clients[client] = (spent + allowed, now)
+        if len(self.clients) > MAX_CLIENTS:
+            self.clients.popitem(last=False)
+        return allowed
+
+
 class ReplyLimits:
-    """Who may still be replied to. Thread-safe. dropped: replies that were not sent."""
+    """Who may still be replied to. Thread-safe."""
 
     def __init__(self) -> None:
-        self.dropped = 0
-        self._lock = threading.Lock()
-        self._under_way = 0
-        self._spent: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client → (replies, as of when)
+        self._spent = Locked(_Spent())
+
+    @property
+    def dropped(self) -> int:
+        """Replies that were not sent."""
+        with self._spent as spent:
+            return spent.dropped
 
     def take(self, client: str, reliable: bool) -> bool:
         """Whether there is room for one reply more, which `give_back` ends.
 
         reliable: the request came at QoS 1.
         """
-        with self._lock:
+        with self._spent as spent:
             if reliable:
-                allowed = self._under_way < MAX_RELIABLE_REPLIES
+                allowed = spent.under_way < MAX_RELIABLE_REPLIES
             else:
-                allowed = self._under_way < MAX_REPLIES and self._within_rate(client)
-            self._under_way += allowed
-            self.dropped += not allowed
+                allowed = spent.under_way < MAX_REPLIES and spent.within_rate(client)
+            spent.under_way += allowed
+            spent.dropped += not allowed
             return allowed
 
     def drop(self) -> None:
         """Count what cannot be replied to at all."""
-        with self._lock:
-            self.dropped += 1
+        with self._spent as spent:
+            spent.dropped += 1
 
     def give_back(self) -> None:
         """A reply arrived, or never will."""
-        with self._lock:
-            self._under_way -= 1
-
-    def _within_rate(self, client: str) -> bool:
-        now = time.monotonic()
-        spent, since_s = self._spent.pop(client, (0.0, now))
-        spent = max(0.0, spent - (now - since_s) * RATE)
-        allowed = spent < BURST
-        self._spent[client] = (spent + allowed, now)
-        if len(self._spent) > MAX_CLIENTS:
-            self._spent.popitem(last=False)
-        return allowed
+        with self._spent as spent:
+            spent.under_way -= 1

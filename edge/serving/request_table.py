@@ -1,6 +1,5 @@
 """Accepted requests from acceptance to answer, behind one lock: who has a place, whose turn it is, who is in a pass."""
 
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Final
 from edge.serving.fair_queue import FairQueue
 from edge.serving.job import Job
 from edge.serving.loaded_bundle import LoadedBundle
+from edge.system.locked import Locked
 from shared.errors import RequestError
 
 ACTIVE: Final = 16
@@ -41,8 +41,8 @@ class Counts:
 
 
 @dataclass
-class _Guarded:
-    """What the table's lock guards: touch it with the lock held."""
+class _State:
+    """What the threads share."""
 
     loaded: LoadedBundle
     waiting: deque[Job] = field(default_factory=deque)
@@ -59,139 +59,25 @@ class _Guarded:
     stopping: bool = False
     failure: str | None = None
 
-
-class RequestTable:
-    """Thread-safe. size: how many requests may be accepted and unanswered.
-
-    watch: called, with the lock held, with the tags of the requests in a pass whenever they change; it and every job's
-    `gone` must return at once and not call back.
-    """
-
-    def __init__(self, loaded: LoadedBundle, size: int) -> None:
-        self.watch: Callable[[Sequence[int]], None] = lambda tags: None
-        self._size = size
-        self._changed = threading.Condition()
-        self._its = _Guarded(loaded)
-
-    @property
-    def loaded(self) -> LoadedBundle:
-        """What new requests are accepted for."""
-        return self._its.loaded
-
-    @property
-    def failure(self) -> str | None:
-        """Why the device is out of service."""
-        return self._its.failure
-
-    def counts(self) -> Counts:
-        """How many requests there are."""
-        with self._changed:
-            its = self._its
-            return Counts(its.load.total(), len(its.waiting), its.accepted, its.steps, its.draining)
-
-    # --- in and out ---------------------------------------------------------------------------------------------------
-
-    def reserve(self, client: str, resumed: bool) -> tuple[LoadedBundle, int]:
-        """A place, and the bundle to fill it for.  → bundle, number in the order of acceptance
-
-        resumed: accepted before, so there is room for it. Raises RequestError (`queue_full`, `draining`).
-        """
-        with self._changed:
-            its = self._its
-            if its.draining:
-                raise RequestError("draining", self._reason("the daemon is shutting down"))
-            load, retry_after_ms = its.load.total(), max(1, round(its.mean_ms))
-            if load >= self._size and not resumed:
-                raise RequestError("queue_full", f"{load} requests are accepted already", retry_after_ms)
-            if load >= self._size - self._size // 4 and its.load[client] and not resumed:
-                theirs = f"{load} requests are accepted already: the last places are for clients that have none"
-                raise RequestError("queue_full", theirs, retry_after_ms)
-            its.load[client] += 1
-            its.users[its.loaded] += 1
-            its.accepted += 1
-            return its.loaded, its.accepted
-
-    def release(self, client: str, loaded: LoadedBundle) -> None:
-        """Give a reserved place back; the last to leave a replaced bundle closes it."""
-        with self._changed:
-            its = self._its
-            its.load[client] -= 1
-            its.users[loaded] -= 1
-            its.load, its.users = +its.load, +its.users  # forget those who have nothing here any more
-            if its.draining:
-                self._changed.notify_all()
-            unused = loaded is not its.loaded and not its.users[loaded]
-        if unused:
-            loaded.close()
-
-    def add(self, job: Job) -> None:
-        """A reserved place is filled."""
-        with self._changed:
-            self._its.waiting.append(job)
-            self._changed.notify()
-
-    def remove(self, job: Job, service_ms: float | None = None) -> None:
-        """A taken job is finished. service_ms: the time its passes took, where it is a complete text."""
-        with self._changed:
-            its = self._its
-            its.taken.discard(job)
-            if job in its.waiting:
-                its.waiting.remove(job)
-            else:
-                its.queue.leave(job)
-            if service_ms is not None:
-                its.mean_ms += 0.2 * (service_ms - its.mean_ms)
-        self.release(job.client, job.loaded)
-
-    # --- work ---------------------------------------------------------------------------------------------------------
-
-    def take(self) -> Work | None:
-        """Wait for something to do; None when nothing is left and nothing will come."""
-        with self._changed:
-            its = self._its
-            while True:
-                self._admit()
-                if stopped := self._stopped():
-                    its.taken.update(job for job, _ in stopped)
-                    return Work(stopped=stopped)
-                if batch := self._next_batch():
-                    return self._begin(batch)
-                if not its.taken:
-                    self._report([])
-                    if its.draining and not its.load.total():
-                        return None
-                self._changed.wait()
-
-    def end_pass(self, batch: Sequence[Job], finished: Collection[Job]) -> None:
-        """The pass over a batch is over: `finished` are to be removed, the others may be taken again."""
-        with self._changed:
-            its = self._its
-            its.passes.remove(batch)
-            its.steps += 1
-            its.taken.difference_update(job for job in batch if job not in finished)
-
-    def _admit(self) -> None:
+    def admit(self) -> None:
         """Give places in the fair queue to those who wait, once there is one."""
-        its = self._its
-        for job in list(its.waiting):
-            if len(its.queue) < ACTIVE or job.client not in its.queue:
-                its.waiting.remove(job)
-                its.queue.join(job)
+        for job in list(self.waiting):
+            if len(self.queue) < ACTIVE or job.client not in self.queue:
+                self.waiting.remove(job)
+                self.queue.join(job)
 
-    def _stopped(self) -> list[tuple[Job, RequestError]]:
+    def stopped_jobs(self) -> list[tuple[Job, RequestError]]:
         """Who is not to go on, and why: also of those who wait, so that they learn it now and make room."""
-        its = self._its
-        jobs = [job for job in (*its.queue, *its.waiting) if job not in its.taken]
-        if its.stopping:
-            reason = self._reason("the daemon shut down before this was finished")
+        jobs = [job for job in (*self.queue, *self.waiting) if job not in self.taken]
+        if self.stopping:
+            reason = self.reason("the daemon shut down before this was finished")
             return [(job, RequestError("draining", reason)) for job in jobs]
         return [(job, error) for job in jobs if (error := job.obstacle()) is not None]
 
-    def _next_batch(self) -> list[Job]:
+    def next_batch(self) -> list[Job]:
         """The next in turn, with as many others of its bundle and length as the backend takes in one pass."""
-        its = self._its
-        order = [job for job in its.queue.order() if job not in its.taken]
-        computing = [batch[0] for batch in its.passes]
+        order = [job for job in self.queue.order() if job not in self.taken]
+        computing = [batch[0] for batch in self.passes]
         if not order or any(job.alone for job in computing):
             return []
         first = order[0]
@@ -204,37 +90,142 @@ class RequestTable:
         size = max(size for size in first.loaded.batches if size <= len(mates))
         return sorted(mates[:size], key=lambda job: job.number)
 
-    def _begin(self, batch: list[Job]) -> Work:
-        its = self._its
-        its.taken.update(batch)
-        its.passes.append(batch)
-        its.queue.charge(batch)
-        self._report([job.tag for computed in its.passes for job in computed])
-        if len(its.queue) > len(its.taken):
-            self._changed.notify()  # there may be a pass for another thread
-        return Work(batch=batch, under_way=1 if batch[0].alone else len(its.queue))
+    def reason(self, usual: str) -> str:
+        """Why a request is not served: a failed device comes before the usual reason."""
+        return usual if self.failure is None else "the device has failed, and the daemon starts again"
 
-    def _report(self, tags: list[int]) -> None:
-        if tags != self._its.watched and self._its.failure is None:  # what was on the device as it failed stays noted
-            self._its.watched = tags
+
+class RequestTable:
+    """Thread-safe. size: how many requests may be accepted and unanswered.
+
+    watch: called, with the lock held, with the tags of the requests in a pass whenever they change; it and every job's
+    `gone` must return at once and not call back.
+    """
+
+    def __init__(self, loaded: LoadedBundle, size: int) -> None:
+        self.watch: Callable[[Sequence[int]], None] = lambda tags: None
+        self._size = size
+        self._state = Locked(_State(loaded))
+
+    @property
+    def loaded(self) -> LoadedBundle:
+        """What new requests are accepted for."""
+        with self._state as state:
+            return state.loaded
+
+    @property
+    def failure(self) -> str | None:
+        """Why the device is out of service."""
+        with self._state as state:
+            return state.failure
+
+    def counts(self) -> Counts:
+        """How many requests there are."""
+        with self._state as state:
+            return Counts(state.load.total(), len(state.waiting), state.accepted, state.steps, state.draining)
+
+    # --- in and out ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, client: str, resumed: bool) -> tuple[LoadedBundle, int]:
+        """A place, and the bundle to fill it for.  → bundle, number in the order of acceptance
+
+        resumed: accepted before, so there is room for it. Raises RequestError (`queue_full`, `draining`).
+        """
+        with self._state as state:
+            if state.draining:
+                raise RequestError("draining", state.reason("the daemon is shutting down"))
+            load, retry_after_ms = state.load.total(), max(1, round(state.mean_ms))
+            if load >= self._size and not resumed:
+                raise RequestError("queue_full", f"{load} requests are accepted already", retry_after_ms)
+            if load >= self._size - self._size // 4 and state.load[client] and not resumed:
+                theirs = f"{load} requests are accepted already: the last places are for clients that have none"
+                raise RequestError("queue_full", theirs, retry_after_ms)
+            state.load[client] += 1
+            state.users[state.loaded] += 1
+            state.accepted += 1
+            return state.loaded, state.accepted
+
+    def release(self, client: str, loaded: LoadedBundle) -> None:
+        """Give a reserved place back; the last to leave a replaced bundle closes it."""
+        with self._state as state:
+            state.load[client] -= 1
+            state.users[loaded] -= 1
+            state.load, state.users = +state.load, +state.users  # forget those who have nothing here any more
+            if state.draining:
+                self._state.changed.notify_all()
+            unused = loaded is not state.loaded and not state.users[loaded]
+        if unused:
+            loaded.close()
+
+    def add(self, job: Job) -> None:
+        """A reserved place is filled."""
+        with self._state as state:
+            state.waiting.append(job)
+            self._state.changed.notify()
+
+    def remove(self, job: Job, service_ms: float | None = None) -> None:
+        """A taken job is finished. service_ms: the time its passes took, where it is a complete text."""
+        with self._state as state:
+            state.taken.discard(job)
+            if job in state.waiting:
+                state.waiting.remove(job)
+            else:
+                state.queue.leave(job)
+            if service_ms is not None:
+                state.mean_ms += 0.2 * (service_ms - state.mean_ms)
+        self.release(job.client, job.loaded)
+
+    # --- work ---------------------------------------------------------------------------------------------------------
+
+    def take(self) -> Work | None:
+        """Wait for something to do; None when nothing is left and nothing will come."""
+        with self._state as state:
+            while True:
+                state.admit()
+                if stopped := state.stopped_jobs():
+                    state.taken.update(job for job, _ in stopped)
+                    return Work(stopped=stopped)
+                if batch := state.next_batch():
+                    return self._begin(state, batch)
+                if not state.taken:
+                    self._report(state, [])
+                    if state.draining and not state.load.total():
+                        return None
+                self._state.changed.wait()
+
+    def end_pass(self, batch: Sequence[Job], finished: Collection[Job]) -> None:
+        """The pass over a batch is over: `finished` are to be removed, the others may be taken again."""
+        with self._state as state:
+            state.passes.remove(batch)
+            state.steps += 1
+            state.taken.difference_update(job for job in batch if job not in finished)
+
+    def _begin(self, state: _State, batch: list[Job]) -> Work:
+        state.taken.update(batch)
+        state.passes.append(batch)
+        state.queue.charge(batch)
+        self._report(state, [job.tag for computed in state.passes for job in computed])
+        if len(state.queue) > len(state.taken):
+            self._state.changed.notify()  # there may be a pass for another thread
+        return Work(batch=batch, under_way=1 if batch[0].alone else len(state.queue))
+
+    def _report(self, state: _State, tags: list[int]) -> None:
+        if tags != state.watched and state.failure is None:  # what was on the device as it failed stays noted
+            state.watched = tags
             self.watch(tags)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def replace_bundle(self, loaded: LoadedBundle) -> None:
         """Accept for another bundle from now on. The old one is closed once its last request is answered."""
-        with self._changed:
-            retired, self._its.loaded = self._its.loaded, loaded
-            unused = not self._its.users[retired]
+        with self._state as state:
+            retired, state.loaded = state.loaded, loaded
+            unused = not state.users[retired]
         if unused:
             retired.close()
 
     def drain(self, stop: bool = False, failure: str | None = None) -> None:
         """Refuse what comes now; stop: what is accepted as well, from its next pass on. failure: of the device."""
-        with self._changed:
-            its = self._its
-            its.draining, its.stopping, its.failure = True, its.stopping or stop, its.failure or failure
-            self._changed.notify_all()
-
-    def _reason(self, usual: str) -> str:
-        return usual if self._its.failure is None else "the device has failed, and the daemon starts again"
+        with self._state as state:
+            state.draining, state.stopping, state.failure = True, state.stopping or stop, state.failure or failure
+            self._state.changed.notify_all()

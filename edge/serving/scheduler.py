@@ -82,11 +82,6 @@ class Scheduler:
         return self._table.failure
 
     @property
-    def steps_done(self) -> int:
-        """Passes made so far."""
-        return self._table.counts().steps
-
-    @property
     def busy(self) -> bool:
         """Whether an accepted request is still without its answer."""
         return self._table.counts().load > 0

@@ -1,1 +1,1 @@
-"""The operating system around the daemon: systemd's protocol, and the store of installed bundles."""
+"""The operating system around the daemon: systemd, users, locks and files. Nothing here knows of requests."""

@@ -2,13 +2,13 @@
 
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from edge.serving.scheduler import Scheduler
+from edge.system.locked import Locked
 from shared.errors import RequestError
 from shared.messages import (
     MAX_MESSAGE_BYTES,
@@ -35,33 +35,12 @@ class _Request:
     cancelled: bool = False
 
 
-class _Requests:
-    """What a client waits for. Thread-safe."""
+@dataclass
+class _Outgoing:
+    """The socket's writing side. unsent: bytes that the client did not take yet."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the set
-        self._open: set[_Request] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._open)
-
-    def add(self, id: str | None) -> _Request:
-        """One more."""
-        request = _Request(id)
-        with self._lock:
-            self._open.add(request)
-        return request
-
-    def discard(self, request: _Request) -> None:
-        """It is answered."""
-        with self._lock:
-            self._open.discard(request)
-
-    def cancel(self, id: str) -> None:
-        """Those of that id are to stop."""
-        with self._lock:
-            for request in self._open:
-                request.cancelled |= request.id == id
+    sock: socket.socket
+    unsent: bytearray = field(default_factory=bytearray)
 
 
 class _Sender:
@@ -69,29 +48,28 @@ class _Sender:
 
     def __init__(self, sock: socket.socket) -> None:
         self.gone = False
-        self._sock = sock
-        self._lock = threading.Lock()  # guards the bytes, and the socket's writing side
-        self._unsent = bytearray()
+        self._outgoing = Locked(_Outgoing(sock))
 
     @property
     def unsent(self) -> int:
         """Bytes that the client did not take yet."""
-        return len(self._unsent)
+        with self._outgoing as outgoing:
+            return len(outgoing.unsent)
 
     def send(self, reply: Reply) -> None:
         """Send it as far as the client takes it now. A snapshot is left out while anything is unsent."""
-        with self._lock:
-            if isinstance(reply, Partial) and self._unsent:
+        with self._outgoing as outgoing:
+            if isinstance(reply, Partial) and outgoing.unsent:
                 return
-            self._unsent += encode(reply) + b"\n"
+            outgoing.unsent += encode(reply) + b"\n"
         self.flush()
 
     def flush(self) -> None:
         """Send what the client takes now."""
-        with self._lock:
+        with self._outgoing as outgoing:
             try:
-                while self._unsent and not self.gone:
-                    del self._unsent[: self._sock.send(self._unsent)]
+                while outgoing.unsent and not self.gone:
+                    del outgoing.unsent[: outgoing.sock.send(outgoing.unsent)]
             except BlockingIOError:
                 pass
             except OSError:
@@ -99,9 +77,9 @@ class _Sender:
 
     def close(self) -> None:
         """Hang up; replies still to come are dropped."""
-        with self._lock:
+        with self._outgoing as outgoing:
             self.gone = True
-            self._sock.close()
+            outgoing.sock.close()
 
 
 class Connection:
@@ -123,7 +101,7 @@ class Connection:
         self._wake = wake
         self._ended = False  # nothing more is read: the client sent its last line, or one that was too long
         self._unserved = bytearray()
-        self._requests = _Requests()
+        self._requests: Locked[set[_Request]] = Locked(set())
         self._sender = _Sender(sock)
 
     @property
@@ -140,7 +118,8 @@ class Connection:
     @property
     def idle(self) -> bool:
         """Whether it waits for nothing. What it left unread does not count, nor does half a line."""
-        return not self._requests
+        with self._requests as requests:
+            return not requests
 
     @property
     def gone(self) -> bool:
@@ -216,9 +195,13 @@ class Connection:
             self._sender.send(self._scheduler.health())
             return
         if isinstance(message, CancelRequest):
-            self._requests.cancel(message.id)
+            with self._requests as requests:
+                for request in requests:
+                    request.cancelled |= request.id == message.id
             return
-        request = self._requests.add(message.id)
+        request = _Request(message.id)
+        with self._requests as requests:
+            requests.add(request)
         self._scheduler.submit(
             message,
             lambda reply: self._reply(request, reply),
@@ -230,6 +213,7 @@ class Connection:
         self._sender.send(reply)
         self.used_s = time.monotonic()
         if isinstance(reply, Response):
-            self._requests.discard(request)
+            with self._requests as requests:
+                requests.discard(request)
         if self._sender.unsent or self._unserved or self._ended:
             self._wake()

@@ -28,7 +28,7 @@ from shared.manifest import MAX_STEPS, Manifest
 from shared.schedule import SCHEDULES, time_of_masked_fraction
 from shared.tokens import MASK
 
-log = logging.getLogger("edgelm")
+log = logging.getLogger(__name__)
 
 
 class EngineRejected(DeviceError):
@@ -172,23 +172,21 @@ class TrtBackend:
         self._wait()
         if not capture:
             return
-        call, name = self._gpu.call, f"{bucket.batch} × {bucket.length}"
-        graph = None
+        call, graph = self._gpu.call, None
+        mode = self._gpu.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         try:
-            call("cuStreamBeginCapture", self._stream, self._capture_mode())
+            call("cuStreamBeginCapture", self._stream, mode)
             try:
                 self._enqueue(bucket)
             finally:
                 graph = call("cuStreamEndCapture", self._stream)
             bucket.graph = call("cuGraphInstantiate", graph, 0)
         except DeviceError as error:
-            log.warning("no CUDA graph for %s, its passes are enqueued one by one: %s", name, str(error))
+            name = f"{bucket.batch} × {bucket.length}"
+            log.warning("no CUDA graph for %s, its steps are enqueued one by one: %s", name, str(error))
         finally:
             if graph is not None:
                 self._gpu.release("cuGraphDestroy", graph)
-
-    def _capture_mode(self) -> Any:
-        return self._gpu.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
     def _enqueue(self, bucket: Bucket) -> None:
         """Engine, draw, commit, in the stream's order."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shared.errors import DeviceError
 
-log = logging.getLogger("edgelm")
+log = logging.getLogger(__name__)
 
 NO_BINDINGS: Final = (
     "cuda-python is not installed: pip install 'diffusion-llm[cuda13]' ('diffusion-llm[cuda12]' on JetPack 6)"

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from shared.errors import DeviceError
 
-log = logging.getLogger("edgelm")
+log = logging.getLogger(__name__)
 
 SYSTEM_PACKAGES: Final = (
     ("/usr/lib", "python3*/dist-packages"),  # apt: python3.10 on JetPack 6, python3.12 on JetPack 7

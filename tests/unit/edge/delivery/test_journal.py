@@ -215,7 +215,8 @@ def test_a_request_without_an_id_is_forgotten_when_its_answer_is_delivered(journ
     assert journal.undelivered() == [seq]
     journal.record(delivered=[seq])
     assert journal.undelivered() == []
-    assert journal._db.execute("SELECT count(*) FROM request").fetchone() == (0,)
+    with journal._db as db:
+        assert db.execute("SELECT count(*) FROM request").fetchone() == (0,)
 
 
 def test_a_disk_with_little_room_takes_nothing_new(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:

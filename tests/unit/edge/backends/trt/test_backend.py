@@ -121,7 +121,7 @@ def test_without_graphs_the_passes_are_enqueued_plainly(
     advance(backend, "linear", wanted)
     backend.close()
     bench.driver.fails = {name: Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED}
-    with caplog.at_level(logging.WARNING, "edgelm"):
+    with caplog.at_level(logging.WARNING, "edge.backends.trt.backend"):
         backend = bench.open()
     assert f"{name} failed: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in caplog.text
     bench.driver.calls.clear()
