@@ -1,6 +1,6 @@
 """The bundle's manifest: everything the edge must know, and nothing in file names.
 
-A bundle is a folder: manifest.json, tokenizer.json and the step graphs the manifest lists, each with its sha256.
+A bundle is a folder: manifest.json, tokenizer.json and the graphs the manifest lists, each with its sha256.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from shared import tokens
 from shared.errors import BundleError
 from shared.schedule import ScheduleName
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MANIFEST: Final = "manifest.json"
 TOKENIZER: Final = "tokenizer.json"
 MAX_MANIFEST_BYTES: Final = 1 << 20
@@ -25,6 +25,12 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Precision = Literal["fp32", "fp16", "int8"]
 Target = Literal["cpu", "cuda"]
+Role = Literal["canvas", "step", "prefill", "draft"]
+"""What a graph computes: scores of a canvas; scores of causal rows over cached ones; keys and values of rows that all
+see each other; drafts of the chain drafter."""
+Decoder = Literal["blocks", "canvas"]
+ROLE_OF: Final[dict[Decoder, Role]] = {"blocks": "step", "canvas": "canvas"}
+"""The graph that a decoder cannot do without."""
 Selection = Literal["confidence", "random", "margin", "entropy"]
 
 
@@ -58,14 +64,15 @@ class Tensor(Frozen, frozen=True):
     """One graph input or output; a shape entry is a number or a dimension's name ("batch", "length")."""
 
     name: str
-    dtype: Literal["int32", "float32", "float16"]
+    dtype: Literal["int32", "int64", "float32", "float16"]
     shape: tuple[int | str, ...]
 
 
 class Graph(Frozen, frozen=True):
-    """One step graph: a file for one precision and one target."""
+    """A file for one role, one precision and one target."""
 
     file: FileName
+    role: Role
     sha256: Sha256
     precision: Precision
     target: Target
@@ -93,8 +100,24 @@ class Evaluation(Frozen, frozen=True):
     masked_cross_entropy: Figure
 
 
+class LawFigures(Frozen, frozen=True):
+    """What `host.evaluate` measured of the laws that blocks are written by, on held-out text.
+
+    tokens_per_pass: by temperature, as "0.8"; None without a drafter. The others are None without the objective infill.
+    """
+
+    graph: str  # "torch fp32", or the file of the graph that was measured
+    source: str
+    stories: Positive
+    left_to_right_nats_per_token: Figure
+    left_to_right_bits_per_byte: Figure
+    infilling_nats_per_gap_token: Figure | None = None
+    infilling_blind_nats_per_gap_token: Figure | None = None
+    tokens_per_pass: dict[str, float] | None = None
+
+
 class Parity(Frozen, frozen=True):
-    """How closely a quantized graph follows float32: the gate that a bundle must pass.
+    """How closely a quantized canvas graph follows float32: the gate that a bundle must pass.
 
     kept_float: linear layers left in float, because the gate was missed with them.
     """
@@ -106,17 +129,40 @@ class Parity(Frozen, frozen=True):
     kept_float: tuple[str, ...] = ()
 
 
+class LawParity(Frozen, frozen=True):
+    """How closely a quantized step graph follows float32, the gate likewise: nats per token, graph / float32.
+
+    infilling_ratio: None without the objective infill. texts_agreeing: share of whole greedy texts that are equal.
+    """
+
+    graph: str
+    scheme: str
+    law_ratio: float
+    infilling_ratio: float | None
+    texts_agreeing: float
+    kept_float: tuple[str, ...] = ()
+
+
+class TrainingStage(Frozen, frozen=True):
+    """One run of training. objectives: () where the run is no longer there to tell."""
+
+    name: str
+    objectives: tuple[str, ...]
+    tokens: int
+
+
 class TrainingData(Frozen, frozen=True):
-    """What the model learned from."""
+    """What the model learned from. tokens_seen: in all stages together; stages: oldest first."""
 
     name: str
     licence: str
     stories: int
     tokens_seen: int
+    stages: tuple[TrainingStage, ...]
 
 
 class SamplingDefaults(Frozen, frozen=True):
-    """What a request gets when it does not say; chosen by the sweep of docs/quality.md."""
+    """What a canvas request gets when it does not say; chosen by the sweep of docs/quality.md."""
 
     steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] = 64
     selection: Selection = "random"
@@ -124,8 +170,16 @@ class SamplingDefaults(Frozen, frozen=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
+class BlocksDefaults(Frozen, frozen=True):
+    """What a request in blocks gets when it does not say. window: drafts that the draft graph makes, 0 without one."""
+
+    window: Annotated[int, Meta(ge=0, le=8)]
+    temperature: Annotated[float, Meta(ge=0, le=10)] = 0.8
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+
+
 class Manifest(Frozen, frozen=True):
-    """The whole of manifest.json."""
+    """The whole of manifest.json. decoders: the first is the default."""
 
     format_version: int
     name: FileName
@@ -134,11 +188,15 @@ class Manifest(Frozen, frozen=True):
     schedule: ScheduleName
     reveal_grid: Literal["cosine"]
     top_k: Annotated[int, Meta(ge=2)]  # `margin` looks at the best two
+    decoders: Annotated[tuple[Decoder, ...], Meta(min_length=1)]
     graphs: tuple[Graph, ...]
     tokenizer_sha256: Sha256
     defaults: SamplingDefaults
+    blocks: BlocksDefaults | None
     evaluations: tuple[Evaluation, ...]
+    laws: tuple[LawFigures, ...]
     parity: tuple[Parity, ...]
+    law_parity: tuple[LawParity, ...]
     calibration: str
     data: TrainingData
     made_with: dict[str, str]
@@ -167,26 +225,52 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path} has {len(raw)} bytes; at most {MAX_MANIFEST_BYTES} are read")
     try:
         version = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]).get("format_version")
-        if version is None or msgspec.json.decode(version) != FORMAT_VERSION:
+        found = None if version is None else msgspec.json.decode(version)
+        if found != FORMAT_VERSION:
             read = "none" if version is None else bytes(version)[:40].decode(errors="replace")
-            raise BundleError(f"{path} has format_version {read}; this release reads {FORMAT_VERSION}")
+            remedy = "; export its run again, with python -m host.export --run" if found == 1 else ""
+            raise BundleError(f"{path} has format_version {read}; this release reads {FORMAT_VERSION}{remedy}")
         manifest = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}") from None
-    if manifest.special_ids != SpecialIds():
-        raise BundleError(f"{path} has special_ids other than PAD 0, BOS 1, EOS 2, MASK 3")
-    if manifest.top_k > manifest.model.vocab_size:
-        raise BundleError(f"{path} has top_k {manifest.top_k} above vocab_size {manifest.model.vocab_size}")
+    if contradiction := _contradiction(manifest):
+        raise BundleError(f"{path} has {contradiction}")
     return manifest
 
 
-def find_graph(folder: Path, manifest: Manifest, target: Target) -> Graph:
-    """The first graph listed for a target; raises BundleError when there is none."""
+def _contradiction(manifest: Manifest) -> str | None:
+    """The first part of a manifest that does not go with another, in words."""
+    roles = {graph.role for graph in manifest.graphs}
+    if manifest.special_ids != SpecialIds():
+        return "special_ids other than PAD 0, BOS 1, EOS 2, MASK 3"
+    if manifest.top_k > manifest.model.vocab_size:
+        return f"top_k {manifest.top_k} above vocab_size {manifest.model.vocab_size}"
+    for decoder in manifest.decoders:
+        if manifest.decoders.count(decoder) > 1:
+            return f"the decoder {decoder} twice"
+        if ROLE_OF[decoder] not in roles:
+            return f"the decoder {decoder}, but no graph of the role {ROLE_OF[decoder]}"
+    if manifest.blocks is None and "blocks" in manifest.decoders:
+        return "the decoder blocks, but no defaults of `blocks`"
+    if manifest.blocks is not None and "blocks" not in manifest.decoders:
+        return "defaults of `blocks`, but not that decoder"
+    if manifest.blocks is not None and manifest.blocks.window and "draft" not in roles:
+        return f"the window {manifest.blocks.window}, but no graph of the role draft"
+    return None
+
+
+def has_role(manifest: Manifest, target: Target, role: Role) -> bool:
+    """Whether there is a graph of that role for a target."""
+    return any((graph.target, graph.role) == (target, role) for graph in manifest.graphs)
+
+
+def find_graph(folder: Path, manifest: Manifest, target: Target, role: Role = "canvas") -> Graph:
+    """The first graph listed for a target and a role; raises BundleError when there is none."""
     for graph in manifest.graphs:
-        if graph.target == target:
+        if (graph.target, graph.role) == (target, role):
             return graph
-    listed = ", ".join(f"{g.file} ({g.target})" for g in manifest.graphs) or "none"
-    raise BundleError(f"bundle {folder} has no graph for target {target!r}; it lists {listed}")
+    listed = ", ".join(f"{g.file} ({g.role}, {g.target})" for g in manifest.graphs) or "none"
+    raise BundleError(f"bundle {folder} has no {role} graph for target {target!r}; it lists {listed}")
 
 
 def verified_bytes(folder: Path, file: str, sha256: str) -> bytes:

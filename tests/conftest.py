@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from host.export.bundle_writer import StepGraph, write_bundle
+from host.export.bundle_writer import BundleGraph, write_bundle
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import quantize
 from host.export.cuda_graph import cuda_graph
@@ -43,8 +43,10 @@ def _export(folder: Path, int8: bool) -> Exported:
     model, progress, tokenizer = untrained(config_named("debug"))
     graph = cpu_graph(model, TOP_K)
     shipped = (
-        StepGraph(quantize(graph, "dynamic", []), "int8", "cpu") if int8 else StepGraph(graph, "fp32", "cpu"),
-        StepGraph(cuda_graph(model), "fp16", "cuda"),
+        BundleGraph(quantize(graph, "dynamic", []), "canvas", "int8", "cpu")
+        if int8
+        else BundleGraph(graph, "canvas", "fp32", "cpu"),
+        BundleGraph(cuda_graph(model), "canvas", "fp16", "cuda"),
     )
     with tokenizer as path:
         write_bundle(folder, model, progress, tokenizer=path, graphs=shipped, top_k=TOP_K)

@@ -13,7 +13,7 @@ from typing import Final
 
 from host.evaluate.likelihood import STORIES, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
-from host.export.bundle_writer import StepGraph, check_replaceable, write_bundle
+from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
 from host.export.parity import dropped_mass
 from host.export.pipeline import Wanted, build, build_untrained
 from host.export.random_weights import untrained
@@ -23,7 +23,7 @@ from host.export.stages import Stages
 from host.model.network import CONFIGS, config_named
 from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
-from host.train.run_folder import data_of, load_run, work_behind
+from host.train.run_folder import data_of, load_run, training_stages
 from shared.errors import ConfigError, run_main
 from shared.manifest import MAX_STEPS, TOKENIZER, Evaluation, SamplingDefaults
 
@@ -140,7 +140,7 @@ def export_run(
             tokenizer=tokenizer,
             graphs=graphs,
             top_k=top_k,
-            tokens_seen=work_behind(run).tokens,
+            stages=training_stages(run),
             evaluations=evaluations,
             parity=parities,
             calibration=calibration,
@@ -187,7 +187,7 @@ def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingD
     say_what_was_written(out, graphs)
 
 
-def say_what_was_written(out: Path, graphs: Sequence[StepGraph]) -> None:
+def say_what_was_written(out: Path, graphs: Sequence[BundleGraph]) -> None:
     """Files, sizes, and what to do with them."""
     sizes = ", ".join(f"{g.file} {(out / g.file).stat().st_size / 1e6:.1f} MB" for g in graphs)
     on_cpu = any(g.target == "cpu" for g in graphs)

@@ -18,42 +18,50 @@ from shared.errors import ConfigError, DiffusionLLMError
 from shared.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    ROLE_OF,
     TOKENIZER,
+    BlocksDefaults,
     Evaluation,
     FileName,
     Graph,
+    LawFigures,
+    LawParity,
     Manifest,
     ModelSpec,
     Parity,
     Precision,
+    Role,
     SamplingDefaults,
     SpecialIds,
     Target,
     Tensor,
     TrainingData,
+    TrainingStage,
     read_manifest,
     sha256_of,
 )
 
 _DTYPES = {
     int(onnx.TensorProto.INT32): "int32",
+    int(onnx.TensorProto.INT64): "int64",
     int(onnx.TensorProto.FLOAT): "float32",
     int(onnx.TensorProto.FLOAT16): "float16",
 }
 
 
 @dataclass(frozen=True)
-class StepGraph:
+class BundleGraph:
     """One graph to ship."""
 
     model: onnx.ModelProto
+    role: Role
     precision: Precision
     target: Target
 
     @property
     def file(self) -> str:
         """Its name in the bundle."""
-        return f"step.{self.target}.{self.precision}.onnx"
+        return f"{self.role}.{self.target}.{self.precision}.onnx"
 
 
 def model_spec(config: ModelConfig) -> ModelSpec:
@@ -95,22 +103,28 @@ def write_bundle(
     progress: Progress,
     *,
     tokenizer: Path,
-    graphs: Sequence[StepGraph],
+    graphs: Sequence[BundleGraph],
     top_k: int,
-    tokens_seen: int = 0,
+    stages: Sequence[TrainingStage] = (),
     evaluations: Sequence[Evaluation] = (),
+    laws: Sequence[LawFigures] = (),
     parity: Sequence[Parity] = (),
+    law_parity: Sequence[LawParity] = (),
     calibration: str = "none",
     defaults: SamplingDefaults | None = None,
 ) -> Manifest:
     """Write everything beside `out`, then swap it in; an older bundle there is replaced only when the new one is whole.
 
-    tokens_seen: in training, by all the runs that the weights went through.
+    Its decoders are those that the graphs serve. stages: the runs that the weights went through, oldest first.
 
     Raises ConfigError when `out` exists and is no bundle, or has an unusable name; DiffusionLLMError when the
     disk refuses.
     """
     check_replaceable(out)
+    roles = {graph.role for graph in graphs}
+    defaults = defaults or SamplingDefaults()
+    window = model.config.draft_depth if "draft" in roles else 0
+    blocks = BlocksDefaults(window=window, temperature=defaults.temperature, top_p=defaults.top_p)
     with swapped_in(out) as folder:
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         for graph in graphs:
@@ -123,17 +137,22 @@ def write_bundle(
             schedule=progress.schedule,
             reveal_grid="cosine",
             top_k=top_k,
+            decoders=tuple(decoder for decoder, role in ROLE_OF.items() if role in roles),
             graphs=tuple(_listed(folder, graph) for graph in graphs),
             tokenizer_sha256=sha256_of(folder / TOKENIZER),
-            defaults=defaults or SamplingDefaults(),
+            defaults=defaults,
+            blocks=blocks if "step" in roles else None,
             evaluations=tuple(evaluations),
+            laws=tuple(laws),
             parity=tuple(parity),
+            law_parity=tuple(law_parity),
             calibration=calibration,
             data=TrainingData(
                 name=progress.data_source,
                 licence=progress.data_licence,
                 stories=progress.data_stories,
-                tokens_seen=tokens_seen,
+                tokens_seen=sum(stage.tokens for stage in stages),
+                stages=tuple(stages),
             ),
             made_with={
                 "python": platform.python_version(),
@@ -145,9 +164,10 @@ def write_bundle(
     return manifest
 
 
-def _listed(folder: Path, graph: StepGraph) -> Graph:
+def _listed(folder: Path, graph: BundleGraph) -> Graph:
     return Graph(
         file=graph.file,
+        role=graph.role,
         sha256=sha256_of(folder / graph.file),
         precision=graph.precision,
         target=graph.target,

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from host.evaluate.scorers import GraphScorer, session_of, step_feed
-from host.export.bundle_writer import StepGraph
+from host.export.bundle_writer import BundleGraph
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import SCHEMES, Scheme, quantize
 from host.export.cuda_graph import cuda_graph
@@ -44,7 +44,7 @@ class Wanted:
 class Built:
     """A graph that passed the gate."""
 
-    graph: StepGraph
+    graph: BundleGraph
     parity: Parity
     step_ms: float  # on this machine
 
@@ -61,7 +61,7 @@ def median_step_ms(graph: onnx.ModelProto, canvas: NDArray[np.int32]) -> float:
     return statistics.median(times[5:]) * 1e3
 
 
-def measured(reference: Reference, graph: StepGraph, scheme: str, kept_float: Sequence[str] = ()) -> Built:
+def measured(reference: Reference, graph: BundleGraph, scheme: str, kept_float: Sequence[str] = ()) -> Built:
     """Measure a graph's parity and speed, and print them."""
     parity = measure(reference, GraphScorer(graph.file, graph.model), scheme, kept_float)
     ms = median_step_ms(graph.model, reference.canvases[len(reference.canvases) // 2][0])
@@ -72,7 +72,7 @@ def measured(reference: Reference, graph: StepGraph, scheme: str, kept_float: Se
     return Built(graph, parity, ms)
 
 
-Make = Callable[[Sequence[str]], StepGraph]
+Make = Callable[[Sequence[str]], BundleGraph]
 """Makes a quantized graph, given the layers to leave in float."""
 
 
@@ -102,7 +102,7 @@ def cpu_int8(reference: Reference, top_k: int) -> Built:
     exact = cpu_graph(reference.model, top_k)
 
     def made_by(scheme: Scheme) -> Make:
-        return lambda kept: StepGraph(quantize(exact, scheme, reference.calibration, kept), "int8", "cpu")
+        return lambda kept: BundleGraph(quantize(exact, scheme, reference.calibration, kept), "canvas", "int8", "cpu")
 
     passing = first_to_pass(reference, "CPU", {scheme: made_by(scheme) for scheme in SCHEMES})
     return min(passing, key=lambda built: built.step_ms)
@@ -116,7 +116,7 @@ def cuda_int8(reference: Reference, fp16: onnx.ModelProto) -> Built:
     ranges = activation_ranges(fp16, reference.calibration)
 
     def made_by(rule: Range) -> Make:
-        return lambda kept: StepGraph(quantize_linears(fp16, ranges[rule], kept), "int8", "cuda")
+        return lambda kept: BundleGraph(quantize_linears(fp16, ranges[rule], kept), "canvas", "int8", "cuda")
 
     return most_faithful(first_to_pass(reference, "CUDA", {rule: made_by(rule) for rule in RANGES}))
 
@@ -126,7 +126,7 @@ def most_faithful(passing: Sequence[Built]) -> Built:
     return min(passing, key=lambda built: nelbo_change(built.parity))
 
 
-def build(wanted: Wanted, reference: Reference, stages: Stages) -> tuple[list[StepGraph], list[Parity], str]:
+def build(wanted: Wanted, reference: Reference, stages: Stages) -> tuple[list[BundleGraph], list[Parity], str]:
     """The wanted graphs of a trained network.  → graphs, parity records, calibration record
 
     Raises BundleError when a graph misses the gate or breaks a rule of the lint.
@@ -135,15 +135,15 @@ def build(wanted: Wanted, reference: Reference, stages: Stages) -> tuple[list[St
     top_k = min(TOP_K, model.config.vocab_size)
     fp16 = cuda_graph(model, wanted.fp32_norms)
     built: list[Built] = []
-    graphs: list[StepGraph] = []
+    graphs: list[BundleGraph] = []
     if wanted.cpu_int8:
         stages.begin("INT8 for the CPU")
         built.append(cpu_int8(reference, top_k))
     if wanted.cpu_fp32:
-        graphs.append(StepGraph(cpu_graph(model, top_k), "fp32", "cpu"))
+        graphs.append(BundleGraph(cpu_graph(model, top_k), "canvas", "fp32", "cpu"))
     if wanted.cuda_fp16:
         stages.begin("FP16 for CUDA")
-        built.append(measured(reference, StepGraph(fp16, "fp16", "cuda"), FP16))
+        built.append(measured(reference, BundleGraph(fp16, "canvas", "fp16", "cuda"), FP16))
         if not passes(built[-1].parity):
             raise BundleError(f"the FP16 graph misses {GATE}; nothing was written")
     if wanted.cuda_int8:
@@ -165,27 +165,29 @@ def calibration_record(built: Sequence[Built], reference: Reference) -> str:
     return "; ".join(records) or "none"
 
 
-def build_untrained(wanted: Wanted, model: Denoiser) -> list[StepGraph]:
+def build_untrained(wanted: Wanted, model: Denoiser) -> list[BundleGraph]:
     """The same graphs of random weights, which have no quality to keep: nothing is measured."""
     top_k = min(TOP_K, model.config.vocab_size)
     fp16 = cuda_graph(model, wanted.fp32_norms)
     graphs = []
     if wanted.cpu_int8:
-        graphs.append(StepGraph(quantize(cpu_graph(model, top_k), "dynamic", []), "int8", "cpu"))
+        graphs.append(BundleGraph(quantize(cpu_graph(model, top_k), "dynamic", []), "canvas", "int8", "cpu"))
     if wanted.cpu_fp32:
-        graphs.append(StepGraph(cpu_graph(model, top_k), "fp32", "cpu"))
+        graphs.append(BundleGraph(cpu_graph(model, top_k), "canvas", "fp32", "cpu"))
     if wanted.cuda_fp16:
-        graphs.append(StepGraph(fp16, "fp16", "cuda"))
+        graphs.append(BundleGraph(fp16, "canvas", "fp16", "cuda"))
     if wanted.cuda_int8:
         visited = trajectories(model, "linear", np.zeros((1, model.config.canvas_len), np.uint16), CALIBRATION_SEED)
         graphs.append(
-            StepGraph(quantize_linears(fp16, activation_ranges(fp16, visited)["largest"], []), "int8", "cuda")
+            BundleGraph(
+                quantize_linears(fp16, activation_ranges(fp16, visited)["largest"], []), "canvas", "int8", "cuda"
+            )
         )
     check(graphs)
     return graphs
 
 
-def check(graphs: Sequence[StepGraph]) -> None:
+def check(graphs: Sequence[BundleGraph]) -> None:
     """Hold the CUDA graphs to the lint: BundleError with every violation, one line for each slow shape."""
     for graph in graphs:
         if graph.target == "cuda":

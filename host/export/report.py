@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edge.decoding.canvas import unmask
 from edge.decoding.types import Ids, Positions, Row, Sampling, StepResult
 from host.evaluate.scorers import GraphScorer, TorchScorer
-from host.export.bundle_writer import StepGraph
+from host.export.bundle_writer import BundleGraph
 from host.export.reference import PARITY_SEED, Reference
 from host.sampling.reference import TOP_K
 from shared.tokens import BOS, MASK, PAD
@@ -19,7 +19,7 @@ STEPS: Final = 32
 SEEDS: Final = 4
 
 
-def print_report(reference: Reference, graphs: Sequence[StepGraph]) -> None:
+def print_report(reference: Reference, graphs: Sequence[BundleGraph]) -> None:
     """The error of each layer alone, and how whole generations agree with float32."""
     print("\nerror of each linear layer alone in INT8, worst first")
     for error in reference.worst_first:

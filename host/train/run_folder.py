@@ -22,7 +22,7 @@ from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_fr
 from host.train.logging import LOG_FILE, read_log
 from host.train.optim import PEAK_RATES, WEIGHT_DECAY, OptimizerName
 from shared.errors import ConfigError, DataError
-from shared.manifest import TOKENIZER, sha256_of
+from shared.manifest import TOKENIZER, TrainingStage, sha256_of
 
 CONFIG_FILE = "config.json"
 VALIDATION_SEED = 0x5EED
@@ -91,6 +91,22 @@ def work_behind(run: Path) -> Work:
     """What the weights cost that another run would begin with; DataError when `run` holds none."""
     progress, before = read_progress(find_checkpoint(run)), work_before(read_config(run))
     return Work(before.compute_seconds + progress.compute_seconds, before.tokens + progress.tokens_seen)
+
+
+def training_stages(run: Path) -> tuple[TrainingStage, ...]:
+    """The runs that a run's weights went through, oldest first; those of an earlier run that is gone count as one."""
+    config, progress = read_config(run), read_progress(find_checkpoint(run))
+    before: tuple[TrainingStage, ...] = ()
+    if config.init is not None and config.init.is_dir():
+        before = training_stages(config.init)
+    elif config.init_work is not None:
+        before = (
+            TrainingStage(
+                name=config.init.name if config.init else "earlier", objectives=(), tokens=config.init_work.tokens
+            ),
+        )
+    objectives = ("drafter",) if config.stage == "drafter" else tuple(progress.objectives)
+    return (*before, TrainingStage(name=run.resolve().name, objectives=objectives, tokens=progress.tokens_seen))
 
 
 def work_before(config: TrainConfig) -> Work:

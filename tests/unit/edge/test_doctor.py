@@ -78,10 +78,10 @@ def test_doctor_of_a_device_that_is_to_serve_from_a_gpu_says_what_it_lacks(
 def test_doctor_names_the_file_of_a_bundle_that_is_corrupt(debug_bundle: Path, tmp_path: Path, report: Report) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(debug_bundle, copy)
-    (copy / "step.cuda.fp16.onnx").write_bytes(b"rubbish")  # not even a graph that this device needs
+    (copy / "canvas.cuda.fp16.onnx").write_bytes(b"rubbish")  # not even a graph that this device needs
     code, _, fix = report(copy)
     assert code == DeviceError.exit_code and fix is not None
-    assert f"{copy / 'step.cuda.fp16.onnx'} does not match its manifest" in fix
+    assert f"{copy / 'canvas.cuda.fp16.onnx'} does not match its manifest" in fix
 
 
 def test_doctor_names_a_broker_that_does_not_answer(

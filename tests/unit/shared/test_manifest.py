@@ -7,23 +7,30 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from shared.errors import BundleError
 from shared.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    BlocksDefaults,
     Evaluation,
     Figure,
     Graph,
+    LawFigures,
+    LawParity,
     Manifest,
     ModelSpec,
     Parity,
+    Role,
     SamplingDefaults,
     SpecialIds,
     Tensor,
     TrainingData,
+    TrainingStage,
     bundle_digest,
     find_graph,
+    has_role,
     read_manifest,
     sha256_of,
     verified_bytes,
@@ -33,7 +40,8 @@ STEP = b"not really a graph"
 SHA256 = hashlib.sha256(STEP).hexdigest()
 
 GRAPH = Graph(
-    file="step.cpu.int8.onnx",
+    file="canvas.cpu.int8.onnx",
+    role="canvas",
     sha256=SHA256,
     precision="int8",
     target="cpu",
@@ -42,7 +50,7 @@ GRAPH = Graph(
 )
 
 WHOLE = Manifest(
-    format_version=1,
+    format_version=2,
     name="tinystories",
     model=ModelSpec(
         config="debug",
@@ -58,6 +66,7 @@ WHOLE = Manifest(
     schedule="linear",
     reveal_grid="cosine",
     top_k=64,
+    decoders=("canvas",),
     graphs=(GRAPH,),
     tokenizer_sha256=SHA256,
     defaults=SamplingDefaults(steps=32, selection="margin", temperature=0.8, top_p=0.95),
@@ -73,11 +82,51 @@ WHOLE = Manifest(
             masked_cross_entropy=Figure(3.1, 0.02),
         ),
     ),
+    blocks=None,
+    laws=(),
     parity=(Parity(graph=GRAPH.file, scheme="dynamic", nelbo_ratio=1.002, top1_agreement=0.97),),
+    law_parity=(),
     calibration="at run time",
-    data=TrainingData(name="TinyStories", licence="CDLA-Sharing-1.0", stories=1000, tokens_seen=200_000),
+    data=TrainingData(
+        name="TinyStories",
+        licence="CDLA-Sharing-1.0",
+        stories=1000,
+        tokens_seen=200_000,
+        stages=(TrainingStage(name="first", objectives=("canvas",), tokens=200_000),),
+    ),
     made_with={"torch": "2.13.0"},
 )
+
+
+def graph_of(role: Role) -> Graph:
+    """One more graph, of that role."""
+    return structs.replace(GRAPH, file=f"{role}.cpu.int8.onnx", role=role)
+
+
+BLOCKS = structs.replace(
+    WHOLE,
+    decoders=("blocks", "canvas"),
+    graphs=(GRAPH, *(graph_of(role) for role in ("step", "prefill", "draft"))),
+    blocks=BlocksDefaults(window=3),
+    laws=(
+        LawFigures(
+            graph="step.cpu.int8.onnx",
+            source="valid.txt",
+            stories=64,
+            left_to_right_nats_per_token=Figure(1.7, 0.01),
+            left_to_right_bits_per_byte=Figure(0.6, 0.004),
+            infilling_nats_per_gap_token=Figure(1.6, 0.02),
+            infilling_blind_nats_per_gap_token=Figure(2.0, 0.02),
+            tokens_per_pass={"0": 2.6, "0.8": 2.1, "1": 1.9},
+        ),
+    ),
+    law_parity=(
+        LawParity(
+            graph="step.cpu.int8.onnx", scheme="static", law_ratio=1.001, infilling_ratio=None, texts_agreeing=0.7
+        ),
+    ),
+)
+"""A manifest of both decoders."""
 
 
 @pytest.fixture
@@ -112,7 +161,9 @@ def refusal(folder: Path) -> str:
 
 
 def test_manifest_comes_back_as_it_was_written(bundle: Path) -> None:
-    assert read_manifest(bundle) == WHOLE
+    for manifest in (WHOLE, BLOCKS):
+        (bundle / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+        assert read_manifest(bundle) == manifest
 
 
 def test_manifest_of_no_folder_is_refused(tmp_path: Path) -> None:
@@ -133,7 +184,7 @@ def test_manifest_of_a_file_is_refused(tmp_path: Path) -> None:
         b"null",
         b"\xff\xfe",
         b'{"format_version": ' + b"[" * 100_000,
-        b'{"format_version": 1, "name": "\xff"}',
+        b'{"format_version": 2, "name": "\xff"}',
     ],
     ids=["empty", "truncated", "list", "null", "binary", "deep", "not UTF-8"],
 )
@@ -155,18 +206,25 @@ def test_manifest_without_end_is_not_read(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "found"), [(0, "0"), (2, "2"), ("1", '"1"'), (None, "null"), (["x" * 1000], '["' + "x" * 38)]
+    ("version", "found"), [(0, "0"), (3, "3"), ("2", '"2"'), (None, "null"), (["x" * 1000], '["' + "x" * 38)]
 )
 def test_manifest_of_another_version_is_refused_before_its_fields_are(
     edit: Callable[[Callable[[Any], None]], Path], version: object, found: str
 ) -> None:
     """A later release's manifest has fields that this one cannot know."""
     folder = edit(lambda wire: wire.update(format_version=version, later="field"))
-    assert refusal(folder).endswith(f"has format_version {found}; this release reads 1")
+    assert refusal(folder).endswith(f"has format_version {found}; this release reads 2")
 
 
 def test_manifest_without_version_is_refused(edit: Callable[[Callable[[Any], None]], Path]) -> None:
-    assert "has format_version none; this release reads 1" in refusal(edit(lambda wire: wire.pop("format_version")))
+    assert "has format_version none; this release reads 2" in refusal(edit(lambda wire: wire.pop("format_version")))
+
+
+def test_manifest_of_version_1_is_refused_with_the_remedy(edit: Callable[[Callable[[Any], None]], Path]) -> None:
+    sentence = refusal(edit(lambda wire: wire.update(format_version=1)))
+    assert sentence.endswith(
+        "has format_version 1; this release reads 2; export its run again, with python -m host.export --run"
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,11 +246,23 @@ def test_manifest_without_version_is_refused(edit: Callable[[Callable[[Any], Non
         (lambda wire: wire["special_ids"].update(mask=4), "special_ids other than PAD 0, BOS 1, EOS 2, MASK 3"),
         (lambda wire: wire.update(top_k=1), "$.top_k"),
         (lambda wire: wire.update(top_k=301), "top_k 301 above vocab_size 300"),
+        (lambda wire: wire.update(decoders=[]), "$.decoders"),
+        (lambda wire: wire.update(decoders=["causal"]), "$.decoders[0]"),
+        (lambda wire: wire.update(decoders=["canvas", "canvas"]), "the decoder canvas twice"),
+        (lambda wire: wire["graphs"][0].update(role="encode"), "$.graphs[0].role"),
+        (lambda wire: wire["graphs"].pop(0), "the decoder canvas, but no graph of the role canvas"),
+        (lambda wire: wire["graphs"].pop(1), "the decoder blocks, but no graph of the role step"),
+        (lambda wire: wire["graphs"].pop(3), "the window 3, but no graph of the role draft"),
+        (lambda wire: wire.update(blocks=None), "the decoder blocks, but no defaults of `blocks`"),
+        (lambda wire: wire.update(decoders=["canvas"]), "defaults of `blocks`, but not that decoder"),
+        (lambda wire: wire["blocks"].update(window=9), "$.blocks.window"),
+        (lambda wire: wire["blocks"].update(top_p=0), "$.blocks.top_p"),
     ],
 )
 def test_manifest_field_that_does_not_fit_is_named(
-    edit: Callable[[Callable[[Any], None]], Path], change: Callable[[Any], None], place: str
+    bundle: Path, edit: Callable[[Callable[[Any], None]], Path], change: Callable[[Any], None], place: str
 ) -> None:
+    (bundle / MANIFEST).write_bytes(msgspec.json.encode(BLOCKS))
     assert place in refusal(edit(change))
 
 
@@ -203,23 +273,30 @@ def test_verified_bytes_reads_a_file_once(bundle: Path) -> None:
 
 def test_verified_bytes_refuses_another_hash(bundle: Path) -> None:
     (bundle / GRAPH.file).write_bytes(STEP[:-1])
-    with pytest.raises(BundleError, match=rf"step\.cpu\.int8\.onnx does not match its manifest: .*{SHA256[:12]}"):
+    with pytest.raises(BundleError, match=rf"canvas\.cpu\.int8\.onnx does not match its manifest: .*{SHA256[:12]}"):
         verified_bytes(bundle, GRAPH.file, GRAPH.sha256)
 
 
 def test_verified_bytes_names_a_missing_file(bundle: Path) -> None:
     (bundle / GRAPH.file).unlink()
-    with pytest.raises(BundleError, match=r"step\.cpu\.int8\.onnx cannot be read \(No such file or directory\)"):
+    with pytest.raises(BundleError, match=r"canvas\.cpu\.int8\.onnx cannot be read \(No such file or directory\)"):
         verified_bytes(bundle, GRAPH.file, GRAPH.sha256)
 
 
 def test_find_graph_of_a_target(bundle: Path) -> None:
     assert find_graph(bundle, WHOLE, "cpu") is GRAPH
+    assert find_graph(bundle, BLOCKS, "cpu", role="draft").file == "draft.cpu.int8.onnx"
+    assert has_role(BLOCKS, "cpu", "draft") and not has_role(BLOCKS, "cuda", "draft")
+    assert not has_role(WHOLE, "cpu", "draft")
 
 
 def test_find_graph_refuses_with_what_there_is(bundle: Path) -> None:
-    with pytest.raises(BundleError, match=r"no graph for target 'cuda'; it lists step\.cpu\.int8\.onnx \(cpu\)"):
+    with pytest.raises(
+        BundleError, match=r"no canvas graph for target 'cuda'; it lists canvas\.cpu\.int8\.onnx \(canvas, cpu\)"
+    ):
         find_graph(bundle, WHOLE, "cuda")
+    with pytest.raises(BundleError, match="no step graph for target 'cpu'"):
+        find_graph(bundle, WHOLE, "cpu", role="step")
 
 
 def test_bundle_digest_follows_its_manifest(edit: Callable[[Callable[[Any], None]], Path], bundle: Path) -> None:

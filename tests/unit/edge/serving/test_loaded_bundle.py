@@ -190,7 +190,7 @@ def sha256(content: bytes) -> str:
 
 
 def cpu_graph(folder: Path) -> Path:
-    return folder / "step.cpu.fp32.onnx"
+    return folder / "canvas.cpu.fp32.onnx"
 
 
 def without_manifest(folder: Path) -> None:
@@ -210,11 +210,11 @@ def manifest_that_is_not_text(folder: Path) -> None:
 
 
 def another_version(folder: Path) -> None:
-    edit_manifest(folder, lambda m: m.update(format_version=2))
+    edit_manifest(folder, lambda m: m.update(format_version=3))
 
 
 def unknown_field(folder: Path) -> None:
-    edit_manifest(folder, lambda m: m.update(blocks=4))
+    edit_manifest(folder, lambda m: m.update(surprise=4))
 
 
 def missing_field(folder: Path) -> None:
@@ -282,21 +282,21 @@ BAD: dict[Callable[[Path], None], str] = {
     truncated_manifest: "manifest.json is damaged",
     manifest_of_another_kind: "manifest.json is damaged",
     manifest_that_is_not_text: "manifest.json is damaged",
-    another_version: "manifest.json has format_version 2; this release reads 1",
-    unknown_field: "unknown field `blocks`",
+    another_version: "manifest.json has format_version 3; this release reads 2",
+    unknown_field: "unknown field `surprise`",
     missing_field: "missing required field `top_k`",
     a_path_for_a_file_name: "`$.graphs[0].file`",
-    wrong_graph: "step.cpu.fp32.onnx does not match its manifest: sha256",
-    missing_graph: "step.cpu.fp32.onnx cannot be read (No such file or directory)",
+    wrong_graph: "canvas.cpu.fp32.onnx does not match its manifest: sha256",
+    missing_graph: "canvas.cpu.fp32.onnx cannot be read (No such file or directory)",
     wrong_tokenizer: "tokenizer.json does not match its manifest: sha256",
-    truncated_graph: "step.cpu.fp32.onnx cannot be loaded by ONNX Runtime",
+    truncated_graph: "canvas.cpu.fp32.onnx cannot be loaded by ONNX Runtime",
     truncated_tokenizer: "tokenizer.json cannot be read",
     tokenizer_of_another_size: "tokenizer.json has 512 tokens, the model 600",
-    no_cpu_graph: "has no graph for target 'cpu'; it lists step.cuda.fp16.onnx (cuda)",
-    other_outputs: "step.cuda.fp16.onnx has inputs and outputs",
-    other_inputs: "step.cpu.fp32.onnx has inputs and outputs",
-    another_k: "step.cpu.fp32.onnx gives",
-    another_canvas_length: "step.cpu.fp32.onnx does not run at length 512",
+    no_cpu_graph: "has no canvas graph for target 'cpu'; it lists canvas.cuda.fp16.onnx (canvas, cuda)",
+    other_outputs: "canvas.cuda.fp16.onnx has inputs and outputs",
+    other_inputs: "canvas.cpu.fp32.onnx has inputs and outputs",
+    another_k: "canvas.cpu.fp32.onnx gives",
+    another_canvas_length: "canvas.cpu.fp32.onnx does not run at length 512",
 }
 
 

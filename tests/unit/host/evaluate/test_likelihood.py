@@ -107,7 +107,7 @@ def test_evaluate_of_a_bundle_agrees_with_torch(
     torch_run = measured(capsys, "--run", trained, *source)
     fp32 = measured(capsys, "--bundle", bundles / "fp32", *source)
     int8 = measured(capsys, "--bundle", bundles / "int8", *source)
-    assert (fp32.graph, int8.graph) == ("step.cpu.fp32.onnx", "step.cpu.int8.onnx")
+    assert (fp32.graph, int8.graph) == ("canvas.cpu.fp32.onnx", "canvas.cpu.int8.onnx")
     for name in ("nelbo_nats_per_token", "bits_per_byte", "masked_cross_entropy"):
         reference = getattr(torch_run, name).value
         assert getattr(fp32, name).value == pytest.approx(reference, rel=1e-4)
@@ -139,12 +139,15 @@ def set_version(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: flip_a_byte(folder / "step.cpu.fp32.onnx"), "step.cpu.fp32.onnx does not match its manifest"),
+        (
+            lambda folder: flip_a_byte(folder / "canvas.cpu.fp32.onnx"),
+            "canvas.cpu.fp32.onnx does not match its manifest",
+        ),
         (lambda folder: flip_a_byte(folder / TOKENIZER), "tokenizer.json does not match its manifest"),
-        (lambda folder: (folder / "step.cpu.fp32.onnx").unlink(), "step.cpu.fp32.onnx cannot be read"),
+        (lambda folder: (folder / "canvas.cpu.fp32.onnx").unlink(), "canvas.cpu.fp32.onnx cannot be read"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json is damaged"),
         (lambda folder: (folder / MANIFEST).unlink(), "is not a bundle"),
-        (lambda folder: set_version(folder / MANIFEST), "has format_version 99; this release reads 1"),
+        (lambda folder: set_version(folder / MANIFEST), "has format_version 99; this release reads 2"),
     ],
     ids=["graph", "tokenizer", "no graph", "manifest", "no manifest", "version"],
 )

@@ -14,7 +14,7 @@ from host import files
 from host.evaluate.likelihood import evaluate, held_out_split
 from host.evaluate.scorers import TorchScorer
 from host.export import __main__ as export
-from host.export.bundle_writer import StepGraph
+from host.export.bundle_writer import BundleGraph
 from host.export.pipeline import Built, most_faithful
 from host.export.stages import Stages
 from host.model.network import count_parameters
@@ -32,22 +32,22 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("flags", "graphs"),
     [
-        ([], [("step.cpu.fp32.onnx", "fp32", "cpu")]),
-        (["--int8"], [("step.cpu.int8.onnx", "int8", "cpu"), ("step.cuda.int8.onnx", "int8", "cuda")]),
-        (["--fp16"], [("step.cuda.fp16.onnx", "fp16", "cuda")]),
+        ([], [("canvas.cpu.fp32.onnx", "fp32", "cpu")]),
+        (["--int8"], [("canvas.cpu.int8.onnx", "int8", "cpu"), ("canvas.cuda.int8.onnx", "int8", "cuda")]),
+        (["--fp16"], [("canvas.cuda.fp16.onnx", "fp16", "cuda")]),
         (
             ["--int8", "--fp16"],
             [
-                ("step.cpu.int8.onnx", "int8", "cpu"),
-                ("step.cuda.fp16.onnx", "fp16", "cuda"),
-                ("step.cuda.int8.onnx", "int8", "cuda"),
+                ("canvas.cpu.int8.onnx", "int8", "cpu"),
+                ("canvas.cuda.fp16.onnx", "fp16", "cuda"),
+                ("canvas.cuda.int8.onnx", "int8", "cuda"),
             ],
         ),
         (
             ["--int8", "--fp16", "--fp32-norms", "--target", "cuda"],
-            [("step.cuda.fp16.onnx", "fp16", "cuda"), ("step.cuda.int8.onnx", "int8", "cuda")],
+            [("canvas.cuda.fp16.onnx", "fp16", "cuda"), ("canvas.cuda.int8.onnx", "int8", "cuda")],
         ),
-        (["--int8", "--fp16", "--target", "cpu"], [("step.cpu.int8.onnx", "int8", "cpu")]),
+        (["--int8", "--fp16", "--target", "cpu"], [("canvas.cpu.int8.onnx", "int8", "cpu")]),
     ],
     ids=lambda value: " ".join(value) or "no flags" if value and isinstance(value[0], str) else None,
 )
@@ -98,7 +98,7 @@ def test_export_of_a_run_writes_its_figures(
     for rule in ("largest", "percentile", "entropy"):
         assert f"cuda int8 {rule}: NELBO × " in printed
     assert parity.scheme in ("dynamic", "static")
-    assert ("step.cpu.int8.onnx: at run time, per pass" in manifest.calibration) == (parity.scheme == "dynamic")
+    assert ("canvas.cpu.int8.onnx: at run time, per pass" in manifest.calibration) == (parity.scheme == "dynamic")
     assert "error of each linear layer alone in INT8" in printed
     for graph in manifest.graphs:
         assert any(line.startswith(f"  {graph.file}") and line.endswith("%") for line in printed.splitlines())
@@ -166,7 +166,7 @@ def test_export_leaves_layers_in_float_that_int8_ruins(
     printed = capsys.readouterr().out
     assert ": fails the gate" in printed and "4 layers in float" in printed
     table = [line for line in printed.splitlines() if " ± " in line]
-    measured = ["torch fp32", "step.cpu.int8.onnx", "step.cuda.int8.onnx"]
+    measured = ["torch fp32", "canvas.cpu.int8.onnx", "canvas.cuda.int8.onnx"]
     assert [line.split("  ")[0] for line in table] == measured == [e.graph for e in read_manifest(out).evaluations]
     assert any(
         line.startswith("left in float: ") and "blocks.0.qkv.out.matmul" in line for line in printed.splitlines()
@@ -178,8 +178,8 @@ def test_export_replaces_an_old_bundle(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--untrained", "debug", "--out", out)
     call(export.main, "--untrained", "debug", "--out", out, "--int8")
-    assert [g.file for g in read_manifest(out).graphs] == ["step.cpu.int8.onnx", "step.cuda.int8.onnx"]
-    assert not (out / "step.cpu.fp32.onnx").exists()
+    assert [g.file for g in read_manifest(out).graphs] == ["canvas.cpu.int8.onnx", "canvas.cuda.int8.onnx"]
+    assert not (out / "canvas.cpu.fp32.onnx").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -208,7 +208,7 @@ def test_swap_on_a_disk_that_cannot_exchange_is_two_renames(tmp_path: Path, monk
     call(export.main, "--untrained", "debug", "--out", out)
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # there is no such disk here
     call(export.main, "--untrained", "debug", "--out", out, "--fp16")
-    assert [g.file for g in read_manifest(out).graphs] == ["step.cuda.fp16.onnx"]
+    assert [g.file for g in read_manifest(out).graphs] == ["canvas.cuda.fp16.onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -236,7 +236,7 @@ def test_export_takes_figures_from_other_text(trained: Path, corpus: Path, tmp_p
     found = read_manifest(out).evaluations
     assert [(e.graph, e.source, e.stories) for e in found] == [
         ("torch fp32", "stories", 3),
-        ("step.cpu.fp32.onnx", "stories", 3),
+        ("canvas.cpu.fp32.onnx", "stories", 3),
     ]
     assert found[0].nelbo_nats_per_token.value == pytest.approx(found[1].nelbo_nats_per_token.value, rel=1e-4)
 
@@ -255,7 +255,7 @@ def test_export_writes_the_bundle_before_its_figures(
     with pytest.raises(KeyboardInterrupt):
         call(export.main, "--run", trained, "--out", out)
     assert found == [read_manifest(out)] and found[0].evaluations == ()
-    verified_bytes(out, "step.cpu.fp32.onnx", found[0].graphs[0].sha256)
+    verified_bytes(out, "canvas.cpu.fp32.onnx", found[0].graphs[0].sha256)
     assert [line[:5] for line in capsys.readouterr().out.splitlines() if line.startswith("[")] == ["[1/2]", "[2/2]"]
 
 
@@ -271,7 +271,7 @@ def test_export_to_an_unwritable_place_is_refused_first(
 
 def built(nelbo_ratio: float, top1_agreement: float, scheme: str) -> Built:
     parity = Parity(graph="g", scheme=scheme, nelbo_ratio=nelbo_ratio, top1_agreement=top1_agreement)
-    return Built(StepGraph(onnx.ModelProto(), "int8", "cuda"), parity, 1.0)
+    return Built(BundleGraph(onnx.ModelProto(), "canvas", "int8", "cuda"), parity, 1.0)
 
 
 def test_range_rule_is_chosen_by_its_nelbo() -> None:

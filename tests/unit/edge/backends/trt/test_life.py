@@ -78,7 +78,7 @@ def jetson(emulator: Emulator, debug_bundle: Path, tmp_path: Path, monkeypatch: 
 
 def test_an_engine_is_built_once_with_a_profile_for_each_shape(jetson: Jetson, capsys: Any) -> None:
     place = jetson.fulfil()
-    graph = (jetson.bundle / "step.cuda.fp16.onnx").read_bytes()
+    graph = (jetson.bundle / "canvas.cuda.fp16.onnx").read_bytes()
     assert engines.load(place) == (graph, b"cubin of sm_87")
     assert jetson.fulfil() == place and len(jetson.tensorrt.configs) == 1, "it was there"
     (config,) = jetson.tensorrt.configs
