@@ -69,11 +69,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def print_written(model: Denoiser, texts: Texts, layout: Layout, prompt: list[int], settings: Settings) -> None:
+def print_written(model: Denoiser, texts: Texts, *, layout: Layout, prompt: list[int], settings: Settings) -> None:
     """The text that the autoregressive law continues a prompt with."""
     window = 0 if model.drafter is None else len(model.drafter.depths)
     started = time.perf_counter()
-    written = write(model, [prompt], settings, open_end=True, window=window)
+    written = write(model, [prompt], settings=settings, open_end=True, window=window)
     canvas = np.full(model.config.canvas_len, PAD)
     text = [BOS, *prompt, *written.gaps[0], EOS][: len(canvas)]
     canvas[: len(text)] = text
@@ -108,12 +108,12 @@ def main() -> None:
     if "ar" in progress.objectives and not of_canvas:
         given = layout.canvas[1:][~layout.fill[1:]].tolist()
         for one in settings:
-            print_written(model, texts, layout, given, one)
+            print_written(model, texts, layout=layout, prompt=given, settings=one)
         return
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)
     for one in settings:
         started = time.perf_counter()
-        sampled = sample(model, progress.schedule, canvas, fill, one)
+        sampled = sample(model, canvas, fill=fill, schedule=progress.schedule, settings=one)
         print(texts.read(layout, sampled.canvas.numpy()))
         print(f"— seed {one.seed}, {sampled.steps} denoising steps, {time.perf_counter() - started:.1f} s\n")
 

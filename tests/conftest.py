@@ -49,7 +49,7 @@ def _export(folder: Path, int8: bool) -> Exported:
         BundleGraph(cuda_graph(model), "canvas", "fp16", "cuda"),
     )
     with tokenizer as path:
-        write_bundle(folder, model, progress, tokenizer=path, graphs=shipped, top_k=TOP_K)
+        write_bundle(folder, model, progress=progress, tokenizer=path, graphs=shipped, top_k=TOP_K)
     return Exported(model, folder)
 
 

@@ -112,7 +112,7 @@ def bench_train(args: argparse.Namespace) -> None:
     mixtures = {given: parse_mixture(given) for given in args.objectives}
     for number, (config, given) in enumerate(itertools.product(configs, mixtures)):
         speed = measure_training(
-            config, data, settings, objectives=mixtures[given], steps=args.steps, threads=args.threads
+            config, data, settings=settings, objectives=mixtures[given], steps=args.steps, threads=args.threads
         )
         if number == 0:
             peaks = " ".join(f"{f'{name} peak':>10}" for name in speed.peaks)

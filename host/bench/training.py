@@ -66,8 +66,8 @@ class TrainSpeed(msgspec.Struct, frozen=True):
 def measure_training(
     config: ModelConfig,
     data: DataFolder,
-    settings: TrainConfig,
     *,
+    settings: TrainConfig,
     objectives: dict[str, float],
     steps: int,
     threads: int,
@@ -82,7 +82,8 @@ def measure_training(
         return theirs.step(next(numbers))[2]
 
     with tempfile.TemporaryDirectory(prefix="host-bench-") as out:
-        trainer = Trainer(replace(settings, out=Path(out)), Progress(model, objectives, "linear"), data, device)
+        progress = Progress(model, objectives, "linear")
+        trainer = Trainer(replace(settings, out=Path(out)), progress, data=data, device=device)
 
         def ours() -> int:
             tokens = trainer.step()[2]

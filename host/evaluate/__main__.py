@@ -17,14 +17,7 @@ import msgspec
 from host.data.shards import SplitName
 from host.evaluate.gen_ppl import COUNT, print_scored, score_samples
 from host.evaluate.laws import measure_laws, print_laws
-from host.evaluate.likelihood import (
-    DRAWS,
-    STORIES,
-    evaluate,
-    held_out_files,
-    held_out_split,
-    print_table,
-)
+from host.evaluate.likelihood import DRAWS, STORIES, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer, load_graph
 from host.evaluate.sweep import sweep
 from host.files import check_numbers
@@ -106,7 +99,7 @@ def measure_likelihood(args: argparse.Namespace) -> None:
     else:
         held_out = held_out_split(data_of(run), stories, args.split)
     if not args.bundle and set(progress.objectives) != {"canvas"}:
-        laws = measure_laws(model, progress, held_out, args.draws or DRAWS, args.drafts)
+        laws = measure_laws(model, progress, held_out=held_out, draws=args.draws or DRAWS, drafts=args.drafts)
         print(msgspec.json.encode(laws).decode()) if args.json else print_laws(laws, held_out)
         return
     result = evaluate(scorer, held_out, schedule, args.draws or DRAWS)

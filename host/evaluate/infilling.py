@@ -3,6 +3,7 @@
 They are the autoregressive law, which ignores what follows a gap, and the canvas objective's bound, which sees it.
 """
 
+import functools
 from typing import Final
 
 import msgspec
@@ -39,8 +40,8 @@ def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: b
     x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
     rng = np.random.default_rng(SEED)
     stories = [story(row) for row in x0 if int((row != PAD).sum()) > 3]
-    length = x0.shape[1]
-    gaps = [gapped(one.tolist(), rng, length, most_gaps=GAPS, open_ends=0.0, slack_gaps=0.0) for one in stories]
+    gap = functools.partial(gapped, rng=rng, length=x0.shape[1], most_gaps=GAPS, open_ends=0.0, slack_gaps=0.0)
+    gaps = [gap(one.tolist()) for one in stories]
     tokens = np.array([len(one.at) for one in gaps])[None]
     order = np.argsort([one.rows.tokens.shape[1] for one in gaps])
     law, left = np.zeros((1, len(gaps))), np.zeros((1, len(gaps)))

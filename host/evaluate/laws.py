@@ -27,7 +27,7 @@ class Laws(msgspec.Struct, frozen=True, omit_defaults=True):
     drafting: Sequence[Drafting] = ()
 
 
-def measure_laws(model: Denoiser, progress: Progress, held_out: HeldOut, draws: int, drafts: bool) -> Laws:
+def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draws: int, drafts: bool) -> Laws:
     """ConfigError when drafts are to be measured of a run without a drafter."""
     if drafts and model.drafter is None:
         raise ConfigError("--drafts needs a run with a drafter: train one with host.train --stage drafter --init RUN")

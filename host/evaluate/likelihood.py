@@ -57,13 +57,13 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
         for draw in range(draws):
             noise = np.random.default_rng((SEED, draw))
             t = np.array(low_discrepancy_times(n, noise.random()))[noise.permutation(n)]
-            for rows, batch in _batches(x0, t, noise, schedule, size=scorer.batch_rows):
+            for rows, batch in _batches(x0, t, noise=noise, schedule=schedule, size=scorer.batch_rows):
                 times = t[rows].tolist()
                 losses, row = scorer.losses(batch, x0[rows, : batch.xt.shape[1]], times)
                 weights = np.array([loss_weight(schedule, value) for value in times])
                 nelbo[draw, rows] = weights * _row_sums(losses, row, len(rows))
                 bar.update(len(rows))
-            for rows, batch in _batches(x0, t, noise, "cosine", size=scorer.batch_rows):
+            for rows, batch in _batches(x0, t, noise=noise, schedule="cosine", size=scorer.batch_rows):
                 clean = x0[rows, : batch.xt.shape[1]]
                 text = Corrupted(batch.xt, batch.scored & (clean != PAD), batch.active_len)
                 fractions = [mask_prob("cosine", value) for value in t[rows].tolist()]
@@ -88,7 +88,7 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
 
 
 def _batches(
-    x0: Tensor, t: np.ndarray, noise: np.random.Generator, schedule: ScheduleName, *, size: int
+    x0: Tensor, t: np.ndarray, *, noise: np.random.Generator, schedule: ScheduleName, size: int
 ) -> Iterator[tuple[np.ndarray, Corrupted]]:
     """Corrupted batches of rows of like length, cut to the longest."""
     whole = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t.tolist(), schedule)

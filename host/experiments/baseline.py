@@ -24,7 +24,7 @@ from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import CONFIGS, ModelConfig, config_named, timestep_embedding
 from host.train.arguments import AT_MOST
 from host.train.batches import MicroBatch, make_batch, story_indices
-from host.train.logging import LOG_FILE, open_log, progress_bar
+from host.train.logging import LOG_FILE, LogRow, open_log, progress_bar
 from host.train.objectives import Settings
 from host.train.optim import PEAK_RATES, learning_rate_factor
 from host.train.plots import plot_curves
@@ -153,20 +153,19 @@ def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
             compute_s += work_s() - worked
             step = number + 1
             valid = loop.nelbo(stories) if step % every == 0 or step == config.steps else None
-            log(
-                (
-                    step,
-                    tokens,
-                    f"{seconds:.1f}",
-                    f"{loss:.4f}",
-                    "" if valid is None else f"{valid:.4f}",
-                    f"{rate:.2e}",
-                    f"{norm:.3f}",
-                    f"{of_step / elapsed:.0f}",
-                    f"{compute_s:.1f}",
-                )
+            row = LogRow(
+                step=step,
+                tokens=tokens,
+                seconds=seconds,
+                loss=loss,
+                valid=valid,
+                lr=rate,
+                grad_norm=norm,
+                tokens_per_s=of_step / elapsed,
+                compute_s=compute_s,
             )
-            bar(step, seconds, loss, valid, of_step / elapsed)
+            log(row)
+            bar(row)
         plot_curves(config.out)
 
 

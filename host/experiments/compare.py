@@ -54,28 +54,22 @@ def read_curve(name: str, run: Path) -> Curve:
     meta = data_of(run).meta
     bits = meta.valid.tokens / meta.valid.text_bytes / math.log(2)  # bits per byte of one nat per token
     before = work_before(read_config(run))
+    try:
+        rows = read_log(run / LOG_FILE)
+    except OSError as error:
+        raise DataError(f"{run / LOG_FILE} cannot be read: {error.strerror}") from None
     points = [
         Point(
             before.compute_seconds + float(row["compute_s"]),
             before.tokens + int(row["tokens"]),
             bits * float(row["valid"]),
         )
-        for row in _log(run)
+        for row in rows
         if row["valid"]
     ]
     if not points:
         raise DataError(f"{run} has not validated yet")
     return Curve(name, points, meta.train.tokens)
-
-
-def _log(run: Path) -> list[dict[str, str]]:
-    try:
-        rows = read_log(run / LOG_FILE)
-    except OSError as error:
-        raise DataError(f"{run / LOG_FILE} cannot be read: {error.strerror}") from None
-    if any(not row.get("compute_s") for row in rows):
-        raise DataError(f"{run / LOG_FILE} has no column compute_s: it was written by another version")
-    return rows
 
 
 def print_table(curves: list[Curve]) -> None:

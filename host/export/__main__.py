@@ -104,15 +104,23 @@ def main() -> None:
     run = args.run or newest_run()
     out = args.out or Path("bundles") / run.resolve().name
     check_replaceable(out)
-    export_run(run, out, wanted, defaults, source=args.source, stories=args.stories, report=args.report)
+    export_run(
+        run,
+        out,
+        wanted=wanted,
+        defaults=defaults,
+        source=args.source,
+        stories=args.stories,
+        report=args.report,
+    )
 
 
 def export_run(
     run: Path,
     out: Path,
+    *,
     wanted: Wanted,
     defaults: SamplingDefaults,
-    *,
     source: Path | None,
     stories: int,
     report: bool,
@@ -136,7 +144,7 @@ def export_run(
         write_bundle(
             out,
             model,
-            progress,
+            progress=progress,
             tokenizer=tokenizer,
             graphs=graphs,
             top_k=top_k,
@@ -183,7 +191,7 @@ def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingD
     graphs = build_untrained(wanted, model)
     with tokenizer as path:
         top_k = min(TOP_K, model.config.vocab_size)
-        write_bundle(out, model, progress, tokenizer=path, graphs=graphs, top_k=top_k, defaults=defaults)
+        write_bundle(out, model, progress=progress, tokenizer=path, graphs=graphs, top_k=top_k, defaults=defaults)
     say_what_was_written(out, graphs)
 
 

@@ -100,8 +100,8 @@ def check_replaceable(out: Path) -> None:
 def write_bundle(
     out: Path,
     model: Denoiser,
-    progress: Progress,
     *,
+    progress: Progress,
     tokenizer: Path,
     graphs: Sequence[BundleGraph],
     top_k: int,

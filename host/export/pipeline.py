@@ -177,7 +177,8 @@ def build_untrained(wanted: Wanted, model: Denoiser) -> list[BundleGraph]:
     if wanted.cuda_fp16:
         graphs.append(BundleGraph(fp16, "canvas", "fp16", "cuda"))
     if wanted.cuda_int8:
-        visited = trajectories(model, "linear", np.zeros((1, model.config.canvas_len), np.uint16), CALIBRATION_SEED)
+        stories = np.zeros((1, model.config.canvas_len), np.uint16)
+        visited = trajectories(model, stories, schedule="linear", seed=CALIBRATION_SEED)
         graphs.append(
             BundleGraph(
                 quantize_linears(fp16, activation_ranges(fp16, visited)["largest"], []), "canvas", "int8", "cuda"

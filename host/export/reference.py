@@ -67,14 +67,15 @@ class Reference:
 def reference_of(model: Denoiser, progress: Progress, held_out: HeldOut) -> Reference:
     """Run the reference sampler: calibration starts from the first held-out stories, parity from the last."""
     stories = held_out.canvases
-    visited = trajectories(model, progress.schedule, stories[:CALIBRATION_STORIES], CALIBRATION_SEED, CALIBRATION_STEPS)
+    first, last, schedule = stories[:CALIBRATION_STORIES], stories[-PARITY_STORIES:], progress.schedule
+    visited = trajectories(model, first, schedule=schedule, seed=CALIBRATION_SEED, steps=CALIBRATION_STEPS)
     calibration = stratified(visited, STRATA, CANVASES_OF_EACH, CALIBRATION_SEED)
-    canvases = trajectories(model, progress.schedule, stories[-PARITY_STORIES:], PARITY_SEED, PARITY_STEPS)
+    canvases = trajectories(model, last, schedule=schedule, seed=PARITY_SEED, steps=PARITY_STEPS)
     return Reference(model, progress, held_out, canvases, calibration)
 
 
 def trajectories(
-    model: Denoiser, schedule: ScheduleName, stories: NDArray[np.uint16], seed: int, steps: int = 16
+    model: Denoiser, stories: NDArray[np.uint16], *, schedule: ScheduleName, seed: int, steps: int = 16
 ) -> list[tuple[NDArray[np.int32], float]]:
     """Canvases that sampling really visits: runs the reference sampler from story beginnings.
 
@@ -94,7 +95,7 @@ def trajectories(
             prompt = story[1 : 1 + PROMPT_TOKENS]
             canvas[1 : 1 + len(prompt)] = torch.from_numpy(np.maximum(prompt, FIRST_TEXT_ID).astype(np.int64))
         settings = Settings(seed=seed + i, steps=steps, top_k=min(TOP_K, model.config.vocab_size))
-        sample(model, schedule, canvas, canvas == MASK, settings, on_pass=remember)
+        sample(model, canvas, fill=canvas == MASK, schedule=schedule, settings=settings, on_pass=remember)
     return visited
 
 

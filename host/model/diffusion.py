@@ -70,17 +70,6 @@ def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[floa
     return F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none"), at // x0.shape[1]
 
 
-def nelbo_sums(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float], schedule: ScheduleName) -> Tensor:
-    """One Monte Carlo draw of each row's negative evidence lower bound, in nats (Sahoo et al., arXiv 2406.07524).
-
-    The weight −alpha'/(1 − alpha) multiplies the *sum* over masked positions. Divide by `counted_tokens` for nats a
-    token.  → (B,)
-    """
-    losses, rows = cross_entropy_at(model, batch, x0, t)
-    weight = torch.tensor([loss_weight(schedule, value) for value in t], device=x0.device)
-    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, rows, losses * weight[rows])
-
-
 def autoregressive_sums(model: Denoiser, x0: Tensor) -> Tensor:
     """Each row's exact negative log-likelihood under a causal mask, in nats.  → (B,)"""
     at = ((x0 != PAD) & (x0 != BOS)).flatten().nonzero()[:, 0]

@@ -62,66 +62,74 @@ def lay_out(template: Template, open_end: bool, length: int) -> Layout:
 
 
 @torch.no_grad()
-def write(model: Denoiser, template: Template, settings: Settings, *, open_end: bool, window: int = 0) -> Written:
+def write(model: Denoiser, template: Template, *, settings: Settings, open_end: bool, window: int = 0) -> Written:
     """Fill a template's gaps from the left, then the open end, each until EOS or until it is full.
 
     window: drafts in a pass, of the chain drafter. A prompt with an open end alone is laid out causally.
     """
     layout = lay_out(template, open_end, model.config.canvas_len)
-    cache, written = Cache.empty(model.config), Written()
+    writer = _Writer(model, settings, window, Cache.empty(model.config), Written())
     if layout.open_alone:
         rows, given = causal(torch.tensor([layout.tokens[:-1]])), len(layout.tokens) - 1
     else:
         rows, given = evidence(layout.tokens, layout.positions, []), len(layout.tokens)
     if given:
-        model(*rows, cache)
-        cache.keep(torch.arange(given))
+        model(*rows, writer.cache)
+        writer.cache.keep(torch.arange(given))
     for first, last, before in layout.gaps:
-        written.gaps.append(_fill(model, cache, before, first, last, settings, window, written))
-    return written
+        writer.written.gaps.append(writer.fill(first, last, before))
+    return writer.written
 
 
-def _fill(
-    model: Denoiser, cache: Cache, token: int, first: int, last: int, settings: Settings, window: int, written: Written
-) -> list[int]:
-    """Tokens of positions `first` to `last` at most; `token`, of the position before, is the first row."""
-    filled: list[int] = []
-    drafts: list[int] = []
-    position = first - 1  # of `token`, the last committed one, whose row runs in the next pass
-    while True:
-        tokens = torch.tensor([[token, *drafts]])
-        n = tokens.shape[1]
-        places = torch.arange(position, position + n)[None]
-        visible = torch.cat([torch.ones(1, n, len(cache)), torch.ones(1, n, n).tril()], 2).bool()
-        states = model(tokens, places, visible, cache)[0]
-        logp = model.logits(states, torch.full((n,), NO_PADDING)).log_softmax(-1)
-        own, margin = drawn(logp, places[0] + 1, settings)
-        agreed = 0
-        while agreed < len(drafts) and drafts[agreed] == int(own[agreed]):
-            agreed += 1
-        cache.keep(torch.arange(agreed + 1))
-        new = own[: agreed + 1].tolist()
-        written.margin = min(written.margin, float(margin[: agreed + 1].min()))
-        written.kept.append(len(new))
-        position, token = position + len(new), new[-1]
-        filled += [one for one in new if one != EOS]
-        if token == EOS or position == last:
-            return filled
-        drafts = _drafts(model, states[agreed], token, position + 1, min(window, last - position - 1), settings)
+@dataclass(frozen=True)
+class _Writer:
+    """One text being written. cache: of the rows committed so far."""
 
+    model: Denoiser
+    settings: Settings
+    window: int
+    cache: Cache
+    written: Written
 
-def _drafts(model: Denoiser, state: Tensor, token: int, position: int, count: int, settings: Settings) -> list[int]:
-    """Up to `count` drafts from `position` on, none from an EOS on: the state is that of the last kept row, which drew
-    `token` for the position before.
-    """
-    drafts: list[int] = []
-    if model.drafter is None or token == EOS:
+    def fill(self, first: int, last: int, token: int) -> list[int]:
+        """Tokens of positions `first` to `last` at most; `token`, of the position before, is the first row."""
+        filled: list[int] = []
+        drafts: list[int] = []
+        position = first - 1  # of `token`, the last committed one, whose row runs in the next pass
+        while True:
+            tokens = torch.tensor([[token, *drafts]])
+            n = tokens.shape[1]
+            places = torch.arange(position, position + n)[None]
+            visible = torch.cat([torch.ones(1, n, len(self.cache)), torch.ones(1, n, n).tril()], 2).bool()
+            states = self.model(tokens, places, visible, self.cache)[0]
+            logp = self.model.logits(states, torch.full((n,), NO_PADDING)).log_softmax(-1)
+            own, margin = drawn(logp, places[0] + 1, self.settings)
+            agreed = 0
+            while agreed < len(drafts) and drafts[agreed] == int(own[agreed]):
+                agreed += 1
+            self.cache.keep(torch.arange(agreed + 1))
+            new = own[: agreed + 1].tolist()
+            self.written.margin = min(self.written.margin, float(margin[: agreed + 1].min()))
+            self.written.kept.append(len(new))
+            position, token = position + len(new), new[-1]
+            filled += [one for one in new if one != EOS]
+            if token == EOS or position == last:
+                return filled
+            drafts = self.drafts(states[agreed], token, position + 1, min(self.window, last - position - 1))
+
+    def drafts(self, state: Tensor, token: int, position: int, count: int) -> list[int]:
+        """Up to `count` drafts from `position` on, none from an EOS on.
+
+        state: of the last kept row, which drew `token` for the position before.
+        """
+        drafts: list[int] = []
+        if self.model.drafter is None:
+            return drafts
+        for step in list(self.model.drafter.depths)[:count]:
+            state = step(state[None], self.model.token_embedding(torch.tensor([token])))[0]
+            logp = self.model.logits(state[None], torch.tensor([NO_PADDING])).log_softmax(-1)
+            token = int(drawn(logp, torch.tensor([position + len(drafts)]), self.settings)[0])
+            if token == EOS:  # the law draws it by itself after the drafts before
+                break
+            drafts.append(token)
         return drafts
-    for step in list(model.drafter.depths)[:count]:
-        state = step(state[None], model.token_embedding(torch.tensor([token])))[0]
-        logp = model.logits(state[None], torch.tensor([NO_PADDING])).log_softmax(-1)
-        token = int(drawn(logp, torch.tensor([position + len(drafts)]), settings)[0])
-        if token == EOS:  # the law draws it by itself after the drafts before
-            break
-        drafts.append(token)
-    return drafts

@@ -41,7 +41,7 @@ def sample_many(
             rows = unfinished[start : start + ROWS]
             for i, logp in zip(rows, _scores(model, schedule, [canvases[i] for i in rows], dtype), strict=True):
                 open_positions = (canvases[i] == MASK).nonzero()[:, 0]
-                margin = commit_pass(canvases[i], open_positions, logp, passes[i], settings[i])
+                margin = commit_pass(canvases[i], open_positions, logp=logp, step=passes[i], settings=settings[i])
                 passes[i], margins[i] = passes[i] + 1, min(margins[i], margin)
     return [Sampled(*found) for found in zip(canvases, passes, margins, strict=True)]
 
@@ -80,12 +80,12 @@ def sample_autoregressive(
     canvases[:, : given.shape[1]] = given
     for start in range(0, n, TEXTS):
         here = slice(start, start + TEXTS)
-        _continue(model, canvases[here], given.shape[1], settings[here], dtype)
+        _continue(model, canvases[here], start=given.shape[1], settings=settings[here], dtype=dtype)
     return canvases
 
 
 def _continue(
-    model: Denoiser, canvases: Tensor, start: int, settings: Sequence[Settings], dtype: torch.dtype | None
+    model: Denoiser, canvases: Tensor, *, start: int, settings: Sequence[Settings], dtype: torch.dtype | None
 ) -> None:
     """Fill canvases (B, L) in place from position `start` on, a token of each in a pass."""
     cache, going = Cache.empty(model.config, len(canvases)), torch.ones(len(canvases), dtype=torch.bool)

@@ -67,7 +67,7 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def uniforms(seed: int, step: int, position: Tensor, token: Tensor, domain: int) -> Tensor:
+def uniforms(seed: int, step: int, *, position: Tensor, token: Tensor, domain: int) -> Tensor:
     """Draws in (0, 1): (23 bits + ½)·2⁻²³, float64."""
     position, token = torch.broadcast_tensors(position, token)
     counter = torch.stack([token, position, torch.full_like(token, step), torch.full_like(token, domain)], -1)
@@ -77,9 +77,10 @@ def uniforms(seed: int, step: int, position: Tensor, token: Tensor, domain: int)
 @torch.no_grad()
 def sample(
     model: Denoiser,
-    schedule: ScheduleName,
     canvas: Tensor,
+    *,
     fill: Tensor,
+    schedule: ScheduleName,
     settings: Settings,
     on_pass: Callable[[Tensor], None] = lambda canvas: None,
 ) -> Sampled:
@@ -92,22 +93,22 @@ def sample(
         hidden = model.score_canvas(canvas[None], torch.tensor([t]) if model.config.time_input else None)
         impossible = ends_impossible(canvas[None])[0, open_positions]
         logp = model.logits(hidden[0, open_positions], impossible).log_softmax(-1)  # (M, V)
-        margin = min(margin, commit_pass(canvas, open_positions, logp, step, settings))
+        margin = min(margin, commit_pass(canvas, open_positions, logp=logp, step=step, settings=settings))
         step += 1
     return Sampled(canvas, step, margin)
 
 
-def commit_pass(canvas: Tensor, open_positions: Tensor, logp: Tensor, step: int, settings: Settings) -> float:
+def commit_pass(canvas: Tensor, open_positions: Tensor, *, logp: Tensor, step: int, settings: Settings) -> float:
     """One pass: draw a candidate everywhere, order them, commit some of them in place.  → smallest deciding gap
 
     canvas (L,), open_positions (M,), logp (M, V)
     """
     entropy = -(logp.exp() * logp.clamp(min=-1e6)).sum(-1)
     best, ids = _best(logp, max(2, settings.top_k))  # two: `margin` compares them
-    token, confidence, apart = _draw(best, ids, open_positions, step, settings)
-    score = _order_score(best, entropy, confidence, open_positions, step, settings)
+    token, confidence, apart = _draw(best, ids, position=open_positions, step=step, s=settings)
+    score = _order_score(best, open_positions, entropy=entropy, confidence=confidence, step=step, s=settings)
     ranked, order = score.sort(descending=True, stable=True)
-    count, gap = _num_to_commit(ranked, confidence, entropy[order], step, settings)
+    count, gap = _num_to_commit(ranked, step, confidence=confidence, entropy=entropy[order], s=settings)
     margin = min(float(apart.min()), gap)
     exact = settings.selection == "random" and settings.threshold is None and settings.entropy_bound is None
     if count < len(order) and not exact:
@@ -127,7 +128,7 @@ def _best(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best[:, :k], ids.gather(-1, order)[:, :k]
 
 
-def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(logp: Tensor, ids: Tensor, *, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """A draw from the softmax over the kept candidates.  → token, confidence, gap to the second, all (M,)"""
     if s.temperature == 0:
         return ids[:, 0], logp[:, 0], logp[:, 0] - logp[:, 1]
@@ -135,7 +136,7 @@ def _draw(logp: Tensor, ids: Tensor, position: Tensor, step: int, s: Settings) -
     score = logp.double() / s.temperature
     p = score.softmax(-1)
     kept = p.cumsum(-1) - p < s.top_p
-    noise = -(-uniforms(s.seed, step, position[:, None], ids, domain=0).log()).log()
+    noise = -(-uniforms(s.seed, step, position=position[:, None], token=ids, domain=0).log()).log()
     noisy = torch.where(kept, score + noise, -torch.inf)
     best = noisy.amax(-1, keepdim=True)
     token = ids.masked_fill(noisy < best, torch.iinfo(ids.dtype).max).amin(-1, keepdim=True)  # ties: the lower id
@@ -149,22 +150,24 @@ def drawn(logp: Tensor, position: Tensor, settings: Settings) -> tuple[Tensor, T
     logp (M, V), position (M,) → token (M,), gap to the second best (M,)
     """
     best, ids = _best(logp, min(max(2, settings.top_k), logp.shape[-1]))
-    token, _, gap = _draw(best, ids, position, 0, settings)
+    token, _, gap = _draw(best, ids, position=position, step=0, s=settings)
     return token, gap
 
 
-def _order_score(logp: Tensor, entropy: Tensor, confidence: Tensor, position: Tensor, step: int, s: Settings) -> Tensor:
+def _order_score(
+    logp: Tensor, position: Tensor, *, entropy: Tensor, confidence: Tensor, step: int, s: Settings
+) -> Tensor:
     if s.threshold is not None:
         return confidence
     if s.entropy_bound is not None:
         return -entropy
     if s.selection == "random":
-        return uniforms(s.seed, step, position, torch.zeros_like(position), domain=1)
+        return uniforms(s.seed, step, position=position, token=torch.zeros_like(position), domain=1)
     by_rule = {"confidence": confidence, "entropy": -entropy, "margin": logp[:, 0].exp() - logp[:, 1].exp()}
     return by_rule[s.selection]
 
 
-def _num_to_commit(ranked: Tensor, confidence: Tensor, entropy: Tensor, step: int, s: Settings) -> tuple[int, float]:
+def _num_to_commit(ranked: Tensor, step: int, *, confidence: Tensor, entropy: Tensor, s: Settings) -> tuple[int, float]:
     """How many positions to commit, and by how much that number was decided."""
     if step >= s.steps - 1:
         return len(ranked), float("inf")

@@ -98,7 +98,10 @@ def _add_canvas(parser: argparse.ArgumentParser) -> None:
         "--schedule", choices=["linear", "cosine"], default="linear", help="noise (default: %(default)s)"
     )
     parser.add_argument(
-        "--weighting", choices=["nelbo", "flat"], default="flat", help="of masked tokens, over time (default: flat)"
+        "--weighting",
+        choices=["nelbo", "flat"],
+        default=TrainConfig.weighting,
+        help="of masked tokens, over time (default: %(default)s)",
     )
     parser.add_argument(
         "--time-input",

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,6 +43,7 @@ class Progress:
 def save_checkpoint(
     path: Path,
     progress: Progress,
+    *,
     model: Denoiser,
     ema: Ema,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -126,16 +127,9 @@ def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[De
     return model.eval(), progress
 
 
-def _check_age(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    if "position_embedding.weight" in tensors and "relative_bias" not in tensors:
-        raise DataError(f"{path} was trained before attention had a relative position bias: train it again")
-
-
 def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:
-    found = _tensors(path, prefix)
-    _check_age(path, found)
     try:
-        model.load_state_dict(found)
+        model.load_state_dict(_tensors(path, prefix))
     except RuntimeError:
         raise DataError(f"{path} does not hold the weights that its header promises") from None
 
@@ -147,7 +141,6 @@ def init_from(model: Denoiser, path: Path) -> None:
     starts fresh.
     """
     theirs = _tensors(path, "ema.")
-    _check_age(path, theirs)
     for name, parameter in model.named_parameters():
         if name not in theirs and name.startswith(("time_mlp.", "drafter.")):
             continue
@@ -159,6 +152,7 @@ def init_from(model: Denoiser, path: Path) -> None:
 def restore(
     path: Path,
     model: Denoiser,
+    *,
     ema: Ema,
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,

@@ -3,13 +3,32 @@
 import contextlib
 import csv
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from host.progress import progress
 from shared.errors import ConfigError, DiffusionLLMError
 
 LOG_FILE = "log.csv"
-LOG_COLUMNS = ("step", "tokens", "seconds", "loss", "valid", "lr", "grad_norm", "tokens_per_s", "compute_s")
+
+
+@dataclass(frozen=True)
+class LogRow:
+    """One optimizer step. tokens, seconds, compute_s: so far; valid: None between validations; losses in nats."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    valid: float | None
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    compute_s: float
+
+
+LOG_COLUMNS = tuple(field.name for field in fields(LogRow))
+FORMATS = dict(zip(LOG_COLUMNS, ("d", "d", ".1f", ".4f", ".4f", ".2e", ".3f", ".0f", ".1f"), strict=True))
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
@@ -20,7 +39,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tuple[object, ...]], None]]:
+def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[LogRow], None]]:
     """Append rows to the CSV log; each row is on disk at once.
 
     Rows after `step`, which a crash left after the checkpoint that is resumed, are dropped first.
@@ -38,8 +57,9 @@ def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tu
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
 
-            def log(row: tuple[object, ...]) -> None:
-                writer.writerow(row)
+            def log(row: LogRow) -> None:
+                cells = asdict(row).items()
+                writer.writerow("" if value is None else format(value, FORMATS[name]) for name, value in cells)
                 file.flush()
 
             yield log
@@ -49,26 +69,21 @@ def open_log(path: Path, step: int, write: bool = True) -> Iterator[Callable[[tu
 
 
 @contextlib.contextmanager
-def progress_bar(
-    steps: int, minutes: float | None, visible: bool = True
-) -> Iterator[Callable[[int, float, float, float | None, float], None]]:
-    """Progress in steps, or in the minutes given, with loss, tokens/s and time left.
-
-    Yields show(step, seconds, loss, validation loss or None, tokens/s).
-    """
+def progress_bar(steps: int, minutes: float | None, visible: bool = True) -> Iterator[Callable[[LogRow], None]]:
+    """Progress in steps, or in the minutes given, with loss, tokens/s and time left."""
     numbers = "{n_fmt}/{total_fmt} steps" if minutes is None else "{n:.1f}/{total:g} min"
     layout = "{percentage:3.0f}%|{bar}| " + numbers + " [{elapsed}<{remaining}{postfix}]"
     valid_shown = ""
     with progress(total=steps if minutes is None else minutes, bar_format=layout, disable=not visible) as bar:
 
-        def show(step: int, seconds: float, loss: float, valid: float | None, tokens_per_s: float) -> None:
+        def show(row: LogRow) -> None:
             nonlocal valid_shown
-            valid_shown = valid_shown if valid is None else f", validation {valid:.3f}"
-            now = step if minutes is None else min(minutes, seconds / 60)
-            if bar.n == 0 and step > 1:
+            valid_shown = valid_shown if row.valid is None else f", validation {row.valid:.3f}"
+            now = row.step if minutes is None else min(minutes, row.seconds / 60)
+            if bar.n == 0 and row.step > 1:
                 bar.initial = bar.n = bar.last_print_n = now  # a resumed run: count its speed from here
-            counted = "" if minutes is None else f"step {step:,}, "
-            shown = f"{counted}loss {loss:.3f}{valid_shown}, {tokens_per_s:,.0f} tokens/s"
+            counted = "" if minutes is None else f"step {row.step:,}, "
+            shown = f"{counted}loss {row.loss:.3f}{valid_shown}, {row.tokens_per_s:,.0f} tokens/s"
             try:
                 bar.set_postfix_str(shown, refresh=False)
                 bar.update(now - bar.n)
@@ -78,11 +93,11 @@ def progress_bar(
         yield show
 
 
-def start_wandb(name: str, settings: dict[str, float]) -> Callable[[dict[str, float]], None]:
+def start_wandb(name: str, settings: dict[str, float]) -> Callable[[LogRow], None]:
     """Begin a Weights & Biases run; ConfigError when the package is missing."""
     try:
         import wandb
     except ImportError:
         raise ConfigError('--wandb needs its package: pip install "diffusion-llm[wandb]"') from None
     run = wandb.init(project="diffusion-llm", name=name, config=settings)
-    return lambda row: run.log(row, step=int(row["step"]))
+    return lambda row: run.log({name: value for name, value in asdict(row).items() if value is not None}, step=row.step)

@@ -72,8 +72,8 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(
     model: Denoiser,
     name: OptimizerName,
-    lr: float,
     *,
+    lr: float,
     weight_decay: float = WEIGHT_DECAY,
     muon_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:

@@ -54,7 +54,7 @@ class TrainConfig:
     batch_size: int = 64
     micro_size: int = 8
     optimizer: OptimizerName = "muon"
-    weighting: Weighting = "nelbo"  # of runs from before there was a choice; host.train asks for flat
+    weighting: Weighting = "flat"
     lr: float = PEAK_RATES["muon"]
     warmup: float = 0.03  # part of the run
     cool_down: float | None = None  # last part of the run, in which a constant rate falls to 0; None: cosine
@@ -69,7 +69,7 @@ class TrainConfig:
     stage: Stage = "body"
     init: Path | None = None  # the run whose weights it began with
     init_work: Work | None = None  # that went into those weights
-    data_sha256: str = ""  # DataMeta.sha256 of what `data` held; unknown in runs from before it was kept
+    data_sha256: str = ""  # DataMeta.sha256 of what `data` held
 
 
 def fraction_done(config: TrainConfig, progress: Progress) -> float:
@@ -200,11 +200,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         init_work=work_behind(args.init) if args.init else None,
         data_sha256=data.meta.sha256,
     )
-    model = replace(
-        config_named(args.config),
-        vocab_size=data.meta.vocab_size,
-        time_input=args.time_input,
-    )
+    model = replace(config_named(args.config), vocab_size=data.meta.vocab_size, time_input=args.time_input)
     objectives = args.objectives
     if args.stage == "drafter":
         learned = read_progress(find_checkpoint(args.init))

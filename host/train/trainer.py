@@ -23,17 +23,9 @@ from host.device import machine_of, mixed_precision_dtype, work_clock
 from host.model.network import Denoiser
 from host.train.arguments import parse_arguments
 from host.train.batches import Batch, MicroBatch, make_batch
-from host.train.checkpoint import (
-    BEST,
-    LAST,
-    Progress,
-    find_checkpoint,
-    init_from,
-    restore,
-    save_checkpoint,
-)
+from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, restore, save_checkpoint
 from host.train.distributed import Ranks, joined_ranks, leave
-from host.train.logging import LOG_COLUMNS, LOG_FILE, open_log, progress_bar, start_wandb
+from host.train.logging import LOG_FILE, LogRow, open_log, progress_bar, start_wandb
 from host.train.objectives import Settings
 from host.train.optim import Ema, build_optimizers, learning_rate_factor
 from host.train.plots import plot_curves
@@ -66,6 +58,7 @@ class Trainer:
         self,
         config: TrainConfig,
         progress: Progress,
+        *,
         data: DataFolder,
         device: torch.device,
         ranks: Ranks = Ranks(),  # noqa: B008  (frozen: alone)
@@ -84,7 +77,7 @@ class Trainer:
         self.optimizers = build_optimizers(
             self.model,
             config.optimizer,
-            config.lr,
+            lr=config.lr,
             weight_decay=config.weight_decay,
             muon_dtype=self.dtype or torch.float32,
         )
@@ -101,7 +94,7 @@ class Trainer:
     def resume(self) -> None:
         """Take up the run folder's last checkpoint."""
         last = find_checkpoint(self.config.out, LAST)
-        self.progress = restore(last, self.model, self.ema, self.optimizers, self.scaler)
+        self.progress = restore(last, self.model, ema=self.ema, optimizers=self.optimizers, scaler=self.scaler)
         self.saved_s = self.progress.seconds
 
     def start_from(self, run: Path) -> None:
@@ -208,8 +201,14 @@ class Trainer:
         self.saved_s = self.progress.seconds
         if not self.ranks.first:
             return
-        path = self.config.out / file
-        save_checkpoint(path, self.progress, self.model, self.ema, self.optimizers, self.scaler)
+        save_checkpoint(
+            self.config.out / file,
+            self.progress,
+            model=self.model,
+            ema=self.ema,
+            optimizers=self.optimizers,
+            scaler=self.scaler,
+        )
 
     def run(self) -> None:
         """Train to the end, or until `stopping` is set; either way the last state is saved."""
@@ -239,24 +238,24 @@ class Trainer:
                 )
                 due = validation_due(c, p, self.progress)
                 valid = self.validate_and_keep() if due else None
-                row: tuple[int | str, ...] = (
-                    self.progress.step,
-                    self.progress.tokens_seen,
-                    f"{self.progress.seconds:.1f}",
-                    f"{loss:.4f}",
-                    "" if valid is None else f"{valid:.4f}",
-                    f"{self.optimizers[0].param_groups[0]['lr']:.2e}",
-                    f"{norm:.3f}",
-                    f"{tokens / elapsed:.0f}",
-                    f"{self.progress.compute_seconds:.1f}",
+                row = LogRow(
+                    step=self.progress.step,
+                    tokens=self.progress.tokens_seen,
+                    seconds=self.progress.seconds,
+                    loss=loss,
+                    valid=valid,
+                    lr=self.optimizers[0].param_groups[0]["lr"],
+                    grad_norm=norm,
+                    tokens_per_s=tokens / elapsed,
+                    compute_s=self.progress.compute_seconds,
                 )
                 log(row)  # before the checkpoint: a row too many is dropped when the run goes on, a missing one is lost
                 if due:
                     self.save(LAST)
                     self.draw_curves()
                 if self.wandb is not None:
-                    self.wandb({k: float(v) for k, v in zip(LOG_COLUMNS, row, strict=True) if v != ""})
-                bar(self.progress.step, self.progress.seconds, loss, valid, tokens / elapsed)
+                    self.wandb(row)
+                bar(row)
             self.stopping = stopped
             self.save(LAST)
             self.draw_curves()
@@ -321,7 +320,7 @@ def main() -> None:
     """Train, resume, and save when the user or the terminal ends it."""
     with joined_ranks() as ranks, laid_out_by_first(ranks) as (args, config, progress):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trainer = Trainer(config, progress, load_data(config.data), device, ranks, wandb=args.wandb)
+        trainer = Trainer(config, progress, data=load_data(config.data), device=device, ranks=ranks, wandb=args.wandb)
         if args.resume:
             trainer.resume()
         elif args.init:

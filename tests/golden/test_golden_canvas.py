@@ -41,7 +41,7 @@ def loaded(exported: Exported) -> LoadedBundle:
 def reference(model: Denoiser, loaded: LoadedBundle, request: GenerateRequest) -> Sampled:
     plan = loaded.prepare(request)
     canvas, fill = torch.from_numpy(plan.layout.canvas).long(), torch.from_numpy(plan.layout.fill)
-    return sample(model, "linear", canvas, fill, Settings(**dataclasses.asdict(plan.sampling)))
+    return sample(model, canvas, fill=fill, schedule="linear", settings=Settings(**dataclasses.asdict(plan.sampling)))
 
 
 @pytest.mark.parametrize("name", REQUESTS)

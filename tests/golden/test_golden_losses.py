@@ -58,7 +58,7 @@ def test_the_first_ten_losses(
     settings = TrainConfig(
         tmp_path, Path(), steps=20, batch_size=8, micro_size=3, optimizer=optimizer, weighting=weighting, lr=1e-3
     )
-    trainer = Trainer(settings, Progress(shape, {objective: 1.0}, "linear"), folder(), torch.device("cpu"))
+    trainer = Trainer(settings, Progress(shape, {objective: 1.0}, "linear"), data=folder(), device=torch.device("cpu"))
     losses = []
     for step in range(10):
         losses.append(trainer.step()[0])

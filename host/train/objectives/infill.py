@@ -27,14 +27,14 @@ OPEN_ENDS: Final = 0.2  # of the stories
 def examples(x0: Tensor, rng: np.random.Generator, settings: Settings) -> list[Example]:
     """x0 (n, L); stories of fewer than three tokens are left out."""
     stories = (story(canvas) for canvas in x0)
-    return [gapped(tokens.tolist(), rng, x0.shape[1]) for tokens in stories if len(tokens) > 3]
+    return [gapped(tokens.tolist(), rng, length=x0.shape[1]) for tokens in stories if len(tokens) > 3]
 
 
 def gapped(
     tokens: list[int],
     rng: np.random.Generator,
-    length: int,
     *,
+    length: int,
     most_gaps: int = MOST_GAPS,
     open_ends: float = OPEN_ENDS,
     slack_gaps: float = SLACK_GAPS,

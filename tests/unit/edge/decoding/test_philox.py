@@ -52,7 +52,13 @@ def test_the_torch_reference_draws_the_same(seed: int) -> None:
     positions, tokens = np.arange(0, 256, 5, dtype=np.uint32)[:, None], np.arange(0, 8192, 37, dtype=np.uint32)
     for domain in (TOKEN_DOMAIN, ORDER_DOMAIN):
         ours = uniform(seed, 11, position=positions, token=tokens, domain=domain)
-        theirs = sampler.uniforms(seed, 11, torch.from_numpy(positions).long(), torch.from_numpy(tokens).long(), domain)
+        theirs = sampler.uniforms(
+            seed,
+            11,
+            position=torch.from_numpy(positions).long(),
+            token=torch.from_numpy(tokens).long(),
+            domain=domain,
+        )
         np.testing.assert_array_equal(ours, theirs.numpy())  # 23 random bits and a half fit float32 exactly
 
 

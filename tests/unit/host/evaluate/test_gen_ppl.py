@@ -68,7 +68,7 @@ def test_sample_many_is_the_same_as_one_by_one(network: Denoiser, rule: str) -> 
     decided = 0
     for one, found in zip(settings, sample_many(network, "linear", settings), strict=True):
         start = open_canvas(48)
-        alone = sample(network, "linear", start, start != BOS, one)
+        alone = sample(network, start, fill=start != BOS, schedule="linear", settings=one)
         assert_sound(found.canvas.numpy())
         if alone.margin > TOLERANCE:  # else rounding decides
             decided += 1

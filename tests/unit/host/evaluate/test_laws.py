@@ -47,13 +47,13 @@ def held_out(n: int = 20) -> HeldOut:
 def test_counted_passes_are_those_of_the_reference_decoder(model: Denoiser, temperature: float) -> None:
     for seed in range(6):
         settings = Settings(seed, temperature=temperature, top_k=VOCAB)
-        text = write(model, [[7, 8, 9]], settings, open_end=True).gaps[0]
+        text = write(model, [[7, 8, 9]], settings=settings, open_end=True).gaps[0]
         canvas = torch.tensor(([BOS, 7, 8, 9, *text, EOS] + [PAD] * LENGTH)[:LENGTH])
         found = agreement(model, canvas, 4, settings)
         for window in (1, 2, 3):
             assert (
                 passes(found, window, found.same)
-                == write(model, [[7, 8, 9]], settings, open_end=True, window=window).kept
+                == write(model, [[7, 8, 9]], settings=settings, open_end=True, window=window).kept
             )
 
 

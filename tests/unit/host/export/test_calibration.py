@@ -37,7 +37,7 @@ def test_stratified_gives_nothing_of_a_rate_never_visited() -> None:
 
 @pytest.mark.slow
 def test_activation_ranges_stay_within_what_was_seen() -> None:
-    canvases = trajectories(MODEL, "linear", np.zeros((1, 256), np.uint16), seed=0, steps=8)
+    canvases = trajectories(MODEL, np.zeros((1, 256), np.uint16), schedule="linear", seed=0, steps=8)
     ranges = activation_ranges(cuda_graph(MODEL), canvases)
     assert tuple(ranges) == RANGES
     seen = list(linear_inputs(cuda_graph(MODEL), canvases))

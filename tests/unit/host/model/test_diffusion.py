@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from host.data.shards import Split
-from host.model.diffusion import Corrupted, corrupt, counted_tokens, low_discrepancy_times, nelbo_sums
+from host.model.diffusion import Corrupted, corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import CONFIGS, Denoiser
 from host.train.batches import story_indices
 from shared.schedule import SCHEDULES, ScheduleName, mask_prob
 from shared.tokens import BOS, EOS, MASK, PAD
 from tests.support.ideal import LENGTHS, PAIRS, A, B, Ideal
+from tests.support.nelbo import nelbo_sums
 
 
 class Wrong(Ideal):
@@ -38,7 +39,7 @@ def exact_nelbo(model: Any, ideal: Ideal, schedule: ScheduleName, times: int = 6
             masked = (length - 1) - patterns.sum(1)
             chance = m**masked * (1 - m) ** (length - 1 - masked)
             batch = corrupt(x0, keep * 2, [float(t)] * len(patterns), schedule)
-            sums = nelbo_sums(model, batch, x0, [float(t)] * len(patterns), schedule)
+            sums = nelbo_sums(model, batch, x0=x0, t=[float(t)] * len(patterns), schedule=schedule)
             total += float(p) * float((chance * sums).sum()) / times
     return total
 
@@ -90,11 +91,11 @@ def test_cutting_or_padding_behind_the_end_changes_nothing() -> None:
     model, x0 = debug_model(), stories()
     t = low_discrepancy_times(len(x0), 0.3)
     whole = corrupt(x0, torch.rand(x0.shape, generator=torch.Generator().manual_seed(1)), t, "linear")
-    together = nelbo_sums(model, whole, x0, t, "linear")
+    together = nelbo_sums(model, whole, x0=x0, t=t, schedule="linear")
     assert any(whole.active_len < x0.shape[1]) and any(whole.active_len == x0.shape[1])
     for i, length in enumerate(whole.active_len.tolist()):
         cut = Corrupted(whole.xt[i : i + 1, :length], whole.scored[i : i + 1, :length], whole.active_len[i : i + 1])
-        alone = nelbo_sums(model, cut, x0[i : i + 1, :length], t[i : i + 1], "linear")
+        alone = nelbo_sums(model, cut, x0=x0[i : i + 1, :length], t=t[i : i + 1], schedule="linear")
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-4)
 
 

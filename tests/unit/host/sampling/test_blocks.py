@@ -81,20 +81,20 @@ def by_definition(model: Denoiser, template: Template, settings: Settings, open_
 def test_drafts_change_the_passes_and_never_the_text(
     model: Denoiser, template: Template, open_end: bool, settings: Settings
 ) -> None:
-    plain = write(model, template, settings, open_end=open_end)
+    plain = write(model, template, settings=settings, open_end=open_end)
     assert plain.gaps == by_definition(model, template, settings, open_end)
     assert set(plain.kept) <= {1}
     sizes = [part for part in template if isinstance(part, int)]
     assert all(len(gap) <= size for gap, size in zip(plain.gaps, sizes, strict=False))
     for window in (1, 3):
-        drafted = write(model, template, settings, open_end=open_end, window=window)
+        drafted = write(model, template, settings=settings, open_end=open_end, window=window)
         assert drafted.gaps == plain.gaps
         assert sum(drafted.kept) == sum(plain.kept) and max(drafted.kept) <= window + 1
         assert len(drafted.kept) <= len(plain.kept)
 
 
 def test_some_drafts_are_kept_and_some_are_not(model: Denoiser) -> None:
-    kept = [count for seed in range(8) for count in write(model, [], law(seed), open_end=True, window=3).kept]
+    kept = [count for seed in range(8) for count in write(model, [], settings=law(seed), open_end=True, window=3).kept]
     print(f"{np.mean(kept):.2f} tokens in a pass")
     assert {1, 2} <= set(kept)
 
@@ -122,11 +122,12 @@ def test_many_texts_at_once_are_those_of_one_by_one(model: Denoiser) -> None:
     prompts = torch.from_numpy(np.random.default_rng(0).integers(FIRST_TEXT_ID, VOCAB, (5, 4)))
     together = sample_autoregressive(model, [law(seed) for seed in range(5)], prompts=prompts)
     for seed, (prompt, canvas) in enumerate(zip(prompts.tolist(), together.tolist(), strict=True)):
-        alone = write(model, [prompt], law(seed), open_end=True)
+        alone = write(model, [prompt], settings=law(seed), open_end=True)
         text = [BOS, *prompt, *alone.gaps[0], EOS]
         assert canvas == (text + [PAD] * LENGTH)[:LENGTH]
 
 
 def test_gaps_that_end_early_are_closed_and_stay_in_their_place(model: Denoiser) -> None:
-    closed = [write(model, [[7, 8], 6, [9, 10]], law(seed, 1.5), open_end=False).gaps[0] for seed in range(30)]
+    texts = [write(model, [[7, 8], 6, [9, 10]], settings=law(seed, 1.5), open_end=False) for seed in range(30)]
+    closed = [text.gaps[0] for text in texts]
     assert min(len(gap) for gap in closed) < 6 == max(len(gap) for gap in closed)

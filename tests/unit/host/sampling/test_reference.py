@@ -13,7 +13,7 @@ VOCAB = 300
 def committed(logp: torch.Tensor, settings: Settings) -> list[int]:
     """A canvas of open positions, one for each row of logp (M, V), after one pass."""
     canvas = torch.tensor([BOS, *[MASK] * len(logp)])
-    commit_pass(canvas, torch.arange(1, len(canvas)), logp, 0, settings)
+    commit_pass(canvas, torch.arange(1, len(canvas)), logp=logp, step=0, settings=settings)
     tokens: list[int] = canvas[1:].tolist()
     return tokens
 

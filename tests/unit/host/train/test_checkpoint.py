@@ -41,8 +41,9 @@ from host.train.optim import Ema, build_optimizers
 torch.set_num_threads(1)
 config = config_named("debug")
 model = Denoiser(config)
-optimizers, ema = build_optimizers(model, "adamw", 1e-3), Ema(model, 0.9)
+optimizers, ema = build_optimizers(model, "adamw", lr=1e-3), Ema(model, 0.9)
 scaler = torch.amp.GradScaler("cpu", enabled=False)
+state = {"model": model, "ema": ema, "optimizers": optimizers, "scaler": scaler}
 path = Path(sys.argv[1]) / "last.safetensors"
 def assert_whole():
     loaded, progress = load_model(path)
@@ -52,7 +53,7 @@ for attempt in range(8):
     child = os.fork()
     if child == 0:
         for step in range(1_000_000):
-            save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", step), model, ema, optimizers, scaler)
+            save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", step), **state)
     while not path.exists():
         time.sleep(0.001)
     time.sleep(0.003 * attempt)
@@ -65,7 +66,7 @@ for written in (1, 10_000, path.stat().st_size - 1):  # the system kills who wri
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (written, written))
-        save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear"), model, ema, optimizers, scaler)
+        save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear"), **state)
         os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGXFSZ
@@ -83,9 +84,10 @@ from shared.errors import DiffusionLLMError
 
 path, config = Path(sys.argv[1]) / "last.safetensors", CONFIGS["debug"]
 model, scaler = Denoiser(config), torch.amp.GradScaler("cpu", enabled=False)
-save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", 1), model, Ema(model, 0.9), [], scaler)
+state = {"model": model, "ema": Ema(model, 0.9), "optimizers": [], "scaler": scaler}
+save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", 1), **state)
 try:
-    save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", 2), model, Ema(model, 0.9), [], scaler)
+    save_checkpoint(path, Progress(config, {"canvas": 1.0}, "linear", 2), **state)
 except DiffusionLLMError as error:
     print(error)
 load_model(path)
@@ -95,7 +97,8 @@ print("step", read_progress(path).step, sorted(p.name for p in path.parent.iterd
 
 def save(path: Path, model: Denoiser, objective: str = "canvas") -> None:
     progress = Progress(model.config, {objective: 1.0}, "cosine", step=7, best_nats=1.5)
-    save_checkpoint(path, progress, model, Ema(model, 0.9), build_optimizers(model, "adamw", 1e-3), CPU_SCALER)
+    optimizers = build_optimizers(model, "adamw", lr=1e-3)
+    save_checkpoint(path, progress, model=model, ema=Ema(model, 0.9), optimizers=optimizers, scaler=CPU_SCALER)
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_averaged_or_raw_weights_are_loaded(tmp_path: Path) -> None:
     with torch.no_grad():
         model.head.bias.add_(1.0)
     progress = Progress(DEBUG, {"canvas": 1.0}, "linear")
-    save_checkpoint(tmp_path / LAST, progress, model, ema, [], CPU_SCALER)
+    save_checkpoint(tmp_path / LAST, progress, model=model, ema=ema, optimizers=[], scaler=CPU_SCALER)
     averaged, _ = load_model(tmp_path / LAST)
     raw, _ = load_model(tmp_path / LAST, "model")
     assert torch.equal(averaged.head.bias, torch.zeros(512))
@@ -219,8 +222,9 @@ def test_a_checkpoint_without_its_weights_is_refused(checkpoint: Path) -> None:
 
 def test_a_run_of_another_shape_cannot_be_restored(checkpoint: Path) -> None:
     other = Denoiser(ModelConfig("debug", d_model=32, layers=1, heads=2, vocab_size=512))
+    optimizers = build_optimizers(other, "adamw", lr=1e-3)
     with pytest.raises(DataError, match="was trained as ModelConfig"):
-        restore(checkpoint, other, Ema(other, 0.9), build_optimizers(other, "adamw", 1e-3), CPU_SCALER)
+        restore(checkpoint, other, ema=Ema(other, 0.9), optimizers=optimizers, scaler=CPU_SCALER)
 
 
 def test_weights_of_another_shape_cannot_start_a_model(checkpoint: Path) -> None:

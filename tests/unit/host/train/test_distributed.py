@@ -130,7 +130,7 @@ class ManyRanks(Ranks):
 def test_the_processor_time_of_all_processes_is_counted(data: Path, tmp_path: Path) -> None:
     progress = Progress(config_named("debug"), {"canvas": 1.0}, "linear")
     config = TrainConfig(tmp_path, data, steps=3, batch_size=4)
-    trainer = Trainer(config, progress, load_data(data), torch.device("cpu"), ManyRanks())
+    trainer = Trainer(config, progress, data=load_data(data), device=torch.device("cpu"), ranks=ManyRanks())
     before = time.process_time()
     trainer.run()
     assert trainer.progress.compute_seconds > time.process_time() - before

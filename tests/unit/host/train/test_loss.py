@@ -9,7 +9,7 @@ from torch import Tensor
 
 import host.model.network
 from host.data.shards import Split
-from host.model.diffusion import Weighting, autoregressive_sums, corrupt, nelbo_sums, token_weight
+from host.model.diffusion import Weighting, autoregressive_sums, corrupt, token_weight
 from host.model.network import RELATIVE_UNIT, Denoiser, attend, config_named, first_relative_bias
 from host.train import batches
 from host.train.batches import Batch, make_batch, story_indices
@@ -17,6 +17,7 @@ from host.train.loss import WeightedLoss
 from host.train.objectives import Settings
 from shared.schedule import SCHEDULES, ScheduleName, loss_weight, mask_prob
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
+from tests.support.nelbo import nelbo_sums
 
 ROWS, LENGTH, VOCAB = 12, 40, 64
 
@@ -124,7 +125,7 @@ def test_the_training_loss_is_the_bound(schedule: ScheduleName) -> None:
     order = np.random.Generator(np.random.Philox(np.random.SeedSequence((3, 0, 2)))).permutation(24)
     x0 = torch.from_numpy(stories().take(order[5 * ROWS % 24 :][:ROWS]).astype(np.int64))
     whole = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t, schedule)
-    expected = nelbo_sums(model, whole, x0, t, schedule).sum()
+    expected = nelbo_sums(model, whole, x0=x0, t=t, schedule=schedule).sum()
     assert by_parts == pytest.approx(float(expected), rel=1e-5)
     assert sorted(one.t.tolist()) == pytest.approx(sorted(t))
 

@@ -85,7 +85,7 @@ def test_infilling_takes_a_story_apart_and_loses_nothing() -> None:
         kept = story[story != PAD].tolist()
         if len(kept) <= 3:
             continue
-        one = gapped(kept, rng, LENGTH)
+        one = gapped(kept, rng, length=LENGTH)
         assert as_text(one) == kept
         evidence, n = int(one.at[0]), one.rows.tokens.shape[1]
         assert torch.equal(one.at, torch.arange(evidence, n))

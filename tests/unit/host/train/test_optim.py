@@ -40,7 +40,7 @@ def test_weight_decay_shrinks_the_matrices_of_the_body_alone() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    for optimizer in build_optimizers(model, "muon", 0.1, weight_decay=0.5):
+    for optimizer in build_optimizers(model, "muon", lr=0.1, weight_decay=0.5):
         optimizer.step()
     for name, p in model.named_parameters():
         kept = 0.95 if name.startswith("blocks.") and p.ndim == 2 else 1.0
@@ -50,7 +50,7 @@ def test_weight_decay_shrinks_the_matrices_of_the_body_alone() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_belongs_to_one_optimizer_and_only_body_matrices_decay(name: OptimizerName) -> None:
     model = Denoiser(DEBUG)
-    groups = [group for optimizer in build_optimizers(model, name, 1e-3) for group in optimizer.param_groups]
+    groups = [group for optimizer in build_optimizers(model, name, lr=1e-3) for group in optimizer.param_groups]
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}

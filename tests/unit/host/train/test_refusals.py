@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from host.data.prepare import prepare
 from host.data.shards import DATA_FILE
 from host.files import locked
 from host.train import trainer as train
-from host.train.checkpoint import BEST, LAST, read_progress
+from host.train.checkpoint import LAST, read_progress
 from host.train.logging import LOG_FILE, read_log
 from host.train.run_folder import CONFIG_FILE
 from shared.errors import DataError
@@ -36,26 +34,14 @@ def other_shape(data: Path, tmp_path: Path) -> list[object]:
     return ["--init", tmp_path / "theirs", "--config", "tiny"]
 
 
-def from_before_the_bias(data: Path, tmp_path: Path) -> list[object]:
-    run = tmp_path / "theirs"
-    call(train.main, *small(data, run, "--steps", 1))
-    for file in (LAST, BEST):
-        with safe_open(run / file, framework="pt") as old:
-            metadata, names = old.metadata(), [n for n in old.keys() if "relative_bias" not in n]  # noqa: SIM118
-            tensors = {name: old.get_tensor(name) for name in names}
-        save_file(tensors, run / file, metadata=metadata)
-    return ["--init", run]
-
-
 @pytest.mark.parametrize(
     ("prepare_run", "words"),
     [
-        (from_before_the_bias, "was trained before attention had a relative position bias: train it again"),
         (other_tokenizer, "was trained with another tokenizer than"),
         (other_shape, "cannot start this model: relative_bias is missing or has another shape"),
         (lambda data, tmp: ["--init", tmp / "nowhere"], "nowhere holds no checkpoint: train one with"),
     ],
-    ids=["older", "tokenizer", "shape", "missing"],
+    ids=["tokenizer", "shape", "missing"],
 )
 def test_weights_that_do_not_fit_are_refused(
     data: Path,
@@ -216,16 +202,6 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
     assert code == 65
     assert sentence == f"{run / LAST} does not hold the state of AdamW: it was trained with another optimizer"
-
-
-def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(trained: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    config = json.loads((run / CONFIG_FILE).read_text())
-    del config["weighting"]
-    (run / CONFIG_FILE).write_text(json.dumps(config))
-    call(train.main, "--resume", run, "--steps", 61)
-    assert read_progress(run / LAST).step == 61
 
 
 def copied(data: Path, trained: Path, folder: Path) -> tuple[Path, Path]:

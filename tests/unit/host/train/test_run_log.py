@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,25 @@ from host.model.network import config_named
 from host.train import plots
 from host.train import trainer as train
 from host.train.checkpoint import Progress
-from host.train.logging import LOG_FILE, open_log, progress_bar, read_log
+from host.train.logging import LOG_FILE, LogRow, open_log, progress_bar, read_log
 from host.train.plots import plot_curves
 from host.train.run_folder import TrainConfig, fraction_done, validation_due
 from host.train.trainer import counted_seconds
 from tests.support.commands import call, small
+
+PLAIN = LogRow(step=0, tokens=0, seconds=0, loss=1, valid=None, lr=1e-3, grad_norm=1, tokens_per_s=100, compute_s=0)
+
+
+def row_of(step: int, **changes: float | None) -> LogRow:
+    return replace(PLAIN, step=step, seconds=changes.pop("seconds", step), **changes)  # type: ignore[arg-type]
 
 
 def test_curves_show_an_overfitting_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training loss far below, validation loss far above where both began."""
     with open_log(tmp_path / LOG_FILE, 0) as log:
         for step in range(1, 101):
-            valid = 3 + 0.05 * step if step % 10 == 0 else ""
-            log((step, 100 * step, step, 4 * math.exp(-step / 10), valid, 1e-3, 1, 100, step))
+            valid = 3 + 0.05 * step if step % 10 == 0 else None
+            log(row_of(step, tokens=100 * step, loss=4 * math.exp(-step / 10), valid=valid))
     limits: list[tuple[float, float]] = []
     monkeypatch.setattr(Axes, "set_ylim", lambda axes, low, high: limits.append((low, high)))
     plot_curves(tmp_path)
@@ -41,8 +48,8 @@ def test_curves_show_an_overfitting_run_whole(tmp_path: Path, monkeypatch: pytes
 
 def test_curves_draw_loss_validation_and_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_log(tmp_path / LOG_FILE, 0) as log:
-        for step, valid in ((1, ""), (2, 3.5), (3, 3.0)):
-            log((step, step * 1_000_000, step, 6 - step, valid, step / 100, 1, 100, step))
+        for step, valid in ((1, None), (2, 3.5), (3, 3.0)):
+            log(row_of(step, tokens=step * 1_000_000, loss=6 - step, valid=valid, lr=step / 100))
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "save_picture", lambda figure, path: drawn.append(figure))
     plots.plot_curves(tmp_path)
@@ -75,7 +82,7 @@ def test_a_bar_whose_reader_left_is_silent(monkeypatch: pytest.MonkeyPatch) -> N
     with progress_bar(3, None) as show:
         for step in (1, 2, 3):
             time.sleep(0.21)  # so that the bar is drawn
-            show(step, step, 1.0, None, 1.0)
+            show(row_of(step))
             terminal.left = True
     assert "1/3" in terminal.getvalue()
     assert "2/3" not in terminal.getvalue()
@@ -87,7 +94,7 @@ def test_progress_in_a_log_file_is_a_line_every_few_seconds(monkeypatch: pytest.
     with progress_bar(300, None) as show:
         for step in range(1, 301):
             time.sleep(0.002)
-            show(step, step, 1.5, 2.5, 1000.0)
+            show(row_of(step, loss=1.5, valid=2.5, tokens_per_s=1000.0))
     lines = log.getvalue().splitlines()
     assert len(lines) == 2 and "\r" not in log.getvalue()
     assert "300/300 steps" in lines[-1] and "loss 1.500, validation 2.500, 1,000 tokens/s" in lines[-1]
@@ -97,7 +104,7 @@ def test_progress_with_minutes_counts_minutes_and_steps(monkeypatch: pytest.Monk
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     with progress_bar(20_000, 2.0) as show:
-        show(7, 90.0, 1.5, None, 1000.0)
+        show(row_of(7, seconds=90.0, loss=1.5, tokens_per_s=1000.0))
     last = log.getvalue().splitlines()[-1]
     assert "1.5/2 min" in last and "step 7, loss 1.500, 1,000 tokens/s" in last
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from host.data.shards import load_data
 from host.device import mixed_precision_dtype
-from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times, nelbo_sums
+from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.train import trainer as train
 from host.train.arguments import parse_arguments
 from host.train.batches import story_indices
@@ -34,6 +34,7 @@ from host.train.run_folder import (
 from host.train.trainer import Trainer
 from shared.manifest import TOKENIZER
 from tests.support.commands import call, refusal, small
+from tests.support.nelbo import nelbo_sums
 
 REPOSITORY = Path(__file__).parents[4]
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def trainer(data: Path, out: Path, *more: object, kind: type[Trainer] = Trainer)
 
     def make() -> None:
         with run_laid_out(parse_arguments()) as (config, progress):
-            made.append(kind(config, progress, load_data(config.data), CPU))
+            made.append(kind(config, progress, data=load_data(config.data), device=CPU))
 
     call(make, *small(data, out, *more))
     return made[0]
@@ -236,7 +237,7 @@ def test_validation_is_the_bound_whatever_training_weighs(
         x0 = torch.from_numpy(stories.take(wanted).astype(np.int64))
         t = low_discrepancy_times(len(x0), float(noise.random()))
         noised = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t, "linear")
-        nats += float(nelbo_sums(one.model, noised, x0, t, "linear").sum())
+        nats += float(nelbo_sums(one.model, noised, x0=x0, t=t, schedule="linear").sum())
         tokens += int(counted_tokens(x0).sum())
     assert one.validate() == pytest.approx(nats / tokens, rel=1e-5)
 
@@ -327,7 +328,7 @@ def test_a_new_length_is_kept_for_the_next_resumption(data: Path, tmp_path: Path
     call(train.main, *small(data, run, "--steps", 2))
     for steps in ([], ["--steps", 9]):
         config, progress = resumed(run, *steps)
-        longer = StopsAtFive(config, progress, load_data(data), CPU)
+        longer = StopsAtFive(config, progress, data=load_data(data), device=CPU)
         longer.resume()
         longer.run()
     assert read_progress(run / LAST).step == 5
@@ -337,7 +338,7 @@ def test_a_new_length_is_kept_for_the_next_resumption(data: Path, tmp_path: Path
 
 def test_a_run_of_a_processor_goes_on_where_a_scaler_is_needed(trained: Path) -> None:
     config, progress = resumed(trained)
-    one = Trainer(config, progress, load_data(config.data), CPU)
+    one = Trainer(config, progress, data=load_data(config.data), device=CPU)
     one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     one.resume()
     assert one.progress.step == 60
