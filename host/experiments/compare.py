@@ -6,9 +6,10 @@ validation stories. A run that began with another's weights is charged for that 
 
 import argparse
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from host.train.logging import LOG_FILE, read_log
 from host.train.plots import save_picture
@@ -41,12 +42,7 @@ class Curve:
         times = [point.compute_s for point in self.points]
         if not times[0] <= compute_s <= times[-1]:
             return None
-        after = bisect_right(times, compute_s)
-        if after == len(times):
-            return self.points[-1].bits_per_byte
-        left, right = self.points[after - 1], self.points[after]
-        part = (compute_s - left.compute_s) / (right.compute_s - left.compute_s)
-        return left.bits_per_byte + part * (right.bits_per_byte - left.bits_per_byte)
+        return float(np.interp(compute_s, times, [point.bits_per_byte for point in self.points]))
 
 
 def read_curve(name: str, run: Path) -> Curve:
