@@ -191,12 +191,17 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Info(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="info"):
-    """What the daemon is and takes. schemas: JSON schema of each kind of request."""
+    """What the daemon is and takes. schemas: JSON schema of each kind of request.
+
+    deterministic: whether a text depends on request, seed and bundle alone. Not on a GPU that computes several requests
+    in one batch: the last bit of a logit depends on the batch size there, and may tip a near tie.
+    """
 
     v: int = PROTOCOL_VERSION
     version: str
     model: str
     backend: str
+    deterministic: bool
     limits: Limits
     schemas: dict[str, dict[str, Any]]
 

@@ -161,6 +161,11 @@ class LoadedBundle:
         batches: tuple[int, ...] = getattr(self.backend, "batches", (1,))
         return batches
 
+    @property
+    def deterministic(self) -> bool:
+        """Whether a text depends on its plan alone: nothing is ever computed in one batch with it."""
+        return self.batches == (1,)
+
     def positions(self, run: Run) -> int:
         """How many canvas positions its next pass computes."""
         # Asked of every request at every pass: isinstance with a protocol would cost more than all the rest.

@@ -84,6 +84,7 @@ EXAMPLES: tuple[Struct, ...] = (
         version="0.1.0",
         model="tinystories@01",
         backend="trt",
+        deterministic=True,
         limits=Limits(1, 2, 3, 4, 5),
         schemas={"x": {"type": "object"}},
     ),

@@ -103,6 +103,7 @@ def test_mqtt_info_tells_what_requests_may_be(listener: Listener, debug_bundle: 
     manifest = json.loads((debug_bundle / "manifest.json").read_text())
     info = body(message)
     assert message.retain and info["model"].startswith("debug@")
+    assert (info["backend"], info["deterministic"]) == ("fake", True)
     assert info["limits"]["canvas_tokens"] == manifest["model"]["canvas_len"]
     generate = info["schemas"]["generate"]["$defs"]["GenerateRequest"]
     assert generate["properties"]["temperature"]["anyOf"][0]["maximum"] == 10

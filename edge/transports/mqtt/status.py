@@ -8,6 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edge.delivery.outbox import Outbox
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Heartbeat
 from shared.manifest import MAX_STEPS
@@ -73,23 +74,25 @@ class Status:
 
     def _publish_changes(self) -> None:
         health = self._scheduler.health()
-        if self._published is None or health.model != self._published.model:
-            manifest = self._scheduler.loaded.manifest
-            content = info(health, manifest.model.canvas_len, manifest.top_k, self._queue_size)
+        known = self._published
+        if known is None or (health.model, health.backend) != (known.model, known.backend):
+            content = info(health, self._scheduler.loaded, self._queue_size)
             self._publish("info", encode(content), retain=True)
         if health != self._published:
             self._publish("state", encode(health), retain=True)
         self._published = health
 
 
-def info(health: Health, canvas_len: int, top_k: int, queue_size: int) -> Info:
+def info(health: Health, loaded: LoadedBundle, queue_size: int) -> Info:
     """What a client may want to know before it asks, with the JSON schema of its requests."""
-    limits = Limits(MAX_MESSAGE_BYTES, canvas_len, MAX_STEPS, top_k, queue_size)
+    manifest = loaded.manifest
+    limits = Limits(MAX_MESSAGE_BYTES, manifest.model.canvas_len, MAX_STEPS, manifest.top_k, queue_size)
     schemas = {"generate": GenerateRequest, "cancel": CancelRequest}
     return Info(
         version=health.version,
         model=health.model,
         backend=health.backend,
+        deterministic=loaded.deterministic,
         limits=limits,
         schemas={name: _schema(kind) for name, kind in schemas.items()},
     )

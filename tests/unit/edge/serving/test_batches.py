@@ -10,6 +10,7 @@ from edge.decoding.types import Row
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.request_table import ACTIVE
 from edge.serving.scheduler import Scheduler
+from edge.transports.mqtt.status import info
 from shared.messages import GenerateRequest
 from tests.support.mailbox import Mailbox, submit
 
@@ -84,6 +85,12 @@ def test_a_text_is_the_same_in_a_batch_and_alone(debug_bundle: Path) -> None:
         assert max(batch for batch, _ in recorder.shapes) == batches[-1]
         texts.append([mailbox.response().text for mailbox in mailboxes])
     assert texts[0] == texts[1]
+
+
+def test_info_says_whether_a_text_may_depend_on_the_requests_beside_it(debug_bundle: Path) -> None:
+    for batches, deterministic in (((1,), True), ((1, 2, 4), False)):
+        loaded, _ = recorded(debug_bundle, *batches)
+        assert info(Scheduler(loaded, queue_size=1).health(), loaded, queue_size=1).deterministic is deterministic
 
 
 def test_a_suspect_of_an_earlier_crash_shares_no_pass(debug_bundle: Path) -> None:
