@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,11 +27,11 @@ from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
 from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
 from edge.system.bundle_store import check_files
+from edge.transports.mqtt.login import try_login
 from edge.transports.peer_credentials import user_id
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
 from shared.manifest import Manifest, Target, find_graph, read_manifest
 
-BROKER_S: Final = 5.0
 MIN_DISK_MIB: Final = 64
 MIN_MEMORY_MIB: Final = 256
 JETPACKS: Final = {36: 6, 38: 7, 39: 7}
@@ -193,13 +192,8 @@ def surroundings(config: Config, on_gpu: bool) -> list[Finding]:
     if config.mqtt.host is None:
         found.append(Finding("broker", "none is configured"))
     else:
-        broker = f"{config.mqtt.host}:{config.mqtt.port}"
-        try:
-            socket.create_connection((config.mqtt.host, config.mqtt.port), BROKER_S).close()
-            found.append(Finding("broker", f"{broker} takes connections"))
-        except OSError as error:
-            fix = f"the broker {broker} cannot be reached ({error.strerror or error}): start it, or mend `mqtt.host`"
-            found.append(Finding("broker", broker, fix))
+        broker, fix = f"{config.mqtt.host}:{config.mqtt.port}", try_login(config.mqtt, f"edgelm-{config.device}-doctor")
+        found.append(Finding("broker", broker if fix else f"{broker} accepts our login", fix))
     for folder in (config.state, *engines.cache_folders()[: 1 if on_gpu else 0]):
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         found.append(_room("disk", f"for {folder}", shutil.disk_usage(place).free >> 20, MIN_DISK_MIB))

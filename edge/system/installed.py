@@ -5,7 +5,7 @@ from importlib.metadata import version as version_of
 
 
 def version() -> str:
-    """Of the installed distribution; "unknown" in a checkout. Looks through the file system: ask once."""
+    """Of the installed distribution; "unknown" in a checkout alone. Looks through the file system: ask once."""
     try:
         return version_of("diffusion-llm")
     except PackageNotFoundError:

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, until
+from edge.config import MqttConfig
+from edge.transports.mqtt.login import try_login
+from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, run_module, until
 
 SHIPPED = ROOT / "deploy" / "mosquitto"
 USERS = ("edge01", "edge02", "alice", "bob", "monitor")
@@ -167,3 +170,48 @@ def test_broker_example_lets_nobody_in_without_a_password(broker: Broker, certif
         [*anonymous, "--cafile", str(certificates / "ca.pem")], capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode != 0 and "not authorised" in done.stderr.lower()
+
+
+def test_broker_example_doctor_logs_in_as_the_daemon_would(
+    broker: Broker, certificates: Path, tmp_path: Path, debug_bundle: Path
+) -> None:
+    """A broker that only takes connections is not enough: exit code 69, and what to mend."""
+    secret = tmp_path / "secret"
+    settings = {"MQTT_HOST": "127.0.0.1", "MQTT_PORT": str(broker.port), "MQTT_USERNAME": "edge01", "BACKEND": "ort"}
+    settings |= {"MQTT_PASSWORD_FILE": str(secret), "MQTT_CA_FILE": str(certificates / "ca.pem")}
+    settings |= {"STATE": str(tmp_path), "SOCKET": str(tmp_path / "socket")}
+    for password, value, fix in (
+        ("edge01-pw", f"{broker.address} accepts our login", None),
+        ("wrong", broker.address, f"the broker {broker.address} refuses the login of user 'edge01' (Not authorized): "),
+    ):
+        secret.write_text(f"{password}\n")
+        done = run_module("edge.doctor", "--bundle", str(debug_bundle), "--json", temporary=None, **settings)
+        (found,) = (line for line in json.loads(done.stdout)["findings"] if line["name"] == "broker")
+        assert found["value"] == value
+        assert (found["fix"] or "").startswith(fix or "") and (fix is None) == (found["fix"] is None)
+        assert done.returncode == (0 if fix is None else 69)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # paho leaves failed TLS to the collector
+def test_broker_example_login_that_fails_has_one_sentence(broker: Broker, certificates: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("edge01-pw\n")
+    config = MqttConfig(host="127.0.0.1", port=broker.port, username="edge01", password_file=secret)
+    assert try_login(replace(config, ca_file=certificates / "ca.pem"), "edgelm-edge01-doctor") is None
+    for changed, sentence in (
+        ({}, f"what listens on {broker.address} hangs up: if it is a broker with TLS, set `mqtt.ca_file`"),
+        (
+            {"username": None, "password_file": None, "ca_file": certificates / "ca.pem"},
+            "refuses the login without a user",
+        ),
+        (
+            {"ca_file": certificates / "broker.pem"},
+            f"TLS with the broker {broker.address} fails (self-signed certificate in certificate chain): ",
+        ),
+        ({"ca_file": tmp_path / "none.pem"}, f"mqtt.ca_file {tmp_path / 'none.pem'} cannot be used: "),
+        ({"password_file": tmp_path / "none"}, f"mqtt.password_file {tmp_path / 'none'} cannot be read: "),
+    ):
+        why = try_login(replace(config, **changed), "edgelm-edge01-doctor")
+        assert why is not None and sentence in why and "\n" not in why

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from edge.config import MqttConfig
+from edge.transports.mqtt.login import try_login
 from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Listener, until
 
 REQUEST = "edgelm/dev/request/generate"
@@ -179,6 +181,14 @@ def test_mqtt_old_broker_is_served_in_its_own_version(serve: StartDaemon, broker
     while listener.next(AVAILABILITY).payload != b"offline":
         pass
     assert old.refused == 1 and "refuses MQTT 5; using 3.1.1" in daemon.log.read_text()
+    old.close()
+
+
+def test_mqtt_login_is_tried_in_the_version_of_the_broker(broker: Broker) -> None:
+    old = OldBroker(broker.port)
+    host, _, port = old.address.partition(":")
+    assert try_login(MqttConfig(host=host, port=int(port)), "doctor") is None
+    assert old.refused == 1
     old.close()
 
 

@@ -23,8 +23,8 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edge.config import MqttConfig, read_password
 from edge.delivery.publisher import MessageTooLargeError
 from edge.system.heartbeat import Heartbeat
+from edge.transports.mqtt.login import REFUSED_VERSION, give_credentials
 from edge.transports.mqtt.properties import properties
-from shared.errors import ConfigError
 from shared.messages import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ name, which MQTT 3.1.1, and mosquitto 2.0 in either version, do not tell.
 """
 HEADER_BYTES: Final = 16
 """Of a PUBLISH packet, beside topic, properties and payload."""
-REFUSED_VERSION: Final = "Unsupported protocol version"
 TAKEN_OVER: Final = "Session taken over"
 UNSPECIFIED: Final = "Unspecified error"
 BROKEN: Final = "the connection broke"
@@ -217,12 +216,7 @@ class Link:
             manual_ack=True,
             reconnect_on_failure=False,
         )
-        client.username_pw_set(self._config.username, self._password)
-        if self._config.ca_file is not None:
-            try:
-                client.tls_set(ca_certs=str(self._config.ca_file))
-            except OSError as error:
-                raise ConfigError(f"mqtt.ca_file {self._config.ca_file} cannot be used: {error}") from None
+        give_credentials(client, self._config, self._password)
         client.will_set(self._availability, "offline", qos=1, retain=True)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect

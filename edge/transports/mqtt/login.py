@@ -1,0 +1,68 @@
+"""Logging in to the broker: user, password and TLS as configured, and one attempt, to say what comes of it."""
+
+import queue
+import ssl
+from typing import Final
+
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+
+from edge.config import MqttConfig, read_password
+from shared.errors import ConfigError
+
+LOGIN_S: Final = 5.0
+REFUSED_VERSION: Final = "Unsupported protocol version"
+HANGS_UP: Final = "it hangs up"
+
+
+def give_credentials(client: Client, config: MqttConfig, password: str | None) -> None:
+    """User, password, and the certificates to trust. Raises ConfigError for a file that cannot be used."""
+    client.username_pw_set(config.username, password)
+    if config.ca_file is not None:
+        try:
+            client.tls_set(ca_certs=str(config.ca_file))
+        except OSError as error:
+            raise ConfigError(f"mqtt.ca_file {config.ca_file} cannot be used: {error}") from None
+
+
+def try_login(config: MqttConfig, client_id: str) -> str | None:
+    """Log in and out again, under a client id that nobody uses.  → what is wrong, with its remedy; None if nothing"""
+    broker = f"{config.host}:{config.port}"
+    try:
+        reason = _connack(config, client_id, MQTTProtocolVersion.MQTTv5)
+        if reason == REFUSED_VERSION:
+            reason = _connack(config, client_id, MQTTProtocolVersion.MQTTv311)
+    except ConfigError as error:
+        return str(error)
+    except ssl.SSLError as error:
+        why = getattr(error, "verify_message", None) or error.reason or error
+        return f"TLS with the broker {broker} fails ({why}): mend `mqtt.ca_file`, `mqtt.host` or `mqtt.port`"
+    except OSError as error:
+        return f"the broker {broker} cannot be reached ({error.strerror or error}): start it, or mend `mqtt.host`"
+    if reason == HANGS_UP and config.ca_file is None:
+        return f"what listens on {broker} hangs up: if it is a broker with TLS, set `mqtt.ca_file`"
+    if reason is not None:
+        user = "without a user name" if config.username is None else f"of user {config.username!r}"
+        remedy = "mend `mqtt.username` and its password"
+        return f"the broker {broker} refuses the login {user} ({reason}): {remedy}"
+    return None
+
+
+def _connack(config: MqttConfig, client_id: str, version: MQTTProtocolVersion) -> str | None:
+    """One connection.  → the reason for which it was refused, or None. Raises OSError, ConfigError."""
+    assert config.host is not None
+    answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=version, reconnect_on_failure=False)
+    client.connect_timeout = LOGIN_S
+    give_credentials(client, config, read_password(config))
+    client.on_connect = lambda *said: answer.put(str(said[3]) if said[3].is_failure else None)
+    client.on_disconnect = lambda *_: answer.put(HANGS_UP)
+    client.connect(config.host, config.port)
+    client.loop_start()
+    try:
+        return answer.get(timeout=LOGIN_S)
+    except queue.Empty:
+        return "it does not answer"
+    finally:
+        client.disconnect()
+        client.loop_stop()
