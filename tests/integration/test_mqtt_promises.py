@@ -32,7 +32,7 @@ def serve(start_daemon: Callable[..., Daemon], broker: Broker) -> Serve:
     def start(backend: str = "fake", **settings: str) -> Daemon:
         nonlocal started
         started += 1
-        daemon = start_daemon("--mqtt", broker.address, backend=backend, DEVICE="dev", **settings)
+        daemon = start_daemon("--mqtt", broker.address, backend=backend, **({"DEVICE": "dev"} | settings))
         until(lambda: daemon.log.read_text().count("mqtt connected") == started, "the daemon to connect")
         return daemon
 
@@ -78,6 +78,18 @@ def test_mqtt_what_a_killed_daemon_accepted_its_successor_answers_once(serve: Se
             answers.setdefault(message.topic, []).append(bytes(message.payload))
     assert all(json.loads(payload)["status"] == "ok" for (payload,) in answers.values())
     assert quiet(listener, f"{RESPONSE}/4")
+
+
+def test_mqtt_device_that_is_renamed_answers_what_it_accepted_before(serve: Serve, listener: Listener) -> None:
+    """Where it was asked to: the journal belongs to the state folder, not to a name."""
+    daemon = serve(backend="fake:50")
+    listener.publish(REQUEST, STORY | {"id": "a", "stream": True})
+    listener.next("edgelm/dev/stream/a")
+    kill(daemon)
+    serve(DEVICE="renamed")
+    assert body(listener.next(f"{RESPONSE}/a"))["status"] == "ok"
+    listener.publish("edgelm/renamed/request/generate", STORY | {"id": "b"})
+    assert body(listener.next("edgelm/renamed/response/b"))["status"] == "ok"
 
 
 def test_mqtt_its_text_is_the_one_it_would_have_been(serve: Serve, listener: Listener) -> None:

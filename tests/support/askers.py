@@ -10,8 +10,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from paho.mqtt.client import Client, MQTTMessage
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -22,14 +22,13 @@ NOT_TERMINAL: Final = {"queue_full", "draining", "storage_full"}
 
 
 class Heard:
-    """What clients were told: id → the answers to it that differ in a byte. Thread-safe.
+    """What clients were told: id → the answers to it that differ in a byte → when each came first. Thread-safe.
 
-    first_s: when each id was answered first. refused_full: refusals for want of room in the journal.
+    refused_full: refusals for want of room in the journal.
     """
 
     def __init__(self) -> None:
-        self.answers: dict[str, set[bytes]] = {}
-        self.first_s: dict[str, float] = {}
+        self.answers: dict[str, dict[bytes, float]] = {}
         self.repeated = 0
         self.refused_full = 0
         self._lock = threading.Lock()
@@ -43,11 +42,15 @@ class Heard:
             self.refused_full += answer["error"]["code"] == "storage_full"
             return False
         with self._lock:
-            self.first_s.setdefault(answer["id"], time.monotonic())
-            known = self.answers.setdefault(answer["id"], set())
-            self.repeated += bool(known)
-            known.add(payload)
+            known = self.answers.setdefault(answer["id"], {})
+            self.repeated += payload in known
+            known.setdefault(payload, time.monotonic())
         return True
+
+    def first_s(self, id: str) -> float | None:
+        """When that id was answered first."""
+        with self._lock:
+            return min(self.answers.get(id, {}).values(), default=None)
 
     def codes(self) -> Counter[str]:
         """How many requests ended how."""
@@ -57,15 +60,21 @@ class Heard:
 
 
 class Asker:
-    """Clients of one connection, which stays, and which now and then ask for what they know already."""
+    """Clients of one connection, which stays, and which now and then ask for what they know already.
 
+    They ask for nothing new while MOST are without an answer, and for nothing again before the broker has acknowledged
+    that they asked: clients that do not wait for a busy broker end its service without any misfortune.
+    """
+
+    MOST: Final = 100
     CLIENTS: Final = ("", "/anna", "/ben", "/cleo")
     """Topics that a request is sent below: the plain one, and three clients' own."""
     MAX_CORRELATION_BYTES: Final = 1024
 
     def __init__(self, port: int, heard: Heard, seed: int) -> None:
-        self.asked: dict[str, tuple[bytes, float]] = {}  # id → payload, when it was sent last
+        self.asked: dict[str, bytes] = {}  # id → payload
         self.sent_again = 0
+        self._sent: dict[str, tuple[float, MQTTMessageInfo]] = {}  # id → when last, and whether that is acknowledged
         self._heard = heard
         self._random = random.Random(seed)
         self._client = Client(CallbackAPIVersion.VERSION2, "asker", protocol=MQTTProtocolVersion.MQTTv5)
@@ -82,29 +91,25 @@ class Asker:
     def ask_again(self) -> None:
         """Whatever was not answered for a while."""
         now = time.monotonic()
-        for id, (payload, sent_s) in list(self.asked.items()):
-            if id not in self._heard.answers and now - sent_s > ASK_AGAIN_S:
+        for id in self.open:
+            sent_s, info = self._sent[id]
+            refused = info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS  # there was no connection: it goes out with the next
+            if now - sent_s > ASK_AGAIN_S and (refused or info.is_published()):
                 self.sent_again += 1
-                self._send(id, payload)
+                self._send(id, self.asked[id])
 
     def repeat(self, within_s: float) -> None:
         """Something that is open, or was answered no longer ago."""
         since_s = time.monotonic() - within_s
-        young = [id for id in self.asked if self._heard.first_s.get(id, since_s) >= since_s]
+        young = [id for id in self.asked if (self._heard.first_s(id) or since_s) >= since_s]
         if young:
             id = self._random.choice(young)
-            self._send(id, self.asked[id][0])
+            self._send(id, self.asked[id])
 
     @property
     def open(self) -> set[str]:
         """Requests without an answer."""
         return self.asked.keys() - self._heard.answers.keys()
-
-    @property
-    def moving(self) -> set[str]:
-        """Requests that may be on their way, or under way, just now."""
-        since_s = time.monotonic() - 2 * ASK_AGAIN_S
-        return self.open | {id for id, (_, sent_s) in self.asked.items() if sent_s > since_s}
 
     def close(self) -> None:
         """Part from the broker."""
@@ -112,12 +117,13 @@ class Asker:
         self._client.loop_stop()
 
     def _send(self, id: str, payload: bytes) -> None:
-        self.asked[id] = (payload, time.monotonic())
+        self.asked[id] = payload
         carried = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         if self._random.random() < 0.3:
             carried.CorrelationData = self._random.randbytes(self._random.randrange(self.MAX_CORRELATION_BYTES))
         client = self.CLIENTS[zlib.crc32(id.encode()) % len(self.CLIENTS)]
-        self._client.publish(f"{BASE}/request/generate{client}", payload, qos=1, properties=carried)
+        info = self._client.publish(f"{BASE}/request/generate{client}", payload, qos=1, properties=carried)
+        self._sent[id] = (time.monotonic(), info)
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
         self._heard.note(bytes(message.payload))
@@ -133,7 +139,6 @@ class Vanishers:
 
     def __init__(self, port: int, heard: Heard, seed: int) -> None:
         self.names: set[str] = set()
-        self.ended: set[str] = set()
         self.killed = 0
         self._port = port
         self._heard = heard
@@ -152,11 +157,6 @@ class Vanishers:
         """Requests without an answer."""
         return self.names - self._heard.answers.keys()
 
-    @property
-    def moving(self) -> set[str]:
-        """Requests that may be on their way, or under way, just now."""
-        return self.names - self.ended
-
     def close(self) -> None:
         """No longer ask."""
         self._ended.set()
@@ -173,7 +173,6 @@ class Vanishers:
             with self._ask(name, payload, keeps) as process:
                 answered += self._note(process)
             self._ended.wait(0.1)
-        self.ended.add(name)
 
     def _ask(self, name: str, payload: str, keeps: list[str]) -> "subprocess.Popen[bytes]":
         topics = ["-t", f"{BASE}/request/generate", "-e", f"edgelm/reply/{name}"]

@@ -275,3 +275,17 @@ def test_metrics_count_what_was_done(scheduler: Scheduler, loaded: GatedBundle) 
     assert (metrics.accepted, metrics.answered) == (2, {"ok": 1, "too_large": 1})
     assert metrics.generated_tokens == 4 and metrics.steps >= 1
     assert (metrics.active, metrics.queued) == (0, 0) and metrics.resident_mb > 10
+
+
+def test_health_looks_for_the_version_once(debug_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It walks the file system: at every question, under the lock, that would hold up the passes."""
+    walks: list[str] = []
+
+    def walk(name: str) -> str:
+        walks.append(name)
+        return "1.2.3"
+
+    monkeypatch.setattr("edge.system.installed.version_of", walk)
+    scheduler = Scheduler(LoadedBundle.load(debug_bundle, "fake"), queue_size=1)
+    assert [scheduler.health().version for _ in range(3)] == ["1.2.3"] * 3
+    assert walks == ["diffusion-llm"]
