@@ -45,7 +45,7 @@ def reference(model: Denoiser, loaded: LoadedBundle, request: GenerateRequest) -
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_edge_and_torch_commit_the_same_tokens(exported: Exported, loaded: LoadedBundle, name: str) -> None:
+def test_canvas_of_edge_and_torch_holds_the_same_tokens(exported: Exported, loaded: LoadedBundle, name: str) -> None:
     decided = 0
     for seed in range(30):
         request = replace(REQUESTS[name], seed=seed)

@@ -42,7 +42,7 @@ def folder() -> DataFolder:
 
 
 @pytest.mark.parametrize(("objective", "optimizer", "weighting"), GOLDEN)
-def test_the_first_ten_losses(
+def test_losses_of_the_first_ten_steps(
     objective: str,
     optimizer: OptimizerName,
     weighting: Weighting,

@@ -33,7 +33,7 @@ def finish(backend: TrtBackend | SameLogits, mine: list[Row]) -> list[Row]:
 
 
 @pytest.mark.parametrize("captured", [True, False], ids=["graph", "plain"])
-def test_every_bucket_has_its_graph_and_both_ways_write_the_same(
+def test_backend_on_gpu_captures_every_bucket_and_writes_the_same_without_graphs(
     backend: TrtBackend, network: Network, manifest: Manifest, captured: bool
 ) -> None:
     """Whole texts, against numpy's loop on the same network's logits; a draw too close for FP16 may part two of them.
@@ -55,7 +55,7 @@ def test_every_bucket_has_its_graph_and_both_ways_write_the_same(
     assert agreed >= 0.8 * total
 
 
-def test_rows_that_come_and_go_write_what_they_would_alone(backend: TrtBackend) -> None:
+def test_backend_on_gpu_rows_that_come_and_go_write_what_they_would_alone(backend: TrtBackend) -> None:
     sampling = replace(RULES["random"], steps=5)
     alone = [finish(backend, [row])[0] for row in rows(9, sampling)]
     together = rows(9, sampling)
@@ -67,14 +67,14 @@ def test_rows_that_come_and_go_write_what_they_would_alone(backend: TrtBackend) 
     assert same >= 7
 
 
-def test_the_measurement_runs(backend: TrtBackend) -> None:
+def test_backend_on_gpu_measurement_runs(backend: TrtBackend) -> None:
     """`python -m tests.gpu.measure`, with few repetitions: figures for every bucket, none of them judged here."""
     found = measure(backend, repeats=1, launches=2)
     assert [(step.batch, step.length) for step in found.steps] == list(backend._buckets)
     assert all(step.graph_ms and step.plain_ms and step.draw_bytes for step in found.steps)
 
 
-def test_the_real_thing_where_tensorrt_is_installed(
+def test_backend_on_gpu_with_real_tensorrt(
     gpu: Gpu, debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Builds an engine, loads it, and holds it to the processor, as a Jetson's owner does."""

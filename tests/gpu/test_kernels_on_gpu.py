@@ -19,7 +19,7 @@ pytestmark = pytest.mark.proof("7. kernels, captured loop and backend on a GPU")
 
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("rule", RULES)
-def test_the_gpu_chooses_what_the_processor_chooses(
+def test_kernels_on_gpu_choose_the_tokens_of_the_cpu(
     gpu: Gpu, cubin: bytes, emulator: Emulator, rule: str, captured: bool
 ) -> None:
     length, vocab = 64, 2048

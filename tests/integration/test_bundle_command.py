@@ -49,7 +49,7 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.slow
-def test_two_bundles_are_kept_and_the_older_one_is_a_command_away(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_install_keeps_the_previous_bundle_for_a_rollback(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = install(store, debug_bundle)
     assert links(store) == (first, None)
@@ -66,7 +66,7 @@ def test_two_bundles_are_kept_and_the_older_one_is_a_command_away(debug_bundle: 
     assert links(store) == (second, third)
 
 
-def test_installing_what_is_current_changes_nothing(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_install_of_the_current_bundle_changes_nothing(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = install(store, debug_bundle)
     file = store / first / "manifest.json"
@@ -75,15 +75,13 @@ def test_installing_what_is_current_changes_nothing(debug_bundle: Path, tmp_path
     assert links(store) == (first, None) and file.stat().st_ino == before
 
 
-def test_without_a_previous_one_there_is_no_way_back(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_rollback_without_a_previous_bundle_is_refused(debug_bundle: Path, tmp_path: Path) -> None:
     install(tmp_path / "store", debug_bundle)
     assert "no previous bundle" in refusal(bundle_command(tmp_path / "store", "rollback"))
 
 
 @pytest.mark.parametrize("damage", ["graph", "tokenizer", "manifest", "missing file", "graph that does not load"])
-def test_a_bundle_that_is_not_right_is_refused_and_leaves_nothing(
-    damage: str, debug_bundle: Path, tmp_path: Path
-) -> None:
+def test_bundle_install_of_a_faulty_bundle_leaves_nothing(damage: str, debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     before = install(store, debug_bundle)
     bad = variant(debug_bundle, tmp_path, "bad")
@@ -110,7 +108,7 @@ def test_a_bundle_that_is_not_right_is_refused_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_damage_on_the_device_is_found_and_repaired(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_verify_reports_damage_and_install_repairs_it(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     name = install(store, debug_bundle)
     assert bundle_command(store, "verify").returncode == 0
@@ -120,7 +118,7 @@ def test_damage_on_the_device_is_found_and_repaired(debug_bundle: Path, tmp_path
     assert bundle_command(store, "verify").returncode == 0 and contents(store) == {name}
 
 
-def test_what_is_installed_can_be_read_by_the_daemon_whatever_the_umask(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_install_is_readable_by_the_daemon_under_any_umask(debug_bundle: Path, tmp_path: Path) -> None:
     store, private = tmp_path / "store", tmp_path / "private"
     shutil.copytree(debug_bundle, private)
     for path in private.iterdir():
@@ -130,7 +128,7 @@ def test_what_is_installed_can_be_read_by_the_daemon_whatever_the_umask(debug_bu
     assert (store / name).stat().st_mode & 0o777 == 0o755
 
 
-def test_two_commands_at_once_do_not_mix(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_install_excludes_a_second_command(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     with (store / ".lock").open("w") as lock:
@@ -138,12 +136,12 @@ def test_two_commands_at_once_do_not_mix(debug_bundle: Path, tmp_path: Path) -> 
         assert "another command" in refusal(bundle_command(store, "install", debug_bundle))
 
 
-def test_a_store_that_cannot_be_is_named(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_store_that_cannot_be_used_is_named(debug_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refusal(bundle_command(tmp_path / "file" / "store", "install", debug_bundle))
 
 
-def test_an_empty_store_lists_nothing(tmp_path: Path) -> None:
+def test_bundle_list_of_an_empty_store_is_empty(tmp_path: Path) -> None:
     assert "no bundles in" in bundle_command(tmp_path / "none", "list").stdout
 
 
@@ -158,7 +156,7 @@ def keys(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 @needs_minisign
-def test_with_a_key_only_what_it_signed_is_installed(
+def test_bundle_install_with_a_key_takes_signed_bundles_only(
     keys: tuple[Path, Path], debug_bundle: Path, tmp_path: Path
 ) -> None:
     public, secret = keys
@@ -177,6 +175,6 @@ def test_with_a_key_only_what_it_signed_is_installed(
 
 
 @needs_minisign
-def test_a_key_that_is_not_there_is_no_reason_to_skip_the_check(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_verify_with_a_missing_key_file_is_refused(debug_bundle: Path, tmp_path: Path) -> None:
     done = bundle_command(tmp_path / "store", "verify", debug_bundle, "--key", tmp_path / "none.pub")
     assert done.returncode == 78 and "none.pub" in done.stderr

@@ -50,7 +50,7 @@ def refused(folder: Path, bundle: Path, key: Path | None = None) -> str:
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "graph"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_only_plain_files_are_taken(name: str, kind: str, debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_links_and_pipes_are_refused(name: str, kind: str, debug_bundle: Path, tmp_path: Path) -> None:
     """What a link leads to is read by root, and would be for everyone to read in the store; a pipe would never end."""
     store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
     file = graph_file(bad) if name == "graph" else bad / name
@@ -68,7 +68,7 @@ def test_only_plain_files_are_taken(name: str, kind: str, debug_bundle: Path, tm
 
 @pytest.mark.parametrize("path", ["../../escaped", "/etc/hostname", "a/b", "..", ".hidden", ""])
 @pytest.mark.parametrize("field", ["name", "file"])
-def test_a_manifest_names_files_and_not_paths(field: str, path: str, debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_paths_in_a_manifest_are_refused(field: str, path: str, debug_bundle: Path, tmp_path: Path) -> None:
     store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
     manifest = json.loads((bad / "manifest.json").read_text())
     (manifest["graphs"][0] if field == "file" else manifest)[field] = path
@@ -79,7 +79,7 @@ def test_a_manifest_names_files_and_not_paths(field: str, path: str, debug_bundl
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "graph"])
-def test_a_file_that_was_cut_off_is_named(name: str, debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_truncated_file_is_named(name: str, debug_bundle: Path, tmp_path: Path) -> None:
     store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
     file = graph_file(bad) if name == "graph" else bad / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -89,7 +89,7 @@ def test_a_file_that_was_cut_off_is_named(name: str, debug_bundle: Path, tmp_pat
 
 @needs_minisign
 @pytest.mark.parametrize("fault", ["another key's", "another bundle's", "cut off", "no signature", "no key"])
-def test_a_signature_that_is_not_right_is_refused(fault: str, debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_wrong_signature_is_refused(fault: str, debug_bundle: Path, tmp_path: Path) -> None:
     store, bad = tmp_path / "store", variant(debug_bundle, tmp_path, "bad")
     pairs = [(tmp_path / f"{n}.pub", tmp_path / f"{n}.key") for n in range(2)]
     for public, secret in pairs:
@@ -124,7 +124,7 @@ def small_disk(tmp_path: Path, debug_bundle: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
-def test_a_disk_that_fills_up_changes_nothing(small_disk: Path, debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_full_disk_changes_nothing(small_disk: Path, debug_bundle: Path, tmp_path: Path) -> None:
     store, second = small_disk / "store", variant(debug_bundle, tmp_path, "second")
     first = install(store, debug_bundle)
     said = refusal(bundle_command(store, "install", second))
@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up_changes_nothing(small_disk: Path, debug_bundle: Pa
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
-def test_what_a_killed_command_left_makes_room_for_the_next(
+def test_bundle_harm_leftovers_of_a_killed_command_are_removed(
     small_disk: Path, debug_bundle: Path, tmp_path: Path
 ) -> None:
     store = small_disk / "store"
@@ -146,7 +146,7 @@ def test_what_a_killed_command_left_makes_room_for_the_next(
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_it_leaves_a_whole_bundle_current(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_kill_at_any_step_leaves_a_whole_bundle_current(debug_bundle: Path, tmp_path: Path) -> None:
     new = variant(debug_bundle, tmp_path, "new")
     command = [sys.executable, "-m", "tests.support.killed", tmp_path / "store", debug_bundle, new]
     done = subprocess.run(
@@ -162,7 +162,7 @@ def test_killed_at_any_step_it_leaves_a_whole_bundle_current(debug_bundle: Path,
     assert {tuple(line["left"]) for line in told} == {tuple(told[-1]["left"])} and told[-1]["survived"]
 
 
-def test_a_folder_of_something_else_is_refused_and_keeps_what_it_holds(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_foreign_folder_is_refused_and_keeps_its_files(debug_bundle: Path, tmp_path: Path) -> None:
     """`--store .` beside the bundle, as one types it in a checkout."""
     mine = tmp_path / "mine"
     bundle = variant(debug_bundle, mine, "mine")
@@ -175,7 +175,7 @@ def test_a_folder_of_something_else_is_refused_and_keeps_what_it_holds(debug_bun
 
 
 @pytest.mark.parametrize("inside", ["", "store", "a/store"])
-def test_a_store_within_a_bundle_is_refused(inside: str, debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_store_inside_a_bundle_is_refused(inside: str, debug_bundle: Path, tmp_path: Path) -> None:
     bundle = variant(debug_bundle, tmp_path, "mine")
     before = sorted(bundle.rglob("*"))
     said = refused(bundle / inside, bundle)
@@ -184,7 +184,7 @@ def test_a_store_within_a_bundle_is_refused(inside: str, debug_bundle: Path, tmp
 
 
 @pytest.mark.slow
-def test_what_is_not_provably_a_bundle_of_the_store_survives_in_it(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_foreign_files_in_the_store_survive(debug_bundle: Path, tmp_path: Path) -> None:
     """Photos, a bundle that somebody copied there by hand, and one whose name says another digest."""
     store = tmp_path / "store"
     install(store, debug_bundle)
@@ -199,7 +199,7 @@ def test_what_is_not_provably_a_bundle_of_the_store_survives_in_it(debug_bundle:
 
 
 @pytest.mark.slow
-def test_a_store_that_lost_its_links_keeps_its_bundles(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_store_without_links_keeps_its_bundles(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     names = {install(store, debug_bundle), install(store, variant(debug_bundle, tmp_path, "second"))}
     for link in ("current", "previous"):
@@ -209,7 +209,7 @@ def test_a_store_that_lost_its_links_keeps_its_bundles(debug_bundle: Path, tmp_p
     assert install(store, store / next(iter(names))) in names, "one of them can be served again"
 
 
-def test_a_bundle_that_is_refused_removes_nothing(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_refused_bundle_removes_nothing(debug_bundle: Path, tmp_path: Path) -> None:
     """Bundles are removed after the new one was verified, and not before it was even read."""
     store = tmp_path / "store"
     names = {install(store, debug_bundle), install(store, variant(debug_bundle, tmp_path, "second"))}
@@ -232,7 +232,7 @@ edge.bundle.main(["verify", *sys.argv[1:]])
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="who is not root has nothing to give up")
-def test_a_strangers_graph_is_loaded_as_nobody(debug_bundle: Path, tmp_path: Path) -> None:
+def test_bundle_harm_untrusted_graph_is_loaded_as_nobody(debug_bundle: Path, tmp_path: Path) -> None:
     bundle = variant(debug_bundle, tmp_path, "strange")
     command = [sys.executable, "-c", WATCHED, str(bundle)]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60)
@@ -243,7 +243,7 @@ def test_a_strangers_graph_is_loaded_as_nobody(debug_bundle: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("backend", ["auto", "trt"])
-def test_a_device_with_a_gpu_gets_the_engine_or_is_told_why_not(
+def test_bundle_install_on_a_gpu_device_builds_the_engine_or_says_why_not(
     backend: str, debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Built from the checked copy, before it is served."""
@@ -277,7 +277,7 @@ def test_a_device_with_a_gpu_gets_the_engine_or_is_told_why_not(
         assert install().endswith(told)
 
 
-def test_a_device_without_a_gpu_builds_nothing(debug_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_install_without_a_gpu_builds_no_engine(debug_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge.bundle, "run_build", lambda *_: pytest.fail("nothing to build"))
     monkeypatch.setattr(edge.bundle, "is_gpu_device", lambda: False)
     monkeypatch.setattr(edge.bundle, "may_use_gpu", lambda name: False)

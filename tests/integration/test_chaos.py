@@ -54,7 +54,7 @@ def test_judge_an_answer_that_no_journal_held_counts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mosquitto_pub") is None and "CI" not in os.environ, reason="mosquitto is missing")
-def test_nothing_accepted_is_lost_or_answered_twice(debug_bundle: Path) -> None:
+def test_chaos_loses_and_repeats_no_answer(debug_bundle: Path) -> None:
     report = run(12, "fake:10", debug_bundle, seed=1, say=print, bounds=Bounds(256 << 10, keep_s=30))
     print(report)
     assert report.broken == 0 and report.requests > 20

@@ -37,23 +37,23 @@ def final(line: Line) -> dict[str, Any]:
     return reply
 
 
-def test_the_ready_line_says_where_and_what(start_daemon: StartDaemon) -> None:
+def test_daemon_ready_line_says_where_and_what(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     assert f"socket {daemon.socket}, mqtt off, bundle debug@" in daemon.ready
 
 
-def test_the_socket_is_for_owner_and_group(start_daemon: StartDaemon) -> None:
+def test_daemon_socket_is_for_owner_and_group(start_daemon: StartDaemon) -> None:
     mode = start_daemon().socket.stat().st_mode
     assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o660
 
 
-def test_onnx_runtime_serves_the_real_graph(start_daemon: StartDaemon) -> None:
+def test_daemon_serves_the_real_graph_with_onnx_runtime(start_daemon: StartDaemon) -> None:
     reply = start_daemon(backend="ort").line().ask(STORY | {"seed": 1})
     assert reply["status"] == "ok" and str(reply["text"]).startswith("Once upon a time")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(start_daemon: StartDaemon, number: int) -> None:
+def test_daemon_stop_finishes_accepted_requests_and_refuses_new_ones(start_daemon: StartDaemon, number: int) -> None:
     daemon = start_daemon(backend="fake:50")
     line, late = begin_story(daemon, steps=30), daemon.line()
     daemon.signal(number)
@@ -65,7 +65,7 @@ def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(start_daemon: St
     assert not daemon.socket.exists()
 
 
-def test_a_drain_that_takes_too_long_ends_in_typed_replies(start_daemon: StartDaemon) -> None:
+def test_daemon_drain_beyond_its_limit_ends_in_typed_errors(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(backend="fake:50", DRAIN_S="0.1")
     running, waiting = begin_story(daemon), daemon.line()
     waiting.send(STORY)
@@ -77,7 +77,7 @@ def test_a_drain_that_takes_too_long_ends_in_typed_replies(start_daemon: StartDa
     assert daemon.exit_code() == 0
 
 
-def test_a_second_signal_cuts_the_drain_short(start_daemon: StartDaemon) -> None:
+def test_daemon_drain_is_cut_short_by_a_second_signal(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(backend="fake:50")
     line, other = begin_story(daemon), daemon.line()
     daemon.signal(signal.SIGTERM)
@@ -98,9 +98,7 @@ def listens(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_closed_terminal_ends_what_was_started_in_it_and_no_other_hang_up_does(
-    tmp_path: Path, debug_bundle: Path, nohup: bool
-) -> None:
+def test_daemon_ends_with_its_terminal_and_at_no_other_hangup(tmp_path: Path, debug_bundle: Path, nohup: bool) -> None:
     leader, follower = pty.openpty()
 
     def take_terminal() -> None:
@@ -137,7 +135,7 @@ def test_a_closed_terminal_ends_what_was_started_in_it_and_no_other_hang_up_does
         process.wait()
 
 
-def test_a_socket_left_by_a_killed_daemon_is_replaced(start_daemon: StartDaemon) -> None:
+def test_daemon_replaces_the_socket_of_a_killed_daemon(start_daemon: StartDaemon) -> None:
     killed = start_daemon()
     killed.signal(signal.SIGKILL)
     killed.exit_code()
@@ -147,7 +145,7 @@ def test_a_socket_left_by_a_killed_daemon_is_replaced(start_daemon: StartDaemon)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
-def test_dead_socket_of_another_user_is_refused_in_one_sentence(debug_bundle: Path) -> None:
+def test_daemon_refuses_the_dead_socket_of_another_user_in_one_sentence(debug_bundle: Path) -> None:
     """In a folder where each may remove only his own, as in /tmp."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -164,7 +162,7 @@ def test_dead_socket_of_another_user_is_refused_in_one_sentence(debug_bundle: Pa
     assert last.startswith("shared.errors.ConfigError") and "a dead socket of root lies there" in last
 
 
-def test_a_socket_that_is_served_already_is_left_alone(start_daemon: StartDaemon, debug_bundle: Path) -> None:
+def test_daemon_leaves_a_served_socket_alone(start_daemon: StartDaemon, debug_bundle: Path) -> None:
     first = start_daemon()
     second = run_module("edge", "--backend", "fake", "--bundle", str(debug_bundle), "--socket", str(first.socket))
 
@@ -173,7 +171,7 @@ def test_a_socket_that_is_served_already_is_left_alone(start_daemon: StartDaemon
     assert first.line().ask(STORY)["status"] == "ok"
 
 
-def test_the_socket_of_a_successor_is_not_removed(start_daemon: StartDaemon) -> None:
+def test_daemon_does_not_remove_the_socket_of_its_successor(start_daemon: StartDaemon) -> None:
     first = start_daemon()
     first.socket.unlink()
     second = start_daemon()
@@ -241,7 +239,7 @@ def no_certificates(folder: Path) -> list[str]:
         (no_state_folder, 78, "journal"),
     ],
 )
-def test_what_it_cannot_start_on_it_says_in_one_line(
+def test_daemon_says_in_one_line_why_it_cannot_start(
     arrange: Callable[[Path], list[str]], exit_code: int, named: str, tmp_path: Path, debug_bundle: Path
 ) -> None:
     bundle, socket = str(debug_bundle), str(tmp_path / "free")
@@ -253,18 +251,18 @@ def test_what_it_cannot_start_on_it_says_in_one_line(
     assert not (tmp_path / "free").exists()
 
 
-def test_a_refusal_to_start_does_no_harm(tmp_path: Path, debug_bundle: Path) -> None:
+def test_daemon_that_refuses_to_start_does_no_harm(tmp_path: Path, debug_bundle: Path) -> None:
     taken_by_a_file(tmp_path)
     run_module("edge", "--bundle", str(debug_bundle), "--backend", "fake", "--socket", str(tmp_path / "s"))
     assert (tmp_path / "s").read_text() == "precious"
 
 
-def test_help_shows_an_example() -> None:
+def test_daemon_help_shows_an_example() -> None:
     result = run_module("edge", "--help")
     assert result.returncode == 0 and "python -m edge --mqtt broker.local" in result.stdout
 
 
-def test_a_stray_connection_does_not_hold_up_the_end(start_daemon: StartDaemon) -> None:
+def test_daemon_stop_does_not_wait_for_idle_connections(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     idle = sockets.socket(sockets.AF_UNIX)
     idle.connect(str(daemon.socket))

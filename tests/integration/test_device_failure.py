@@ -43,7 +43,7 @@ def last(line: Line) -> dict[str, Any]:
     return reply
 
 
-def test_clients_get_a_typed_error_and_the_daemon_ends_for_systemd_to_restart_it(start: Start) -> None:
+def test_device_failure_is_a_typed_error_and_ends_the_daemon(start: Start) -> None:
     daemon = start(3)
     lines = [daemon.line() for _ in range(3)]
     for i, line in enumerate(lines):
@@ -60,7 +60,7 @@ def test_clients_get_a_typed_error_and_the_daemon_ends_for_systemd_to_restart_it
 
 
 @pytest.mark.slow
-def test_a_broker_hears_of_it_and_what_was_accepted_is_answered_after_the_next_start(
+def test_device_failure_is_published_and_accepted_requests_are_answered_after_a_restart(
     start: Start, broker: Broker, listen: Callable[..., Listener]
 ) -> None:
     listener = listen(broker)
@@ -89,7 +89,7 @@ def test_a_broker_hears_of_it_and_what_was_accepted_is_answered_after_the_next_s
 
 
 @pytest.mark.slow
-def test_a_request_at_which_the_gpu_fails_each_time_is_given_up(
+def test_device_failure_repeated_by_one_request_gives_it_up(
     start: Start, broker: Broker, listen: Callable[..., Listener]
 ) -> None:
     """Else it would end every process that takes it up again, for ever."""
@@ -105,7 +105,7 @@ def test_a_request_at_which_the_gpu_fails_each_time_is_given_up(
 
 
 @pytest.mark.slow
-def test_after_the_second_failure_the_cpu_serves_and_a_restart_tries_the_gpu_again(start: Start) -> None:
+def test_device_failure_twice_leaves_the_gpu_alone_until_a_restart(start: Start) -> None:
     for _ in range(2):
         daemon = start(3)
         daemon.line().send(STORY)
@@ -123,7 +123,7 @@ def test_after_the_second_failure_the_cpu_serves_and_a_restart_tries_the_gpu_aga
     assert daemon.exit_code() == DeviceError.exit_code
 
 
-def test_health_tells_while_the_daemon_still_answers(debug_bundle: Path) -> None:
+def test_device_failure_shows_in_health(debug_bundle: Path) -> None:
     class Broken:
         lengths: tuple[int, ...] = (256,)
         batches: tuple[int, ...] = (1, 2)

@@ -21,17 +21,17 @@ needs_mosquitto = pytest.mark.skipif(
 
 @pytest.mark.slow
 @needs_mosquitto
-def test_memory_and_descriptors_stay_as_they_are(debug_bundle: Path) -> None:
+def test_endurance_memory_and_descriptors_stay_constant(debug_bundle: Path) -> None:
     before, after = run(1000, "fake", debug_bundle, print)
     assert grown(before, after) is None
 
 
-def test_a_leak_would_be_seen() -> None:
+def test_endurance_leak_would_be_reported() -> None:
     assert "kB" in (grown(Resources(50_000, 9), Resources(51_001, 9)) or "")
     assert "descriptors" in (grown(Resources(50_000, 9), Resources(50_000, 11)) or "")
 
 
-def test_no_line_ends_the_daemon_or_goes_without_its_reply(start_daemon: StartDaemon) -> None:
+def test_endurance_every_socket_line_gets_its_reply(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     counts = fuzz_socket(daemon, 2000, random.Random(1))
     print(counts)
@@ -41,7 +41,7 @@ def test_no_line_ends_the_daemon_or_goes_without_its_reply(start_daemon: StartDa
 
 
 @needs_mosquitto
-def test_nor_does_a_message_over_mqtt(start_daemon: StartDaemon, broker: Broker) -> None:
+def test_endurance_every_mqtt_message_gets_its_reply(start_daemon: StartDaemon, broker: Broker) -> None:
     daemon = start_daemon("--mqtt", broker.address, DEVICE="dev")
     until(lambda: "mqtt connected" in daemon.log.read_text(), "the connection")
     counts = fuzz_mqtt(broker, 200, random.Random(1))
@@ -52,7 +52,7 @@ def test_nor_does_a_message_over_mqtt(start_daemon: StartDaemon, broker: Broker)
 
 @pytest.mark.slow
 @needs_mosquitto
-def test_overload_is_refused_with_advice_and_passes(debug_bundle: Path) -> None:
+def test_endurance_overload_is_refused_with_a_retry_time(debug_bundle: Path) -> None:
     report = overload.run(5, "fake:20", debug_bundle)
     print(report)
     assert report.fault is None

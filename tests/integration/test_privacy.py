@@ -10,7 +10,7 @@ SECRET = "swordfish"
 REQUEST = "edgelm/dev/request/generate"
 
 
-def test_the_log_holds_no_prompt_however_a_request_ends(
+def test_privacy_log_holds_no_prompt_however_a_request_ends(
     start_daemon: Callable[..., Daemon], broker: Broker, listen: Callable[..., Listener], tmp_path: Path
 ) -> None:
     daemon = start_daemon("--mqtt", broker.address, backend="fake:5", DEVICE="dev", QUEUE_SIZE="1")

@@ -123,7 +123,7 @@ def renamed(bundle: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_socket_of_the_manager_is_served_and_outlives_the_daemon(service: Service) -> None:
+def test_service_serves_the_socket_of_systemd_and_leaves_it(service: Service) -> None:
     assert service.ask()["status"] == "ok"
     service.process.terminate()
     assert service.told("STOPPING") == "1"
@@ -132,21 +132,21 @@ def test_the_socket_of_the_manager_is_served_and_outlives_the_daemon(service: Se
     Line(service.path).close()  # still accepts: whoever connects now waits for the next daemon
 
 
-def test_a_stop_asks_for_its_whole_drain(services: list[Service], tmp_path: Path, debug_bundle: Path) -> None:
+def test_service_stop_asks_for_its_whole_drain(services: list[Service], tmp_path: Path, debug_bundle: Path) -> None:
     services.append(Service(tmp_path, debug_bundle, config="drain_s = 100"))
     services[0].told("READY")
     services[0].process.terminate()
     assert int(services[0].told("EXTEND_TIMEOUT_USEC")) > 100e6
 
 
-def test_a_reload_serves_the_bundle_that_the_link_shows_now(service: Service, debug_bundle: Path) -> None:
+def test_service_reload_serves_the_bundle_that_the_link_points_to(service: Service, debug_bundle: Path) -> None:
     service.serve(renamed(debug_bundle, service.folder / "newer"))
     assert service.ask()["model"].startswith("debug@")  # type: ignore[attr-defined]
     assert service.reload().startswith("serving newer@")
     assert service.ask()["model"].startswith("newer@")  # type: ignore[attr-defined]
 
 
-def test_a_reload_finishes_old_requests_with_the_old_bundle(service: Service, debug_bundle: Path) -> None:
+def test_service_reload_finishes_old_requests_with_the_old_bundle(service: Service, debug_bundle: Path) -> None:
     line = Line(service.path)
     assert line.ask({"prompt": "Once", "stream": True, "id": "old"})["type"] == "partial"
     service.serve(renamed(debug_bundle, service.folder / "newer"))
@@ -172,7 +172,7 @@ def test_a_reload_finishes_old_requests_with_the_old_bundle(service: Service, de
     ],
     ids=["no bundle", "unknown key", "wrong type", "no file"],
 )
-def test_a_reload_that_fails_changes_nothing_and_says_why_in_one_sentence(
+def test_service_failed_reload_changes_nothing_and_says_why_in_one_sentence(
     break_it: object, named: str, service: Service
 ) -> None:
     assert callable(break_it)
@@ -183,13 +183,13 @@ def test_a_reload_that_fails_changes_nothing_and_says_why_in_one_sentence(
     assert "the reload failed" in complaint and named in complaint
 
 
-def test_what_a_reload_cannot_change_is_named(service: Service) -> None:
+def test_service_reload_names_settings_that_need_a_restart(service: Service) -> None:
     service.configure("queue_size = 3\ndrain_s = 1\n[mqtt]\nport = 99")
     service.reload()
     assert "<4>changes of `queue_size`, `mqtt` take effect at the next start" in service.log.read_text()
 
 
-def test_the_watchdog_is_fed_while_a_long_story_is_written(
+def test_service_watchdog_is_fed_during_a_long_request(
     services: list[Service], tmp_path: Path, debug_bundle: Path
 ) -> None:
     services.append(Service(tmp_path, debug_bundle, watchdog_us=400_000))
@@ -204,7 +204,9 @@ def test_the_watchdog_is_fed_while_a_long_story_is_written(
     line.close()
 
 
-def test_a_step_that_hangs_starves_the_watchdog(services: list[Service], tmp_path: Path, debug_bundle: Path) -> None:
+def test_service_watchdog_is_not_fed_while_a_step_hangs(
+    services: list[Service], tmp_path: Path, debug_bundle: Path
+) -> None:
     services.append(Service(tmp_path, debug_bundle, "--backend", "fake:3000", watchdog_us=400_000))
     service = services[0]
     service.told("READY")
@@ -217,7 +219,7 @@ def test_a_step_that_hangs_starves_the_watchdog(services: list[Service], tmp_pat
     line.close()
 
 
-def test_prompts_and_texts_stay_out_of_the_log(service: Service) -> None:
+def test_service_log_holds_no_prompts_and_no_texts(service: Service) -> None:
     texts = [str(service.ask(prompt=SECRET)["text"])]
     service.ask(prompt=SECRET, steps=0)
     service.ask(prompt=SECRET, surprise=1)
@@ -231,7 +233,7 @@ def test_prompts_and_texts_stay_out_of_the_log(service: Service) -> None:
     assert all(text not in log for text in texts)
 
 
-def test_a_start_that_fails_is_an_error_in_the_journal(
+def test_service_failed_start_is_an_error_in_the_journal(
     services: list[Service], tmp_path: Path, debug_bundle: Path
 ) -> None:
     services.append(Service(tmp_path, debug_bundle, "--backend", "abacus"))
@@ -256,7 +258,7 @@ print(line.recv(65536).decode())
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become other users")
-def test_with_a_group_only_its_members_are_served(services: list[Service], debug_bundle: Path) -> None:
+def test_service_with_a_group_serves_its_members_only(services: list[Service], debug_bundle: Path) -> None:
     with tempfile.TemporaryDirectory() as open_folder:  # pytest's own let nobody else in
         folder = Path(open_folder)
         folder.chmod(0o755)
@@ -277,7 +279,9 @@ def test_with_a_group_only_its_members_are_served(services: list[Service], debug
         assert status(0, 0) == "ok"
 
 
-def test_a_group_that_does_not_exist_is_refused(services: list[Service], tmp_path: Path, debug_bundle: Path) -> None:
+def test_service_refuses_a_group_that_does_not_exist(
+    services: list[Service], tmp_path: Path, debug_bundle: Path
+) -> None:
     services.append(Service(tmp_path, debug_bundle, config='socket_group = "no-such-group"'))
     assert services[0].process.wait(TIMEOUT_S) == 78
     assert "<3>socket_group 'no-such-group' does not exist" in services[0].log.read_text()

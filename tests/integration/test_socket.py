@@ -18,7 +18,7 @@ def line(shared_daemon: Daemon) -> Line:
     return shared_daemon.line()
 
 
-def test_a_story_comes_with_all_that_a_response_promises(line: Line, shared_daemon: Daemon) -> None:
+def test_socket_response_has_every_field(line: Line, shared_daemon: Daemon) -> None:
     reply = line.ask(STORY | {"id": "a", "max_tokens": 9, "steps": 3})
 
     assert reply["type"] == "response" and reply["v"] == 1 and reply["id"] == "a" and reply["status"] == "ok"
@@ -31,19 +31,19 @@ def test_a_story_comes_with_all_that_a_response_promises(line: Line, shared_daem
     assert reply["model"] in shared_daemon.ready  # NAME@DIGEST, as the daemon announced it
 
 
-def test_the_seed_that_comes_back_repeats_the_text(line: Line) -> None:
+def test_socket_response_seed_repeats_the_text(line: Line) -> None:
     first = line.ask({"prompt": "Once"})
     assert line.ask({"prompt": "Once", "seed": first["seed"]})["text"] == first["text"]
     assert line.ask({"prompt": "Once"})["seed"] != first["seed"]
 
 
-def test_gaps_are_filled_between_the_given_texts(line: Line) -> None:
+def test_socket_infill_fills_gaps_between_the_given_texts(line: Line) -> None:
     reply = line.ask({"segments": ["Tom had a ", {"gap": 4}, " and it was ", {"gap": 3}, "."]})
     assert reply["text"].startswith("Tom had a ") and " and it was " in reply["text"] and reply["text"].endswith(".")
     assert reply["usage"]["generated_tokens"] == 7
 
 
-def test_requests_in_flight_together_are_told_apart_by_their_ids(line: Line) -> None:
+def test_socket_requests_in_flight_are_told_apart_by_id(line: Line) -> None:
     line.send(*({"prompt": "Once", "id": str(i), "max_tokens": 3} for i in range(5)))
     assert sorted((line.read() or {})["id"] for _ in range(5)) == ["0", "1", "2", "3", "4"]  # in any order: lanes
 
@@ -66,7 +66,9 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize(("sent", "code", "named"), BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_line_gets_one_sentence_and_the_next_is_served(line: Line, sent: bytes, code: str, named: str) -> None:
+def test_socket_bad_line_gets_one_sentence_and_the_next_is_served(
+    line: Line, sent: bytes, code: str, named: str
+) -> None:
     reply = line.ask(sent)
 
     assert reply["status"] == "error" and reply["error"]["code"] == code
@@ -74,23 +76,23 @@ def test_a_bad_line_gets_one_sentence_and_the_next_is_served(line: Line, sent: b
     assert line.ask({"prompt": "x", "max_tokens": 1})["status"] == "ok"
 
 
-def test_a_bad_request_is_answered_under_its_id(line: Line) -> None:
+def test_socket_bad_request_is_answered_under_its_id(line: Line) -> None:
     assert line.ask({"id": "mine", "prompt": "x", "promt": "y"})["id"] == "mine"
 
 
-def test_empty_lines_are_passed_over(line: Line) -> None:
+def test_socket_empty_lines_are_ignored(line: Line) -> None:
     assert line.ask(b"\n  \n" + b'{"prompt": "x", "max_tokens": 1}')["status"] == "ok"
 
 
 @pytest.mark.parametrize("end", [b"\n", b""], ids=["with its end", "without end"])
-def test_a_line_that_is_too_long_is_refused_and_ends_the_connection(line: Line, end: bytes) -> None:
+def test_socket_line_that_is_too_long_ends_the_connection(line: Line, end: bytes) -> None:
     line.sock.sendall(b"x" * (MAX_MESSAGE_BYTES + 1) + end)
 
     assert (line.read() or {})["error"]["code"] == "too_large"
     assert line.read() is None
 
 
-def test_the_last_line_needs_no_newline_when_the_client_shuts_its_side(line: Line) -> None:
+def test_socket_last_line_needs_no_newline_at_end_of_stream(line: Line) -> None:
     line.sock.sendall(b'{"prompt": "x", "max_tokens": 2}')
     line.sock.shutdown(socket.SHUT_WR)
 
@@ -98,13 +100,13 @@ def test_the_last_line_needs_no_newline_when_the_client_shuts_its_side(line: Lin
     assert line.read() is None
 
 
-def test_health_tells_state_and_model(line: Line, shared_daemon: Daemon) -> None:
+def test_socket_health_has_state_and_model(line: Line, shared_daemon: Daemon) -> None:
     health = line.ask({"type": "health"})
     assert (health["state"], health["queued"]) == ("idle", 0)
     assert health["model"] in shared_daemon.ready
 
 
-def test_a_client_that_reads_nothing_holds_up_nobody(shared_daemon: Daemon, line: Line) -> None:
+def test_socket_client_that_does_not_read_delays_no_other(shared_daemon: Daemon, line: Line) -> None:
     deaf = shared_daemon.line()
     deaf.sock.setblocking(False)
     junk = b"{}\n" * 1000
@@ -127,7 +129,7 @@ def is_busy(daemon: Daemon) -> bool:
     return busy
 
 
-def test_snapshots_replace_each_other_at_most_thirty_a_second(start_daemon: Callable[..., Daemon]) -> None:
+def test_socket_snapshots_come_at_most_thirty_a_second(start_daemon: Callable[..., Daemon]) -> None:
     line = slow_daemon(start_daemon).line()
     line.send(STORY | {"id": "s", "stream": True, "steps": 40})
     started_s = time.monotonic()
@@ -148,7 +150,7 @@ def test_snapshots_replace_each_other_at_most_thirty_a_second(start_daemon: Call
     assert reply["status"] == "ok" and reply["usage"]["steps"] == 40
 
 
-def test_a_client_that_hangs_up_stops_its_requests(start_daemon: Callable[..., Daemon]) -> None:
+def test_socket_hangup_stops_the_requests_of_the_client(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(backend="fake:50")  # the whole story would take three seconds
     gone, waiting = Line(daemon.socket), daemon.line()
     gone.send(STORY, STORY)
@@ -159,7 +161,7 @@ def test_a_client_that_hangs_up_stops_its_requests(start_daemon: Callable[..., D
     assert reply["status"] == "ok" and reply["timing"]["queue_ms"] < 1000
 
 
-def test_a_deadline_counts_from_acceptance(start_daemon: Callable[..., Daemon]) -> None:
+def test_socket_deadline_counts_from_acceptance(start_daemon: Callable[..., Daemon]) -> None:
     line = slow_daemon(start_daemon).line()
     line.send(STORY | {"id": "first"}, STORY | {"id": "waiting", "deadline_ms": 100})
 
@@ -169,7 +171,7 @@ def test_a_deadline_counts_from_acceptance(start_daemon: Callable[..., Daemon]) 
     assert (line.read() or {})["status"] == "ok"
 
 
-def test_a_full_queue_says_when_to_come_again(start_daemon: Callable[..., Daemon]) -> None:
+def test_socket_full_queue_says_when_to_retry(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(backend="fake:200", QUEUE_SIZE="1")
     line = daemon.line()
     line.send(STORY | {"id": "running"})
@@ -181,7 +183,7 @@ def test_a_full_queue_says_when_to_come_again(start_daemon: Callable[..., Daemon
     assert refused["error"]["retryable"] and refused["error"]["retry_after_ms"] >= 1
 
 
-def test_health_is_answered_during_a_step(start_daemon: Callable[..., Daemon]) -> None:
+def test_socket_health_is_answered_during_a_step(start_daemon: Callable[..., Daemon]) -> None:
     daemon = start_daemon(backend="fake:3000")
     busy, asking = daemon.line(), daemon.line()
     busy.send(STORY | {"steps": 1})
@@ -193,7 +195,7 @@ def test_health_is_answered_during_a_step(start_daemon: Callable[..., Daemon]) -
     busy.close()
 
 
-def test_a_cancel_stops_the_connections_own_request_of_that_id(start_daemon: Callable[..., Daemon]) -> None:
+def test_socket_cancel_stops_the_connections_own_request_of_that_id(start_daemon: Callable[..., Daemon]) -> None:
     daemon = slow_daemon(start_daemon)
     mine, other = daemon.line(), daemon.line()
     mine.send(STORY | {"id": "a"}, STORY | {"id": "b", "steps": 5})

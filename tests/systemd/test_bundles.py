@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SSHD_USER = "sshd:x:105:65534::/run/sshd:/usr/sbin/nologin"
 
 
-def test_a_bundle_is_upgraded_and_rolled_back(device: Machine) -> None:
+def test_bundles_are_upgraded_and_rolled_back(device: Machine) -> None:
     status, said = bundle_command(device, "install", newer(device, "newer"))
     assert (status, said) == (0, f"{current(device)} is served")
     assert served(device) == "newer"
@@ -24,7 +24,7 @@ def test_a_bundle_is_upgraded_and_rolled_back(device: Machine) -> None:
 
 
 @pytest.mark.skipif(shutil.which("sshd", path=PATH) is None, reason="openssh-server is not installed")
-def test_a_bundle_is_pushed_over_ssh(device: Machine) -> None:
+def test_bundles_are_pushed_over_ssh(device: Machine) -> None:
     device.write("/etc/passwd", [*(device.root / "etc/passwd").read_text().splitlines(), SSHD_USER])
     device.run("mkdir", "-p", "/root/.ssh", "/run/sshd", "/etc/ssh")
     for key in ("/root/.ssh/id_ed25519", "/etc/ssh/host"):
@@ -43,14 +43,14 @@ def test_a_bundle_is_pushed_over_ssh(device: Machine) -> None:
     assert bundle_command(device, "rollback")[0] == 0
 
 
-def test_a_bundle_that_fails_its_self_test_is_never_served(device: Machine) -> None:
+def test_bundles_that_fail_their_self_test_are_never_served(device: Machine) -> None:
     process, before = device.show("MainPID"), current(device)
     status, said = bundle_command(device, "install", newer(device, "broken", graph=b"no graph at all"))
     assert status == 66 and "cannot be loaded by ONNX Runtime" in said
     assert (served(device), current(device), device.show("MainPID")) == (SHIPPED_MODEL, before, process)
 
 
-def test_a_bundle_that_the_daemon_refuses_is_taken_back(device: Machine, settings: Path) -> None:
+def test_bundles_that_the_daemon_refuses_are_taken_back(device: Machine, settings: Path) -> None:
     before = current(device)
     device.write("/srv/works.toml", ['socket = "/run/edgelm.sock"'])  # for the test; the daemon reads its own
     settings.write_text("sokcet = 1\n" + settings.read_text())
@@ -59,7 +59,7 @@ def test_a_bundle_that_the_daemon_refuses_is_taken_back(device: Machine, setting
     assert (served(device), current(device)) == (SHIPPED_MODEL, before)
 
 
-def test_a_service_that_gave_up_is_brought_back_by_an_installation(device: Machine, drop_in: Path) -> None:
+def test_bundles_installation_restarts_a_service_that_gave_up(device: Machine, drop_in: Path) -> None:
     drop_in.write_text("[Unit]\nStartLimitBurst=2\n")
     device.run("systemctl", "daemon-reload")
     (device.root / "opt/edgelm/bundles/current/tokenizer.json").write_text("{}")

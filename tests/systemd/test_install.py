@@ -10,7 +10,7 @@ from tests.systemd.machine import PATH, Machine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_it_installs_starts_and_answers(device: Machine) -> None:
+def test_install_starts_a_service_that_answers(device: Machine) -> None:
     assert device.show("ActiveState") == "active"
     assert device.run("systemctl", "is-enabled", "edgelm.service", "edgelm.socket").stdout == "enabled\nenabled\n"
     assert ask(device)["status"] == "ok"
@@ -18,7 +18,7 @@ def test_it_installs_starts_and_answers(device: Machine) -> None:
     assert any(line.startswith("ready in ") for line in device.journal())
 
 
-def test_systemd_itself_finds_nothing_wrong_and_little_exposed(device: Machine) -> None:
+def test_install_passes_systemd_analyze_verify_and_security(device: Machine) -> None:
     assert device.run("systemd-analyze", "verify", "edgelm.service", "edgelm.socket").stderr == ""
     assert device.run("systemd-analyze", "security", "--threshold=10", "edgelm.service").returncode == 0
 
@@ -48,13 +48,13 @@ def test_install_links_the_command_but_not_over_somebody_elses(device: Machine) 
     assert command.is_symlink()
 
 
-def test_installing_again_changes_nothing(device: Machine) -> None:
+def test_install_again_changes_nothing(device: Machine) -> None:
     process = device.show("MainPID")
     assert "runs already" in device.run(INSTALL, environment=OFFLINE).stdout
     assert device.show("MainPID") == process
 
 
-def test_an_interrupted_installation_is_finished_by_the_next(device: Machine) -> None:
+def test_install_finishes_an_interrupted_installation(device: Machine) -> None:
     """Killed with -9 before the service is restarted: everything is in place, and the program before still runs."""
     process, before = device.show("MainPID"), (device.root / "opt/edgelm/current").readlink()
     device.write("/srv/checkout/edge/interrupted.py", ["# another release"])
@@ -69,7 +69,7 @@ def test_an_interrupted_installation_is_finished_by_the_next(device: Machine) ->
     assert "runs already" in device.run(INSTALL, environment=OFFLINE).stdout
 
 
-def test_a_dry_run_changes_nothing(device: Machine) -> None:
+def test_install_dry_run_changes_nothing(device: Machine) -> None:
     before = sorted(device.root.glob("opt/edgelm/**"))
     (device.root / "srv/checkout/edge/further.py").write_text("# another release\n")
     said = device.run(INSTALL, "--dry-run", "--lan").stdout
@@ -78,7 +78,7 @@ def test_a_dry_run_changes_nothing(device: Machine) -> None:
     assert sorted(device.root.glob("opt/edgelm/**")) == before
 
 
-def test_a_newer_program_runs_and_the_one_before_is_kept(device: Machine) -> None:
+def test_install_of_a_newer_release_keeps_the_previous_one(device: Machine) -> None:
     before, process = (device.root / "opt/edgelm/current").readlink(), device.show("MainPID")
     device.write("/srv/checkout/edge/newer.py", ["# another release"])
     device.run(INSTALL, environment=OFFLINE)
@@ -90,7 +90,7 @@ def test_a_newer_program_runs_and_the_one_before_is_kept(device: Machine) -> Non
     assert served(device) == SHIPPED_MODEL
 
 
-def test_a_program_that_does_not_start_is_taken_back(device: Machine) -> None:
+def test_install_of_a_release_that_does_not_start_is_taken_back(device: Machine) -> None:
     before = (device.root / "opt/edgelm/current").readlink()
     daemon = device.root / "srv/checkout/edge/daemon.py"
     kept = daemon.read_text()
@@ -102,7 +102,7 @@ def test_a_program_that_does_not_start_is_taken_back(device: Machine) -> None:
     assert served(device) == SHIPPED_MODEL
 
 
-def test_a_jetson_gets_what_it_has_and_starts(device: Machine) -> None:
+def test_install_on_a_jetson_uses_its_devices_and_starts(device: Machine) -> None:
     device.write("/etc/nv_tegra_release", ["# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"])
     said = device.run(INSTALL, environment=OFFLINE).stdout
     assert "Jetson with JetPack 6" in said
@@ -114,7 +114,7 @@ def test_a_jetson_gets_what_it_has_and_starts(device: Machine) -> None:
     device.run("systemctl", "restart", "edgelm.service")
 
 
-def test_the_tensorrt_of_the_system_is_visible_to_the_program(device: Machine) -> None:
+def test_install_shows_the_systems_tensorrt_to_the_program(device: Machine) -> None:
     """A stand-in for apt's package: what counts is whether the environment is made to see it."""
     device.write("/etc/nv_tegra_release", ["# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"])
     without = device.run(INSTALL, "--dry-run").stdout
@@ -126,7 +126,7 @@ def test_the_tensorrt_of_the_system_is_visible_to_the_program(device: Machine) -
     assert "-m venv --system-site-packages /opt/edgelm/releases/" in said and "\\[cuda12\\]" in said
 
 
-def test_a_jetson_too_old_is_refused(device: Machine) -> None:
+def test_install_on_a_jetson_that_is_too_old_is_refused(device: Machine) -> None:
     device.write("/etc/nv_tegra_release", ["# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref"])
     refused = device.run(INSTALL, environment=OFFLINE, check=False)
     (device.root / "etc/nv_tegra_release").unlink()

@@ -19,7 +19,7 @@ from tests.systemd.machine import Machine
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_mosquitto_pub_is_answered(device: Machine, on_mqtt: Path) -> None:
+def test_life_mosquitto_pub_is_answered(device: Machine, on_mqtt: Path) -> None:
     topics = ["-t", "edgelm/edge01/availability", "-t", "edgelm/edge01/response/#"]
     with device.popen("mosquitto_sub", "-C", "2", "-W", "60", "-v", *topics) as subscriber:
         assert subscriber.stdout is not None
@@ -31,14 +31,14 @@ def test_mosquitto_pub_is_answered(device: Machine, on_mqtt: Path) -> None:
     assert json.loads(payload)["text"].startswith("Once upon a time")
 
 
-def test_members_of_the_group_are_served_and_others_are_not(device: Machine) -> None:
+def test_life_socket_serves_members_of_the_group_only(device: Machine) -> None:
     command = [PYTHON, "-m", "edge.generate", "--socket", "/run/edgelm.sock", "--steps", "4", "Once"]
     assert device.run(*command, user=1000).stdout.startswith("Once")
     refused = device.run(*command, user=1001, check=False)
     assert refused.returncode == 78 and "Permission denied" in refused.stderr
 
 
-def test_the_group_is_checked_even_where_the_socket_is_open_to_all(device: Machine) -> None:
+def test_life_group_is_checked_where_the_socket_is_open_to_all(device: Machine) -> None:
     command = [PYTHON, "-m", "edge.generate", "--socket", "/run/edgelm.sock", "--steps", "4", "Once"]
     device.run("chmod", "666", "/run/edgelm.sock")
     try:
@@ -49,7 +49,7 @@ def test_the_group_is_checked_even_where_the_socket_is_open_to_all(device: Machi
     assert "members of its group" in refused.stderr
 
 
-def test_a_stopped_process_is_replaced_by_the_watchdog(device: Machine, drop_in: Path) -> None:
+def test_life_watchdog_replaces_a_stopped_process(device: Machine, drop_in: Path) -> None:
     drop_in.write_text("[Service]\nWatchdogSec=3\nRestartSec=100ms\n")
     device.run("systemctl", "daemon-reload")
     device.run("systemctl", "restart", "edgelm.service")
@@ -65,14 +65,14 @@ def test_a_stopped_process_is_replaced_by_the_watchdog(device: Machine, drop_in:
     assert any("Watchdog timeout" in line for line in device.journal())
 
 
-def test_a_client_starts_the_service_through_its_socket(device: Machine) -> None:
+def test_life_client_starts_the_service_through_its_socket(device: Machine) -> None:
     device.run("systemctl", "stop", "edgelm.service")
     assert device.show("ActiveState") == "inactive"
     assert ask(device)["status"] == "ok"
     assert device.show("ActiveState") == "active"
 
 
-def test_a_reload_reads_the_settings_again(device: Machine, settings: Path) -> None:
+def test_life_reload_reads_the_settings_again(device: Machine, settings: Path) -> None:
     process, text = device.show("MainPID"), ask(device)["text"]
     settings.write_text(settings.read_text().replace('# backend = "auto"', 'backend = "fake"'))
     device.run("systemctl", "reload", "edgelm.service")
@@ -80,7 +80,7 @@ def test_a_reload_reads_the_settings_again(device: Machine, settings: Path) -> N
     assert device.show("MainPID") == process
 
 
-def test_a_reload_that_fails_serves_on_and_says_so_once(device: Machine, settings: Path) -> None:
+def test_life_failed_reload_keeps_serving_and_is_reported_once(device: Machine, settings: Path) -> None:
     since = f"@{time.time():.6f}"
     settings.write_text(settings.read_text() + '\nsokcet = "/tmp/s"\n')
     device.run("systemctl", "reload", "edgelm.service")
@@ -90,7 +90,7 @@ def test_a_reload_that_fails_serves_on_and_says_so_once(device: Machine, setting
     assert len(errors) == 1 and "unknown field `sokcet`" in errors[0]
 
 
-def test_a_stop_finishes_what_was_accepted(device: Machine) -> None:
+def test_life_stop_finishes_accepted_requests(device: Machine) -> None:
     line = device.line()
     assert line.ask(STORY | {"steps": 100, "stream": True})["type"] == "partial"
     device.run("systemctl", "stop", "edgelm.service")  # returns when the daemon has left
@@ -103,7 +103,7 @@ def test_a_stop_finishes_what_was_accepted(device: Machine) -> None:
     device.run("systemctl", "start", "edgelm.service")
 
 
-def test_the_password_reaches_the_daemon_as_a_credential(device: Machine, on_mqtt: Path) -> None:
+def test_life_password_reaches_the_daemon_as_a_credential(device: Machine, on_mqtt: Path) -> None:
     secret = device.root / "etc/edgelm/mqtt.password"
     secret.write_text("s3cret\n")
     secret.chmod(0o600)

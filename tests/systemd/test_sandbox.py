@@ -66,7 +66,7 @@ def probe(device: Machine) -> dict[str, Any]:
     return found
 
 
-def test_the_sandbox_holds(device: Machine) -> None:
+def test_sandbox_holds(device: Machine) -> None:
     found = probe(device)
     assert {what for what, verdict in found.items() if verdict == "can"} == {
         "write state",
@@ -78,7 +78,7 @@ def test_the_sandbox_holds(device: Machine) -> None:
     assert not {"kmsg", "sda", "vda", "mem"} & set(found["devices"])
 
 
-def test_the_network_is_reached_only_where_it_is_allowed(device: Machine) -> None:
+def test_sandbox_opens_the_network_only_where_allowed(device: Machine) -> None:
     device.run("mosquitto_pub", "-h", NETWORK, "-t", "x", "-m", "y")  # outside of the sandbox it is there
     assert probe(device)["reach the network"] != "can"
     device.run(INSTALL, "--lan", environment=OFFLINE)

@@ -16,14 +16,14 @@ def left(device: Machine) -> set[str]:
     return {str(path.relative_to(device.root)) for path in found if "log" not in path.parts}
 
 
-def test_a_dry_run_says_what_would_go_and_removes_nothing(device: Machine) -> None:
+def test_uninstall_dry_run_lists_files_and_removes_nothing(device: Machine) -> None:
     before = left(device)
     said = device.run(INSTALL, "--uninstall", "--purge", "--dry-run").stdout
     assert "would run: rm -rf /opt/edgelm" in said and "would run: groupdel edgelm" in said
     assert left(device) == before and served(device) == SHIPPED_MODEL
 
 
-def test_what_is_the_users_own_survives_and_serves_again(device: Machine) -> None:
+def test_uninstall_keeps_settings_and_state_for_the_next_installation(device: Machine) -> None:
     settings = device.root / "etc/edgelm/edgelm.toml"
     settings.write_text(settings.read_text() + "\n# mine\n")
     bundle = current(device)
@@ -45,7 +45,7 @@ def test_what_is_the_users_own_survives_and_serves_again(device: Machine) -> Non
     assert settings.read_text().endswith("# mine\n") and served(device) == SHIPPED_MODEL
 
 
-def test_a_purge_leaves_nothing(device: Machine) -> None:
+def test_uninstall_purge_leaves_nothing(device: Machine) -> None:
     device.run(INSTALL, "--uninstall", "--purge")
     assert left(device) == set()
     assert device.show("LoadState") == "not-found"

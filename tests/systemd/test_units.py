@@ -45,14 +45,14 @@ def installed(folder: Path, *drop_ins: str) -> Path:
 
 @verifies
 @pytest.mark.parametrize("drop_ins", [(), ("lan",), ("jetson",), ("jetson", "lan")], ids=lambda names: "+".join(names))
-def test_systemd_finds_nothing_wrong(drop_ins: tuple[str, ...], tmp_path: Path) -> None:
+def test_units_pass_systemd_analyze_verify(drop_ins: tuple[str, ...], tmp_path: Path) -> None:
     place = installed(tmp_path, *drop_ins)
     found = analyze("verify", place / "edgelm.service", place / "edgelm.socket")
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
 @verifies
-def test_a_misspelt_line_would_be_found(tmp_path: Path) -> None:
+def test_units_with_a_misspelt_line_fail_verification(tmp_path: Path) -> None:
     place = installed(tmp_path, "lan")
     (place / "edgelm.service.d" / "lan.conf").write_text("[Service]\nIPAdressAllow=any\n")
     assert "IPAdressAllow" in analyze("verify", place / "edgelm.service").stderr
@@ -64,7 +64,7 @@ def test_a_misspelt_line_would_be_found(tmp_path: Path) -> None:
     [((), 1.0), (("lan",), 1.0), (("jetson",), 1.2), (("jetson", "lan"), 1.2)],
     ids=["CPU", "CPU, LAN broker", "Jetson", "Jetson, LAN broker"],
 )
-def test_the_exposure_stays_below_its_limit(drop_ins: tuple[str, ...], at_most: float, tmp_path: Path) -> None:
+def test_units_exposure_stays_below_its_limit(drop_ins: tuple[str, ...], at_most: float, tmp_path: Path) -> None:
     installed(tmp_path, *drop_ins)
     measured = analyze("security", "--offline=yes", f"--root={tmp_path}", "edgelm.service")
     found = re.search(r"Overall exposure level for edgelm.service: ([0-9.]+)", measured.stdout)

@@ -21,7 +21,7 @@ PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("python", "extra", "glibc"), [("3.10", "cuda12", 35), ("3.12", "cuda13", 39)])
-def test_everything_resolves_to_wheels(python: str, extra: str, glibc: int) -> None:
+def test_aarch64_dependencies_resolve_to_wheels(python: str, extra: str, glibc: int) -> None:
     """JetPack 6 is Ubuntu 22.04 with glibc 2.35, JetPack 7 is 24.04 with 2.39."""
     project: dict[str, Any] = tomli.loads(PROJECT.read_text("utf-8"))["project"]
     requirements = [r for r in project["dependencies"] if "python_version<'3.11'" not in r or python == "3.10"]

@@ -64,7 +64,7 @@ def graph(request: pytest.FixtureRequest, debug_bundle: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_newer_one_builds_an_engine(graph: Path) -> None:
+def test_graph_builds_in_the_newest_tensorrt_rtx(graph: Path) -> None:
     found = tried(BUILDS, graph, [(1, 64), (2, 256)])
     assert "error" not in found
     assert unexpected(found) == []
@@ -73,14 +73,14 @@ def test_the_newer_one_builds_an_engine(graph: Path) -> None:
     assert found["phases"]
 
 
-def test_the_older_one_reads_the_graph(graph: Path) -> None:
+def test_graph_parses_in_the_oldest_tensorrt_rtx(graph: Path) -> None:
     found = tried(PARSES, graph, [])
     assert "error" not in found
     assert unexpected(found) == []
     assert found["layers"] > 50
 
 
-def test_a_graph_that_breaks_the_typing_rules_is_refused_with_the_parsers_words(tmp_path: Path) -> None:
+def test_graph_that_breaks_the_typing_rules_is_refused_with_the_parsers_message(tmp_path: Path) -> None:
     """FP16 plus FP32: the proof above can fail."""
     info = helper.make_tensor_value_info
     graph = helper.make_graph(

@@ -127,7 +127,7 @@ def attributes() -> set[str]:
     return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
-def test_what_the_module_must_have_is_there(names: dict[str, set[str]]) -> None:
+def test_tensorrt_names_used_from_the_module_exist(names: dict[str, set[str]]) -> None:
     chains = module_chains()
     assert ("NetworkDefinitionCreationFlag", "STRONGLY_TYPED") in chains
     assert ("ExecutionContextAllocationStrategy", "USER_MANAGED") in chains
@@ -137,12 +137,12 @@ def test_what_the_module_must_have_is_there(names: dict[str, set[str]]) -> None:
             assert chain[1] in names[chain[0]], f"tensorrt.{'.'.join(chain)}"
 
 
-def test_what_its_classes_must_have_is_there(names: dict[str, set[str]]) -> None:
+def test_tensorrt_names_used_from_its_classes_exist(names: dict[str, set[str]]) -> None:
     for kind, used in USED.items():
         assert used <= names[kind], f"{kind} lacks {used - names[kind]}"
 
 
-def test_the_table_misses_nothing_that_the_code_uses(names: dict[str, set[str]]) -> None:
+def test_tensorrt_names_table_is_complete(names: dict[str, set[str]]) -> None:
     """Any attribute in our sources that a TensorRT class also has must be in the table, or plainly be another's."""
     others = {"file", "engine"}  # of the manifest's graphs, of a built engine
     touched = attributes()
@@ -151,5 +151,5 @@ def test_the_table_misses_nothing_that_the_code_uses(names: dict[str, set[str]])
     assert {name for name in touched & theirs if not name.startswith("__")} - known - others == set()
 
 
-def test_nothing_removed_is_used() -> None:
+def test_tensorrt_names_removed_ones_are_not_used() -> None:
     assert attributes() & REMOVED == set()

@@ -19,12 +19,12 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(script: Path) -> None:
+def test_deploy_scripts_pass_shellcheck(script: Path) -> None:
     assert run("shellcheck", script).stdout == ""
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_help_says_how(script: Path) -> None:
+def test_deploy_scripts_help_says_how(script: Path) -> None:
     assert os.access(script, os.X_OK)
     done = run(script, "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: deploy/")
@@ -38,17 +38,17 @@ def test_help_says_how(script: Path) -> None:
         (["--purge"], "--purge means nothing"),
     ],
 )
-def test_the_installer_refuses_what_it_does_not_know(arguments: list[str], said: str) -> None:
+def test_installer_refuses_unknown_arguments(arguments: list[str], said: str) -> None:
     done = run(DEPLOY / "install.sh", *arguments)
     assert done.returncode == 1 and done.stderr.startswith(f"error: {said}")
 
 
-def test_the_installer_names_a_python_that_is_missing() -> None:
+def test_installer_names_a_missing_python() -> None:
     done = run(DEPLOY / "install.sh", "--dry-run", PYTHON="no-such-python")
     assert done.returncode == 1 and "no-such-python is not installed" in done.stderr
 
 
-def test_a_dry_run_prints_every_step_and_does_none() -> None:
+def test_installer_dry_run_prints_every_step_and_does_none() -> None:
     python = "/usr/bin/python3"
     if not Path(python).exists() or run(python, "-c", "import ensurepip, venv").returncode:
         pytest.skip(f"{python} cannot make virtual environments")
@@ -64,6 +64,6 @@ def test_a_dry_run_prints_every_step_and_does_none() -> None:
         assert any(step in line for line in steps), step
 
 
-def test_a_folder_that_is_no_bundle_is_not_pushed(tmp_path: Path) -> None:
+def test_push_bundle_refuses_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
     done = run(DEPLOY / "push_bundle.sh", tmp_path, "nowhere.invalid")
     assert done.returncode == 66 and done.stderr == f"error: {tmp_path} is not a bundle: it has no manifest.json\n"

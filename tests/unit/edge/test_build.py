@@ -35,7 +35,7 @@ def facts(bundle: Path, **changes: Any) -> engines.Facts:
     return msgspec.structs.replace(made, **changes)
 
 
-def test_anything_an_engine_depends_on_changes_its_key(debug_bundle: Path) -> None:
+def test_engine_key_depends_on_every_fact(debug_bundle: Path) -> None:
     base = facts(debug_bundle)
     assert base.key == facts(debug_bundle).key
     changes: list[dict[str, Any]] = [
@@ -46,7 +46,7 @@ def test_anything_an_engine_depends_on_changes_its_key(debug_bundle: Path) -> No
     assert len({base.key, *(facts(debug_bundle, **change).key for change in changes)}) == len(changes) + 1
 
 
-def test_an_engine_is_stored_whole_and_replaced_whole(debug_bundle: Path, tmp_path: Path) -> None:
+def test_engine_is_stored_whole_and_replaced_whole(debug_bundle: Path, tmp_path: Path) -> None:
     mine = facts(debug_bundle)
     assert engines.find(mine, (tmp_path,)) is None
     place = engines.store(mine, engines.Built(b"first", b"cubin"), tmp_path)
@@ -56,7 +56,7 @@ def test_an_engine_is_stored_whole_and_replaced_whole(debug_bundle: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == [mine.key]
 
 
-def test_an_engine_is_there_at_every_moment_of_its_replacement(
+def test_engine_is_readable_at_every_moment_of_its_replacement(
     debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = facts(debug_bundle)
@@ -79,7 +79,7 @@ def test_an_engine_is_there_at_every_moment_of_its_replacement(
     assert set(seen) <= {b"first", b"second"} and seen[-1] == b"second"
 
 
-def test_engines_that_were_not_used_for_longest_are_removed(debug_bundle: Path, tmp_path: Path) -> None:
+def test_engines_unused_for_longest_are_removed(debug_bundle: Path, tmp_path: Path) -> None:
     """And nothing else: the timing caches, somebody's folder, an engine under another key."""
     for name in ("timings-10.3.0-sm_87-8.cache", "mine"):
         (tmp_path / name).write_bytes(b"")
@@ -97,7 +97,7 @@ def test_engines_that_were_not_used_for_longest_are_removed(debug_bundle: Path, 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
-def test_an_engine_of_another_user_is_not_loaded(debug_bundle: Path, tmp_path: Path) -> None:
+def test_engine_of_another_user_is_not_loaded(debug_bundle: Path, tmp_path: Path) -> None:
     """The daemon's user owns its cache: root must not run what lies there."""
     mine = facts(debug_bundle)
     place = engines.store(mine, engines.Built(b"", b""), tmp_path)
@@ -130,7 +130,9 @@ print(json.dumps({"engine": str(place)}))
 
 @pytest.mark.skipif(os.getuid() != 0, reason="who is not root has nothing to give up")
 @pytest.mark.parametrize("link", [False, True])
-def test_root_builds_as_nobody_and_takes_over_plain_files(debug_bundle: Path, tmp_path: Path, link: bool) -> None:
+def test_build_as_root_runs_as_nobody_and_adopts_plain_files_only(
+    debug_bundle: Path, tmp_path: Path, link: bool
+) -> None:
     mine = facts(debug_bundle)
     (tmp_path / "timings-x.cache").write_bytes(b"timings ")
     script = BUILDER.replace("LINK", str(link))
@@ -147,13 +149,13 @@ def test_root_builds_as_nobody_and_takes_over_plain_files(debug_bundle: Path, tm
     assert (tmp_path / "timings-x.cache").read_bytes() == b"more"
 
 
-def test_the_builders_own_help_names_the_command() -> None:
+def test_builder_process_help_names_the_command() -> None:
     command = [sys.executable, "-m", "edge.backends.trt.engine_builder", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 78 and done.stderr.endswith("see python -m edge.build --help\n")
 
 
-def test_an_engine_whose_file_is_missing_is_named(debug_bundle: Path, tmp_path: Path) -> None:
+def test_engine_whose_file_is_missing_is_named(debug_bundle: Path, tmp_path: Path) -> None:
     place = engines.store(facts(debug_bundle), engines.Built(b"", b""), tmp_path)
     (place / engines.KERNELS).unlink()
     with pytest.raises(DeviceError, match="cannot be read"):
@@ -165,7 +167,7 @@ def run(script: str, cache: Path, told: list[str] | None = None) -> Path:
     return build_process.run_build(order, (told if told is not None else []).append, (sys.executable, "-c", script))
 
 
-def test_progress_and_tensorrts_words_reach_the_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_shows_progress_and_tensorrts_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_process, "is_root", lambda: False)
     lines = [
         {"phase": "kernels", "done": 0, "of": 1},
@@ -188,12 +190,12 @@ def test_progress_and_tensorrts_words_reach_the_screen(tmp_path: Path, monkeypat
         ('print(\'{"error": "cannot read the graph"}\'); raise SystemExit(69)', "^cannot read the graph$"),
     ],
 )
-def test_every_way_to_fail_has_one_sentence(tmp_path: Path, script: str, sentence: str) -> None:
+def test_build_failures_are_one_sentence(tmp_path: Path, script: str, sentence: str) -> None:
     with pytest.raises(DeviceError, match=sentence):
         run(script, tmp_path)
 
 
-def test_without_a_gpu_the_real_command_says_so(
+def test_build_without_a_gpu_is_one_sentence(
     debug_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(DeviceError, match=r"cuda-python is not installed|no NVIDIA driver"):
@@ -201,7 +203,7 @@ def test_without_a_gpu_the_real_command_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_absent_tensorrt_comes_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tensorrt_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patterns = (str(tmp_path), "python3*/dist-packages"), (str(tmp_path), "python3*/site-packages")
     monkeypatch.setattr(find_tensorrt, "SYSTEM_PACKAGES", patterns)
     monkeypatch.setattr(find_tensorrt, "TEGRA", (tmp_path / "release", tmp_path / "model"))

@@ -56,20 +56,20 @@ def test_version_imports_no_command_and_is_quick() -> None:
     assert not loaded & {"numpy", "msgspec", "tokenizers", "onnxruntime", "paho", "edge.config", "argparse"}
 
 
-def test_an_unknown_command_is_named() -> None:
+def test_cli_unknown_command_is_named() -> None:
     done = edgelm("frobnicate")
     assert done.returncode == 78
     assert done.stderr == f"error: edgelm knows no command 'frobnicate': choose one of {', '.join(COMMANDS)}\n"
 
 
-def test_debug_gives_a_traceback_instead_of_a_sentence(tmp_path: Path) -> None:
+def test_cli_debug_gives_a_traceback_instead_of_a_sentence(tmp_path: Path) -> None:
     arguments = ("build", "--bundle", str(tmp_path))
     sentence, traceback = edgelm(*arguments), edgelm("--debug", *arguments)
     assert sentence.returncode == 66 and len(sentence.stderr.splitlines()) == 1
     assert "Traceback" in traceback.stderr and traceback.stderr.splitlines()[-1].startswith("shared.errors.BundleError")
 
 
-def test_the_log_level_is_one_of_four() -> None:
+def test_cli_log_level_is_one_of_four() -> None:
     for name in ("serve", "doctor"):
         done = edgelm(name, EDGELM_LOG="loud")
         assert done.returncode == 78
@@ -77,7 +77,7 @@ def test_the_log_level_is_one_of_four() -> None:
 
 
 @pytest.mark.parametrize("level", ["info", "error"])
-def test_the_daemon_logs_at_the_level_that_is_set(level: str, debug_bundle: Path, tmp_path: Path) -> None:
+def test_cli_serve_logs_at_the_level_that_is_set(level: str, debug_bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from edge.cli import run; run()", "serve", "--backend", "fake"]
     environment = clean_environment(
         LOG=level, STATE=str(tmp_path), BUNDLE=str(debug_bundle), SOCKET=str(tmp_path / "s")
@@ -92,7 +92,7 @@ def test_the_daemon_logs_at_the_level_that_is_set(level: str, debug_bundle: Path
 
 
 @pytest.mark.parametrize("command", ["train", "data", "evaluate", "export", "generate"])
-def test_a_host_command_without_its_packages_is_one_sentence(command: str) -> None:
+def test_host_command_without_its_packages_is_one_sentence(command: str) -> None:
     """-S: an interpreter that sees no installed package."""
     done = subprocess.run(
         [sys.executable, "-S", "-m", f"host.{command}", "--help"],

@@ -147,7 +147,7 @@ def test_watts_are_found_by_label(tmp_path: Path) -> None:
     assert doctor.watts(tmp_path).value == "VDD_IN 4.50 W, VDD_CPU_GPU_CV 1.00 W"
 
 
-def test_the_manifests_shape_gives_the_products_that_stand_in_the_graph(debug_bundle: Path) -> None:
+def test_roofline_counts_the_products_of_the_graph(debug_bundle: Path) -> None:
     manifest = read_manifest(debug_bundle)
     model = manifest.model
     graph = onnx.load(debug_bundle / find_graph(debug_bundle, manifest, "cuda").file).graph
@@ -164,7 +164,7 @@ def test_the_manifests_shape_gives_the_products_that_stand_in_the_graph(debug_bu
     assert sum(matmul_flops(model, 1)) == counted
 
 
-def test_the_floor_is_the_slower_of_arithmetic_and_memory(debug_bundle: Path) -> None:
+def test_roofline_floor_is_the_slower_of_arithmetic_and_memory(debug_bundle: Path) -> None:
     model = read_manifest(debug_bundle).model
     for board, peak in BOARDS.items():
         found = floor(board, model, precision="fp16", graph_bytes=102_000_000, batch=2)
@@ -178,7 +178,7 @@ def test_the_floor_is_the_slower_of_arithmetic_and_memory(debug_bundle: Path) ->
         floor("thor", model, precision="fp16", graph_bytes=1, batch=1)
 
 
-def test_memory_of_the_driver_keeps_the_protocol(emulator: Emulator) -> None:
+def test_cuda_memory_keeps_the_protocol(emulator: Emulator) -> None:
     driver = FakeDriver(emulator)
     memory: Memory = CudaMemory(Gpu(driver))  # type: ignore[arg-type]
     assert memory.graphs and memory.device(1000) > 0
@@ -190,7 +190,7 @@ def test_memory_of_the_driver_keeps_the_protocol(emulator: Emulator) -> None:
     assert not driver.live["cuMemFree"] | driver.live["cuMemFreeHost"]
 
 
-def test_an_absent_pycuda_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pycuda_memory_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     with pytest.raises(DeviceError, match="pycuda is not installed"):
         PycudaMemory()

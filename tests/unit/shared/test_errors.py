@@ -43,24 +43,24 @@ def exit_code(error: BaseException | None, status: int | None = None) -> object:
         (RequestError("timeout", "so it is"), 1),
     ],
 )
-def test_a_users_mistake_is_one_line_and_an_exit_code(
+def test_run_main_prints_a_users_mistake_as_one_line(
     error: DiffusionLLMError, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(error) == code
     assert capfd.readouterr() == ("", "error: so it is\n")
 
 
-def test_ctrl_c_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+def test_run_main_prints_no_traceback_at_ctrl_c(capfd: pytest.CaptureFixture[str]) -> None:
     assert exit_code(KeyboardInterrupt()) == 130
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("status", [None, 0, 3])
-def test_the_status_of_main_is_the_exit_code(status: int | None) -> None:
+def test_run_main_exits_with_the_status_of_main(status: int | None) -> None:
     assert exit_code(None, status) == status
 
 
-def test_our_own_mistakes_keep_their_traceback() -> None:
+def test_run_main_keeps_the_traceback_of_a_bug() -> None:
     def main() -> None:
         raise ValueError("a bug")
 
@@ -69,7 +69,7 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
 
 
 @pytest.mark.parametrize("lines", [1, 10_000], ids=["in the buffer", "beyond the buffer"])
-def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
+def test_run_main_takes_a_closed_pipe_as_success(lines: int) -> None:
     """As in `python -m edge.generate … | head -0`."""
     script = f"from shared.errors import run_main\nrun_main(lambda: print('word\\n' * {lines}))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -91,13 +91,13 @@ def test_a_reader_that_leaves_is_no_error(lines: int) -> None:
 
 
 @pytest.mark.parametrize("code", ERROR_CODES)
-def test_a_request_error_knows_whether_to_try_again(code: str) -> None:
+def test_request_error_knows_whether_to_retry(code: str) -> None:
     error = RequestError(code, "because")
     assert (error.code, str(error), error.retry_after_ms) == (code, "because", None)
     assert error.retryable == (code in {"queue_full", "draining", "storage_full"})
 
 
-def test_an_error_code_nobody_defined_is_our_bug() -> None:
+def test_request_error_of_an_unknown_code_is_a_bug() -> None:
     with pytest.raises(KeyError):
         RequestError("oops", "because")
 
@@ -105,9 +105,9 @@ def test_an_error_code_nobody_defined_is_our_bug() -> None:
 @pytest.mark.parametrize(
     "error", [BundleError("it says 'a\nb\x1b[2J'"), RequestError("internal", "it says 'a\nb\x1b[2J'")]
 )
-def test_what_an_error_quotes_does_nothing_to_a_terminal(error: DiffusionLLMError) -> None:
+def test_errors_one_line_cannot_steer_a_terminal(error: DiffusionLLMError) -> None:
     assert str(error) == r"it says 'a\nb\x1b[2J'"
 
 
-def test_nor_does_it_fill_the_screen() -> None:
+def test_errors_one_line_cuts_long_text() -> None:
     assert len(str(RequestError("bad_request", "x" * 60_000))) < 1100

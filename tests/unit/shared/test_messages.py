@@ -34,7 +34,7 @@ def line(**fields: Any) -> bytes:
     return msgspec.json.encode({"prompt": "x"} | fields)
 
 
-def test_a_prompt_is_all_a_request_needs() -> None:
+def test_request_needs_only_a_prompt() -> None:
     assert decode_request(b'{"prompt": "Once"}') == GenerateRequest(prompt="Once")
 
 
@@ -43,7 +43,7 @@ def test_segments_mix_texts_and_gaps() -> None:
     assert request.segments == ["Tom had a ", Gap(4), "."]
 
 
-def test_a_request_goes_over_the_wire_without_its_defaults() -> None:
+def test_request_is_encoded_without_its_defaults() -> None:
     assert encode(GenerateRequest(prompt="x", seed=0)) == b'{"type":"generate","prompt":"x","seed":0}'
 
 
@@ -55,9 +55,7 @@ def test_a_request_goes_over_the_wire_without_its_defaults() -> None:
         (b'{"type": "health"}', HealthRequest()),
     ],
 )
-def test_a_line_is_a_generate_request_unless_it_says_otherwise(
-    payload: bytes, expected: GenerateRequest | HealthRequest
-) -> None:
+def test_line_without_a_type_is_a_generate_request(payload: bytes, expected: GenerateRequest | HealthRequest) -> None:
     assert decode_line(payload) == expected
 
 
@@ -79,12 +77,12 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
 ]
 
 
-def test_the_table_of_bounds_has_every_field() -> None:
+def test_bounds_table_has_every_field() -> None:
     assert {name for name, _, _ in BOUNDS} == set(GenerateRequest.__struct_fields__) - {"segments"}
 
 
 @pytest.mark.parametrize(("field", "inside", "outside"), BOUNDS, ids=[name for name, _, _ in BOUNDS])
-def test_a_field_is_bounded_and_a_refusal_names_it(field: str, inside: list[Any], outside: list[Any]) -> None:
+def test_fields_are_bounded_and_refused_by_name(field: str, inside: list[Any], outside: list[Any]) -> None:
     for value in inside:
         assert getattr(decode_request(line(**{field: value})), field) == value
     for value in outside:
@@ -151,7 +149,7 @@ def test_bad_lines_are_refused_with_one_sentence(payload: bytes, sentence: str) 
     assert "\n" not in str(error)
 
 
-def test_a_message_may_fill_its_bytes_and_no_more() -> None:
+def test_message_may_fill_its_bytes_and_no_more() -> None:
     frame = len(line(prompt=""))
     assert decode_line(line(prompt="x" * (MAX_MESSAGE_BYTES - frame)))
     error = refusal(line(prompt="x" * (MAX_MESSAGE_BYTES - frame + 1)))
@@ -159,7 +157,7 @@ def test_a_message_may_fill_its_bytes_and_no_more() -> None:
     assert f"{MAX_MESSAGE_BYTES + 1}" in str(error)
 
 
-def test_only_a_generate_request_passes_as_one() -> None:
+def test_decode_request_takes_generate_requests_only() -> None:
     with pytest.raises(RequestError, match="type"):
         decode_request(b'{"type": "health"}')
 
@@ -178,12 +176,12 @@ def test_only_a_generate_request_passes_as_one() -> None:
         (b"[]", None),
     ],
 )
-def test_a_refused_request_keeps_its_id_where_that_can_be_read(payload: bytes, expected: str | None) -> None:
+def test_id_of_a_refused_request_is_kept_where_readable(payload: bytes, expected: str | None) -> None:
     assert id_of(payload) == expected
 
 
 @pytest.mark.parametrize("code", ERROR_CODES)
-def test_an_error_becomes_the_terminal_answer(code: str) -> None:
+def test_error_response_is_the_terminal_answer(code: str) -> None:
     response = error_response(RequestError(code, "because", retry_after_ms=50), "a")
     assert response.id == "a"
     assert response.status == ("cancelled" if code == "cancelled" else "error")

@@ -137,7 +137,7 @@ def test_threads_of_a_pass_that_has_ended_leave_the_cores_alone(debug_bundle: Pa
     backend.close()
 
 
-def test_the_real_graph_forbids_what_cannot_stand(debug_bundle: Path) -> None:
+def test_scores_of_the_real_graph_exclude_pad_bos_and_mask(debug_bundle: Path) -> None:
     """MASK and BOS anywhere; EOS and PAD left of visible text."""
     backend = loaded(debug_bundle, "ort")
     canvas = np.full(64, MASK, np.int32)
@@ -151,7 +151,7 @@ def test_the_real_graph_forbids_what_cannot_stand(debug_bundle: Path) -> None:
     backend.close()
 
 
-def test_only_asked_positions_are_scored_and_as_if_all_had_been(debug_bundle: Path) -> None:
+def test_scores_of_some_positions_are_those_of_scoring_all(debug_bundle: Path) -> None:
     backend = loaded(debug_bundle, "ort")
     canvas = np.full(64, MASK, np.int32)
     canvas[0], canvas[30] = BOS, FIRST_TEXT_ID
@@ -164,19 +164,19 @@ def test_only_asked_positions_are_scored_and_as_if_all_had_been(debug_bundle: Pa
     backend.close()
 
 
-def test_an_unknown_backend_is_named_with_those_there_are(debug_bundle: Path) -> None:
+def test_choose_backend_unknown_name_is_refused_with_the_known_ones(debug_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="unknown backend 'tpu': choose one of auto, ort, trt, fake"):
         loaded(debug_bundle, "tpu")
 
 
 @pytest.mark.parametrize("name", ["fake:soon", "fake:-5", "fake:nan", "fake:.", "ort:3"])
-def test_an_argument_that_means_nothing_is_named(debug_bundle: Path, name: str) -> None:
+def test_choose_backend_meaningless_argument_is_named(debug_bundle: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"found '{name.partition(':')[2]}'"):
         loaded(debug_bundle, name)
 
 
 @pytest.mark.parametrize("name", ["fake", "fake:", "fake:1", "fake:0.5"])
-def test_the_fake_needs_no_graph(debug_bundle: Path, tmp_path: Path, name: str) -> None:
+def test_fake_backend_needs_no_graph(debug_bundle: Path, tmp_path: Path, name: str) -> None:
     backend = load_backend(name, tmp_path, read_manifest(debug_bundle), threads=1)
     assert not isinstance(backend, LoopBackend)
     first = backend.score(np.zeros(64, np.int32), 1.0, np.arange(64))

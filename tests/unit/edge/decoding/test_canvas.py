@@ -43,7 +43,7 @@ def test_temperature_zero_is_argmax() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-38, 1e-300])
-def test_a_temperature_next_to_zero_is_argmax_too(temperature: float) -> None:
+def test_temperature_close_to_zero_is_argmax(temperature: float) -> None:
     """Scores divided by it must not overflow to −∞ all together: then the lowest id would win, PAD before all."""
     ids = np.array([[8, MASK, PAD, BOS]], np.int32)
     logp = np.array([[-1.0, NEVER, NEVER, NEVER]], np.float32)
@@ -88,7 +88,7 @@ def test_equal_positions_go_to_the_lower_one(selection: Selection) -> None:
     assert order.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_each_selection_puts_its_own_first() -> None:
+def test_rank_orders_by_the_selection() -> None:
     """Three positions: the most confident draw, the widest margin and the lowest entropy are three different ones."""
     p = np.array([[0.5, 0.45], [0.48, 0.1], [0.4, 0.3]])
     logp, entropy = np.log(p).astype(np.float32), np.array([1.0, 1.1, 0.9], np.float32)
@@ -153,7 +153,9 @@ def cases(draw_: st.DrawFn) -> tuple[Noise, NDArray[np.int32], Sampling]:
 
 @given(cases())
 @settings(max_examples=250, deadline=None, database=None, derandomize=True)
-def test_any_request_on_any_network_ends_in_a_sound_canvas(case: tuple[Noise, NDArray[np.int32], Sampling]) -> None:
+def test_unmask_ends_in_a_sound_canvas_for_any_request_and_network(
+    case: tuple[Noise, NDArray[np.int32], Sampling],
+) -> None:
     noise, start, sampling = case
     canvas, left = filled(noise, start, sampling)
     assert_sound(canvas)
@@ -165,7 +167,7 @@ def test_any_request_on_any_network_ends_in_a_sound_canvas(case: tuple[Noise, ND
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_commits_at_least_one_token_a_pass_and_ends(name: str) -> None:
+def test_unmask_commits_at_least_one_token_a_step_by_every_rule(name: str) -> None:
     for seed in range(20):
         noise = Noise(vocab=12, k=12, seed=seed)
         canvas, left = filled(noise, open_canvas(40), replace(RULES[name], seed=seed))
@@ -174,14 +176,14 @@ def test_every_rule_commits_at_least_one_token_a_pass_and_ends(name: str) -> Non
         assert all(after < before for before, after in zip([39, *left], left, strict=False))
 
 
-def test_fixed_steps_bound_the_passes_but_for_a_waiting_end_and_more_steps_than_positions_work() -> None:
+def test_unmask_makes_at_most_one_step_more_than_requested() -> None:
     noise = Noise(vocab=40, k=40, seed=0, spread=0.0)
     for steps in (1, 2, 5, 29, 30, 1000):
         _, left = filled(noise, open_canvas(30), replace(PLAIN, steps=steps, top_k=40))
         assert len(left) <= min(steps + 1, 29)
 
 
-def test_an_end_drawn_left_of_text_waits_for_one_more_pass() -> None:
+def test_unmask_end_drawn_left_of_text_waits_for_one_more_step() -> None:
     """One pass draws EOS beside later text; the text stands and the gap it left is filled with text."""
     waited = 0
     for seed in range(40):
@@ -193,7 +195,7 @@ def test_an_end_drawn_left_of_text_waits_for_one_more_pass() -> None:
     assert waited > 10
 
 
-def test_positions_that_nobody_asked_for_stay_open() -> None:
+def test_unmask_leaves_positions_outside_fill_open() -> None:
     canvas = open_canvas(20)
     canvas[6:8] = FIRST_TEXT_ID
     fill = np.zeros(20, bool)
@@ -204,7 +206,7 @@ def test_positions_that_nobody_asked_for_stay_open() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_network_is_told_the_masked_fraction_of_the_canvas(schedule: ScheduleName) -> None:
+def test_unmask_gives_the_network_the_masked_fraction_as_time(schedule: ScheduleName) -> None:
     noise = Noise(vocab=12, k=12, seed=5)
     start = open_canvas(32)
     start[1:5] = FIRST_TEXT_ID
@@ -240,7 +242,7 @@ def test_scoring_is_asked_for_no_more_than_a_step_can_use(rule: str) -> None:
             assert counting.asked == [47, *left[:-1]]
 
 
-def test_scored_canvas_ends_behind_the_first_visible_end() -> None:
+def test_scored_canvas_ends_after_the_first_visible_end() -> None:
     """What follows an end is certain, and is not computed."""
 
     class SureOfAnEnd(Counting):
@@ -276,7 +278,7 @@ def test_row_keeps_count_of_its_open_and_active_positions(rule: str) -> None:
 
 
 @pytest.mark.parametrize("insists_on", [EOS, PAD, MASK])
-def test_a_network_that_proposes_the_impossible_is_an_error_and_no_endless_loop(insists_on: int) -> None:
+def test_unmask_raises_when_no_proposal_can_be_committed(insists_on: int) -> None:
     """It proposes one control token everywhere, left of visible text too."""
     impossible = Constant(np.array([insists_on, FIRST_TEXT_ID], np.int32), np.array([0.0, NEVER], np.float32))
     canvas = open_canvas(16)

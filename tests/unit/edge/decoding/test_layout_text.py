@@ -50,7 +50,7 @@ def filled(layout: Layout, tokenizer: Tokenizer, *fillings: str) -> NDArray[np.i
 # --- laying out ------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_lies_behind_bos_and_the_rest_is_open(texts: Texts) -> None:
+def test_lay_out_puts_the_prompt_after_bos_and_leaves_the_rest_open(texts: Texts) -> None:
     layout = texts.lay_out(GenerateRequest(prompt="Once upon a time"))
     n = layout.prompt_tokens
     assert layout.canvas.dtype == np.int32
@@ -61,7 +61,7 @@ def test_a_prompt_lies_behind_bos_and_the_rest_is_open(texts: Texts) -> None:
     assert layout.fill.tolist() == [False] * (n + 1) + [True] * (LENGTH - n - 1)
 
 
-def test_an_empty_prompt_leaves_everything_but_bos_to_the_model(texts: Texts) -> None:
+def test_lay_out_of_an_empty_prompt_leaves_all_but_bos_open(texts: Texts) -> None:
     layout = texts.lay_out(GenerateRequest(prompt=""))
     assert layout.prompt_tokens == 0
     assert layout.fill.sum() == LENGTH - 1
@@ -77,7 +77,7 @@ def test_max_tokens_bounds_what_is_generated(texts: Texts) -> None:
     assert more_than_fits.fill.sum() == LENGTH - first
 
 
-def test_behind_an_infill_the_canvas_is_masked_but_not_asked_for(texts: Texts) -> None:
+def test_lay_out_masks_but_does_not_fill_what_follows_an_infill(texts: Texts) -> None:
     layout = texts.lay_out(infill("Tom had a ", 3, "."))
     assert layout.fill.sum() == 3
     assert (layout.canvas[-20:] == MASK).all()
@@ -85,7 +85,7 @@ def test_behind_an_infill_the_canvas_is_masked_but_not_asked_for(texts: Texts) -
 
 
 @pytest.mark.parametrize("name", SPECIAL_TOKENS)
-def test_the_name_of_a_control_token_is_text(texts: Texts, name: str) -> None:
+def test_lay_out_takes_the_name_of_a_control_token_as_text(texts: Texts, name: str) -> None:
     for request in (GenerateRequest(prompt=f"Tom {name}{name} had"), infill(name, 2, f" {name}.")):
         layout = texts.lay_out(request)
         given_ids = layout.canvas[1 : layout.prompt_tokens + 1][~layout.fill[1 : layout.prompt_tokens + 1]]
@@ -93,7 +93,7 @@ def test_the_name_of_a_control_token_is_text(texts: Texts, name: str) -> None:
         assert name in texts.read(layout, layout.canvas)
 
 
-def test_a_control_tokens_name_that_the_model_spells_is_text(texts: Texts, tokenizer: Tokenizer) -> None:
+def test_read_takes_a_spelled_control_token_as_text(texts: Texts, tokenizer: Tokenizer) -> None:
     layout = texts.lay_out(infill("Tom", 20))
     spelled = tokenizer.encode(" <MASK><EOS>", add_special_tokens=False).ids
     layout.canvas[layout.fill] = [*spelled, *[PAD] * (20 - len(spelled))]
@@ -103,7 +103,7 @@ def test_a_control_tokens_name_that_the_model_spells_is_text(texts: Texts, token
 # --- refusing --------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_may_fill_the_canvas_but_for_one_position(texts: Texts) -> None:
+def test_prompt_may_fill_all_but_one_position(texts: Texts) -> None:
     fits = "!" * (LENGTH - 2)
     layout = texts.lay_out(GenerateRequest(prompt=fits))
     assert np.flatnonzero(layout.fill).tolist() == [LENGTH - 1]
@@ -144,7 +144,7 @@ def test_max_tokens_does_not_go_with_segments(texts: Texts) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_words_leading_space_joins_text_and_gap_once(texts: Texts, tokenizer: Tokenizer) -> None:
+def test_read_joins_text_and_gap_with_one_space(texts: Texts, tokenizer: Tokenizer) -> None:
     """The space before a gap is the next word's own; it is neither doubled nor lost."""
     for before, after in (("Tom had a ", " and it was big."), ("Tom had a", " and it was big.")):
         layout = texts.lay_out(infill(before, 3, after))
@@ -153,7 +153,7 @@ def test_a_words_leading_space_joins_text_and_gap_once(texts: Texts, tokenizer: 
         assert texts.read(layout, canvas).replace("!", "") == "Tom had a red and it was big."
 
 
-def test_the_space_before_a_gap_gives_the_same_canvas_as_none(texts: Texts) -> None:
+def test_lay_out_ignores_a_space_before_a_gap(texts: Texts) -> None:
     np.testing.assert_array_equal(
         texts.lay_out(infill("Tom had a ", 3, ".")).canvas, texts.lay_out(infill("Tom had a", 3, ".")).canvas
     )
@@ -169,7 +169,7 @@ def test_given_text_comes_back_verbatim(texts: Texts, first: str, second: str) -
     assert big.read(prompt, prompt.canvas) == first + OPEN_POSITION
 
 
-def test_a_character_of_several_tokens_is_read_whole_or_as_unreadable(texts: Texts, tokenizer: Tokenizer) -> None:
+def test_read_decodes_a_character_of_several_tokens_whole(texts: Texts, tokenizer: Tokenizer) -> None:
     """A byte-level token may be part of a character; a half of one must not raise, nor eat its neighbours."""
     heart = tokenizer.encode("💜", add_special_tokens=False).ids
     assert len(heart) == 4
@@ -184,7 +184,7 @@ def test_a_character_of_several_tokens_is_read_whole_or_as_unreadable(texts: Tex
     assert half.count(OPEN_POSITION) == 1
 
 
-def test_a_snapshot_has_one_mark_for_each_open_position(texts: Texts, tokenizer: Tokenizer) -> None:
+def test_read_marks_each_open_position(texts: Texts, tokenizer: Tokenizer) -> None:
     layout = texts.lay_out(infill("Tom had a ", 4, " and it was ", 3, "."))
     assert texts.read(layout, layout.canvas).count(OPEN_POSITION) == 7
     canvas = filled(layout, tokenizer, " red", "")
@@ -194,7 +194,7 @@ def test_a_snapshot_has_one_mark_for_each_open_position(texts: Texts, tokenizer:
     assert texts.read(prompt, prompt.canvas) == "Once░░░░░░"
 
 
-def test_a_snapshot_tells_what_is_committed_from_what_is_drafted(texts: Texts, tokenizer: Tokenizer) -> None:
+def test_parts_tell_committed_text_from_drafts(texts: Texts, tokenizer: Tokenizer) -> None:
     red, big = (tokenizer.encode(word, add_special_tokens=False).ids for word in (" red", " big"))
     layout = texts.lay_out(infill("Tom had a ", len(red) + 1, " and it was ", len(big), "."))
     first, second = np.split(np.flatnonzero(layout.fill), [len(red) + 1])
@@ -209,7 +209,7 @@ def test_a_snapshot_tells_what_is_committed_from_what_is_drafted(texts: Texts, t
     assert texts.parts(layout, canvas, draft) == [Part("Tom had a red and it was big.")]
 
 
-def test_what_lies_behind_the_end_is_no_text(texts: Texts, tokenizer: Tokenizer) -> None:
+def test_read_ends_at_the_end_of_the_text(texts: Texts, tokenizer: Tokenizer) -> None:
     layout = texts.lay_out(GenerateRequest(prompt="Tom"))
     canvas = layout.canvas.copy()
     where = np.flatnonzero(layout.fill)

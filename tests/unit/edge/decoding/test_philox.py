@@ -25,7 +25,7 @@ def word(value: int) -> NDArray[np.uint32]:
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_known_answers(counter: list[int], key: list[int], expected: str) -> None:
+def test_philox_known_answers(counter: list[int], key: list[int], expected: str) -> None:
     key64 = key[0] | key[1] << 32
     words = philox((word(counter[0]), word(counter[1]), word(counter[2]), word(counter[3])), key64)
     assert " ".join(f"{int(w[0]):08x}" for w in words) == expected
@@ -48,7 +48,7 @@ def test_uniforms_lie_strictly_inside_zero_and_one() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**53 - 1, 2**63 - 1])
-def test_the_torch_reference_draws_the_same(seed: int) -> None:
+def test_uniform_is_that_of_the_torch_reference(seed: int) -> None:
     positions, tokens = np.arange(0, 256, 5, dtype=np.uint32)[:, None], np.arange(0, 8192, 37, dtype=np.uint32)
     for domain in (TOKEN_DOMAIN, ORDER_DOMAIN):
         ours = uniform(seed, 11, position=positions, token=tokens, domain=domain)
@@ -62,7 +62,7 @@ def test_the_torch_reference_draws_the_same(seed: int) -> None:
         np.testing.assert_array_equal(ours, theirs.numpy())  # 23 random bits and a half fit float32 exactly
 
 
-def test_every_part_of_the_counter_matters() -> None:
+def test_uniform_depends_on_every_part_of_the_counter() -> None:
     """Seed (both halves), step, position, token and domain each give another draw."""
     one = np.arange(64, dtype=np.uint32)
     base = uniform(1, 2, position=one, token=word(4), domain=TOKEN_DOMAIN)
@@ -78,7 +78,7 @@ def test_every_part_of_the_counter_matters() -> None:
         assert np.count_nonzero(other == base) <= 1  # two of 2²³ values may meet by chance
 
 
-def test_a_draw_does_not_depend_on_what_is_drawn_beside_it() -> None:
+def test_gumbel_does_not_depend_on_neighbouring_draws() -> None:
     tokens = np.arange(100, dtype=np.uint32)
     together = gumbel(5, 0, np.arange(50, dtype=np.uint32)[:, None], tokens)
     alone = gumbel(5, 0, word(17)[:, None], tokens[40:41])

@@ -40,7 +40,7 @@ def accept(journal: Journal, id: str | None = None, **changed: Any) -> int:
     return journal.accept(id=id, **(fields | changed))
 
 
-def test_what_is_accepted_is_there_again_with_all_it_was_accepted_with(path: Path) -> None:
+def test_journal_returns_a_request_with_all_its_fields(path: Path) -> None:
     journal = Journal(path.parent)
     seq = accept(journal, "a")
     journal.close()
@@ -53,7 +53,7 @@ def test_what_is_accepted_is_there_again_with_all_it_was_accepted_with(path: Pat
     journal.close()
 
 
-def test_a_name_is_client_address_and_id_together(journal: Journal) -> None:
+def test_journal_identifies_by_client_address_and_id(journal: Journal) -> None:
     accept(journal, "a")
     accept(journal, "b")
     accept(journal, "a", address="edgelm/reply/you")
@@ -63,12 +63,12 @@ def test_a_name_is_client_address_and_id_together(journal: Journal) -> None:
         accept(journal, "a")
 
 
-def test_requests_without_an_id_are_never_the_same(journal: Journal) -> None:
+def test_journal_keeps_requests_without_an_id_apart(journal: Journal) -> None:
     assert accept(journal) != accept(journal)
     assert len(journal.unfinished()) == 2
 
 
-def test_an_answer_is_undelivered_until_it_is_delivered_and_the_first_one_stays(journal: Journal) -> None:
+def test_journal_keeps_the_first_answer_undelivered_until_delivery(journal: Journal) -> None:
     seq = accept(journal, "a")
     journal.record(answers=[(seq, b"first", None)])
     journal.record(answers=[(seq, b"second", None)])
@@ -91,7 +91,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_only_a_request_that_ran_alone_is_blamed_for_the_end_of_the_process(path: Path) -> None:
+def test_journal_charges_a_crash_to_a_request_that_ran_alone(path: Path) -> None:
     journal = Journal(path.parent)
     first, second, third = accept(journal), accept(journal), accept(journal)
     journal.close()
@@ -103,7 +103,7 @@ def test_only_a_request_that_ran_alone_is_blamed_for_the_end_of_the_process(path
     journal.close()
 
 
-def test_nobody_is_blamed_for_an_orderly_end(path: Path) -> None:
+def test_journal_charges_no_request_after_an_orderly_end(path: Path) -> None:
     journal = Journal(path.parent)
     seq = accept(journal)
     journal.computing([seq])
@@ -113,7 +113,7 @@ def test_nobody_is_blamed_for_an_orderly_end(path: Path) -> None:
     journal.close()
 
 
-def test_old_answers_are_forgotten_when_they_were_delivered(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_prunes_old_answers_once_delivered(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     delivered, undelivered, unfinished = accept(journal, "a"), accept(journal, "b"), accept(journal, "c")
     journal.record(answers=[(delivered, b"1", None), (undelivered, b"2", None)], delivered=[delivered])
     later = time.monotonic() + KEEP_S + 1
@@ -124,7 +124,7 @@ def test_old_answers_are_forgotten_when_they_were_delivered(journal: Journal, mo
     assert [entry.seq for entry in journal.unfinished()] == [unfinished]
 
 
-def test_a_clock_that_is_set_makes_no_answer_old(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_ages_do_not_follow_the_wall_clock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(path.parent)
     seq = accept(journal, "a")
     journal.record(answers=[(seq, b"1", None)], delivered=[seq])
@@ -155,7 +155,7 @@ def fill(journal: Journal, client: str, *, prefix: str, request: bytes = b"x" * 
     raise AssertionError("the journal is never full")
 
 
-def test_a_full_journal_refuses_what_is_new_and_forgets_nothing_younger_than_a_day(
+def test_journal_when_full_refuses_new_requests_and_keeps_answers_for_a_day(
     journal: Journal, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edge.delivery.journal, "MAX_BYTES", 1 << 20)
@@ -174,7 +174,7 @@ def test_a_full_journal_refuses_what_is_new_and_forgets_nothing_younger_than_a_d
     assert journal.find("me", "edgelm/reply/me", "a0") is None
 
 
-def test_many_small_answers_are_all_kept(journal: Journal) -> None:
+def test_journal_keeps_many_small_answers(journal: Journal) -> None:
     """More than the 10,000 of which the oldest were once forgotten."""
     first = accept(journal, "first")
     journal.record(answers=[(first, b"mine", None)], delivered=[first])
@@ -189,9 +189,7 @@ def test_many_small_answers_are_all_kept(journal: Journal) -> None:
     assert found is not None and found.answer == b"mine"
 
 
-def test_a_client_that_fills_the_journal_leaves_room_for_others(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_journal_reserves_room_for_other_clients(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge.delivery.journal, "MAX_BYTES", 4 << 20)
     fill(journal, "greedy", prefix="a", request=b"x", answer=b"z" * 30_000)
     with pytest.raises(RequestError, match="most of its last room is for other clients"):
@@ -201,7 +199,7 @@ def test_a_client_that_fills_the_journal_leaves_room_for_others(
     accept(journal, "one", client="new")
 
 
-def test_what_is_delivered_keeps_neither_its_request_nor_its_correlation_data(journal: Journal) -> None:
+def test_journal_drops_request_and_correlation_data_after_delivery(journal: Journal) -> None:
     seq = accept(journal, "a", request=b"x" * 60_000, correlation=b"c" * 60_000)
     journal.record(answers=[(seq, b"answer", None)], delivered=[seq])
     entry = journal.find("me", "edgelm/reply/me", "a")
@@ -209,7 +207,7 @@ def test_what_is_delivered_keeps_neither_its_request_nor_its_correlation_data(jo
     assert entry.payload_sha256 == b"\1" * 32
 
 
-def test_a_request_without_an_id_is_forgotten_when_its_answer_is_delivered(journal: Journal) -> None:
+def test_journal_deletes_a_request_without_an_id_after_delivery(journal: Journal) -> None:
     seq = accept(journal)
     journal.record(answers=[(seq, b"answer", None)])
     assert journal.undelivered() == [seq]
@@ -219,7 +217,7 @@ def test_a_request_without_an_id_is_forgotten_when_its_answer_is_delivered(journ
         assert db.execute("SELECT count(*) FROM request").fetchone() == (0,)
 
 
-def test_a_disk_with_little_room_takes_nothing_new(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_refuses_new_requests_on_an_almost_full_disk(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     seq = accept(journal, "a")
     monkeypatch.setattr(edge.delivery.journal, "SPARE_BYTES", 1 << 60)
     with pytest.raises(RequestError, match="no room to keep") as refused:
@@ -229,20 +227,20 @@ def test_a_disk_with_little_room_takes_nothing_new(journal: Journal, monkeypatch
     assert journal.undelivered() == [seq]
 
 
-def test_two_daemons_do_not_share_one(journal: Journal, path: Path) -> None:
+def test_journal_is_not_shared_by_two_daemons(journal: Journal, path: Path) -> None:
     script = "import sys; from pathlib import Path; from edge.delivery.journal import *; Journal(Path(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", script, str(path.parent)], check=False, capture_output=True, text=True)
     assert f"ConfigError: journal {path} is used by another daemon" in done.stderr
 
 
 @pytest.mark.parametrize("content", [b"this is no database, but it is long enough to be mistaken for one" * 20])
-def test_a_file_that_is_no_journal_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_journal_refuses_a_foreign_file_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "journal.sqlite").write_bytes(content)
     with pytest.raises(ConfigError, match=r"journal .*journal\.sqlite cannot be opened: file is not a database"):
         Journal(tmp_path)
 
 
-def test_a_journal_of_another_release_is_refused(path: Path) -> None:
+def test_journal_of_another_release_is_refused(path: Path) -> None:
     Journal(path.parent).close()
     db = sqlite3.connect(path)
     db.execute("PRAGMA user_version = 1")
@@ -251,13 +249,13 @@ def test_a_journal_of_another_release_is_refused(path: Path) -> None:
         Journal(path.parent)
 
 
-def test_prompts_are_for_the_owner_alone(journal: Journal, path: Path) -> None:
+def test_journal_file_is_readable_by_its_owner_only(journal: Journal, path: Path) -> None:
     accept(journal)
     assert {file.stat().st_mode & 0o077 for file in path.parent.iterdir()} == {0}
     assert path.parent.stat().st_mode & 0o077 == 0
 
 
-def test_an_answer_that_is_given_up_is_no_longer_owed_and_can_be_had_again(journal: Journal) -> None:
+def test_journal_keeps_an_answer_that_was_given_up(journal: Journal) -> None:
     seq = accept(journal, "a")
     journal.record(answers=[(seq, b"text", None)])
     journal.record(tried=[seq])

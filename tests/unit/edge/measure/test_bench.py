@@ -16,7 +16,7 @@ from shared.schedule import reveal_count
 
 
 @pytest.mark.slow
-def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
+def test_bench_json_has_all_that_the_table_has(debug_bundle: Path) -> None:
     options = ["--bundle", str(debug_bundle), "--threads", "1", "--steps", "4", "8", "--json"]
     command = [sys.executable, "-m", "edge.bench", *options]
     done = subprocess.run(command, capture_output=True, check=False)
@@ -39,7 +39,7 @@ def test_json_reports_everything_the_table_has(debug_bundle: Path) -> None:
     assert min(speed.torch_ms, speed.gflop, speed.fp32_gflops, speed.int8_gflops) > 0
 
 
-def test_the_work_of_a_step_by_hand() -> None:
+def test_bench_work_of_a_step_by_hand() -> None:
     """Two layers of width 2 on 4 positions with 5 words; every weight multiplies and adds once a position.
 
     Two positions are masked; from the second attention's queries on only they are computed.
@@ -52,7 +52,7 @@ def test_the_work_of_a_step_by_hand() -> None:
     assert step_gflop(config) == pytest.approx((linear + attention + head) / 1e9)
 
 
-def test_an_impossible_shape_is_one_sentence() -> None:
+def test_bench_impossible_shape_is_one_sentence() -> None:
     """A width of 64 does not divide into 3 heads."""
     command = [sys.executable, "-m", "host.bench", "step", "64", "2", "3", "512", "256"]
     done = subprocess.run(command, capture_output=True, check=False)
@@ -69,7 +69,7 @@ def test_an_impossible_shape_is_one_sentence() -> None:
         (["--threads", "0"], 78, "error: --threads must be at least 1"),
     ],
 )
-def test_a_users_mistake_is_one_sentence(options: list[str], status: int, sentence: str) -> None:
+def test_bench_bad_flag_is_one_sentence(options: list[str], status: int, sentence: str) -> None:
     done = subprocess.run([sys.executable, "-m", "edge.bench", *options], capture_output=True, check=False)
     assert done.returncode == status
     assert done.stderr.decode().startswith(sentence)

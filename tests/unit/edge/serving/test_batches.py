@@ -52,7 +52,7 @@ def serve_all(scheduler: Scheduler) -> None:
     scheduler.run()
 
 
-def test_requests_of_one_length_share_passes_as_far_as_the_backend_takes_them(debug_bundle: Path) -> None:
+def test_batches_hold_requests_of_one_length_up_to_the_backends_limit(debug_bundle: Path) -> None:
     loaded, recorder = recorded(debug_bundle, 1, 2, 4)
     scheduler = Scheduler(loaded, queue_size=16)
     mailboxes = [submit(scheduler, max_tokens=2, steps=2) for _ in range(7)]
@@ -62,7 +62,7 @@ def test_requests_of_one_length_share_passes_as_far_as_the_backend_takes_them(de
     assert recorder.shapes[:2] == [(4, 16), (4, 16)]  # who was left out is first in the next
 
 
-def test_requests_of_different_lengths_never_pad_each_other(debug_bundle: Path) -> None:
+def test_batches_never_mix_lengths(debug_bundle: Path) -> None:
     loaded, recorder = recorded(debug_bundle, 1, 2, 4, 8)
     scheduler = Scheduler(loaded, queue_size=16)
     short = [submit(scheduler, max_tokens=2, steps=1) for _ in range(2)]
@@ -72,7 +72,7 @@ def test_requests_of_different_lengths_never_pad_each_other(debug_bundle: Path) 
     assert recorder.shapes == [(2, 16), (2, 32)]
 
 
-def test_a_text_is_the_same_in_a_batch_and_alone(debug_bundle: Path) -> None:
+def test_batches_write_the_text_of_a_request_alone(debug_bundle: Path) -> None:
     asked: list[dict[str, Any]] = [
         {"prompt": "time " * i, "seed": i, "steps": 3 + i % 3, "temperature": 1.0} for i in range(12)
     ]
@@ -93,7 +93,7 @@ def test_info_says_whether_a_text_may_depend_on_the_requests_beside_it(debug_bun
         assert info(Scheduler(loaded, queue_size=1).health(), loaded, queue_size=1).deterministic is deterministic
 
 
-def test_a_suspect_of_an_earlier_crash_shares_no_pass(debug_bundle: Path) -> None:
+def test_batches_leave_a_suspect_of_an_earlier_crash_alone(debug_bundle: Path) -> None:
     loaded, recorder = recorded(debug_bundle, 1, 2, 4)
     scheduler = Scheduler(loaded, queue_size=16)
     suspect = GenerateRequest(prompt="Once", max_tokens=2, steps=1)
@@ -103,7 +103,7 @@ def test_a_suspect_of_an_earlier_crash_shares_no_pass(debug_bundle: Path) -> Non
     assert recorder.shapes == [(1, 16), (2, 16)] and all(mailbox.answered for mailbox in others)
 
 
-def test_of_a_batch_that_fails_only_the_culprit_is_given_up(debug_bundle: Path) -> None:
+def test_batches_that_fail_give_up_the_culprit_only(debug_bundle: Path) -> None:
     loaded, recorder = recorded(debug_bundle, 1, 2, 4)
     scheduler = Scheduler(loaded, queue_size=16)
     culprit = GenerateRequest(prompt="culprit of all", max_tokens=4)
@@ -117,7 +117,7 @@ def test_of_a_batch_that_fails_only_the_culprit_is_given_up(debug_bundle: Path) 
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_places_are_for_clients_that_have_none(debug_bundle: Path) -> None:
+def test_queue_keeps_its_last_places_for_clients_that_have_none(debug_bundle: Path) -> None:
     loaded, _ = recorded(debug_bundle, 1)
     scheduler = Scheduler(loaded, queue_size=7)
     greedy = [submit(scheduler, client="greedy") for _ in range(8)]
@@ -129,7 +129,7 @@ def test_the_last_places_are_for_clients_that_have_none(debug_bundle: Path) -> N
     assert modest[0].response().status == "ok"
 
 
-def test_a_client_does_not_wait_for_a_place_behind_another_that_took_them_all(debug_bundle: Path) -> None:
+def test_queue_lets_a_new_client_pass_one_that_took_every_place(debug_bundle: Path) -> None:
     loaded, _ = recorded(debug_bundle, 1)
     scheduler = Scheduler(loaded, queue_size=100)
     order: list[str | None] = []
@@ -145,7 +145,7 @@ def test_a_client_does_not_wait_for_a_place_behind_another_that_took_them_all(de
 # --- what stands around it -------------------------------------------------------------------------------------------
 
 
-def test_a_reload_lets_accepted_requests_finish_on_their_engine_and_then_closes_it(debug_bundle: Path) -> None:
+def test_reload_closes_the_old_bundle_after_its_last_request(debug_bundle: Path) -> None:
     (old, old_backend), (new, new_backend) = recorded(debug_bundle, 1), recorded(debug_bundle, 1)
     scheduler = Scheduler(old, queue_size=4)
     before = submit(scheduler, steps=3)
@@ -158,7 +158,7 @@ def test_a_reload_lets_accepted_requests_finish_on_their_engine_and_then_closes_
     assert old_backend.closed and not new_backend.closed and scheduler.loaded is new
 
 
-def test_an_engine_that_nobody_uses_is_closed_at_once(debug_bundle: Path) -> None:
+def test_reload_closes_an_unused_bundle_at_once(debug_bundle: Path) -> None:
     (old, old_backend), (new, _) = recorded(debug_bundle, 1), recorded(debug_bundle, 1)
     scheduler = Scheduler(old, queue_size=4)
     scheduler.replace_bundle(new)

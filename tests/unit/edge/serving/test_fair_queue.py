@@ -41,7 +41,7 @@ def cost_until_done(queue: FairQueue[Job], wanted: Job) -> int:
     return cost
 
 
-def test_requests_of_one_client_take_queue() -> None:
+def test_fair_queue_alternates_requests_of_one_client() -> None:
     queue = under_way()
     for number in range(3):
         queue.join(Job("a", number, passes=2))
@@ -49,7 +49,7 @@ def test_requests_of_one_client_take_queue() -> None:
     assert len(queue) == 0 and "a" not in queue
 
 
-def test_a_client_with_many_requests_gets_no_more_than_one_with_a_single_one() -> None:
+def test_fair_queue_gives_a_client_with_many_requests_no_larger_share() -> None:
     queue = under_way()
     for number in range(8):
         queue.join(Job("greedy", number, passes=100))
@@ -58,7 +58,7 @@ def test_a_client_with_many_requests_gets_no_more_than_one_with_a_single_one() -
     assert served.count("modest") == 50
 
 
-def test_who_comes_late_is_not_owed_the_past() -> None:
+def test_fair_queue_starts_a_new_client_at_the_minimum_virtual_time() -> None:
     queue = under_way()
     queue.join(Job("early", 0, passes=1000))
     for _ in range(100):
@@ -67,7 +67,7 @@ def test_who_comes_late_is_not_owed_the_past() -> None:
     assert [serve(queue).client for _ in range(100)].count("late") == 50
 
 
-def test_a_long_canvas_uses_up_more_than_a_short_one() -> None:
+def test_fair_queue_charges_a_long_canvas_more_than_a_short_one() -> None:
     queue = under_way()
     queue.join(Job("a", 0, cost=256, passes=100))
     queue.join(Job("b", 1, cost=64, passes=100))
@@ -80,7 +80,7 @@ passes_and_costs = st.tuples(st.integers(1, 40), st.sampled_from([64, 128, 256])
 
 @pytest.mark.parametrize("of_one_client", [True, False])
 @given(short=passes_and_costs, others=st.lists(passes_and_costs, max_size=15), head_start=st.integers(0, 50))
-def test_beside_n_others_a_request_takes_n_plus_1_times_as_long_as_alone(
+def test_fair_queue_beside_n_others_a_request_takes_n_plus_1_times_as_long(
     of_one_client: bool, short: tuple[int, int], others: list[tuple[int, int]], head_start: int
 ) -> None:
     queue = under_way()

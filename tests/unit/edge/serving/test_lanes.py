@@ -89,7 +89,7 @@ def test_lanes_do_not_wait_for_each_other(scheduler: Scheduler, backend: Lanes) 
     assert mailbox.response().status == "ok"
 
 
-def test_lanes_a_lone_request_is_told_that_it_is_alone(scheduler: Scheduler, backend: Lanes) -> None:
+def test_lanes_tell_a_lone_request_that_it_is_alone(scheduler: Scheduler, backend: Lanes) -> None:
     mailbox = submit(scheduler, max_tokens=8, steps=4)
     scheduler.start()
     assert mailbox.response().status == "ok"

@@ -50,7 +50,7 @@ def fp32(exported: Exported) -> Iterator[LoadedBundle]:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_control_tokens_never_appear_and_pad_only_behind_an_end(loaded: LoadedBundle, name: str) -> None:
+def test_control_tokens_never_appear_and_pad_only_after_an_end(loaded: LoadedBundle, name: str) -> None:
     for seed in range(4):
         plan = loaded.prepare(replace(REQUESTS[name], seed=seed))
         canvas, layout = loaded.run(plan).canvas, plan.layout
@@ -85,7 +85,7 @@ def test_max_tokens_and_steps_are_bounds_but_for_a_pass_for_a_waiting_end(loaded
         assert completion.steps <= steps + 1
 
 
-def test_a_prompt_that_leaves_one_position_gets_one(loaded: LoadedBundle) -> None:
+def test_prompt_that_leaves_one_position_gets_one_token(loaded: LoadedBundle) -> None:
     length = loaded.manifest.model.canvas_len
     completion = loaded.run(loaded.prepare(GenerateRequest(prompt="!" * (length - 2), seed=0)))
     assert completion.generated_tokens == 1
@@ -110,7 +110,7 @@ def test_top_k_above_the_bundles_is_refused(fp32: LoadedBundle) -> None:
     assert refused.value.code == "bad_request"
 
 
-def test_without_a_seed_each_plan_has_its_own_and_it_reproduces_the_text(fp32: LoadedBundle) -> None:
+def test_plan_without_a_seed_gets_one_that_reproduces_the_text(fp32: LoadedBundle) -> None:
     request = GenerateRequest(prompt="abc", max_tokens=30, steps=4)
     plans = [fp32.prepare(request) for _ in range(2)]
     assert plans[0].seed != plans[1].seed
@@ -118,7 +118,7 @@ def test_without_a_seed_each_plan_has_its_own_and_it_reproduces_the_text(fp32: L
     assert again.text == fp32.run(plans[0]).text
 
 
-def test_the_same_request_gives_the_same_text_alone_and_beside_others(loaded: LoadedBundle) -> None:
+def test_text_is_the_same_alone_and_beside_others(loaded: LoadedBundle) -> None:
     """Through the scheduler, between requests that use other lengths, rules and seeds."""
     asked = [replace(REQUESTS[n], seed=7, id=n) for n in ("random", "short", "infill", "threshold")]
     alone = {request.id: loaded.run(loaded.prepare(request)).text for request in asked}
@@ -302,7 +302,7 @@ BAD: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
 @pytest.mark.filterwarnings("error")
-def test_a_bundle_that_does_not_fit_is_refused_in_one_sentence(copy: Path, spoil: Callable[[Path], None]) -> None:
+def test_bundle_that_does_not_fit_is_refused_in_one_sentence(copy: Path, spoil: Callable[[Path], None]) -> None:
     spoil(copy)
     with pytest.raises(BundleError) as refused:
         LoadedBundle.load(copy, threads=1)
@@ -313,6 +313,6 @@ def test_a_bundle_that_does_not_fit_is_refused_in_one_sentence(copy: Path, spoil
     assert "\n" not in sentence
 
 
-def test_a_missing_folder_is_no_bundle(tmp_path: Path) -> None:
+def test_bundle_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere is not a bundle"):
         LoadedBundle.load(tmp_path / "nowhere")

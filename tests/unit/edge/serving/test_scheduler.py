@@ -58,7 +58,7 @@ def submit_running(scheduler: Scheduler, loaded: GatedBundle, **fields: Any) -> 
     return mailbox
 
 
-def test_equal_requests_are_answered_in_the_order_they_came(loaded: GatedBundle) -> None:
+def test_scheduler_answers_equal_requests_in_their_order(loaded: GatedBundle) -> None:
     order: list[str | None] = []
     scheduler = Scheduler(loaded, queue_size=16)
     for name in "abcdefghij":
@@ -70,20 +70,20 @@ def test_equal_requests_are_answered_in_the_order_they_came(loaded: GatedBundle)
     assert order == list("abcdefghij")
 
 
-def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_answers_a_short_request_before_a_long_one_ends(scheduler: Scheduler, loaded: GatedBundle) -> None:
     long = submit_running(scheduler, loaded, max_tokens=60, steps=60)
     short = submit(scheduler, max_tokens=1)
     loaded.may_step.release(4)
     assert short.response().status == "ok" and not long.answered
 
 
-def test_a_refused_request_is_answered_at_once_and_by_its_id(scheduler: Scheduler) -> None:
+def test_scheduler_refuses_a_request_at_once_under_its_id(scheduler: Scheduler) -> None:
     mailbox = submit(scheduler, id="x", prompt="time " * 5000)
     assert mailbox.answered
     assert mailbox.error_code() == "too_large" and mailbox.response().id == "x"
 
 
-def test_a_full_queue_refuses_and_room_is_room_again(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_refuses_at_a_full_queue_until_there_is_room(scheduler: Scheduler, loaded: GatedBundle) -> None:
     submit_running(scheduler, loaded)
     waiting = [submit(scheduler) for _ in range(2)]
     refused = submit(scheduler)
@@ -97,7 +97,7 @@ def test_a_full_queue_refuses_and_room_is_room_again(scheduler: Scheduler, loade
     assert submit(scheduler).response().status == "ok"
 
 
-def test_the_time_to_come_again_follows_the_measured_service_time(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_retry_after_follows_the_measured_service_time(scheduler: Scheduler, loaded: GatedBundle) -> None:
     def advice() -> int:
         for _ in range(2):
             submit(scheduler)
@@ -119,7 +119,7 @@ def test_the_time_to_come_again_follows_the_measured_service_time(scheduler: Sch
     assert advice() < before  # the fake backend answers in a few milliseconds
 
 
-def test_a_request_nobody_waits_for_stops_at_its_next_step(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_stops_a_cancelled_request_at_its_next_step(scheduler: Scheduler, loaded: GatedBundle) -> None:
     left = threading.Event()
     mailbox = submit_running(scheduler, loaded, gone=left.is_set)
     left.set()
@@ -127,14 +127,14 @@ def test_a_request_nobody_waits_for_stops_at_its_next_step(scheduler: Scheduler,
     assert mailbox.response().status == "cancelled" and mailbox.error_code() == "cancelled"
 
 
-def test_a_deadline_ends_a_running_request(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_ends_a_running_request_at_its_deadline(scheduler: Scheduler, loaded: GatedBundle) -> None:
     mailbox = submit_running(scheduler, loaded, deadline_ms=300)
     time.sleep(0.301)
     loaded.may_step.release()
     assert mailbox.error_code() == "timeout"
 
 
-def test_the_queue_hears_of_its_deadlines_while_another_runs(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_ends_waiting_requests_at_their_deadlines(scheduler: Scheduler, loaded: GatedBundle) -> None:
     running = submit_running(scheduler, loaded)
     left = threading.Event()
     late, deserted = submit(scheduler, deadline_ms=1), submit(scheduler, gone=left.is_set)
@@ -148,7 +148,7 @@ def test_the_queue_hears_of_its_deadlines_while_another_runs(scheduler: Schedule
     assert scheduler.health().queued == 0
 
 
-def test_an_unexpected_failure_ends_one_request_and_not_the_scheduler(
+def test_scheduler_survives_an_unexpected_failure_of_one_request(
     scheduler: Scheduler, loaded: GatedBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded.go()
@@ -166,7 +166,7 @@ def test_an_unexpected_failure_ends_one_request_and_not_the_scheduler(
     assert submit(scheduler).response().status == "ok"
 
 
-def test_a_transport_that_fails_does_not_end_the_scheduler(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_survives_a_transport_that_fails(scheduler: Scheduler, loaded: GatedBundle) -> None:
     loaded.go()
 
     def fail(reply: Reply) -> None:
@@ -176,7 +176,7 @@ def test_a_transport_that_fails_does_not_end_the_scheduler(scheduler: Scheduler,
     assert submit(scheduler).response().status == "ok"
 
 
-def test_snapshots_come_only_to_those_who_ask_and_not_too_often(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_sends_snapshots_on_request_and_at_a_bounded_rate(scheduler: Scheduler, loaded: GatedBundle) -> None:
     loaded.go()
     plain = submit(scheduler)
     plain.response()
@@ -198,7 +198,7 @@ def test_snapshots_come_only_to_those_who_ask_and_not_too_often(scheduler: Sched
     assert len(plain.replies) == 1
 
 
-def test_health_tells_idle_busy_and_draining(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_health_is_idle_busy_or_draining(scheduler: Scheduler, loaded: GatedBundle) -> None:
     assert scheduler.health().state == "idle" and not scheduler.busy
     running = submit_running(scheduler, loaded)
     submit(scheduler)
@@ -210,7 +210,9 @@ def test_health_tells_idle_busy_and_draining(scheduler: Scheduler, loaded: Gated
     running.response()
 
 
-def test_a_drain_finishes_what_was_accepted_and_refuses_the_rest(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_drain_finishes_accepted_requests_and_refuses_new_ones(
+    scheduler: Scheduler, loaded: GatedBundle
+) -> None:
     accepted = [submit_running(scheduler, loaded), submit(scheduler)]
     scheduler.refuse_new()
     assert submit(scheduler).error_code() == "draining"
@@ -218,7 +220,7 @@ def test_a_drain_finishes_what_was_accepted_and_refuses_the_rest(scheduler: Sche
     assert [mailbox.response().status for mailbox in accepted] == ["ok", "ok"]
 
 
-def test_a_stop_answers_what_it_does_not_finish(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_stop_answers_unfinished_requests(scheduler: Scheduler, loaded: GatedBundle) -> None:
     unfinished = [submit_running(scheduler, loaded), submit(scheduler)]
     stopping = threading.Thread(target=scheduler.stop)
     stopping.start()
@@ -230,7 +232,7 @@ def test_a_stop_answers_what_it_does_not_finish(scheduler: Scheduler, loaded: Ga
     assert [mailbox.error_code() for mailbox in unfinished] == ["draining", "draining"]
 
 
-def test_a_scheduler_serves_in_the_callers_thread_as_well(loaded: GatedBundle) -> None:
+def test_scheduler_serves_in_the_callers_thread(loaded: GatedBundle) -> None:
     loaded.go()
     scheduler = Scheduler(loaded, queue_size=1)
     mailbox = submit(scheduler, max_tokens=2)
@@ -239,7 +241,7 @@ def test_a_scheduler_serves_in_the_callers_thread_as_well(loaded: GatedBundle) -
     assert mailbox.answered and mailbox.response().status == "ok"
 
 
-def test_a_watchdog_can_see_the_passes(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_sign_counts_steps_for_the_watchdog(scheduler: Scheduler, loaded: GatedBundle) -> None:
     assert scheduler.metrics().steps == 0
     submit_running(scheduler, loaded, steps=4)
     loaded.may_step.release(2)
@@ -247,7 +249,7 @@ def test_a_watchdog_can_see_the_passes(scheduler: Scheduler, loaded: GatedBundle
     assert scheduler.metrics().steps == 2  # the third is held
 
 
-def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_refuses_when_the_commit_fails(scheduler: Scheduler, loaded: GatedBundle) -> None:
     def full(plan: Plan) -> int:
         raise RequestError("storage_full", "no room")
 
@@ -256,7 +258,7 @@ def test_an_acceptance_that_cannot_be_kept_is_a_refusal(scheduler: Scheduler, lo
     assert mailbox.error_code() == "storage_full" and not scheduler.busy
 
 
-def test_it_tells_what_is_on_the_engine(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_watch_reports_the_requests_of_a_step(scheduler: Scheduler, loaded: GatedBundle) -> None:
     told: list[list[int]] = []
     scheduler.watch(lambda tags: told.append(list(tags)))
     loaded.go()
@@ -267,7 +269,7 @@ def test_it_tells_what_is_on_the_engine(scheduler: Scheduler, loaded: GatedBundl
     assert told == [[77], []]
 
 
-def test_metrics_count_what_was_done(scheduler: Scheduler, loaded: GatedBundle) -> None:
+def test_scheduler_metrics_count_what_was_done(scheduler: Scheduler, loaded: GatedBundle) -> None:
     loaded.go()
     submit(scheduler, max_tokens=4).response()
     submit(scheduler, prompt="time " * 5000).response()

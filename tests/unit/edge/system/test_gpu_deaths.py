@@ -17,7 +17,7 @@ def die(state: Path, pid: int) -> None:
     (state / FILE).write_text((state / FILE).read_text().replace(f'"pid":{os.getpid()}', f'"pid":{pid}'))
 
 
-def test_two_deaths_within_an_hour_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_deaths_are_too_many_at_two_within_an_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deaths = GpuDeaths(tmp_path / "state")
     for pid in (1, 2):
         assert deaths.too_many() is None
@@ -29,7 +29,9 @@ def test_two_deaths_within_an_hour_are_too_many(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("how", ["clean end", "reboot", "damaged file"])
-def test_what_clears_the_count(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_deaths_are_cleared_by_a_clean_end_a_reboot_or_a_damaged_file(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     die(tmp_path, 1)
     die(tmp_path, 2)
     if how == "clean end":
@@ -41,7 +43,7 @@ def test_what_clears_the_count(how: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert GpuDeaths(tmp_path).too_many() is None
 
 
-def test_one_process_counts_once_and_not_for_itself(tmp_path: Path) -> None:
+def test_gpu_deaths_count_a_process_once_and_not_for_itself(tmp_path: Path) -> None:
     die(tmp_path, 1)
     deaths = GpuDeaths(tmp_path)
     for _ in range(3):  # a start and two reloads
@@ -52,7 +54,7 @@ def test_one_process_counts_once_and_not_for_itself(tmp_path: Path) -> None:
     assert "died 2 times" in str(deaths.too_many())
 
 
-def test_a_state_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_gpu_deaths_name_a_state_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     with pytest.raises(DeviceError, match=f"{tmp_path}/state/{FILE} cannot be written"):
         GpuDeaths(tmp_path / "state").begin()

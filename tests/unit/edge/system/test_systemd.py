@@ -34,12 +34,12 @@ def told(manager: socket.socket) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_ready_carries_a_status(manager: socket.socket) -> None:
+def test_systemd_ready_carries_a_status(manager: socket.socket) -> None:
     systemd.ready("serving debug")
     assert told(manager) == {"READY": "1", "STATUS": "serving debug"}
 
 
-def test_a_reload_carries_the_time_it_began(manager: socket.socket) -> None:
+def test_systemd_reloading_carries_its_start_time(manager: socket.socket) -> None:
     before_us = time.monotonic_ns() // 1000
     systemd.reloading()
     sent = told(manager)
@@ -47,13 +47,13 @@ def test_a_reload_carries_the_time_it_began(manager: socket.socket) -> None:
     assert before_us <= int(sent["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
 
 
-def test_a_stop_asks_for_the_time_it_needs(manager: socket.socket) -> None:
+def test_systemd_stopping_asks_for_the_time_it_needs(manager: socket.socket) -> None:
     systemd.stopping(35.5)
     sent = told(manager)
     assert (sent["STOPPING"], sent["EXTEND_TIMEOUT_USEC"]) == ("1", "35500000")
 
 
-def test_an_abstract_socket_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_notify_reaches_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"edgelm-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
         heard.bind(f"\0{name}")
@@ -63,7 +63,7 @@ def test_an_abstract_socket_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         assert heard.recv(100) == b"READY=1"
 
 
-def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_functions_do_nothing_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY"):
         monkeypatch.delenv(name, raising=False)
     systemd.ready("")
@@ -72,7 +72,7 @@ def test_without_systemd_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> Non
     assert systemd.credential("mqtt.password") is None
 
 
-def test_a_manager_that_left_is_a_warning(
+def test_systemd_notify_to_a_closed_manager_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
@@ -80,13 +80,13 @@ def test_a_manager_that_left_is_a_warning(
     assert "READY=1" in caplog.text
 
 
-def test_descriptors_meant_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activated_socket_leaves_descriptors_of_another_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid() + 1))
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert systemd.activated_socket() is None
 
 
-def test_two_descriptors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activated_socket_refuses_two_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDS", "2")
     with pytest.raises(ConfigError, match="exactly one socket"):
@@ -95,7 +95,7 @@ def test_two_descriptors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("usec", "pid", "expected"), [("3000000", None, 3.0), ("3", "1", None), ("0", None, None)])
-def test_the_watchdog_interval_is_for_the_named_process(
+def test_watchdog_interval_is_for_the_named_process(
     usec: str, pid: str | None, expected: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", usec)
@@ -144,14 +144,14 @@ def record(level: int, text: str) -> logging.LogRecord:
     return logging.LogRecord("edgelm", level, "", 0, text, (), None)
 
 
-def test_every_line_of_a_record_carries_its_priority() -> None:
+def test_journal_formatter_puts_the_priority_before_every_line() -> None:
     formatter = JournalFormatter()
     assert formatter.format(record(logging.INFO, "hello")) == "<6>hello"
     assert formatter.format(record(logging.WARNING, "a\nb")) == "<4>a\n<4>b"
     assert formatter.format(record(logging.ERROR, "a")) == "<3>a"
 
 
-def test_only_the_stream_that_systemd_opened_is_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_journal_is_true_only_for_the_stream_of_systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "stderr").open("w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         found = os.fstat(stream.fileno())
@@ -163,9 +163,7 @@ def test_only_the_stream_that_systemd_opened_is_the_journal(tmp_path: Path, monk
         assert not on_journal()
 
 
-def test_the_loaded_credential_is_the_password_unless_a_file_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_credential_is_the_password_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     login = MqttConfig(username="edge01")
     assert read_password(login) is None

@@ -28,7 +28,7 @@ def ends(debug_bundle: Path) -> Iterator[Ends]:
     client.close()
 
 
-def test_a_client_that_sends_many_lines_has_one_of_them_served_in_its_turn(ends: Ends) -> None:
+def test_unix_socket_serves_one_line_of_a_client_a_turn(ends: Ends) -> None:
     client, connection = ends
     client.sendall(b'{"type": "health"}\n' * 100)
     connection.receive()
@@ -38,7 +38,7 @@ def test_a_client_that_sends_many_lines_has_one_of_them_served_in_its_turn(ends:
     assert not connection.answer_line()
 
 
-def test_no_more_is_read_than_can_be_served_soon(ends: Ends) -> None:
+def test_unix_socket_reads_no_more_than_it_can_serve_soon(ends: Ends) -> None:
     client, connection = ends
     for _ in range(2):
         client.sendall(b"\n" * MAX_MESSAGE_BYTES)

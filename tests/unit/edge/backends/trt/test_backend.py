@@ -71,7 +71,7 @@ def rows(manifest: Manifest, count: int, sampling: Sampling = SAMPLING) -> list[
     return [Row(canvas.copy(), fill, replace(sampling, seed=seed)) for seed in range(count)]
 
 
-def test_everything_is_allocated_before_the_first_pass_and_freed_at_the_end(bench: Bench) -> None:
+def test_backend_allocates_before_the_first_step_and_frees_at_the_end(bench: Bench) -> None:
     backend = bench.open()
     made = {name for name in bench.driver.calls if ALLOCATES.fullmatch(name)}
     assert {"cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuEventCreate", "cuGraphInstantiate"} <= made
@@ -86,7 +86,7 @@ def test_everything_is_allocated_before_the_first_pass_and_freed_at_the_end(benc
     backend.close()
 
 
-def test_every_return_code_is_looked_at(bench: Bench) -> None:
+def test_backend_checks_every_return_code(bench: Bench) -> None:
     backend = bench.open()
     backend.advance(rows(bench.manifest, 1), backend.lengths[-1])
     backend.close()
@@ -97,7 +97,7 @@ def test_every_return_code_is_looked_at(bench: Bench) -> None:
 FALLBACKS = {"cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuMemGetInfo"}
 
 
-def test_whatever_fails_while_loading_is_named_and_the_rest_freed(bench: Bench) -> None:
+def test_backend_failure_while_loading_is_named_and_frees_the_rest(bench: Bench) -> None:
     """Each function in turn; the fixture looks for what is left behind."""
     backend = bench.open()
     loading = list(dict.fromkeys(bench.driver.calls))
@@ -113,7 +113,7 @@ def test_whatever_fails_while_loading_is_named_and_the_rest_freed(bench: Bench) 
 
 
 @pytest.mark.parametrize("name", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate"])
-def test_without_graphs_the_passes_are_enqueued_plainly(
+def test_backend_without_graphs_enqueues_the_steps_plainly(
     bench: Bench, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = bench.open()
@@ -134,7 +134,7 @@ def test_without_graphs_the_passes_are_enqueued_plainly(
     backend.close()
 
 
-def test_an_engine_that_cannot_be_captured_runs_plainly(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_backend_whose_engine_cannot_be_captured_runs_plainly(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.trt.refuses = {"capture"}
     backend = bench.open()
     assert "no CUDA graph for 1 × " in caplog.text
@@ -145,7 +145,7 @@ def test_an_engine_that_cannot_be_captured_runs_plainly(bench: Bench, caplog: py
 
 
 @pytest.mark.parametrize("name", ["cuGraphLaunch", "cuEventRecord", "cuEventSynchronize"])
-def test_an_error_in_the_loop_ends_the_service_and_says_so(
+def test_backend_error_in_the_loop_ends_the_service_and_is_logged(
     bench: Bench, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = bench.open()
@@ -163,7 +163,7 @@ def test_an_error_in_the_loop_ends_the_service_and_says_so(
     backend.close()
 
 
-def test_a_device_that_also_fails_to_free_is_left_all_the_same(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_backend_closes_a_device_that_also_fails_to_free(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """After a sticky error every call fails; each is still made."""
     backend = bench.open()
     bench.driver.fails = dict.fromkeys(MAKES.values(), Result.CUDA_ERROR_LAUNCH_FAILED)
@@ -175,25 +175,25 @@ def test_a_device_that_also_fails_to_free_is_left_all_the_same(bench: Bench, cap
     bench.driver.graphs.clear()
 
 
-def test_a_gpu_without_room_says_how_much_it_has(bench: Bench) -> None:
+def test_backend_without_gpu_memory_says_how_much_is_free(bench: Bench) -> None:
     bench.driver.fails = {"cuMemAlloc": Result.CUDA_ERROR_OUT_OF_MEMORY}
     with pytest.raises(DeviceError, match=r"cannot give \d+ MiB, 1024 of 8192 MiB are free: stop what else uses it"):
         bench.open()
 
 
-def test_a_refused_engine_is_told_from_other_faults(bench: Bench) -> None:
+def test_backend_tells_a_rejected_engine_from_other_faults(bench: Bench) -> None:
     bench.trt.refuses = {"engine"}
     with pytest.raises(EngineRejected, match=r"TensorRT 10.3.0 does not take the cached engine"):
         bench.open()
 
 
-def test_a_shape_that_the_engine_lacks_is_named(bench: Bench) -> None:
+def test_backend_names_a_shape_that_the_engine_lacks(bench: Bench) -> None:
     bench.trt.refuses = {"shape"}
     with pytest.raises(DeviceError, match="TensorRT refuses set_input_shape canvas for 1 ×"):
         bench.open()
 
 
-def test_an_engine_that_does_not_start_is_an_error(bench: Bench) -> None:
+def test_backend_engine_that_does_not_start_is_an_error(bench: Bench) -> None:
     bench.trt.refuses = {"enqueue"}
     with pytest.raises(DeviceError, match="TensorRT cannot run 1 ×"):
         bench.open()
@@ -230,7 +230,7 @@ class SameLogits:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_whole_text_is_the_one_of_the_processor(bench: Bench, debug_bundle: Path, name: str) -> None:
+def test_backend_writes_the_text_of_the_cpu(bench: Bench, debug_bundle: Path, name: str) -> None:
     """To the last token, on the same logits; a draw too close for float32 may part the two, but not on all seeds."""
     on_cpu = LoadedBundle.load(debug_bundle, "fake")
     backend = bench.open()
@@ -245,7 +245,7 @@ def test_a_whole_text_is_the_one_of_the_processor(bench: Bench, debug_bundle: Pa
     assert agreed >= 3
 
 
-def test_rows_join_leave_and_change_places(bench: Bench) -> None:
+def test_backend_rows_join_leave_and_change_places(bench: Bench) -> None:
     """Each row ends as if it had been alone, whoever shared its passes."""
     backend = bench.open()
     length = backend.lengths[-1]
@@ -268,7 +268,7 @@ def test_rows_join_leave_and_change_places(bench: Bench) -> None:
     backend.close()
 
 
-def test_the_backend_moves_to_the_thread_that_calls_it(bench: Bench) -> None:
+def test_backend_moves_to_the_thread_that_calls_it(bench: Bench) -> None:
     """It is loaded by one thread and driven by another: the context must follow."""
     backend = bench.open()
     bench.driver.calls.clear()
@@ -284,14 +284,14 @@ def test_the_backend_moves_to_the_thread_that_calls_it(bench: Bench) -> None:
     assert bench.driver.calls[0] == "cuCtxSetCurrent"  # whoever closes it may never have used it
 
 
-def test_it_is_a_loop_backend(bench: Bench) -> None:
+def test_backend_is_a_loop_backend(bench: Bench) -> None:
     backend = bench.open()
     assert isinstance(backend, LoopBackend)
     assert backend.batches == BATCHES
     backend.close()
 
 
-def test_logits_that_are_not_numbers_fail_their_pass_and_leave_the_gpu_in_service(bench: Bench) -> None:
+def test_backend_nan_logits_fail_their_step_and_leave_the_gpu_in_service(bench: Bench) -> None:
     """The rows are then where they were before it, and go on as if it had not been."""
     backend = bench.open()
     mine, twin = rows(bench.manifest, 1), rows(bench.manifest, 1)
@@ -310,7 +310,7 @@ def test_logits_that_are_not_numbers_fail_their_pass_and_leave_the_gpu_in_servic
     backend.close()
 
 
-def test_a_pass_that_commits_nothing_is_an_error_and_no_endless_loop(bench: Bench) -> None:
+def test_backend_step_that_commits_nothing_is_an_error(bench: Bench) -> None:
     """As an engine would cause whose likeliest token is MASK."""
     backend = bench.open()
     bucket = backend._buckets[1, backend.lengths[-1]]
@@ -321,7 +321,7 @@ def test_a_pass_that_commits_nothing_is_an_error_and_no_endless_loop(bench: Benc
     backend.close()
 
 
-def test_the_shapes_are_those_that_the_gpu_gains_by(bench: Bench) -> None:
+def test_profiles_batches_are_those_that_the_gpu_gains_by(bench: Bench) -> None:
     assert buckets(bench.manifest, 8) == [
         (1, 64), (2, 64), (4, 64), (8, 64), (1, 128), (2, 128), (4, 128), (1, 256), (2, 256),
     ]  # fmt: skip
@@ -329,7 +329,7 @@ def test_the_shapes_are_those_that_the_gpu_gains_by(bench: Bench) -> None:
     assert batches_of(1024, 8) == (1,)
 
 
-def test_a_bundle_beyond_the_kernels_is_refused_by_name(debug_bundle: Path) -> None:
+def test_profiles_bundle_beyond_the_kernels_is_refused_by_name(debug_bundle: Path) -> None:
     manifest = read_manifest(debug_bundle)
     for field, value in (("canvas_len", 1025), ("vocab_size", 65537)):
         large = msgspec.structs.replace(manifest, model=msgspec.structs.replace(manifest.model, **{field: value}))

@@ -47,7 +47,7 @@ def used() -> set[str]:
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_name_that_we_use_is_there(version: str) -> None:
+def test_driver_names_that_are_used_exist(version: str) -> None:
     done = subprocess.run([sys.executable, "-c", PROBE], env=environment(version), capture_output=True, check=True)
     names = set(json.loads(done.stdout))
     assert {"cuLaunchKernel", "CUevent_flags", "CU_EVENT_BLOCKING_SYNC", "nvrtcGetCUBIN"} <= used()
@@ -57,7 +57,7 @@ def test_every_name_that_we_use_is_there(version: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # seconds on an idle machine
 @pytest.mark.parametrize("version", ["12.9.10", "13.5.0"])
-def test_the_tests_for_a_gpu_pass_on_an_emulated_driver(version: str, tmp_path: Path) -> None:
+def test_emulated_driver_passes_the_tests_for_a_gpu(version: str, tmp_path: Path) -> None:
     """What pip gives a Jetson with JetPack 6, and one with JetPack 7. Only TensorRT itself must be skipped."""
     build_driver(tmp_path)
     command = [

@@ -27,14 +27,14 @@ def softmax(emulator: Emulator, logits: NDArray[np.float16], parts: int = 7) -> 
     return logp, float(entropy[0])
 
 
-def test_python_and_the_kernels_see_the_same_records(emulator: Emulator) -> None:
+def test_kernel_records_have_the_layout_of_numpy(emulator: Emulator) -> None:
     row, candidate = np.zeros(10, np.int32), np.zeros(5, np.int32)
     emulator.call("layout", row, candidate)
     for found, dtype in ((row, kernels.ROW), (candidate, kernels.CANDIDATE)):
         assert found.tolist() == [dtype.itemsize, *(field[1] for field in (dtype.fields or {}).values())]
 
 
-def test_python_and_the_kernels_name_the_same_numbers() -> None:
+def test_kernel_constants_are_those_of_python() -> None:
     header, unit = kernels.source("arithmetic.h"), kernels.source("unmask.cu")
     for name in ("PAD", "BOS", "EOS", "MASK", "FIRST_TEXT_ID"):
         assert f" {name} = {getattr(tokens, name)}" in header
@@ -45,13 +45,13 @@ def test_python_and_the_kernels_name_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_known_answers(emulator: Emulator, counter: list[int], key: list[int], expected: str) -> None:
+def test_kernel_philox_known_answers(emulator: Emulator, counter: list[int], key: list[int], expected: str) -> None:
     words = np.zeros(4, np.uint32)
     emulator.call("philox_words", np.array(counter, np.uint32), key[0] | key[1] << 32, 1, words)
     assert " ".join(f"{w:08x}" for w in words) == expected
 
 
-def test_philox_of_any_counter_and_key(emulator: Emulator) -> None:
+def test_kernel_philox_of_any_counter_and_key(emulator: Emulator) -> None:
     rng = np.random.default_rng(0)
     counters = rng.integers(0, 2**32, (1000, 4), dtype=np.uint32)
     for key in (0, 1, 2**32, 2**63 - 1, 0xDEADBEEF12345678):
@@ -62,7 +62,7 @@ def test_philox_of_any_counter_and_key(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**53 - 1, 2**63 - 1])
-def test_the_draws_are_those_of_the_edge(emulator: Emulator, seed: int) -> None:
+def test_kernel_draws_are_those_of_numpy(emulator: Emulator, seed: int) -> None:
     n = 50_000
     rng = np.random.default_rng(seed % 1000)
     position, token = (rng.integers(0, high, n, dtype=np.uint32) for high in (1024, 65536))
@@ -73,7 +73,7 @@ def test_the_draws_are_those_of_the_edge(emulator: Emulator, seed: int) -> None:
     np.testing.assert_allclose(noise, gumbel(seed, 11, position, token), rtol=1e-6, atol=1e-6)
 
 
-def test_every_half_precision_number_keeps_its_value_and_its_order(emulator: Emulator) -> None:
+def test_kernel_sort_keys_keep_value_and_order_of_every_float16(emulator: Emulator) -> None:
     order, value = np.zeros(65536, np.uint32), np.zeros(65536, np.float32)
     emulator.call("halves", ALL_HALVES, 65536, order, value)
     exact = ALL_HALVES.view(np.float16).astype(np.float32)
@@ -104,7 +104,7 @@ ROWS: dict[str, Callable[[np.random.Generator], NDArray[Any]]] = {
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("parts", [1, 7, 300])
-def test_log_probabilities_and_entropy(emulator: Emulator, name: str, parts: int) -> None:
+def test_kernel_log_probabilities_and_entropy(emulator: Emulator, name: str, parts: int) -> None:
     """However the row is divided among threads, some of which may get nothing."""
     logits = ROWS[name](np.random.default_rng(3)).astype(np.float16)
     logp, entropy = softmax(emulator, logits, parts)
@@ -116,7 +116,7 @@ def test_log_probabilities_and_entropy(emulator: Emulator, name: str, parts: int
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 64, 1024])
-def test_the_reveal_grid(emulator: Emulator, steps: int) -> None:
+def test_kernel_unmasking_schedule(emulator: Emulator, steps: int) -> None:
     """Every count on the way, the halves that a last bit would tip among them."""
     table = kernels.ratios(steps)
     assert table.shape == (steps - 1,)
@@ -126,12 +126,12 @@ def test_the_reveal_grid(emulator: Emulator, steps: int) -> None:
 
 
 @pytest.mark.parametrize(("bound", "committed"), [(0.0, 1), (0.09, 1), (0.11, 2), (0.31, 3), (0.59, 3), (0.61, 4)])
-def test_entropy_bound_is_the_sum_less_the_largest(emulator: Emulator, bound: float, committed: int) -> None:
+def test_kernel_entropy_bound_is_the_sum_less_the_largest(emulator: Emulator, bound: float, committed: int) -> None:
     assert emulator.call("within", np.array([0.1, 0.2, 0.3, 0.4], np.float32), 4, bound) == committed
 
 
 @pytest.mark.parametrize("schedule", get_args(ScheduleName))
-def test_the_time_of_the_next_pass(emulator: Emulator, schedule: ScheduleName) -> None:
+def test_kernel_time_of_the_next_step(emulator: Emulator, schedule: ScheduleName) -> None:
     for positions in (15, 255, 1023):
         for masked in range(positions + 1):
             expected = time_of_masked_fraction(schedule, masked / positions)

@@ -96,7 +96,7 @@ class Device:
 
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_pass_commits_the_tokens_that_the_edge_would(emulator: Emulator, rule: str, kind: str) -> None:
+def test_kernels_commit_the_tokens_of_numpy(emulator: Emulator, rule: str, kind: str) -> None:
     """Where a decision is closer than float32 can tell, either choice is right, and the pass is left out."""
     decided = 0
     for seed in range(12):
@@ -137,7 +137,7 @@ def _logp_of_margin(margin: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("vocab", [17, 64, 1000, 8192])
 @pytest.mark.parametrize("kind", ["usual", "ties", "all equal", "huge"])
-def test_the_best_are_found_whatever_the_vocabulary(emulator: Emulator, vocab: int, kind: str) -> None:
+def test_kernels_select_the_best_of_any_vocabulary(emulator: Emulator, vocab: int, kind: str) -> None:
     """Any of the K may be drawn, the last of them too; those beyond never are."""
     length = 3
     logits = network(kind, 1, length, vocab)
@@ -149,7 +149,7 @@ def test_the_best_are_found_whatever_the_vocabulary(emulator: Emulator, vocab: i
             np.testing.assert_array_equal(Device(row).draw(emulator, logits)["token"], wanted.token)
 
 
-def test_the_best_may_all_lie_in_one_thread(emulator: Emulator) -> None:
+def test_kernels_select_the_best_when_all_lie_in_one_thread(emulator: Emulator) -> None:
     """The thread-wise bound is worst there: ids a block's width apart belong to one thread."""
     threads = emulator.call("threads")
     logits = np.zeros((1, 64 * threads), np.float16)
@@ -162,7 +162,7 @@ def test_the_best_may_all_lie_in_one_thread(emulator: Emulator) -> None:
         assert Device(row).draw(emulator, logits)["token"][0] == token[0]
 
 
-def test_threads_may_run_in_any_order(emulator: Emulator) -> None:
+def test_kernels_threads_may_run_in_any_order(emulator: Emulator) -> None:
     """Forwards and backwards give the same bytes, or a barrier is missing."""
     for seed, (rule, kind) in enumerate([("hot nucleus", "usual"), ("margin", "ties"), ("entropy bound", "usual")]):
         canvas, fill = some_canvas(seed, 40)
@@ -176,7 +176,7 @@ def test_threads_may_run_in_any_order(emulator: Emulator) -> None:
 
 
 @pytest.mark.parametrize("rule", ["random", "confidence", "threshold"])
-def test_ends_are_committed_as_the_edge_commits_them(emulator: Emulator, rule: str) -> None:
+def test_kernels_commit_ends_as_numpy_does(emulator: Emulator, rule: str) -> None:
     """EOS and PAD drawn everywhere: left of text they wait, right of it the canvas closes."""
     closed = 0
     for seed in range(60):
@@ -199,7 +199,7 @@ def test_ends_are_committed_as_the_edge_commits_them(emulator: Emulator, rule: s
 
 
 @pytest.mark.parametrize("selection", ["random", "confidence", "margin", "entropy"])
-def test_rows_of_a_batch_do_not_know_of_each_other(emulator: Emulator, selection: Selection) -> None:
+def test_kernels_rows_of_a_batch_are_independent(emulator: Emulator, selection: Selection) -> None:
     rows = []
     for seed in range(3):
         canvas, fill = some_canvas(seed, 16)
@@ -220,7 +220,7 @@ def test_rows_of_a_batch_do_not_know_of_each_other(emulator: Emulator, selection
     np.testing.assert_array_equal(canvas, np.stack(alone))
 
 
-def test_a_row_without_open_positions_is_left_alone(emulator: Emulator) -> None:
+def test_kernels_leave_a_row_without_open_positions_alone(emulator: Emulator) -> None:
     """The empty places of a batch, and rows that have finished."""
     canvas = np.array([BOS, 9, MASK, MASK], np.int32)
     device = Device(Row(canvas, np.zeros(4, bool), PLAIN))
@@ -230,7 +230,7 @@ def test_a_row_without_open_positions_is_left_alone(emulator: Emulator) -> None:
     assert [a.tobytes() for a in (device.canvas, device.rows, device.t)] == before
 
 
-def test_a_logit_that_is_not_a_number_is_reported(emulator: Emulator) -> None:
+def test_kernels_report_a_nan_logit(emulator: Emulator) -> None:
     canvas, fill = some_canvas(0, 12)
     for value, broken in ((np.nan, 1), (np.inf, 0), (-np.inf, 0)):
         device = Device(Row(canvas, fill, PLAIN))
@@ -240,7 +240,7 @@ def test_a_logit_that_is_not_a_number_is_reported(emulator: Emulator) -> None:
         assert device.rows["broken"][0] == broken
 
 
-def test_the_edge_asks_for_every_selection_and_rule_by_the_kernels_numbers() -> None:
+def test_kernels_row_of_numbers_every_selection_and_rule() -> None:
     header = kernels.source("arithmetic.h")
     for name, sampling in RULES.items():
         rule = kernels.row_of(sampling, 0)[3]

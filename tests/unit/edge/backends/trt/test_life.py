@@ -76,7 +76,7 @@ def jetson(emulator: Emulator, debug_bundle: Path, tmp_path: Path, monkeypatch: 
     return made
 
 
-def test_an_engine_is_built_once_with_a_profile_for_each_shape(jetson: Jetson, capsys: Any) -> None:
+def test_builder_builds_once_with_a_profile_for_each_shape(jetson: Jetson, capsys: Any) -> None:
     place = jetson.fulfil()
     graph = (jetson.bundle / "canvas.cuda.fp16.onnx").read_bytes()
     assert engines.load(place) == (graph, b"cubin of sm_87")
@@ -89,7 +89,7 @@ def test_an_engine_is_built_once_with_a_profile_for_each_shape(jetson: Jetson, c
     assert {"phase": "tactics", "done": 1, "of": 2} in told
 
 
-def test_the_timing_cache_is_kept_and_used_again(jetson: Jetson) -> None:
+def test_builder_keeps_and_reuses_the_timing_cache(jetson: Jetson) -> None:
     jetson.fulfil()
     jetson.fulfil(force=True)
     assert jetson.tensorrt.timings_before == [b"", b"timings:one more."]
@@ -101,7 +101,7 @@ def test_the_timing_cache_is_kept_and_used_again(jetson: Jetson) -> None:
     assert len(list(jetson.cache.iterdir())) == 2, "nothing else is left behind"
 
 
-def test_a_builder_without_room_says_what_helps(jetson: Jetson) -> None:
+def test_builder_without_memory_says_what_helps(jetson: Jetson) -> None:
     jetson.tensorrt.says = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)"
     helps = r"TensorRT 10\.3\.0 ran out of memory: stop other .*less than --workspace-mib 256"
     with pytest.raises(DeviceError, match=helps):
@@ -112,14 +112,14 @@ def test_a_builder_without_room_says_what_helps(jetson: Jetson) -> None:
     assert list(jetson.cache.iterdir()) == []
 
 
-def test_an_engine_that_its_own_tensorrt_does_not_take_is_not_kept(jetson: Jetson) -> None:
+def test_builder_keeps_no_engine_that_its_own_tensorrt_rejects(jetson: Jetson) -> None:
     jetson.tensorrt.refuses = {"engine"}
     with pytest.raises(DeviceError, match="does not take the engine that it has just built"):
         jetson.fulfil()
     assert list(jetson.cache.iterdir()) == []
 
 
-def test_the_builders_process_tells_a_bundle_from_a_device(tmp_path: Path) -> None:
+def test_builder_process_tells_a_bundle_fault_from_a_device_fault(tmp_path: Path) -> None:
     """66 and 69, as the command's help says."""
     script = """import sys; print('{"error": "it does not fit"}'); sys.exit(66)"""
     order = Order(str(tmp_path), str(tmp_path), 512, False)
@@ -147,7 +147,7 @@ def stale(jetson: Jetson) -> Path:
     return place
 
 
-def test_an_engine_that_tensorrt_no_longer_takes_is_built_once_more(
+def test_load_builds_a_rejected_engine_once_more(
     jetson: Jetson, rebuilds: list[Order], caplog: pytest.LogCaptureFixture
 ) -> None:
     place = stale(jetson)
@@ -162,7 +162,9 @@ def test_an_engine_that_tensorrt_no_longer_takes_is_built_once_more(
     assert not any(jetson.driver.live.values())
 
 
-def test_and_not_a_second_time(jetson: Jetson, rebuilds: list[Order], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_does_not_build_a_rejected_engine_twice(
+    jetson: Jetson, rebuilds: list[Order], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stale(jetson)
     monkeypatch.setattr(build_process, "run_build", lambda order, tell: rebuilds.append(order))
     with pytest.raises(DeviceError, match="does not take the cached engine"):
@@ -171,13 +173,13 @@ def test_and_not_a_second_time(jetson: Jetson, rebuilds: list[Order], monkeypatc
     assert not any(jetson.driver.live.values())
 
 
-def test_without_an_engine_the_command_that_builds_it_is_named(jetson: Jetson) -> None:
+def test_load_without_an_engine_names_the_command_that_builds_it(jetson: Jetson) -> None:
     with pytest.raises(DeviceError, match=f"run python -m edge.build --bundle {jetson.bundle}"):
         load_backend("trt", jetson.bundle, jetson.manifest, 0)
     assert not any(jetson.driver.live.values())
 
 
-def test_a_driver_that_does_not_start_is_told_from_one_that_is_absent(jetson: Jetson) -> None:
+def test_driver_that_does_not_start_is_told_from_an_absent_one(jetson: Jetson) -> None:
     """On a Jetson whose user is not in `render`, cuInit gives 801."""
     jetson.driver.fails = {"cuInit": Result.CUDA_ERROR_NOT_SUPPORTED}
     with pytest.raises(
@@ -203,7 +205,7 @@ def agreement(found: dict[str, str], batch: int, length: int) -> int:
     return int(value.partition(" ms, ")[2].partition("%")[0])
 
 
-def test_a_board_in_order_has_nothing_to_fix(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_of_a_healthy_board_reports_nothing_to_fix(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
     place = jetson.fulfil()
     capsys.readouterr()
     code, found, fix = report(jetson, capsys)
@@ -217,13 +219,13 @@ def test_a_board_in_order_has_nothing_to_fix(jetson: Jetson, capsys: pytest.Capt
     assert not any(jetson.driver.live.values())
 
 
-def test_an_engine_that_was_not_built_is_what_to_fix(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_names_a_missing_engine(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
     code, found, fix = report(jetson, capsys)
     assert (code, found["engine"]) == (DeviceError.exit_code, "not built yet")
     assert fix == f"python -m edge.build --bundle {jetson.bundle}"
 
 
-def test_an_engine_that_computes_something_else_is_found_out(
+def test_doctor_names_an_engine_that_disagrees_with_the_cpu(
     jetson: Jetson, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jetson.fulfil()
@@ -245,7 +247,7 @@ def test_an_engine_that_computes_something_else_is_found_out(
         assert (agreement(found, *profile) < 80) == (profile == broken)
 
 
-def test_a_gpu_that_fails_in_the_self_test_is_a_finding(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_names_a_gpu_that_fails_in_the_self_test(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
     jetson.fulfil()
     capsys.readouterr()
     jetson.driver.fails = {"cuEventSynchronize": Result.CUDA_ERROR_LAUNCH_FAILED}
@@ -262,18 +264,18 @@ def test_a_gpu_that_fails_in_the_self_test_is_a_finding(jetson: Jetson, capsys: 
         ("# R39 (release), REVISION: 2.0, GCID: 1, BOARD: generic, EABI: aarch64", "7 (Jetson Linux 39.2.0)"),
     ],
 )
-def test_jetpack_is_read_off_its_release(tmp_path: Path, line: str, value: str) -> None:
+def test_doctor_reads_jetpack_from_the_release_file(tmp_path: Path, line: str, value: str) -> None:
     (tmp_path / "release").write_text(f"{line}\nmore\n")
     assert doctor.jetpack(tmp_path / "release") == doctor.Finding("jetpack", value)
 
 
-def test_a_board_without_jetpack_and_one_with_an_older_one(tmp_path: Path) -> None:
+def test_doctor_names_a_missing_or_older_jetpack(tmp_path: Path) -> None:
     assert doctor.jetpack(tmp_path / "none") == doctor.Finding("jetpack", "no Jetson Linux")
     (tmp_path / "old").write_text("# R35 (release), REVISION: 4.1")
     assert "JetPack 6 (R36) is the oldest" in str(doctor.jetpack(tmp_path / "old").fix)
 
 
-def test_the_power_mode_is_nvpmodels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_the_power_mode_of_nvpmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvpmodel"
     tool.write_text("#!/bin/sh\necho NV Power Mode: 25W\necho 1\n")
     tool.chmod(0o755)
@@ -282,7 +284,7 @@ def test_the_power_mode_is_nvpmodels(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["power mode"] == "NV Power Mode: 25W 1"
 
 
-def test_a_closed_device_node_comes_with_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_the_group_of_a_closed_device_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [tmp_path / "nvmap", tmp_path / "renderD128", tmp_path / "absent"]
     assert doctor.device_nodes(nodes) == [doctor.Finding("device nodes", "none")]
     for node in nodes[:2]:

@@ -16,7 +16,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("architecture", ["sm_87", "sm_90"])
-def test_the_kernels_compile(architecture: str) -> None:
+def test_compile_kernels_for_each_architecture(architecture: str) -> None:
     """Without a warning; to an ELF of that architecture that holds both entry points."""
     cubin = kernels.compile_kernels(architecture)
     assert cubin[:4] == b"\x7fELF"
@@ -27,13 +27,13 @@ def test_the_kernels_compile(architecture: str) -> None:
     assert [letter.encode().decode() for letter in every] == every, "NVRTC wrote into a byte that Python shares"
 
 
-def test_an_error_says_what_the_compiler_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_kernels_error_quotes_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = {name: kernels.source(name) for name in ("unmask.cu", "arithmetic.h")}
     monkeypatch.setattr(kernels, "source", lambda name: texts[name].replace("COLDEST)", "COLDEST"))
     with pytest.raises(DeviceError, match=r"expected a \"\)\""):
         kernels.compile_kernels("sm_87")
 
 
-def test_an_architecture_that_does_not_exist_is_named() -> None:
+def test_compile_kernels_unknown_architecture_is_named() -> None:
     with pytest.raises(DeviceError, match="sm_1"):
         kernels.compile_kernels("sm_1")
