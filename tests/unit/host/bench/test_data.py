@@ -8,7 +8,7 @@ from host.bench.__main__ import bench_data, write_stories
 from host.data.sources import read_texts
 
 
-def test_generated_text_is_stories_of_the_size_asked_for_and_the_same_every_time(tmp_path: Path) -> None:
+def test_write_stories_makes_the_requested_size_the_same_every_time(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         write_stories(tmp_path / name, 100_000)
     assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()

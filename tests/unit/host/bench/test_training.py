@@ -139,7 +139,7 @@ def test_bench_refuses_what_cannot_be_measured(
     ],
     ids=["truncated", "altered"],
 )
-def test_damaged_data_are_refused(
+def test_bench_refuses_damaged_data(
     damaged: Callable[[bytes], bytes], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data, tmp_path / "data")

@@ -71,7 +71,7 @@ def test_split_counts_are_those_of_the_text_kept(tmp_path: Path, monkeypatch: py
     assert raw == rows.astype("<u2").tobytes()
 
 
-def test_canvases_are_memory_mapped_and_cannot_be_written(data: DataFolder) -> None:
+def test_split_is_memory_mapped_and_cannot_be_written(data: DataFolder) -> None:
     (shard,) = data.train.shards
     assert isinstance(shard, np.memmap)
     with pytest.raises(ValueError, match="read-only"):

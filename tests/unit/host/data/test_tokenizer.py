@@ -33,7 +33,7 @@ def text_ids(canvas: np.ndarray) -> list[int]:
     return [int(i) for i in canvas if i not in (PAD, BOS, EOS)]
 
 
-def test_control_tokens_have_the_first_ids_and_every_byte_has_a_token(tokenizer: Tokenizer) -> None:
+def test_tokenizer_gives_control_tokens_the_first_ids_and_each_byte_a_token(tokenizer: Tokenizer) -> None:
     assert [tokenizer.id_to_token(i) for i in range(FIRST_TEXT_ID)] == list(SPECIAL_TOKENS)
     assert (token_byte_lengths(tokenizer) == 1).sum() == 256
 
@@ -46,7 +46,7 @@ def test_tokenizer_takes_control_tokens_of_a_text_as_text(tokenizer: Tokenizer) 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_decoding_gives_back_any_text(tokenizer: Tokenizer, text: str) -> None:
+def test_tokenizer_decodes_what_it_encoded(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text
     assert token_byte_lengths(tokenizer)[ids].sum() == len(text.encode())
@@ -67,7 +67,7 @@ def test_canvas_of_a_story_cut_at_the_end_has_no_eos(tokenizer: Tokenizer, text_
     assert tokenizer.decode(text_ids(canvas)) == text[:255]
 
 
-def test_cutting_a_long_text_before_encoding_does_not_change_its_canvas() -> None:
+def test_canvas_of_a_long_text_is_that_of_its_head() -> None:
     dashes = train_tokenizer(["-" * 4096] * 50, 320)
     assert 8 < max(token_byte_lengths(dashes)) <= MAX_TOKEN_BYTES
     canvas = encode_stories(dashes, ["-" * 100_000])[0]
@@ -75,7 +75,7 @@ def test_cutting_a_long_text_before_encoding_does_not_change_its_canvas() -> Non
     assert EOS not in canvas
 
 
-def test_stories_are_encoded_the_same_alone_and_together(tokenizer: Tokenizer) -> None:
+def test_canvas_is_the_same_encoded_alone_and_together(tokenizer: Tokenizer) -> None:
     together = encode_stories(tokenizer, TEXTS[:3])
     assert np.array_equal(together, np.stack([encode_stories(tokenizer, [text])[0] for text in TEXTS[:3]]))
 
@@ -95,7 +95,7 @@ def test_tokenizer_file_of_another_kind_is_refused_by_name(tokenizer: Tokenizer,
         load_tokenizer(path)
 
 
-def test_training_twice_gives_the_same_tokenizer() -> None:
+def test_tokenizer_trained_twice_is_the_same() -> None:
     assert train_tokenizer(TEXTS, 300).to_str() == train_tokenizer(TEXTS, 300).to_str()
 
 

@@ -144,7 +144,7 @@ def test_score_of_dull_text_is_betrayed_by_entropy_and_n_grams(scorer_run: Path,
     assert dull.unigram_entropy_bits < normal.unigram_entropy_bits
 
 
-def test_length_histograms_are_compared_by_their_parts() -> None:
+def test_length_distance_compares_histograms_by_their_parts() -> None:
     def of(*lengths: int) -> Scored:
         return Scored("", sum(lengths), Figure(1.0, 0.0), 0.0, (0.0, 0.0, 0.0), 0.0, 0.0, lengths)
 
@@ -177,7 +177,7 @@ def test_sample_autoregressive_is_truncated_as_a_canvas_is(scorer_run: Path) -> 
         assert int(better.max()) < 4
 
 
-def test_words_are_lower_case_and_one_cut_at_the_end_does_not_count(data: Path) -> None:
+def test_words_of_a_canvas_are_lower_case_and_end_before_a_cut_one(data: Path) -> None:
     tokenizer = load_tokenizer(load_data(data).tokenizer_path)
     ids = tokenizer.encode("Tom's dog, 3 CATS and naïve fiš", add_special_tokens=False).ids
     whole = np.array([[BOS, *ids, EOS, PAD]])

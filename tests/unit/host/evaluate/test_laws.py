@@ -44,7 +44,7 @@ def held_out(n: int = 20) -> HeldOut:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
-def test_counted_passes_are_those_of_the_reference_decoder(model: Denoiser, temperature: float) -> None:
+def test_drafting_counts_the_passes_of_the_reference_decoder(model: Denoiser, temperature: float) -> None:
     for seed in range(6):
         settings = Settings(seed, temperature=temperature, top_k=VOCAB)
         text = write(model, [[7, 8, 9]], settings=settings, open_end=True).gaps[0]
@@ -66,7 +66,7 @@ def test_drafting_is_summed_up_over_texts(model: Denoiser) -> None:
             assert one.rejection.value == pytest.approx(one.tokens_per_pass.value)
 
 
-def test_a_network_that_knows_nothing_infills_no_better_than_it_writes(model: Denoiser) -> None:
+def test_infilling_of_an_untrained_network_is_no_better_than_its_writing(model: Denoiser) -> None:
     """One that predicts every token alike is exact: all three figures are the same."""
     even = Denoiser(model.config).eval()
     with torch.no_grad():
@@ -81,9 +81,7 @@ def test_a_network_that_knows_nothing_infills_no_better_than_it_writes(model: De
 
 
 @pytest.mark.slow
-def test_a_run_is_measured_by_every_law_it_has_learned(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_laws_of_a_run_are_all_measured(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     call(train.main, *small(data, a, "--objectives", "ar=2,infill,canvas", "--steps", 4))
     call(train.main, "--data", data, "--out", b, "--batch-size", 8, "--stage", "drafter", "--init", a, "--steps", 2)

@@ -29,7 +29,7 @@ def test_ablate_variants_change_one_thing_each() -> None:
         (["--optimizer", "adamw", "--lr", "0.03"], "0.06"),
     ],
 )
-def test_twice_the_rate_is_twice_that_of_the_other_variants(
+def test_ablate_twice_the_rate_is_twice_that_of_the_other_variants(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], common: list[str], rate: str
 ) -> None:
     """Theirs is 0.004 with Muon and 0.001 with AdamW, where nobody says another."""
@@ -97,7 +97,7 @@ def test_ablate_refuses_a_run_that_was_stopped(data: Path, tmp_path: Path) -> No
         ablate.train(run, ["-c", "pass"])
 
 
-def test_seeds_are_shown_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ablate_shows_seeds_as_mean_and_spread(capsys: pytest.CaptureFixture[str]) -> None:
     print_table([Row("a", [1.0, 2.0], [3.0, 3.0], 0.5, "c")])
     assert capsys.readouterr().out.splitlines()[-1] == "| a | 1.5000 ± 0.7071 | 3.0000 ± 0.0000 | 0.50 | `c` |"
 

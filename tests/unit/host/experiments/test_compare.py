@@ -208,7 +208,7 @@ def test_baseline_refuses_what_cannot_be_trained(
     ],
     ids=["truncated", "altered"],
 )
-def test_damaged_data_are_refused_before_anything_is_written(
+def test_baseline_refuses_damaged_data_before_anything_is_written(
     damaged: Callable[[bytes], bytes], words: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data, tmp_path / "data")

@@ -230,6 +230,6 @@ def test_graph_files_hold_their_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "millions"), [("tiny", 7.56), ("small", 17.34), ("medium", 34.27), ("large", 60.71)])
-def test_parameter_counts(name: str, millions: float) -> None:
+def test_count_parameters_of_each_size(name: str, millions: float) -> None:
     assert CONFIGS[name].vocab_size == 8192 and CONFIGS[name].canvas_len == 256
     assert count_parameters(CONFIGS[name]) / 1e6 == pytest.approx(millions, rel=0.01)

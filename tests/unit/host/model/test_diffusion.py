@@ -46,13 +46,13 @@ def exact_nelbo(model: Any, ideal: Ideal, schedule: ScheduleName, times: int = 6
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("ideal", [PAIRS, LENGTHS], ids=["two tokens", "with lengths"])
-def test_ideal_denoiser_meets_the_exact_likelihood(ideal: Ideal, schedule: ScheduleName) -> None:
+def test_nelbo_of_the_ideal_denoiser_is_the_exact_likelihood(ideal: Ideal, schedule: ScheduleName) -> None:
     found = exact_nelbo(ideal, ideal, schedule)
     print(f"NELBO {found:.6f}, exact NLL {ideal.nll():.6f}")
     assert found == pytest.approx(ideal.nll(), abs=5e-4)
 
 
-def test_the_bound_by_hand_for_two_tokens() -> None:
+def test_nelbo_by_hand_for_two_tokens() -> None:
     """∫ (1/t)[t²·both + t(1−t)·one] dt = ½·both + ½·one, with both and one read off the distribution."""
     both = -(0.5 * np.log(0.5) + 0.5 * np.log(0.5)) - (0.6 * np.log(0.6) + 0.4 * np.log(0.4))
     second_given_first = -(0.4 * np.log(0.8) + 0.1 * np.log(0.2) + 0.2 * np.log(0.4) + 0.3 * np.log(0.6))
@@ -64,7 +64,7 @@ def test_the_bound_by_hand_for_two_tokens() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("ideal", [PAIRS, LENGTHS], ids=["two tokens", "with lengths"])
-def test_a_wrong_denoiser_lies_above(ideal: Ideal, schedule: ScheduleName) -> None:
+def test_nelbo_of_a_wrong_denoiser_lies_above_the_likelihood(ideal: Ideal, schedule: ScheduleName) -> None:
     wrong = Wrong(dict(zip(map(tuple, ideal.canvases.tolist()), ideal.p.tolist(), strict=True)))
     assert exact_nelbo(wrong, ideal, schedule) > ideal.nll() + 0.1
 
@@ -87,7 +87,7 @@ def stories(n: int = 6) -> Tensor:
 
 
 @torch.no_grad()
-def test_cutting_or_padding_behind_the_end_changes_nothing() -> None:
+def test_nelbo_does_not_depend_on_padding_after_the_end() -> None:
     model, x0 = debug_model(), stories()
     t = low_discrepancy_times(len(x0), 0.3)
     whole = corrupt(x0, torch.rand(x0.shape, generator=torch.Generator().manual_seed(1)), t, "linear")
@@ -100,7 +100,7 @@ def test_cutting_or_padding_behind_the_end_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_masked_padding_behind_a_visible_end_costs_nothing() -> None:
+def test_corrupt_scores_no_padding_after_a_visible_end() -> None:
     x0 = stories(2)[:1]  # 20 tokens, EOS at 21
     keep = torch.ones_like(x0, dtype=torch.float32)
     keep[0, 5] = 0.0
@@ -112,7 +112,7 @@ def test_masked_padding_behind_a_visible_end_costs_nothing() -> None:
     assert padding_masked_too.scored.sum() == 1
 
 
-def test_a_masked_end_is_learned_padding_included() -> None:
+def test_corrupt_scores_a_masked_end_and_its_padding() -> None:
     x0 = stories(2)[:1]
     keep = torch.ones_like(x0, dtype=torch.float32)
     keep[0, 21:30] = 0.0  # EOS and eight PAD
@@ -121,19 +121,19 @@ def test_a_masked_end_is_learned_padding_included() -> None:
     assert batch.scored[0].nonzero()[:, 0].tolist() == list(range(21, 30))
 
 
-def test_bos_is_never_masked_and_at_time_one_all_else_is() -> None:
+def test_corrupt_never_masks_bos_and_masks_all_else_at_time_one() -> None:
     batch = corrupt(stories(), torch.rand(6, 256), [1.0] * 6, "linear")
     assert (batch.xt[:, 0] == BOS).all() and (batch.xt[:, 1:] == MASK).all()
 
 
-def test_times_cover_the_unit_interval_evenly_and_never_reach_zero() -> None:
+def test_low_discrepancy_times_cover_the_unit_interval_and_never_reach_zero() -> None:
     for u in (0.0, 0.37, 0.999999):
         t = sorted(low_discrepancy_times(16, u))
         assert 0 < t[0] <= 1 / 16 + 1e-12 and t[-1] <= 1
         np.testing.assert_allclose(np.diff(t), 1 / 16)
 
 
-def test_tokens_are_counted_without_bos_and_pad() -> None:
+def test_counted_tokens_leave_out_bos_and_pad() -> None:
     assert counted_tokens(stories()).tolist() == [21, 81, 141, 201, 255, 255]
     assert counted_tokens(torch.tensor([[BOS, A, B, EOS, PAD]])).tolist() == [3]
 
@@ -142,14 +142,14 @@ def split(n: int) -> Split:
     return Split((np.concatenate([stories(6).numpy().astype(np.uint16)] * (n // 6)),))
 
 
-def test_every_epoch_visits_every_story_once() -> None:
+def test_story_indices_visit_every_story_once_an_epoch() -> None:
     seen = np.concatenate([story_indices(7, step, 5, 12) for step in range(12)])  # 60 = 5 epochs of 12
     for epoch in seen.reshape(5, 12):
         assert sorted(epoch) == list(range(12))
     assert not np.array_equal(seen[:12], seen[12:24])
 
 
-def test_impossible_tokens_have_no_probability() -> None:
+def test_logits_of_impossible_tokens_have_no_probability() -> None:
     model = Denoiser(replace(CONFIGS["debug"], time_input=False))
     logits = model.logits(torch.randn(2, 64), torch.tensor([False, True]))
     assert logits.isneginf()[0].nonzero()[:, 0].tolist() == [BOS, MASK]

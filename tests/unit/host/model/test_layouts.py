@@ -59,7 +59,7 @@ LAYOUTS: list[Callable[[], Rows]] = [causal_rows, draft_rows, evidence_rows, can
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_invisible_tokens_do_not_change_a_row_by_a_bit(model: Denoiser, layout: Callable[[], Rows]) -> None:
+def test_layout_hides_tokens_from_a_row_to_the_bit(model: Denoiser, layout: Callable[[], Rows]) -> None:
     """Every row: all tokens that it cannot see, directly or through others, become other tokens."""
     tokens, positions, visible = layout()
     batch, n = tokens.shape
@@ -78,7 +78,7 @@ def test_invisible_tokens_do_not_change_a_row_by_a_bit(model: Denoiser, layout: 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_every_visible_token_changes_a_row(model: Denoiser, layout: Callable[[], Rows]) -> None:
+def test_layout_lets_each_visible_token_change_a_row(model: Denoiser, layout: Callable[[], Rows]) -> None:
     tokens, positions, visible = layout()
     before = model(tokens, positions, visible)
     for key in range(tokens.shape[1]):
@@ -88,7 +88,7 @@ def test_every_visible_token_changes_a_row(model: Denoiser, layout: Callable[[],
         assert torch.equal(moved, visible[0, :, key] | (torch.arange(len(moved)) == key))
 
 
-def test_the_drafts_layout_is_its_picture() -> None:
+def test_drafts_layout_is_its_picture() -> None:
     tokens, positions, visible = drafts(torch.tensor([[4, 5, 6]]), torch.tensor([0, 1]), depth=2)
     assert tokens.tolist() == [[4, 5, 6, MASK, MASK, MASK, MASK]]
     assert positions.tolist() == [[0, 1, 2, 1, 2, 2, 3]]
@@ -96,7 +96,7 @@ def test_the_drafts_layout_is_its_picture() -> None:
     assert ["".join(".x"[int(cell)] for cell in row) for row in visible[0]] == picture
 
 
-def test_the_evidence_layout_is_its_picture() -> None:
+def test_evidence_layout_is_its_picture() -> None:
     tokens, positions, visible = evidence([4, 7], [0, 3], [Gap(4, 1, [5, 6])])
     assert tokens.tolist() == [[4, 7, 4, 5, 6]]
     assert positions.tolist() == [[0, 3, 0, 1, 2]]
@@ -106,7 +106,7 @@ def test_the_evidence_layout_is_its_picture() -> None:
 
 @pytest.mark.parametrize("layout", [causal_rows, evidence_rows])
 @torch.no_grad()
-def test_rows_after_a_cache_score_as_in_one_pass(model: Denoiser, layout: Callable[[], Rows]) -> None:
+def test_cache_scores_later_rows_as_in_one_pass(model: Denoiser, layout: Callable[[], Rows]) -> None:
     """Evidence or prompt first, then row by row; a rejected row in between leaves nothing."""
     tokens, positions, visible = (part[:1] for part in layout())
     whole = model(tokens, positions, visible)[0]
@@ -125,7 +125,7 @@ def test_rows_after_a_cache_score_as_in_one_pass(model: Denoiser, layout: Callab
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_bias_is_that_of_the_logical_distance_above_the_floor(model: Denoiser, layout: Callable[[], Rows]) -> None:
+def test_attention_bias_is_that_of_the_logical_distance(model: Denoiser, layout: Callable[[], Rows]) -> None:
     _, positions, visible = layout()
     bias = model.attention_bias(positions, visible)
     for b, head, i, j in np.ndindex(*bias.shape):
@@ -135,13 +135,13 @@ def test_the_bias_is_that_of_the_logical_distance_above_the_floor(model: Denoise
         assert bias[b, head, i, j] == (stored.clamp(min=BIAS_FLOOR) if sees else -torch.inf)
 
 
-def test_the_bias_has_a_floor(model: Denoiser) -> None:
+def test_attention_bias_has_a_floor(model: Denoiser) -> None:
     far = model.attention_bias(torch.arange(LENGTH)[None], torch.ones(1, LENGTH, LENGTH, dtype=torch.bool))
     assert far.min() == BIAS_FLOOR and (RELATIVE_UNIT * model.relative_bias).min() < BIAS_FLOOR
 
 
 @torch.no_grad()
-def test_stacked_sequences_score_as_each_alone(model: Denoiser) -> None:
+def test_stack_scores_sequences_as_each_alone(model: Denoiser) -> None:
     parts = [evidence_rows(), causal(text(1, 5)), causal(text(1, 3, seed=2))]
     together = model(*stack(parts, multiple=16))
     assert together.shape[1] == 16

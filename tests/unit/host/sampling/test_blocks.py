@@ -78,7 +78,7 @@ def by_definition(model: Denoiser, template: Template, settings: Settings, open_
 
 @pytest.mark.parametrize("settings", LAWS, ids=str)
 @pytest.mark.parametrize(("template", "open_end"), TEMPLATES)
-def test_drafts_change_the_passes_and_never_the_text(
+def test_write_with_drafts_changes_the_passes_and_never_the_text(
     model: Denoiser, template: Template, open_end: bool, settings: Settings
 ) -> None:
     plain = write(model, template, settings=settings, open_end=open_end)
@@ -93,13 +93,13 @@ def test_drafts_change_the_passes_and_never_the_text(
         assert len(drafted.kept) <= len(plain.kept)
 
 
-def test_some_drafts_are_kept_and_some_are_not(model: Denoiser) -> None:
+def test_write_keeps_part_of_the_drafts(model: Denoiser) -> None:
     kept = [count for seed in range(8) for count in write(model, [], settings=law(seed), open_end=True, window=3).kept]
     print(f"{np.mean(kept):.2f} tokens in a pass")
     assert {1, 2} <= set(kept)
 
 
-def test_draws_follow_the_filtered_law() -> None:
+def test_drawn_tokens_follow_the_filtered_law() -> None:
     """4,000 positions, against the probabilities that temperature, top-k and top-p leave."""
     torch.manual_seed(0)
     logits = 2 * torch.randn(1, 12)
@@ -118,7 +118,7 @@ def test_draws_follow_the_filtered_law() -> None:
     assert chi < 20.5  # at most five degrees of freedom, 0.1 %
 
 
-def test_many_texts_at_once_are_those_of_one_by_one(model: Denoiser) -> None:
+def test_sample_autoregressive_is_the_same_as_one_by_one(model: Denoiser) -> None:
     prompts = torch.from_numpy(np.random.default_rng(0).integers(FIRST_TEXT_ID, VOCAB, (5, 4)))
     together = sample_autoregressive(model, [law(seed) for seed in range(5)], prompts=prompts)
     for seed, (prompt, canvas) in enumerate(zip(prompts.tolist(), together.tolist(), strict=True)):
@@ -127,7 +127,7 @@ def test_many_texts_at_once_are_those_of_one_by_one(model: Denoiser) -> None:
         assert canvas == (text + [PAD] * LENGTH)[:LENGTH]
 
 
-def test_gaps_that_end_early_are_closed_and_stay_in_their_place(model: Denoiser) -> None:
+def test_write_closes_gaps_that_end_early_in_their_place(model: Denoiser) -> None:
     texts = [write(model, [[7, 8], 6, [9, 10]], settings=law(seed, 1.5), open_end=False) for seed in range(30)]
     closed = [text.gaps[0] for text in texts]
     assert min(len(gap) for gap in closed) < 6 == max(len(gap) for gap in closed)

@@ -20,14 +20,14 @@ def committed(logp: torch.Tensor, settings: Settings) -> list[int]:
 
 @pytest.mark.parametrize("selection", ["random", "confidence", "margin", "entropy"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_top_k_one_is_argmax(selection: Selection, temperature: float) -> None:
+def test_commit_pass_with_top_k_of_one_is_argmax(selection: Selection, temperature: float) -> None:
     logp = torch.randn((6, VOCAB), generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     logp[:, :FIRST_TEXT_ID] = -1e4
     settings = Settings(seed=3, steps=1, selection=selection, temperature=temperature, top_k=1)
     assert committed(logp, settings) == logp.argmax(-1).tolist()
 
 
-def test_tied_candidates_are_those_of_the_lowest_ids() -> None:
+def test_commit_pass_takes_the_lowest_ids_of_tied_candidates() -> None:
     """A flat law over many tokens: top-k keeps the k lowest ids, in any row and for any k."""
     logp = torch.full((40, VOCAB), -1e4)
     logp[:, 50:] = -torch.tensor(VOCAB - 50.0).log()
@@ -37,7 +37,7 @@ def test_tied_candidates_are_those_of_the_lowest_ids() -> None:
     assert set(committed(logp, Settings(seed=0, steps=1, temperature=0.0))) == {50}
 
 
-def test_a_tie_at_the_boundary_keeps_what_is_likelier() -> None:
+def test_commit_pass_keeps_what_is_likelier_than_a_tie_at_top_k() -> None:
     logp = torch.full((1, VOCAB), -1e4)
     logp[0, [200, 30, 40, 60]] = torch.tensor([0.4, 0.2, 0.2, 0.2]).log()
     drawn = {committed(logp, Settings(seed=seed, steps=1, top_k=2))[0] for seed in range(60)}

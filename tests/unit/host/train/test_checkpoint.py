@@ -109,7 +109,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_checkpoint_holds_plain_tensors_and_json(checkpoint: Path) -> None:
+def test_checkpoint_holds_plain_tensors_and_json(checkpoint: Path) -> None:
     with safe_open(checkpoint, framework="pt") as file:
         assert set(file.metadata()) == {"progress", "scaler"}
     assert all(name.startswith(("model.", "ema.")) for name in load_file(checkpoint))
@@ -117,7 +117,7 @@ def test_a_checkpoint_holds_plain_tensors_and_json(checkpoint: Path) -> None:
     assert [p.name for p in checkpoint.parent.iterdir()] == [LAST]
 
 
-def test_averaged_or_raw_weights_are_loaded(tmp_path: Path) -> None:
+def test_load_model_takes_ema_or_raw_weights(tmp_path: Path) -> None:
     model = Denoiser(DEBUG)
     ema = Ema(model, 0.9)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_averaged_or_raw_weights_are_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killing_a_process_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_save_checkpoint_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)],
         cwd=REPOSITORY,
@@ -144,12 +144,12 @@ def test_killing_a_process_while_it_saves_leaves_a_whole_checkpoint(tmp_path: Pa
     assert done.stdout == "whole every time\n", done.stderr
 
 
-def test_a_checkpoint_is_as_readable_as_other_files(checkpoint: Path) -> None:
+def test_checkpoint_is_as_readable_as_other_files(checkpoint: Path) -> None:
     (checkpoint.parent / "other").touch()
     assert checkpoint.stat().st_mode == (checkpoint.parent / "other").stat().st_mode
 
 
-def test_what_a_killed_save_left_is_cleared_away(checkpoint: Path) -> None:
+def test_save_checkpoint_clears_what_a_killed_save_left(checkpoint: Path) -> None:
     left = checkpoint.with_suffix(".saving")
     left.mkdir()
     (left / ".tmpA1b2C3").write_bytes(b"half of a checkpoi")
@@ -158,7 +158,7 @@ def test_what_a_killed_save_left_is_cleared_away(checkpoint: Path) -> None:
     load_model(checkpoint)
 
 
-def test_a_disk_that_refuses_leaves_the_old_checkpoint(checkpoint: Path) -> None:
+def test_save_checkpoint_to_a_refusing_disk_keeps_the_old_file(checkpoint: Path) -> None:
     before = checkpoint.read_bytes()
     refused = pytest.raises(DiffusionLLMError, match=r"the checkpoint .*last\.safetensors cannot be written: ")
     with refused, small_disk(10_000):
@@ -168,7 +168,7 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint(checkpoint: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+def test_save_checkpoint_to_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     """A real one, of 2 MiB, with room for one checkpoint and the first third of another."""
     mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=2m none "$0" && exec "$@"', str(tmp_path)]
     if subprocess.run([*mounted, "true"], capture_output=True, check=False).returncode:
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(tmp_path: Path
     ],
     ids=["cut at the end", "cut in its header", "empty", "text", "missing", "foreign", "foreign progress"],
 )
-def test_a_damaged_or_foreign_file_is_refused(checkpoint: Path, damage: object, words: str) -> None:
+def test_load_model_refuses_a_damaged_or_foreign_file(checkpoint: Path, damage: object, words: str) -> None:
     assert callable(damage)
     damage(checkpoint)
     with pytest.raises(DataError) as refused:
@@ -212,7 +212,7 @@ def test_a_damaged_or_foreign_file_is_refused(checkpoint: Path, damage: object, 
     assert str(checkpoint) in str(refused.value)
 
 
-def test_a_checkpoint_without_its_weights_is_refused(checkpoint: Path) -> None:
+def test_load_model_refuses_a_checkpoint_without_its_weights(checkpoint: Path) -> None:
     with safe_open(checkpoint, framework="pt") as file:
         metadata = file.metadata()
     save_file({"model.x": torch.zeros(1)}, checkpoint, metadata=metadata)
@@ -220,20 +220,20 @@ def test_a_checkpoint_without_its_weights_is_refused(checkpoint: Path) -> None:
         load_model(checkpoint)
 
 
-def test_a_run_of_another_shape_cannot_be_restored(checkpoint: Path) -> None:
+def test_restore_refuses_a_run_of_another_shape(checkpoint: Path) -> None:
     other = Denoiser(ModelConfig("debug", d_model=32, layers=1, heads=2, vocab_size=512))
     optimizers = build_optimizers(other, "adamw", lr=1e-3)
     with pytest.raises(DataError, match="was trained as ModelConfig"):
         restore(checkpoint, other, ema=Ema(other, 0.9), optimizers=optimizers, scaler=CPU_SCALER)
 
 
-def test_weights_of_another_shape_cannot_start_a_model(checkpoint: Path) -> None:
+def test_init_from_refuses_weights_of_another_shape(checkpoint: Path) -> None:
     other = Denoiser(ModelConfig("debug", d_model=64, layers=3, heads=2, vocab_size=512))
     with pytest.raises(DataError, match=r"blocks\.2\.norm1\.weight is missing or has another shape"):
         init_from(other, checkpoint)
 
 
-def test_best_is_preferred_and_last_will_do(tmp_path: Path) -> None:
+def test_find_checkpoint_prefers_the_best_and_takes_the_last(tmp_path: Path) -> None:
     save(tmp_path / LAST, Denoiser(DEBUG))
     assert find_checkpoint(tmp_path) == tmp_path / LAST
     save(tmp_path / BEST, Denoiser(DEBUG))
@@ -241,7 +241,7 @@ def test_best_is_preferred_and_last_will_do(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, LAST) == tmp_path / LAST
 
 
-def test_the_newest_diffusion_run_is_found(tmp_path: Path) -> None:
+def test_newest_run_is_the_diffusion_run_trained_last(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no trained run in .*: make one with `python -m host.train`"):
         newest_run(tmp_path)
     model = Denoiser(DEBUG)

@@ -69,7 +69,7 @@ def float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float32")
-def test_two_processes_stop_together_and_one_goes_on_along_the_same_curve(data: Path, tmp_path: Path) -> None:
+def test_processes_stop_together_and_one_goes_on_along_the_same_curve(data: Path, tmp_path: Path) -> None:
     length: list[object] = ["--steps", 8, "--valid-every", 4, "--micro-size", 3]
     call(train.main, *small(data, tmp_path / "one", *length))
     run = tmp_path / "two"
@@ -84,7 +84,7 @@ def test_two_processes_stop_together_and_one_goes_on_along_the_same_curve(data: 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("float32")
-def test_two_processes_take_up_the_run_of_one(data: Path, tmp_path: Path) -> None:
+def test_processes_take_up_the_run_of_one(data: Path, tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
     flags: list[object] = ["--optimizer", "muon", "--valid-every", 3, "--steps", 3]
     call(train.main, *small(data, run, *flags))
@@ -110,7 +110,7 @@ def test_two_processes_take_up_the_run_of_one(data: Path, tmp_path: Path) -> Non
     ],
     ids=["layout", "command line"],
 )
-def test_bad_input_is_one_sentence_of_one_process(
+def test_processes_report_bad_input_in_one_sentence(
     data: Path, tmp_path: Path, flags: list[object], sentence: str
 ) -> None:
     done = two_processes(tmp_path, *small(data, tmp_path / "run"), *flags)
@@ -127,7 +127,7 @@ class ManyRanks(Ranks):
         return [100 * value for value in values]
 
 
-def test_the_processor_time_of_all_processes_is_counted(data: Path, tmp_path: Path) -> None:
+def test_compute_seconds_are_those_of_all_processes(data: Path, tmp_path: Path) -> None:
     progress = Progress(config_named("debug"), {"canvas": 1.0}, "linear")
     config = TrainConfig(tmp_path, data, steps=3, batch_size=4)
     trainer = Trainer(config, progress, data=load_data(data), device=torch.device("cpu"), ranks=ManyRanks())
@@ -137,7 +137,7 @@ def test_the_processor_time_of_all_processes_is_counted(data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_loss_compiles_whole(data: Path) -> None:
+def test_loss_compiles_whole(data: Path) -> None:
     """As on CUDA: traced without a break, for any batch; here its graph is run as it is."""
     model = Denoiser(config_named("debug"))
     plain = WeightedLoss(model, fused=False)

@@ -71,7 +71,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("objective", ["canvas", "ar"])
-def test_however_it_is_computed_the_loss_and_its_gradients_are_the_same(objective: str) -> None:
+def test_loss_and_gradients_are_the_same_however_computed(objective: str) -> None:
     """Whole batch at once and in plain torch, against three rows at a time and the fused read-out."""
     model = network(time_input=objective == "canvas")
     plain, gradients = loss_and_gradients(model, batch(objective=objective), fused=False)
@@ -82,7 +82,7 @@ def test_however_it_is_computed_the_loss_and_its_gradients_are_the_same(objectiv
 
 
 @pytest.mark.parametrize("objective", ["canvas", "ar"])
-def test_where_rows_are_cut_changes_nothing(objective: str) -> None:
+def test_loss_does_not_depend_on_where_rows_are_cut(objective: str) -> None:
     """At the longest row of each part, against the next multiple of 8, as CUDA's attention wants it."""
     model = network(time_input=objective == "canvas")
     closest, aligned = (batch(3, objective, length_step=step) for step in (1, 8))
@@ -98,7 +98,7 @@ def test_where_rows_are_cut_changes_nothing(objective: str) -> None:
 
 @pytest.mark.parametrize("objective", ["canvas", "ar"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_scored_positions_of_no_weight_change_nothing(objective: str, fused: bool) -> None:
+def test_loss_does_not_depend_on_positions_of_no_weight(objective: str, fused: bool) -> None:
     model = network(time_input=objective == "canvas")
     made = batch(3, objective)
     padded = replace(made, parts=tuple(part.padded(64) for part in made.parts))
@@ -113,7 +113,7 @@ def test_scored_positions_of_no_weight_change_nothing(objective: str, fused: boo
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @torch.no_grad()
-def test_the_training_loss_is_the_bound(schedule: ScheduleName) -> None:
+def test_loss_is_the_nelbo(schedule: ScheduleName) -> None:
     """Against the definition, on the whole batch in the order of the data, uncut."""
     model = network()
     made = batch(3, schedule=schedule)
@@ -131,7 +131,7 @@ def test_the_training_loss_is_the_bound(schedule: ScheduleName) -> None:
 
 
 @torch.no_grad()
-def test_the_autoregressive_loss_is_the_exact_likelihood() -> None:
+def test_loss_of_the_ar_objective_is_the_exact_likelihood() -> None:
     model = network(time_input=False)
     made = make_batch(stories(), 0, seed=3, batch_size=24, micro_size=5, mixture={"ar": 1.0}, settings=Settings())
     by_parts = sum(float(WeightedLoss(model, fused=True)(part)) for part in made.parts)
@@ -139,7 +139,7 @@ def test_the_autoregressive_loss_is_the_exact_likelihood() -> None:
     assert by_parts == pytest.approx(float(autoregressive_sums(model, x0).sum()), rel=1e-5)
 
 
-def test_processes_share_a_batch_without_remainder_or_change() -> None:
+def test_batch_is_shared_by_processes_without_remainder_or_change() -> None:
     model = network()
     whole, gradients = loss_and_gradients(model, batch(), fused=True)
     shares = [batch(4, share=(rank, 3)) for rank in range(3)]
@@ -165,7 +165,7 @@ def test_weighting_reaches_every_masked_token() -> None:
     assert torch.allclose(nelbo.weight, 1 / nelbo.t[nelbo.at // nelbo.rows.tokens.shape[1]])
 
 
-def test_attention_by_plain_products_is_attention() -> None:
+def test_attend_by_plain_products_is_attention() -> None:
     """In bf16, within its rounding of the float32 result; nothing attends to what is hidden."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 2, 24, 32).unbind()
@@ -178,7 +178,7 @@ def test_attention_by_plain_products_is_attention() -> None:
     assert torch.equal(half[3, :, 3], v.bfloat16()[3, :, 0])  # one position is attended to: its value
 
 
-def test_threads_do_not_change_what_a_pass_gives_from_one_time_to_the_next() -> None:
+def test_loss_is_the_same_every_time_on_several_threads() -> None:
     """A resumed run repeats the uninterrupted one, on any number of cores."""
     model, made, threads = network(), batch(), torch.get_num_threads()
     torch.set_num_threads(3)
@@ -189,7 +189,7 @@ def test_threads_do_not_change_what_a_pass_gives_from_one_time_to_the_next() -> 
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_at_first_each_head_looks_less_far_than_the_next_and_the_last_everywhere() -> None:
+def test_first_relative_bias_has_a_reach_for_each_head() -> None:
     shape = replace(config_named("debug"), heads=4, canvas_len=3)
     bias = RELATIVE_UNIT * first_relative_bias(shape)
     assert torch.allclose(bias, torch.tensor([1.0, 0.25, 1 / 16, 0.0])[:, None] * torch.tensor([-2, -1, 0, -1, -2]))
@@ -218,7 +218,7 @@ def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_pass_in_which_noise_has_masked_nothing_adds_nothing(fused: bool) -> None:
+def test_loss_of_a_pass_without_masks_is_zero(fused: bool) -> None:
     """A row alone, at a small t."""
     model = network()
     part = batch(micro_size=1).parts[0]
@@ -234,7 +234,7 @@ def test_a_pass_in_which_noise_has_masked_nothing_adds_nothing(fused: bool) -> N
     assert not gradients.any()
 
 
-def test_fewer_stories_than_processes_leave_some_without_any() -> None:
+def test_batch_of_fewer_stories_than_processes_leaves_some_without() -> None:
     shares = [
         make_batch(
             stories(), 5, seed=3, batch_size=2, micro_size=ROWS, mixture={"canvas": 1.0}, settings=Settings(),
@@ -246,7 +246,7 @@ def test_fewer_stories_than_processes_leave_some_without_any() -> None:
     assert len({share.tokens for share in shares}) == 1
 
 
-def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two million stories, shuffling takes longer than a step."""
     shuffled: list[tuple[int, ...]] = []
 

@@ -78,7 +78,7 @@ def as_text(one: Example) -> list[int]:
     return [found[position] for position in sorted(found)]
 
 
-def test_infilling_takes_a_story_apart_and_loses_nothing() -> None:
+def test_infill_takes_a_story_apart_and_loses_nothing() -> None:
     """The evidence sees itself alone; gaps are causal; positions are the true ones, longer by the slack."""
     rng, shares, opened, slack = np.random.default_rng(2), [], 0, 0
     for story in canvases(300, seed=3):
@@ -111,7 +111,7 @@ def test_draft_rows_cost_what_they_teach() -> None:
     assert float(one.weight[clean:].max()) == pytest.approx(0.2)
 
 
-def test_a_mixture_is_read_and_shared_out_exactly() -> None:
+def test_mixture_is_read_and_shared_out_exactly() -> None:
     mixture = parse_mixture("ar=1,infill=.25,canvas=.15")
     assert mixture == pytest.approx({"ar": 1 / 1.4, "infill": 0.25 / 1.4, "canvas": 0.15 / 1.4})
     assert parse_mixture("ar") == {"ar": 1.0}
@@ -121,7 +121,7 @@ def test_a_mixture_is_read_and_shared_out_exactly() -> None:
         assert sum(counts[name] for counts in batches) == pytest.approx(share * 16 * 500, abs=1.01)
 
 
-def test_a_mixed_batch_is_the_sum_of_its_objectives_on_any_number_of_processes() -> None:
+def test_mixed_batch_is_the_sum_of_its_objectives_on_any_number_of_processes() -> None:
     torch.manual_seed(1)
     model = Denoiser(replace(config_named("debug"), vocab_size=VOCAB, canvas_len=LENGTH, time_input=False))
     split = Split((canvases().numpy().astype(np.uint16),))

@@ -29,7 +29,7 @@ def test_learning_rate_rises_linearly_then_falls_by_a_cosine_to_a_tenth() -> Non
     assert factors == sorted(factors, reverse=True)
 
 
-def test_the_rate_with_a_cool_down_is_constant_and_ends_at_zero() -> None:
+def test_learning_rate_with_a_cool_down_is_constant_and_ends_at_zero() -> None:
     factors = [learning_rate_factor(done, 0.1, 0.4) for done in (0.05, 0.1, 0.3, 0.6, 0.8, 1.0)]
     assert factors == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
 
@@ -48,7 +48,7 @@ def test_weight_decay_shrinks_the_matrices_of_the_body_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_every_parameter_belongs_to_one_optimizer_and_only_body_matrices_decay(name: OptimizerName) -> None:
+def test_build_optimizers_gives_each_parameter_to_one_and_decays_body_matrices(name: OptimizerName) -> None:
     model = Denoiser(DEBUG)
     groups = [group for optimizer in build_optimizers(model, name, lr=1e-3) for group in optimizer.param_groups]
     held = [id(p) for group in groups for p in group["params"]]
@@ -58,7 +58,7 @@ def test_every_parameter_belongs_to_one_optimizer_and_only_body_matrices_decay(n
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
-def test_orthogonalizing_keeps_directions_and_evens_out_sizes(shape: tuple[int, int]) -> None:
+def test_orthogonalize_keeps_directions_and_evens_out_sizes(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -68,7 +68,7 @@ def test_orthogonalizing_keeps_directions_and_evens_out_sizes(shape: tuple[int, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_size_of_a_gradient_does_not_matter(dtype: torch.dtype) -> None:
+def test_muon_ignores_the_size_of_a_gradient(dtype: torch.dtype) -> None:
     """Not in FP16 either, which has no numbers below 6e-8."""
     torch.manual_seed(0)
     matrix = torch.randn(32, 64)
@@ -114,7 +114,7 @@ def test_muon_keeps_a_matrix_without_gradient() -> None:
     assert torch.equal(weight, torch.ones(4, 4))
 
 
-def test_average_follows_quickly_at_first_and_slowly_later() -> None:
+def test_ema_follows_quickly_at_first_and_slowly_later() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     ema = Ema(model, decay=0.99)
@@ -127,7 +127,7 @@ def test_average_follows_quickly_at_first_and_slowly_later() -> None:
     assert float(ema.shadow["weight"]) == pytest.approx(1 - 0.05 * 0.99)
 
 
-def test_average_does_not_share_memory_with_the_model() -> None:
+def test_ema_does_not_share_memory_with_the_model() -> None:
     model = torch.nn.Linear(2, 2)
     ema = Ema(model, decay=0.9)
     before = ema.shadow["weight"].clone()
@@ -136,7 +136,7 @@ def test_average_does_not_share_memory_with_the_model() -> None:
     assert torch.equal(ema.shadow["weight"], before)
 
 
-def test_matrices_of_one_shape_are_orthogonalized_as_each_alone() -> None:
+def test_orthogonalize_of_several_matrices_is_that_of_each_alone() -> None:
     for shape in [(6, 4), (4, 6), (5, 5)]:
         matrices = torch.randn(3, *shape)
         together = orthogonalize(matrices)

@@ -43,7 +43,7 @@ def other_shape(data: Path, tmp_path: Path) -> list[object]:
     ],
     ids=["tokenizer", "shape", "missing"],
 )
-def test_weights_that_do_not_fit_are_refused(
+def test_init_weights_that_do_not_fit_are_refused(
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -57,7 +57,7 @@ def test_weights_that_do_not_fit_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_is_one_process_s_at_a_time(
+def test_run_folder_belongs_to_one_process_at_a_time(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -75,7 +75,7 @@ def test_a_run_folder_is_one_process_s_at_a_time(
     assert not list(new.iterdir())
 
 
-def test_a_run_folder_is_held_until_its_training_ends(
+def test_run_folder_is_held_until_its_training_ends(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, refused = tmp_path / "run", []
@@ -167,7 +167,7 @@ def test_settings_that_cannot_be_used_are_refused(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
 
 
-def test_resuming_on_data_with_another_tokenizer_is_refused(
+def test_resume_on_data_with_another_tokenizer_is_refused(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -181,7 +181,7 @@ def test_resuming_on_data_with_another_tokenizer_is_refused(
     )  # fmt: skip
 
 
-def test_a_checkpoint_of_another_tokenizer_in_the_run_folder_is_refused(
+def test_resume_of_a_checkpoint_of_another_tokenizer_is_refused(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_tokenizer_in_the_run_folder_is_refused(
     assert (code, sentence) == (65, f"{data} has another tokenizer than the run {run}: prepare its data again")
 
 
-def test_a_checkpoint_of_another_optimizer_is_refused(
+def test_resume_of_a_checkpoint_of_another_optimizer_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -214,7 +214,7 @@ def copied(data: Path, trained: Path, folder: Path) -> tuple[Path, Path]:
     return copy, run
 
 
-def test_a_truncated_shard_stops_a_new_run_and_a_resumed_one(
+def test_truncated_shard_stops_a_new_run_and_a_resumed_one(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy, run = copied(data, trained, tmp_path)
@@ -230,7 +230,7 @@ def test_a_truncated_shard_stops_a_new_run_and_a_resumed_one(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_altered_shard_stops_a_new_run_and_a_resumed_one(
+def test_altered_shard_stops_a_new_run_and_a_resumed_one(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its size is right, its ids are not words of the vocabulary."""
@@ -244,7 +244,7 @@ def test_an_altered_shard_stops_a_new_run_and_a_resumed_one(
     assert not (tmp_path / "new").exists()
 
 
-def test_resuming_on_another_number_of_stories_is_refused(
+def test_resume_on_another_number_of_stories_is_refused(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By a tokenizer that is the same."""
@@ -259,7 +259,7 @@ def test_resuming_on_another_number_of_stories_is_refused(
     assert "holds other data than" in sentence
 
 
-def test_a_log_line_that_a_full_disk_cut_off_is_dropped(trained: Path, tmp_path: Path) -> None:
+def test_log_line_that_a_full_disk_cut_off_is_dropped(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     with (run / LOG_FILE).open("a") as log:
@@ -268,7 +268,7 @@ def test_a_log_line_that_a_full_disk_cut_off_is_dropped(trained: Path, tmp_path:
     assert [int(row["step"]) for row in read_log(run / LOG_FILE)] == list(range(1, 62))
 
 
-def test_a_disk_that_has_no_room_for_the_log_leaves_it_as_it_was(
+def test_log_stays_as_it_was_where_the_disk_has_no_room(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -289,7 +289,7 @@ def test_a_disk_that_has_no_room_for_the_log_leaves_it_as_it_was(
     ],
     ids=["checkpoint", "log"],
 )
-def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
+def test_full_disk_ends_a_run_that_goes_on_when_there_is_room(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, room: int, words: str
 ) -> None:
     run = tmp_path / "run"
@@ -305,7 +305,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(
 
 
 @pytest.mark.parametrize("content", [None, b"{", b'{"out": 3}'], ids=["missing", "cut off", "wrongly typed"])
-def test_a_run_with_damaged_settings_is_refused(
+def test_resume_of_a_run_with_damaged_settings_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
 ) -> None:
     run = tmp_path / "run"

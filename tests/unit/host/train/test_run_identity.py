@@ -27,7 +27,7 @@ def other(tmp_path: Path) -> Path:
     return tmp_path / "other"
 
 
-def test_the_same_text_prepared_elsewhere_is_the_same_data(
+def test_data_prepared_elsewhere_from_the_same_text_are_the_same(
     corpus: Path, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(corpus, tmp_path / "copy")
@@ -59,7 +59,7 @@ OF_DATA: list[tuple[Callable[[], None], list[object]]] = [
     ("main", "flags"), [*READERS, (generate.main, ["Tom", "--run", "{run}"])], ids=["evaluate", "export", "generate"]
 )
 @pytest.mark.parametrize("spoil", ["replaced", "missing"])
-def test_another_tokenizer_in_the_run_folder_is_refused(
+def test_load_run_refuses_another_tokenizer_in_the_run_folder(
     run: Path,
     other: Path,
     capsys: pytest.CaptureFixture[str],
@@ -78,7 +78,7 @@ def test_another_tokenizer_in_the_run_folder_is_refused(
 
 
 @pytest.mark.parametrize(("main", "flags"), OF_DATA, ids=["evaluate", "export", "compare", "train"])
-def test_a_data_folder_that_was_prepared_anew_is_refused(
+def test_data_of_a_run_prepared_again_from_other_text_are_refused(
     run: Path, other: Path, capsys: pytest.CaptureFixture[str], main: Callable[[], None], flags: list[object]
 ) -> None:
     config = json.loads((run / CONFIG_FILE).read_text())

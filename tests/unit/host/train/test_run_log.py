@@ -75,7 +75,7 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-def test_a_bar_whose_reader_left_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_whose_reader_left_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with `host.train 2>&1 | tee log` and Ctrl-C, which `tee` gets first: the run has yet to be saved."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -158,7 +158,7 @@ def test_work_clock_counts_a_wait_on_a_gpu_alone(device: str, seconds: float) ->
         assert clock() - before < 0.03
 
 
-def test_lines_of_the_log_that_a_crash_spoilt_do_not_count(trained: Path, tmp_path: Path) -> None:
+def test_read_log_leaves_out_lines_that_a_crash_spoilt(trained: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
     rows = read_log(run / LOG_FILE)
     with (run / LOG_FILE).open("ab") as file:

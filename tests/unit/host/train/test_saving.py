@@ -19,7 +19,7 @@ class DiesAtFive(Trainer):
         return super().step()
 
 
-def test_between_validations_the_state_is_saved_every_few_minutes(
+def test_saving_between_validations_is_every_few_minutes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "SAVE_EVERY_S", 0.0)
@@ -29,7 +29,7 @@ def test_between_validations_the_state_is_saved_every_few_minutes(
     assert read_progress(tmp_path / "run" / LAST).step == 3  # whose loss, in the fourth step, was a number
 
 
-def test_what_is_saved_between_validations_can_be_continued(
+def test_saving_between_validations_leaves_what_can_be_continued(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that diverges keeps the weights from before, not those that do not work."""

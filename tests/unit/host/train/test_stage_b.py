@@ -67,7 +67,7 @@ def by_definition(model: Denoiser, part: MicroBatch) -> torch.Tensor:
     return total
 
 
-def test_the_loss_and_its_gradients_are_the_definition() -> None:
+def test_draft_loss_and_its_gradients_are_the_definition() -> None:
     model = network()
     drafter = {name: p for name, p in model.named_parameters() if name.startswith("drafter.")}
     for part in parts():
@@ -82,7 +82,7 @@ def test_the_loss_and_its_gradients_are_the_definition() -> None:
             assert torch.allclose(p.grad, gradient, rtol=1e-3, atol=1e-5), name
 
 
-def test_scored_rows_of_no_weight_change_nothing() -> None:
+def test_draft_loss_does_not_depend_on_rows_of_no_weight() -> None:
     model, (part, *_) = network(), parts("ar")
     with torch.no_grad():
         assert float(ChainLoss(model)(part.padded(64))) == pytest.approx(float(ChainLoss(model)(part)), rel=1e-6)

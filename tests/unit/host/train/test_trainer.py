@@ -85,7 +85,7 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_it_learns_and_leaves_a_whole_run_behind(trained: Path) -> None:
+def test_train_learns_and_leaves_a_whole_run(trained: Path) -> None:
     log = read_log(trained)
     assert [int(row["step"]) for row in log] == list(range(1, 61))
     assert tuple(log[0]) == LOG_COLUMNS
@@ -118,9 +118,7 @@ def test_learning_rate_rises_and_falls_in_the_log(trained: Path) -> None:
     [["--optimizer", "adamw"], ["--schedule", "cosine"], ["--objectives", "ar"]],
     ids=["adamw", "muon", "autoregressive"],
 )
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
-    data: Path, tmp_path: Path, flags: list[object]
-) -> None:
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(data: Path, tmp_path: Path, flags: list[object]) -> None:
     length: list[object] = ["--steps", 8, "--valid-every", 3, *flags]
     call(train.main, *small(data, tmp_path / "whole", *length))
     trainer(data, tmp_path / "parted", *length, kind=StopsAtFive).run()
@@ -133,7 +131,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "valid_every"), [(signal.SIGINT, 1000), (signal.SIGHUP, 1000), (signal.SIGKILL, 3)])
-def test_a_signal_in_the_middle_costs_nothing(
+def test_signal_in_the_middle_of_a_run_costs_nothing(
     data: Path, tmp_path: Path, number: signal.Signals, valid_every: int
 ) -> None:
     """Ctrl-C, or a terminal that closes, saves first; a killed run goes on from its last checkpoint.
@@ -167,7 +165,7 @@ def test_a_signal_in_the_middle_costs_nothing(
     assert without_times(read_log(tmp_path / "whole")) == without_times(read_log(run))
 
 
-def test_a_batch_in_parts_gives_the_step_of_one_pass(
+def test_step_of_a_batch_in_parts_is_that_of_one_pass(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
@@ -207,7 +205,7 @@ def test_validation_measures_the_average_and_leaves_the_weights_alone(data: Path
     assert one.validate() == measured
 
 
-def test_in_bf16_steps_differ_in_few_shapes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_steps_differ_in_few_shapes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU compiles a kernel for every new one; in float32, where it does not, nothing is added."""
     for dtype, multiples in ((torch.bfloat16, (16, 64)), (None, (1, 1))):
         monkeypatch.setattr(train, "mixed_precision_dtype", lambda device, dtype=dtype: dtype)
@@ -256,7 +254,7 @@ def test_minutes_end_a_run(data: Path, tmp_path: Path) -> None:
     assert progress.best_nats is not None
 
 
-def test_a_finished_run_goes_on_for_more_steps(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_goes_on_for_more_steps(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(train.main, *small(data, tmp_path / "run", "--steps", 2))
     call(train.main, "--resume", tmp_path / "run", "--steps", 3)
     assert [row["step"] for row in read_log(tmp_path / "run")] == ["1", "2", "3"]
@@ -305,7 +303,7 @@ def test_divergence_names_the_last_good_checkpoint(
     assert (run / LAST).read_bytes() == before
 
 
-def test_an_infinite_gradient_in_half_precision_touches_no_weight(data: Path, tmp_path: Path) -> None:
+def test_infinite_gradient_in_half_precision_touches_no_weight(data: Path, tmp_path: Path) -> None:
     """Of two optimizers, only one meets it; clipping by its norm would hand it to the other."""
     one = trainer(data, tmp_path / "run", "--optimizer", "muon")
     one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -323,7 +321,7 @@ def test_an_infinite_gradient_in_half_precision_touches_no_weight(data: Path, tm
 
 
 @pytest.mark.slow
-def test_a_new_length_is_kept_for_the_next_resumption(data: Path, tmp_path: Path) -> None:
+def test_resumed_run_keeps_a_new_length(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     call(train.main, *small(data, run, "--steps", 2))
     for steps in ([], ["--steps", 9]):
@@ -336,7 +334,7 @@ def test_a_new_length_is_kept_for_the_next_resumption(data: Path, tmp_path: Path
     assert read_progress(run / LAST).step == 9
 
 
-def test_a_run_of_a_processor_goes_on_where_a_scaler_is_needed(trained: Path) -> None:
+def test_resumed_run_of_a_cpu_goes_on_where_a_scaler_is_needed(trained: Path) -> None:
     config, progress = resumed(trained)
     one = Trainer(config, progress, data=load_data(config.data), device=CPU)
     one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
