@@ -1,10 +1,10 @@
 """`edgelm`: one name for the commands of the device."""
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,18 +41,29 @@ def test_help_of_a_module_shows_how_it_was_called(name: str) -> None:
     assert done.returncode == 0 and done.stdout.startswith(f"usage: python -m edge.{name} ")
 
 
-def test_version_imports_no_command_and_is_quick() -> None:
-    """Less than 150 ms above an empty interpreter would be 150 ms on the slowest machine, too."""
-    took_s = []
+def cpu_ms(*arguments: str) -> float:
+    """CPU time of a Python process, start to end, median of five: waiting for a busy machine does not count."""
+    took_ms = []
     for _ in range(5):
-        began_s = time.perf_counter()
-        done = edgelm("--version")
-        took_s.append(time.perf_counter() - began_s)
-        assert done.returncode == 0 and done.stdout.startswith("edgelm")
-    print(f"edgelm --version: {statistics.median(took_s) * 1e3:.0f} ms, at best {min(took_s) * 1e3:.0f}")
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took_ms.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1e3)
+    return statistics.median(took_ms)
+
+
+def test_cli_version_takes_less_than_150_ms() -> None:
+    version, bare = cpu_ms("-c", "from edge.cli import run; run()", "--version"), cpu_ms("-c", "pass")
+    print(f"edgelm --version: {version:.0f} ms of CPU time, an empty program {bare:.0f} ms")
+    assert version < max(150, 10 * bare)  # the second on machines that are several times slower than a laptop
+
+
+def test_cli_version_imports_no_command_and_no_package() -> None:
     script = "import sys; from edge.cli import main; main(['--version']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    first, modules = done.stdout.splitlines()
+    assert first.startswith("edgelm ")
+    loaded = set(modules.split())
     assert not loaded & {"numpy", "msgspec", "tokenizers", "onnxruntime", "paho", "edge.config", "argparse"}
 
 
