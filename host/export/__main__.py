@@ -8,6 +8,7 @@ no flag   FP32 graph for the CPU
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from host.export.random_weights import untrained
 from host.export.reference import reference_of
 from host.export.report import print_report
 from host.export.stages import Stages
+from host.model.drafter import DEPTH
 from host.model.network import CONFIGS, config_named
 from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
@@ -187,8 +189,8 @@ def stage_costs(wanted: Wanted, stories: int, report: bool) -> dict[str, float]:
 
 def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingDefaults) -> None:
     """A bundle of random weights with a tokenizer of random words."""
-    model, progress, tokenizer = untrained(config_named(config))
-    graphs = build_untrained(wanted, model)
+    model, progress, tokenizer = untrained(replace(config_named(config), draft_depth=DEPTH))
+    graphs = build_untrained(wanted, model, progress.objectives)
     with tokenizer as path:
         top_k = min(TOP_K, model.config.vocab_size)
         write_bundle(out, model, progress=progress, tokenizer=path, graphs=graphs, top_k=top_k, defaults=defaults)

@@ -20,7 +20,12 @@ NEVER = -1e4
 """Finite, so that FP16 holds it and no row of a softmax turns into NaN."""
 
 Float = Literal["float32", "float16"]
-ONNX_TYPE = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int32": TensorProto.INT32}
+ONNX_TYPE = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
 OPSET: Final = 20  # the most that TensorRT 10.3 parses
 IR_VERSION: Final = 10
 
@@ -48,6 +53,11 @@ class GraphBuilder:
         names = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, inputs, names, name=name, domain=domain, **attributes))
         return name
+
+    def fused(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
+        """Append one of ONNX Runtime's own nodes, named as its first output; "" stands for what it need not make."""
+        node = helper.make_node(kind, inputs, outputs, name=outputs[0], domain="com.microsoft", **attributes)
+        self.nodes.append(node)
 
     def model(self, inputs: list[Value], outputs: list[Value], contrib: bool) -> onnx.ModelProto:
         """The finished, checked model. contrib: it uses ONNX Runtime's own operators."""

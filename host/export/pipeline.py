@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from host.evaluate.scorers import GraphScorer, session_of, step_feed
+from host.export.blocks_pipeline import blocks_graphs
 from host.export.bundle_writer import BundleGraph
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import SCHEMES, Scheme, quantize
@@ -165,7 +166,7 @@ def calibration_record(built: Sequence[Built], reference: Reference) -> str:
     return "; ".join(records) or "none"
 
 
-def build_untrained(wanted: Wanted, model: Denoiser) -> list[BundleGraph]:
+def build_untrained(wanted: Wanted, model: Denoiser, learned: Collection[str]) -> list[BundleGraph]:
     """The same graphs of random weights, which have no quality to keep: nothing is measured."""
     top_k = min(TOP_K, model.config.vocab_size)
     fp16 = cuda_graph(model, wanted.fp32_norms)
@@ -174,6 +175,7 @@ def build_untrained(wanted: Wanted, model: Denoiser) -> list[BundleGraph]:
         graphs.append(BundleGraph(quantize(cpu_graph(model, top_k), "dynamic", []), "canvas", "int8", "cpu"))
     if wanted.cpu_fp32:
         graphs.append(BundleGraph(cpu_graph(model, top_k), "canvas", "fp32", "cpu"))
+        graphs += blocks_graphs(model, learned)
     if wanted.cuda_fp16:
         graphs.append(BundleGraph(fp16, "canvas", "fp16", "cuda"))
     if wanted.cuda_int8:

@@ -21,7 +21,12 @@ def untrained(config: ModelConfig, seed: int = 0) -> tuple[Denoiser, Progress, A
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    progress = Progress(model=config, objectives={"canvas": 1.0}, schedule="linear", data_source="none: random weights")
+    progress = Progress(
+        model=config,
+        objectives=dict.fromkeys(("ar", "infill", "canvas"), 1 / 3),
+        schedule="linear",
+        data_source="none: random weights",
+    )
     return model, progress, _random_tokenizer(config.vocab_size, seed)
 
 

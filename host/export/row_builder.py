@@ -1,0 +1,130 @@
+"""What the graphs of rows share: embeddings, bias of the distance, blocks of fused operators, in float32 or INT8.
+
+H: heads, N: rows of the pass, T: keys that they see, D: width, V: vocabulary, L: canvas length.
+"""
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from host.export.graph_builder import NEVER, StepBuilder
+from host.model.network import Denoiser
+from shared.tokens import BOS, MASK, PAD
+
+MICROSOFT: Final = "com.microsoft"
+LEVELS_U8: Final = 255
+LEVELS_7BIT: Final = 63
+"""Of a weight on each side of 0, as in `host.export.cpu_int8`: no sum of products saturates on any x86 chip."""
+
+Ranges = Mapping[str, tuple[float, float]]
+"""Least and largest input of each linear layer, by the layer's name; those that are not listed stay in float32."""
+Quantization = Ranges | Literal["dynamic"] | None
+"""INT8 with static scales; with scales of each product, for graphs whose products have one row; or none."""
+
+
+class RowBuilder(StepBuilder):
+    """Rows (1, N, D) through blocks. Activation scales are constants: a row's result does not depend on its neighbours.
+
+    ONNX Runtime's fused operators: SkipLayerNormalization adds a bias and the residual stream, and BiasGelu is that by
+    erf.
+    """
+
+    def __init__(self, model: Denoiser, quantization: Quantization) -> None:
+        super().__init__(model, "float32")
+        self._quantization: Quantization = quantization
+        bias = self.weights["head.bias"].copy()
+        bias[[PAD, BOS, MASK]] = NEVER  # no row scores them left to right
+        self.weights["head.bias"] = bias
+
+    def embed_rows(self) -> str:
+        """Of `tokens` and `positions`.  → (1, N, D)"""
+        places = self.op("Gather", "places", self.weight("position_embedding.weight"), "positions")
+        return self.op("Add", "embedded", self.token_rows("embedding", "tokens"), places)
+
+    def token_rows(self, name: str, ids: str) -> str:
+        """Embeddings of tokens: in a quantized graph INT8 with one scale a row, a quarter of the bytes."""
+        table = self.weights["token_embedding.weight"]
+        if self._quantization is None:
+            return self.op("Gather", name, self.weight("token_embedding.weight"), ids)
+        whole, scale = int8_rows(table)
+        rows = self.op("Gather", f"{name}.int8", self.constant("token_embedding.int8", whole), ids)
+        scales = self.op("Gather", f"{name}.scale", self.constant("token_embedding.scale", scale), ids)
+        return self.op("Mul", name, self.op("Cast", f"{name}.whole", rows, to=TensorProto.FLOAT), scales)
+
+    def distance_bias(self, key_positions: str) -> str:
+        """What attention adds to a score, by the distance of key and row alone.  → (1, H, N, T)"""
+        column = self.op("Reshape", "positions.column", "positions", self.constant("column", np.array([-1, 1])))
+        distance = self.op("Sub", "distance", key_positions, column)
+        ahead = self.constant("farthest", np.array(self.config.canvas_len - 1, np.int32))
+        table, where = self.weight("relative_bias"), self.op("Add", "distance.column", distance, ahead)
+        bias = self.op("Gather", "bias_of_pairs", table, where, axis=1)
+        return self.op("Unsqueeze", "bias", bias, self.constant("axis_0", np.array([0])))
+
+    def qkv(self, x: str, block: str) -> tuple[str, str, str]:
+        """Queries, keys and values of rows, heads side by side.  → three times (1, N, D)"""
+        product = self.product(x, f"{block}.qkv", bias=True)
+        self.op("Split", f"{block}.qkv3", product, outputs=3, axis=-1, num_outputs=3)
+        return f"{block}.qkv3.0", f"{block}.qkv3.1", f"{block}.qkv3.2"
+
+    def rest_of_block(self, x: str, mixed: str, block: str, next_norm: str) -> tuple[str, str]:
+        """From attention's result on; the LayerNorm that follows the block is made here, with its last addition.
+
+        → rows after the LayerNorm, residual stream
+        """
+        out = self.product(mixed, f"{block}.attention_out", bias=False)
+        h, x = self._add_and_norm(out, x, f"{block}.attention_out", f"{block}.norm2")
+        up = self.product(h, f"{block}.up", bias=False)
+        up = self.op("BiasGelu", f"{block}.gelu", up, self.weight(f"{block}.up.bias"), domain=MICROSOFT)
+        return self._add_and_norm(self.product(up, f"{block}.down", bias=False), x, f"{block}.down", next_norm)
+
+    def _add_and_norm(self, change: str, x: str, layer: str, norm: str) -> tuple[str, str]:
+        """→ LayerNorm of the sum, and the sum: the change, the residual stream and the layer's bias"""
+        parts = [self.weight(name) for name in (f"{norm}.weight", f"{norm}.bias", f"{layer}.bias")]
+        inputs, outputs = [change, x, *parts], [f"{norm}.out", "", "", f"{layer}.sum"]
+        self.fused("SkipLayerNormalization", inputs, outputs, epsilon=1e-5)
+        return outputs[0], outputs[3]
+
+    def scores(self, states: str, prefix: str = "") -> str:
+        """The LM head.  (M, D) → (M, V)"""
+        return self.product(states, "head", bias=True, out=f"{prefix}head.scores")
+
+    def product(self, x: str, name: str, *, bias: bool, columns: slice = slice(None), out: str = "") -> str:
+        """A linear layer, or some columns of it, with its bias or without.  out: its name, if not the layer's"""
+        out = out or f"{name}.out"
+        weight = self.weights[f"{name}.weight"][columns].T  # (inputs, outputs)
+        shift = self.constant(f"{name}.bias", self.weights[f"{name}.bias"][columns]) if bias else ""
+        ranges = self._quantization
+        if ranges is None or (ranges != "dynamic" and name not in ranges):
+            made = self.op("MatMul", f"{out}.matmul" if bias else out, x, self.constant(f"{name}.weight", weight))
+            return self.op("Add", out, made, shift) if bias else made
+        whole, scale = int8_columns(weight)
+        zeros = self.constant(f"{name}.zero", np.zeros(len(scale), np.int8))
+        b = self.constant(f"{name}.int8", whole), self.constant(f"{name}.scale", scale)
+        if ranges == "dynamic":
+            return self.op("DynamicQuantizeMatMul", out, x, *b, zeros, shift, domain=MICROSOFT)
+        step, zero = activation_scale(*ranges[name])
+        a = self.constant(f"{name}.in.scale", step), self.constant(f"{name}.in.zero", zero)
+        x = self.op("QuantizeLinear", f"{out}.in", x, *a)
+        return self.op("MatMulIntegerToFloat", out, x, b[0], a[0], b[1], a[1], zeros, *[shift] * bias, domain=MICROSOFT)
+
+
+def int8_columns(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Weights (K, N) with one scale a column, symmetric, 7 bits."""
+    scale = np.maximum(np.abs(weight).max(0) / LEVELS_7BIT, np.float32(1e-12)).astype(np.float32)
+    return np.rint(weight / scale).astype(np.int8), scale
+
+
+def int8_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A table (V, D) of rows that are looked up, not multiplied: one scale a row, 8 bits.  → (V, D), (V, 1)"""
+    scale = np.maximum(np.abs(table).max(1, keepdims=True) / 127, np.float32(1e-12))
+    return np.rint(table / scale).astype(np.int8), scale
+
+
+def activation_scale(low: float, high: float) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scale and zero point that spread 0 … 255 over low … high, 0 being exact."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / LEVELS_U8, 1e-12)
+    return np.array(scale, np.float32), np.array(round(-low / scale), np.uint8)

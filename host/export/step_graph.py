@@ -1,0 +1,128 @@
+"""The graphs of blocks for the CPU: one pass of causal rows over a cache, evidence that is encoded once, and drafts.
+
+One request a pass (batch 1): on a CPU, passes of several requests gain nothing over one after another. H: heads, S:
+cached rows, N: rows of the pass, T = S + N, C: rows that a cache has room for, M: scored rows, K: candidates, D: width.
+"""
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from host.export.graph_builder import Value
+from host.export.row_builder import MICROSOFT, Quantization, Ranges, RowBuilder
+from host.model.network import Denoiser
+
+
+def step_graph(model: Denoiser, top_k: int, ranges: Ranges | None = None) -> onnx.ModelProto:
+    """Causal rows behind S cached ones, each seeing itself and all before it in the cache's order.
+
+    tokens, positions int32 (1, N); key_positions int32 (T,): of the cached rows, then the new; last int32 (1,): T − 1;
+    total int32 (): T; scored int32 (M,): row numbers; keys.i, values.i float32 (1, H, C, D/H), of each layer →
+    ids int32 (M, K), scores float32 (M, K): the head's, best first, equal ones by the lower id; states float32 (M, D);
+    new_keys.i, new_values.i (1, H, C, D/H): the caches with rows S … T − 1 written. Bound to the memory of keys.i and
+    values.i they are written in place, and nothing is copied. Rows from T on are never read: whoever takes back a row
+    writes the next one over it.
+    """
+    g, config = RowBuilder(model, ranges), model.config
+    x = g.embed_rows()
+    bias = g.distance_bias("key_positions")
+    h = g.norm(x, "blocks.0.norm1")
+    cache: list[tuple[Value, Value]] = []
+    for i in range(config.layers):
+        b = f"blocks.{i}"
+        mixed, layer_cache = _cached_attention(g, h, i, bias)
+        cache += layer_cache
+        if i == config.layers - 1:  # the rows that nobody scores are done: their keys and values are made
+            x, mixed = (g.op("Gather", f"{name}.scored", name, "scored", axis=1) for name in (x, mixed))
+        h, x = g.rest_of_block(x, mixed, b, f"blocks.{i + 1}.norm1" if i < config.layers - 1 else "norm")
+    g.op("Squeeze", "states", h, "axis_0")
+    best = g.op("TopK", "best", g.scores("states"), g.constant("k", np.array([top_k])), outputs=2, axis=-1)
+    g.op("Identity", "scores", f"{best}.0")
+    g.op("Cast", "ids", f"{best}.1", to=TensorProto.INT32)
+    read: list[Value] = [
+        *((name, "int32", (1, "rows")) for name in ("tokens", "positions")),
+        ("key_positions", "int32", ("keys",)),
+        ("last", "int32", (1,)),
+        ("total", "int32", ()),
+        ("scored", "int32", ("scored",)),
+    ]
+    made: list[Value] = [
+        ("ids", "int32", ("scored", top_k)),
+        ("scores", "float32", ("scored", top_k)),
+        ("states", "float32", ("scored", config.d_model)),
+    ]
+    return g.model(read + [old for old, _ in cache], made + [new for _, new in cache], contrib=True)
+
+
+def _cached_attention(g: RowBuilder, h: str, layer: int, bias: str) -> tuple[str, list[tuple[Value, Value]]]:
+    """→ attention's result (1, N, D), and the cache's inputs, each with the output that it becomes"""
+    b, heads = f"blocks.{layer}", g.config.heads
+    old, new = ([f"{age}{kind}.{layer}" for kind in ("keys", "values")] for age in ("", "new_"))
+    inputs = [*g.qkv(h, b), *old, "last", "total", "", "", "", bias]  # no rotary tables, no position ids
+    g.fused("GroupQueryAttention", inputs, [f"{b}.mixed", *new], num_heads=heads, kv_num_heads=heads)
+    shape = (1, heads, "room", g.config.d_model // heads)
+    return f"{b}.mixed", [((a, "float32", shape), (z, "float32", shape)) for a, z in zip(old, new, strict=True)]
+
+
+def prefill_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelProto:
+    """The evidence of a text with gaps: rows that all see each other.
+
+    tokens, positions int32 (1, N) → new_keys.i, new_values.i float32 (1, H, N, D/H), of each layer
+    """
+    g, config = RowBuilder(model, ranges), model.config
+    width = config.d_model // config.heads
+    x = g.embed_rows()
+    bias = g.distance_bias("positions")
+    h = g.norm(x, "blocks.0.norm1")
+    apart = g.constant("heads_apart", np.array([0, 0, config.heads, width]))
+    made: list[Value] = []
+    for i in range(config.layers):
+        b = f"blocks.{i}"
+        if i == config.layers - 1:
+            kv = g.product(h, f"{b}.qkv", columns=slice(config.d_model, 3 * config.d_model), bias=True)
+            g.op("Split", f"{b}.kv2", kv, outputs=2, axis=-1, num_outputs=2)
+            k, v = f"{b}.kv2.0", f"{b}.kv2.1"
+        else:
+            q, k, v = g.qkv(h, b)
+            inputs = [q, k, v, "", "", bias]
+            g.fused("MultiHeadAttention", inputs, [f"{b}.mixed"], num_heads=config.heads)
+            h, x = g.rest_of_block(x, f"{b}.mixed", b, f"blocks.{i + 1}.norm1")
+        for name, value in ((f"new_keys.{i}", k), (f"new_values.{i}", v)):
+            g.op("Transpose", name, g.op("Reshape", f"{name}.apart", value, apart), perm=[0, 2, 1, 3])
+            made.append((name, "float32", (1, config.heads, "rows", width)))
+    return g.model([(name, "int32", (1, "rows")) for name in ("tokens", "positions")], made, contrib=True)
+
+
+def draft_graph(model: Denoiser, quantization: Quantization = None) -> onnx.ModelProto:
+    """The chain drafter, all its drafts; each is the arg max of score · inverse_temperature + noise among the top_k.
+
+    state float32 (1, D): of the last kept row; token int32 (1,): drawn from it; noise float32 (drafts, V),
+    inverse_temperature float32 (), top_k int64 (1,) → drafts int32 (drafts,). Temperature 0 is top_k 1.
+    """
+    g, config = RowBuilder(model, quantization), model.config
+    g.constant("axis_0", np.array([0]))
+    state, token, drafts = "state", "token", []
+    for i in range(config.draft_depth):
+        b = f"drafter.depths.{i}"
+        known = g.norm(g.token_rows(f"{b}.embedding", token), f"{b}.norm_token")
+        both = g.op("Concat", f"{b}.both", g.norm(state, f"{b}.norm_state"), known, axis=-1)
+        up = g.product(both, f"{b}.up", bias=False)
+        up = g.op("BiasGelu", f"{b}.gelu", up, g.weight(f"{b}.up.bias"), domain=MICROSOFT)
+        state = g.op("Add", f"{b}.state", state, g.product(up, f"{b}.down", bias=True))
+        g.op("TopK", f"{b}.best", g.scores(state, f"{b}."), "top_k", outputs=2, axis=-1)
+        own_noise = g.op("Gather", f"{b}.own_noise", "noise", g.constant(f"{b}.number", np.array([i])))
+        noise = g.op("GatherElements", f"{b}.noise", own_noise, f"{b}.best.1", axis=-1)
+        warm = g.op("Mul", f"{b}.warm", f"{b}.best.0", "inverse_temperature")
+        winner = g.op("ArgMax", f"{b}.winner", g.op("Add", f"{b}.noisy", warm, noise), axis=-1, keepdims=1)
+        drawn = g.op("GatherElements", f"{b}.drawn", f"{b}.best.1", winner, axis=-1)
+        token = g.op("Cast", f"{b}.draft", g.op("Squeeze", f"{b}.drawn.flat", drawn, "axis_0"), to=TensorProto.INT32)
+        drafts.append(token)
+    g.op("Concat", "drafts", *drafts, axis=0)
+    read: list[Value] = [
+        ("state", "float32", (1, config.d_model)),
+        ("token", "int32", (1,)),
+        ("noise", "float32", (config.draft_depth, config.vocab_size)),
+        ("inverse_temperature", "float32", ()),
+        ("top_k", "int64", (1,)),
+    ]
+    return g.model(read, [("drafts", "int32", (config.draft_depth,))], contrib=True)
