@@ -46,7 +46,7 @@ _LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {
 
 
 class Chosen(NamedTuple):
-    """A loaded backend. degraded: why this device computes with less than it has; None when it does not."""
+    """A loaded backend. degraded: why this device does not use its GPU; None where all is well."""
 
     backend: AnyBackend
     name: str  # "ort", "trt" or "fake"
@@ -77,13 +77,13 @@ def choose_backend(name: str, folder: Path, manifest: Manifest, threads: int) ->
     if may_use_gpu(name):
         try:
             return Chosen(_load_trt(folder, manifest, threads, ""), "trt")
-        except Exception as error:  # TensorRT and its bindings raise their own: the device must go on serving
+        except Exception as error:  # TensorRT and its bindings raise types of their own
             ours = isinstance(error, DiffusionLLMError)
             degraded = str(error) if ours else one_line(f"{type(error).__name__}: {error}")
-            log.warning("the GPU cannot be used, and the CPU serves: %s", degraded, exc_info=not ours)
+            log.warning("the GPU cannot be used, the CPU serves instead: %s", degraded, exc_info=not ours)
     return Chosen(_load_ort(folder, manifest, threads, ""), "ort", degraded)
 
 
 def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
-    """`choose_backend` for those who need not know which it was."""
+    """The backend of `choose_backend`, without its name."""
     return choose_backend(name, folder, manifest, threads).backend

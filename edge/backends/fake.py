@@ -10,7 +10,7 @@ from shared.tokens import FIRST_TEXT_ID
 
 
 class FakeBackend:
-    """Position p prefers token p·31 modulo the vocabulary's text, the next ids a nat less each."""
+    """The best token of position p is 31·p modulo the text ids; each following id has a nat less."""
 
     def __init__(self, manifest: Manifest, step_ms: float = 0.0) -> None:
         self.lanes = 8

@@ -17,9 +17,9 @@ OUTPUTS = ["ids", "logp", "entropy"]
 
 
 def pool_size(threads: int, rows: int) -> int:
-    """Threads of a session that `rows` callers use at once: each caller, and helpers that make `threads` of it all.
+    """Threads of a session that `rows` callers use at once, so that callers and helpers are `threads` together.
 
-    Each row has `threads // rows` of them, at least its own.
+    Each row gets `threads // rows`, at least its caller.
     """
     rows = min(rows, threads)
     share = threads // rows
@@ -31,10 +31,10 @@ def _words(error: Exception) -> str:
 
 
 class OrtBackend:
-    """The bundle's CPU graph. A canvas by itself gets every thread; canvases side by side share them, a lane each.
+    """The bundle's CPU graph. One canvas gets every thread; several share them, in a lane each.
 
-    Never several canvases in one run: INT8 graphs scale activations by all that a run holds, and a neighbour would
-    change the text. What a canvas scores is the same for any number of threads, to the bit.
+    One canvas per run: INT8 graphs scale activations over everything in a run, so a second canvas would change the
+    text of the first. Scores are the same to the bit for any number of threads.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int, profile: Path | None = None) -> None:
@@ -54,7 +54,7 @@ class OrtBackend:
             raise BundleError(f"{self._file} cannot be loaded by ONNX Runtime: {_words(error)}") from None
 
     def _check(self, longest: int, top_k: int) -> None:
-        """Whether the graph is one of ours, and runs at the shortest and the longest length."""
+        """Check inputs and outputs, and run the shortest and the longest length. Raises BundleError."""
         session = self._session(rows=1)
         found = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
         needed = ["canvas", "t", "wanted"] if self._takes_time else ["canvas", "wanted"]

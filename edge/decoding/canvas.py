@@ -1,6 +1,6 @@
 """The canvas loop: score the canvas, draw a candidate for every open position, commit some, repeat.
 
-Backend-blind. `host.sampling.reference` says the same in torch; a golden test holds the two together.
+Independent of the backend. `host.sampling.reference` is the same loop in torch; a golden test compares the two.
 L: canvas length, M: open positions, K: candidates of each.
 """
 
@@ -25,13 +25,13 @@ from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
 
 COLDEST: Final = 1e-30
-"""Argmax already. Divided by less, scores overflow float32 to −∞ together, and the lowest id, PAD, wins the tie."""
+"""The least temperature to divide by: argmax already. Below it scores overflow float32 to −∞, and PAD wins the tie."""
 
 
 def advance(backend: AnyBackend, schedule: ScheduleName, rows: Sequence[Row], under_way: int = 1) -> None:
-    """One step of unfinished rows, on the device if that is where the loop runs; there they are of one bucket.
+    """One denoising step of unfinished rows. A LoopBackend takes them together: they must be of one bucket.
 
-    under_way: how many rows are unfinished on this backend, these among them.
+    under_way: how many rows are unfinished on this backend, these included.
     """
     if isinstance(backend, LoopBackend):
         backend.advance(rows, bucket(rows[0].active, backend.lengths))
@@ -64,12 +64,12 @@ def wanted(row: Row) -> Positions:
     positions = row.open_positions()
     if row.sampling.by_chance:
         order = chance_order(row.sampling, row.step, positions)
-        return np.sort(positions[order[: on_grid(row.sampling, row.step, positions.size)]])
+        return np.sort(positions[order[: scheduled_count(row.sampling, row.step, positions.size)]])
     return positions
 
 
 def commit_step(row: Row, positions: Positions, scored: StepResult) -> None:
-    """Commit some of what one pass has scored. positions: what `wanted` answered before the pass.
+    """Commit some of what one step has scored. positions: what `wanted` returned before the step.
 
     Raises RuntimeError when nothing can be committed.
     """
@@ -85,7 +85,7 @@ def commit_step(row: Row, positions: Positions, scored: StepResult) -> None:
         order = rank(logp, entropy, confidence=confidence, sampling=sampling, step=step, position=positions)
         count = num_to_commit(order, entropy, confidence=confidence, sampling=sampling, step=step, left=left)
         chosen = order[:count]
-    if not sampling.by_confidence:  # the same tokens as drawing them all: a draw knows its own position only
+    if not sampling.by_confidence:  # same tokens as drawing all: a draw depends on its own position only
         token[chosen], _ = draw(ids[chosen], logp[chosen], sampling=sampling, step=step, position=positions[chosen])
     commit(row.canvas, positions[chosen], token[chosen])
     row.step += 1
@@ -130,7 +130,7 @@ def rank(
 
 
 def chance_order(sampling: Sampling, step: int, position: Positions) -> Positions:
-    """What `rank` answers for random selection, which needs no scores.  → (M,)"""
+    """`rank` for random selection, which needs no scores.  → (M,)"""
     score = uniform(
         sampling.seed, step, position=position.astype(np.uint32), token=np.zeros(1, np.uint32), domain=ORDER_DOMAIN
     )
@@ -151,20 +151,20 @@ def num_to_commit(
         if sampling.entropy_bound is not None:
             before = np.cumsum(entropy[order][:-1])  # entropies ascend: a set's sum less its largest
             return 1 + int(np.count_nonzero(before <= sampling.entropy_bound))
-    return on_grid(sampling, step, left)
+    return scheduled_count(sampling, step, left)
 
 
-def on_grid(sampling: Sampling, step: int, left: int) -> int:
+def scheduled_count(sampling: Sampling, step: int, left: int) -> int:
     """How many positions the unmasking schedule commits in this step: all that are left in the last."""
     return left if step >= sampling.steps - 1 else reveal_count(left, step, sampling.steps)
 
 
 def commit(canvas: Ids, position: Positions, token: Ids) -> None:
-    """Write tokens for good, and what follows from them with certainty.
+    """Write tokens, and those that follow from them with certainty.
 
-    Tokens drawn in one step do not know of each other: an EOS or PAD left of a text token cannot stand, so text is
-    committed and the end stays open for a later step. After the first end everything is PAD, and an end directly
-    after text is EOS.
+    Tokens of one step are drawn independently. An EOS or PAD left of a text token contradicts it: the text is
+    committed, and the position of the end stays open. After the first end everything is PAD, and an end directly after
+    text is EOS.
     """
     is_text = token >= FIRST_TEXT_ID
     canvas[position[is_text]] = token[is_text]

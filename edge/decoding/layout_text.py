@@ -32,15 +32,14 @@ class Texts:
         tokenizer.encode_special_tokens = True  # "<MASK>" in a prompt is seven characters, not a control token
         self._tokenizer = tokenizer
         self._canvas_len = canvas_len
-        self._most_bytes = canvas_len * max(
-            map(len, tokenizer.get_vocab())
-        )  # a byte is one character of a token's name
+        # Byte-level BPE: a token's name has one character for each of its bytes.
+        self._most_bytes = canvas_len * max(map(len, tokenizer.get_vocab()))
 
     def lay_out(self, request: GenerateRequest) -> Layout:
-        """Tokens of the given text, MASK in the gaps and in the open rest.
+        """The canvas of a request: tokens of the given text, MASK in the gaps and in the open end.
 
-        The open end of a prompt reaches to the canvas end, or `max_tokens` on, where a PAD then says that the text
-        has ended by there. After the last segment of an infill the canvas stays masked but is not filled.
+        The open end of a prompt has `max_tokens` positions, or all that are left. PAD follows it: the text ends there
+        at the latest. After the last segment of an infill the canvas is MASK, too, but not filled.
         Raises RequestError: `too_large` when it does not fit, `bad_request` when there is nothing to fill.
         """
         segments: list[str | Gap] = list(request.segments or []) if request.prompt is None else [request.prompt]
@@ -50,9 +49,9 @@ class Texts:
         if not open_end and not any(isinstance(s, Gap) for s in segments):
             raise RequestError("bad_request", '`segments` has no gap to fill: add one as {"gap": 4}, or use `prompt`')
         given_bytes = sum(len(s.encode()) for s in segments if isinstance(s, str))
-        if given_bytes > self._most_bytes:  # said at once: cutting much text into tokens would hold others up
-            told = f"{given_bytes} bytes of text cannot fit on the canvas, which holds {self._canvas_len} tokens"
-            raise RequestError("too_large", told)
+        if given_bytes > self._most_bytes:  # before tokenizing, which would delay other requests
+            message = f"{given_bytes} bytes of text cannot fit on the canvas, which holds {self._canvas_len} tokens"
+            raise RequestError("too_large", message)
         ids, parts = [BOS], list[str | tuple[int, int]]()
         given = 0
         for i, segment in enumerate(segments):
@@ -94,19 +93,19 @@ class Texts:
         return "".join(part.text for part in self.parts(layout, canvas, canvas))
 
     def parts(self, layout: Layout, canvas: NDArray[np.int32], draft: NDArray[np.int32]) -> list[Part]:
-        """The same with what `draft` (L,) has at open positions: committed and drafted text, in turns."""
-        found: list[Part] = []
+        """The same with what `draft` (L,) has at open positions: committed and drafted text in their order."""
+        merged: list[Part] = []
         for part in layout.parts:
             pieces = [Part(part)] if isinstance(part, str) else self._decode(canvas[slice(*part)], draft[slice(*part)])
-            doubled = not isinstance(part, str) and found and found[-1].text.endswith(" ")
+            doubled = not isinstance(part, str) and merged and merged[-1].text.endswith(" ")
             if doubled and pieces and pieces[0].text.startswith(" "):
                 pieces[0] = Part(pieces[0].text[1:], pieces[0].draft)
             for piece in pieces:
-                if found and found[-1].draft == piece.draft:
-                    piece = Part(found.pop().text + piece.text, piece.draft)
+                if merged and merged[-1].draft == piece.draft:
+                    piece = Part(merged.pop().text + piece.text, piece.draft)
                 if piece.text:
-                    found.append(piece)
-        return found
+                    merged.append(piece)
+        return merged
 
     def _decode(self, ids: NDArray[np.int32], draft: NDArray[np.int32]) -> list[Part]:
         is_open = ids == MASK

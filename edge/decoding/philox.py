@@ -24,7 +24,7 @@ _SHIFT: Final = np.uint64(32)
 def philox(counter: tuple[UInt32, UInt32, UInt32, UInt32], key: int) -> tuple[UInt32, UInt32, UInt32, UInt32]:
     """Ten rounds over broadcastable counters; key is 64 bits, low word first."""
     shape = np.broadcast_shapes(*(word.shape for word in counter))
-    # Words 0 and 2 go the same way, and so do 1 and 3: half as many calls into numpy, which cost more than its sums.
+    # Words 0 and 2 are computed alike, and so are 1 and 3: in pairs they take half as many calls into numpy.
     even, odd, product = np.empty((3, 2, *shape), np.uint64)
     even[0], odd[0], even[1], odd[1] = counter
     words = (-1, 2, *(1 for _ in shape))

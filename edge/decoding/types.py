@@ -1,4 +1,4 @@
-"""What the loops and the backends share: a canvas under way, how to sample it, what a pass knows of it.
+"""What the loops and the backends share: a canvas in progress, how to sample it, the scores of a step.
 
 L: canvas length, M: scored positions, K: candidates of each.
 """
@@ -21,9 +21,9 @@ Positions = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw and commit. threshold and entropy_bound replace the fixed schedule; then steps is the most steps.
+    """How to draw and commit. threshold and entropy_bound replace the fixed schedule; steps is then the maximum.
 
-    One more step follows where the last one drew an end left of text, and the end had to wait.
+    One more step follows where the last one drew an end left of text, which cannot be committed with that text.
     """
 
     seed: int
@@ -37,21 +37,21 @@ class Sampling:
 
     @property
     def by_confidence(self) -> bool:
-        """Whether what is drawn decides what is committed; else only what is committed needs to be drawn."""
+        """Whether the drawn tokens decide which positions are committed; else only committed ones are drawn."""
         return self.threshold is not None or (self.entropy_bound is None and self.selection == "confidence")
 
     @property
     def by_chance(self) -> bool:
-        """Whether what is committed is known before the step; then only that needs to be scored."""
+        """Whether the positions to commit are known before the step; then only they are scored."""
         return self.threshold is None and self.entropy_bound is None and self.selection == "random"
 
 
 @dataclass(eq=False)
 class Row:
-    """One canvas (L,) on its way, filled in place where `fill` is true. It knows nothing of its neighbours.
+    """One canvas (L,) in progress, filled in place where `fill` is true. Independent of the rows beside it.
 
-    draft (L,): what the last step would have put at the positions that it left open: the candidate drawn, where every
-    one is drawn, else the likeliest. MASK where nothing was scored (`Sampling.by_chance`), or a device does not report.
+    draft (L,): the last step's candidates for the positions that it left open: the drawn token where all are drawn,
+    else the likeliest. MASK where nothing was scored (`Sampling.by_chance`) or the device reports no candidates.
     """
 
     canvas: Ids
@@ -101,9 +101,9 @@ class Backend(Protocol):
     """How many threads may call `score` at once."""
 
     def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
-        """Score masked positions (M,), ascending, of a canvas (L,) that is cut behind its first visible end.
+        """Score masked positions (M,), ascending, of a canvas (L,) that is cut after its first visible end.
 
-        t: diffusion time. rows: how many canvases are under way on this backend; they share its threads.
+        t: diffusion time. rows: how many canvases are in progress on this backend; they share its threads.
         """
 
     def close(self) -> None:
@@ -112,13 +112,13 @@ class Backend(Protocol):
 
 @runtime_checkable
 class LoopBackend(Protocol):
-    """A backend that draws and commits where the logits lie: they never come to Python. Not thread-safe."""
+    """A backend that draws and commits on the device: logits never reach Python. Not thread-safe."""
 
     lengths: tuple[int, ...]
     """Canvas lengths it serves, ascending; the last is the bundle's canvas length."""
 
     batches: tuple[int, ...]
-    """Numbers of rows that it has a program for, ascending from 1; fewer rows run in the next larger one."""
+    """Batch sizes that it has a program for, ascending from 1; other numbers of rows run in the next larger one."""
 
     failure: str | None
     """Why the device is out of service; None while it is healthy."""
@@ -126,9 +126,9 @@ class LoopBackend(Protocol):
     def advance(self, rows: Sequence[Row], length: int) -> None:
         """One step of at most `batches[-1]` rows, each cut to its first `length` positions; one of `lengths`.
 
-        Changes every row in place, as `edge.decoding.canvas.advance` would. A row that comes again is known by its
-        identity: between two steps nobody else may write to it. Raises DeviceError: when `failure` is set from then on,
-        the device is out of service and every call raises; else these rows failed and others may not.
+        Changes every row in place, as `edge.decoding.canvas.advance` does for other backends. A row is recognized by
+        identity, so nothing else may write to it between two steps. Raises DeviceError. Where `failure` is then set,
+        the device is out of service and every later call raises; else only these rows have failed.
         """
 
     def close(self) -> None:

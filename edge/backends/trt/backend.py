@@ -1,7 +1,7 @@
-"""TensorRT, with the whole unmasking loop on the GPU: the engine makes logits, two kernels of ours draw and commit.
+"""TensorRT, with the whole unmasking loop on the GPU: the engine computes logits, two custom kernels sample and commit.
 
-One pass = one CUDA graph: engine, draw, commit. The host writes a request's row once, when it joins, then launches,
-waits on one event and reads the canvas from memory that both sides see. B: rows, L: length, V: vocabulary.
+Each denoising step is one CUDA graph launch: engine, draw, commit. The host writes a row once, when its request joins,
+then launches, waits on one event and reads the canvas from mapped memory. B: rows, L: length, V: vocabulary.
 """
 
 import ctypes
@@ -32,24 +32,24 @@ log = logging.getLogger(__name__)
 
 
 class EngineRejected(DeviceError):
-    """TensorRT does not take the file: made by another version or on another GPU, or damaged."""
+    """TensorRT rejects the file: built by another version or on another GPU, or damaged."""
 
 
 @dataclass(eq=False)
 class Bucket:
-    """One shape's program. The arrays are views of the mapped memory that all buckets share."""
+    """The program of one shape. The arrays are views of mapped memory that all buckets share."""
 
     batch: int
     length: int
     context: Any
     canvas: NDArray[np.int32]  # (B, L)
     fill: NDArray[np.uint8]  # (B, L)
-    graph: Any = None  # an executable CUDA graph; None: the same three launches, one by one
+    graph: Any = None  # an executable CUDA graph; without one, the same three launches one by one
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the kernels find everything, on the device."""
+    """Device addresses of what the kernels read and write."""
 
     canvas: int
     fill: int
@@ -62,12 +62,12 @@ class Addresses:
 
 
 class TrtBackend:
-    """A LoopBackend. All memory is taken at the start; the loop allocates nothing and never waits but on its event."""
+    """A LoopBackend. Allocates all memory at the start; a step allocates nothing and waits on one event only."""
 
     def __init__(self, trt: ModuleType, gpu: Gpu, *, memory: Memory, manifest: Manifest, built: engines.Built) -> None:
         """Load an engine built for this GPU's `buckets` and the compiled kernels, and warm every bucket up.
 
-        Raises EngineRejected when TensorRT does not take the engine, DeviceError for everything else that fails.
+        Raises EngineRejected when TensorRT rejects the engine, DeviceError for any other failure.
         """
         check_servable(manifest)
         self.lengths = length_buckets(manifest.model.canvas_len)
@@ -99,7 +99,7 @@ class TrtBackend:
         runtime = self._trt.Runtime(logger)
         loaded = runtime.deserialize_cuda_engine(built.engine)
         if loaded is None:
-            raise EngineRejected(f"TensorRT {self._trt.__version__} does not take the cached engine")
+            raise EngineRejected(f"TensorRT {self._trt.__version__} rejects the cached engine")
         self._engine: Any = loaded
         self._trt_objects: list[Any] = [logger, runtime, loaded]  # each must outlive those after it
         self._owned.callback(self._drop_trt_objects)
@@ -167,7 +167,7 @@ class TrtBackend:
         return context
 
     def _warm_up(self, bucket: Bucket, capture: bool) -> None:
-        """Run the bucket once plainly (TensorRT loads lazily), then record it; a bucket that cannot be stays plain."""
+        """Run the bucket once plainly (TensorRT loads lazily), then capture it; where capture fails it stays plain."""
         self._enqueue(bucket)
         self._wait()
         if not capture:
@@ -191,7 +191,7 @@ class TrtBackend:
     def _enqueue(self, bucket: Bucket) -> None:
         """Engine, draw, commit, in the stream's order."""
         if not bucket.context.execute_async_v3(int(self._stream)):
-            raise DeviceError(f"TensorRT cannot run {bucket.batch} × {bucket.length}; its words are in the log")
+            raise DeviceError(f"TensorRT cannot run {bucket.batch} × {bucket.length}; its message is in the log")
         self._launch_draw(bucket)
         self._launch_commit(bucket)
 
@@ -217,15 +217,15 @@ class TrtBackend:
         self._gpu.call("cuEventSynchronize", self._event)
 
     def advance(self, rows: Sequence[Row], length: int) -> None:
-        """One pass over up to eight rows, in turns where more of that length would not gain by it; see LoopBackend."""
+        """One step of up to eight rows, in several batches where a larger one would be no faster; see LoopBackend."""
         if self.failure is not None:
             raise DeviceError(f"the GPU has failed before: {self.failure}")
         batches = batches_of(length, self._gpu.processors)
         for first in range(0, len(rows), batches[-1]):
             some = rows[first : first + batches[-1]]
-            self._pass(some, self._buckets[next(b for b in batches if b >= len(some)), length])
+            self._step(some, self._buckets[next(b for b in batches if b >= len(some)), length])
 
-    def _pass(self, rows: Sequence[Row], bucket: Bucket) -> None:
+    def _step(self, rows: Sequence[Row], bucket: Bucket) -> None:
         left = [row.left for row in rows]
         try:
             self._gpu.use()
@@ -239,8 +239,8 @@ class TrtBackend:
             self.failure = str(error)
             log.error("the TensorRT backend is out of service: %s", str(error))
             raise
-        if self._rows["broken"][: len(rows)].any():  # the request's fault or the network's, and the GPU is well
-            self._current = None  # what the kernels made of them is forgotten
+        if self._rows["broken"][: len(rows)].any():  # a fault of the network, not of the GPU
+            self._current = None  # discards the device's copy of the rows
             raise DeviceError("the engine's logits are not all numbers: FP16 overflows in this network")
         for i, row in enumerate(rows):
             row.canvas[: bucket.length] = bucket.canvas[i]
@@ -250,8 +250,8 @@ class TrtBackend:
             row.check_progress(before)
 
     def _place(self, rows: Sequence[Row], bucket: Bucket) -> None:
-        """Write the rows that are not in their places already, and empty unused places."""
-        if bucket is not self._current:  # another shape lays the same memory out again
+        """Write rows that are not in their places yet, and clear unused places."""
+        if bucket is not self._current:  # another shape arranges the same memory differently
             self._current, self._placed = bucket, [None] * BATCHES[-1]
             bucket.fill[:] = 0
         for i in range(bucket.batch):
@@ -283,16 +283,16 @@ class TrtBackend:
             self._trt_objects.pop()
 
     def close(self) -> None:
-        """Free everything, in the reverse order of its making, from any thread."""
+        """Free everything in reverse order of creation, from any thread."""
         self._gpu.release("cuCtxSetCurrent", self._gpu.context)
         self._owned.close()
 
 
 def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
-    """The backend on this machine's GPU, with the engine that `edge.build` has made.
+    """The backend on this machine's GPU, with the engine that `edge.build` has built.
 
-    argument: "" for memory from the driver, "pycuda" for memory from pycuda. An engine that TensorRT no longer takes is
-    built once more. Raises ConfigError, BundleError or DeviceError.
+    argument: "" for memory from the driver, "pycuda" for memory from pycuda. An engine that TensorRT rejects is built
+    again, once. Raises ConfigError, BundleError or DeviceError.
     """
     if argument not in ("", "pycuda"):
         raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' after its colon; found {argument!r}")
@@ -311,7 +311,7 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     try:
         return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=built)
     except EngineRejected as error:
-        log.warning("%s: building it once more, which takes minutes", str(error))
+        log.warning("%s: building it again, which takes minutes", str(error))
     order = Order(str(folder.absolute()), str(place.parent), build_process.WORKSPACE_MIB, force=True)
     build_process.run_build(order, log.info)
     gpu = Gpu()

@@ -1,7 +1,7 @@
-"""The builder's process, from outside: its gigabytes are free again when it ends, and it never runs as root.
+"""Runs the engine builder in a process of its own: its gigabytes are freed when it ends, and it never runs as root.
 
-A bundle's graph is a stranger's bytes. As root the builder becomes nobody and works in a folder of its own, from which
-what it made is copied.
+A bundle's graph is untrusted input. Started by root, the builder runs as the user nobody in a temporary folder, from
+which the engine is copied.
 """
 
 import os
@@ -27,23 +27,23 @@ WORKSPACE_MIB: Final = 512
 COMMAND: Final = (sys.executable, "-m", "edge.backends.trt.engine_builder")
 
 
-def run_build(order: Order, tell: Callable[[str], None], command: tuple[str, ...] = COMMAND) -> Path:
+def run_build(order: Order, report: Callable[[str], None], command: tuple[str, ...] = COMMAND) -> Path:
     """Build in another process.  → the engine's folder
 
-    tell: gets a line for the screen now and then. command: stands for the builder's process in tests.
+    report: gets lines of progress. command: replaces the builder's process in tests.
     Raises DeviceError or BundleError in one sentence.
     """
     if not is_root():
-        return _run(order, tell, command)
+        return _run(order, report, command)
     cache = Path(order.cache)
     with _folder_of_nobody(cache) as scratch:
-        built = _run(msgspec.structs.replace(order, cache=str(scratch)), tell, command)
+        built = _run(msgspec.structs.replace(order, cache=str(scratch)), report, command)
         return engine_cache.adopt(built, cache)
 
 
 @contextmanager
 def _folder_of_nobody(cache: Path) -> Iterator[Path]:
-    """With a copy of the timing caches, which come back with what was measured."""
+    """A folder for user nobody, with a copy of the timing caches, which are copied back after the build."""
     with tempfile.TemporaryDirectory(prefix="edgelm-build-") as name:
         scratch = Path(name)
         for file in cache.glob(engine_cache.TIMINGS):
@@ -53,7 +53,7 @@ def _folder_of_nobody(cache: Path) -> Iterator[Path]:
         yield scratch
 
 
-def _run(order: Order, tell: Callable[[str], None], command: tuple[str, ...]) -> Path:
+def _run(order: Order, report: Callable[[str], None], command: tuple[str, ...]) -> Path:
     started = time.monotonic()
     process = subprocess.Popen([*command, msgspec.json.encode(order).decode()], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -62,16 +62,16 @@ def _run(order: Order, tell: Callable[[str], None], command: tuple[str, ...]) ->
         for line in process.stdout:
             try:
                 last = msgspec.json.decode(line, type=dict[str, Any])
-            except msgspec.DecodeError:  # a library that prints
-                tell(line.decode(errors="replace").rstrip())
+            except msgspec.DecodeError:  # printed by a library
+                report(line.decode(errors="replace").rstrip())
                 continue
             if "message" in last:
-                tell(f"TensorRT: {last['severity'].lower()}: {last['message']}")
+                report(f"TensorRT: {last['severity'].lower()}: {last['message']}")
             elif "phase" in last:
-                tell(f"{time.monotonic() - started:6.0f} s  {last['phase']} {last['done']}/{last['of']}")
+                report(f"{time.monotonic() - started:6.0f} s  {last['phase']} {last['done']}/{last['of']}")
         status = process.wait()
     finally:
-        process.kill()  # Ctrl-C; a process that has ended does not mind
+        process.kill()  # after Ctrl-C; no effect on a process that has ended
         process.wait()
         process.stdout.close()
     if "engine" in last:
@@ -83,7 +83,7 @@ def _run(order: Order, tell: Callable[[str], None], command: tuple[str, ...]) ->
 
 def _died(status: int, order: Order) -> str:
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return no_room("the system ended the builder, most likely for want of memory", order.workspace_mib)
+        return no_room("the system killed the builder, most likely because memory ran out", order.workspace_mib)
     if status < 0:
-        return f"the builder crashed ({signal.Signals(-status).name}): its own words are above"
-    return f"the builder ended with status {status} and no word; what it printed is above"
+        return f"the builder crashed ({signal.Signals(-status).name}): its output is above"
+    return f"the builder ended with status {status} and no message; its output is above"

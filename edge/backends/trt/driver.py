@@ -1,7 +1,7 @@
 """The CUDA driver with every return code checked, and the two kinds of memory that the backend takes from it.
 
-Only the driver's interface (libcuda) is used: it comes with the device, so that bindings newer than the device's CUDA
-still work. The primary context is used throughout, the one that TensorRT and pycuda's `autoprimaryctx` use too.
+Only the driver API (libcuda) is used: it comes with the device, so bindings newer than the device's CUDA still work.
+Everything shares the primary context, as TensorRT and pycuda's `autoprimaryctx` do.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ class Gpu:
     """The first GPU and its primary context."""
 
     def __init__(self, driver: ModuleType | None = None) -> None:
-        """driver: cuda.bindings.driver, or what stands for it. Raises DeviceError."""
+        """driver: cuda.bindings.driver, or a replacement in tests. Raises DeviceError."""
         if driver is None:
             try:
                 from cuda.bindings import driver as real
@@ -51,12 +51,12 @@ class Gpu:
         self._device = self.call("cuDeviceGet", 0)
         self.context = self.call("cuDevicePrimaryCtxRetain", self._device)
         try:
-            self._learn()
+            self._read_properties()
         except DeviceError:
             self.release("cuDevicePrimaryCtxRelease", self._device)
             raise
 
-    def _learn(self) -> None:
+    def _read_properties(self) -> None:
         self.use()
         self.name = bytes(self.call("cuDeviceGetName", 128, self._device)).split(b"\0")[0].decode()
         attribute = self.driver.CUdevice_attribute
@@ -73,7 +73,7 @@ class Gpu:
         self.cuda_version = f"{version // 1000}.{version % 1000 // 10}"
 
     def call(self, name: str, *arguments: object) -> Any:
-        """Call a function of the driver.  → what it gives besides its code; raises DeviceError naming the two"""
+        """Call a function of the driver.  → its results without the code; raises DeviceError naming both"""
         try:
             code, *values = getattr(self.driver, name)(*arguments)
         except RuntimeError as error:
@@ -83,44 +83,44 @@ class Gpu:
         return values[0] if len(values) == 1 else tuple(values) or None
 
     def release(self, name: str, *arguments: object) -> None:
-        """`call` for freeing: a failure is logged, so that the rest is freed too."""
+        """`call` for freeing: a failure is only logged, so that the rest is freed, too."""
         try:
             self.call(name, *arguments)
         except DeviceError as error:
             log.warning("while freeing the GPU: %s", str(error))
 
     def use(self) -> None:
-        """Make the context the calling thread's own. Cheaper than to know whether it is, since threads come and go."""
+        """Make the context current in this thread. Cheaper than tracking in which threads it already is."""
         self.call("cuCtxSetCurrent", self.context)
 
     def free_memory(self) -> tuple[int, int]:
-        """→ bytes free, bytes in all"""
+        """→ free bytes, total bytes"""
         free, total = self.call("cuMemGetInfo")
         return int(free), int(total)
 
     def close(self) -> None:
-        """Let go of the context."""
+        """Release the context."""
         self.release("cuDevicePrimaryCtxRelease", self._device)
 
 
 class Memory(Protocol):
-    """Hands out memory once, at the start, and frees all of it together."""
+    """Allocates memory at the start, and frees all of it together."""
 
     graphs: bool
-    """Whether what it hands out may be used inside CUDA graphs."""
+    """Whether its memory may be used inside CUDA graphs."""
 
     def device(self, size: int) -> int:
-        """→ the address of so many bytes on the device"""
+        """→ the device address of `size` bytes"""
 
     def mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
-        """Zeroed bytes that both sides see, for small things.  → the host's view, their address on the device"""
+        """Zeroed bytes that host and device share, for small arrays.  → the host's view, the device address"""
 
     def free(self) -> None:
-        """Free everything that was handed out; the views are dead from then on."""
+        """Free everything; the views must not be used afterwards."""
 
 
 class CudaMemory:
-    """From the driver. On a Jetson, mapped memory is the same DRAM for both sides, coherent and cached by the CPU."""
+    """Memory from the driver. On a Jetson, mapped memory is one DRAM for both sides, coherent and cached by the CPU."""
 
     graphs = True
 
@@ -129,20 +129,20 @@ class CudaMemory:
         self._owned = ExitStack()
 
     def device(self, size: int) -> int:
-        """As the protocol says."""
+        """See Memory."""
         try:
             address = self._gpu.call("cuMemAlloc", size)
         except DeviceError as error:
             free, total = self._gpu.free_memory()
             left = f"{free >> 20} of {total >> 20} MiB are free"
             raise DeviceError(
-                f"the GPU cannot give {size >> 20} MiB, {left}: stop what else uses it ({error})"
+                f"the GPU cannot allocate {size >> 20} MiB, {left}: stop what else uses it ({error})"
             ) from None
         self._owned.callback(self._gpu.release, "cuMemFree", address)
         return int(address)
 
     def mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
-        """As the protocol says."""
+        """See Memory."""
         host = int(self._gpu.call("cuMemHostAlloc", size, self._gpu.driver.CU_MEMHOSTALLOC_DEVICEMAP))
         self._owned.callback(self._gpu.release, "cuMemFreeHost", host)
         view = np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(host)), np.uint8)
@@ -150,7 +150,7 @@ class CudaMemory:
         return view, int(self._gpu.call("cuMemHostGetDevicePointer", host, 0))
 
     def free(self) -> None:
-        """As the protocol says."""
+        """See Memory."""
         self._owned.close()
 
 
@@ -162,36 +162,36 @@ class PycudaMemory:
     def __init__(self) -> None:
         """Raises DeviceError when pycuda is absent or finds no GPU."""
         try:
-            import pycuda.autoprimaryctx  # `autoinit` would make a context of its own, where TensorRT's memory is not
+            import pycuda.autoprimaryctx  # not `autoinit`: it makes a context of its own, without TensorRT's memory
             import pycuda.driver
         except ModuleNotFoundError:
             raise DeviceError("pycuda is not installed: pip install 'diffusion-llm[pycuda]'") from None
-        except Exception as error:  # no libcuda: ImportError; else pycuda's own, which exist only once it is imported
+        except Exception as error:  # ImportError without libcuda, else pycuda's own types, which need the import
             raise DeviceError(f"pycuda finds no GPU: {error}") from None
         self._cuda: Any = pycuda.driver
         self._device: list[Any] = []
         self._mapped: list[Any] = []
 
     def device(self, size: int) -> int:
-        """As the protocol says."""
+        """See Memory."""
         try:
             self._device.append(self._cuda.mem_alloc(size))
         except self._cuda.Error as error:
-            raise DeviceError(f"pycuda cannot give {size >> 20} MiB: {error}") from None
+            raise DeviceError(f"pycuda cannot allocate {size >> 20} MiB: {error}") from None
         return int(self._device[-1])
 
     def mapped(self, size: int) -> tuple[NDArray[np.uint8], int]:
-        """As the protocol says."""
+        """See Memory."""
         flags = self._cuda.host_alloc_flags.DEVICEMAP
         try:
             view: NDArray[np.uint8] = self._cuda.pagelocked_zeros(size, np.uint8, mem_flags=flags)
         except self._cuda.Error as error:
-            raise DeviceError(f"pycuda cannot give {size} mapped bytes: {error}") from None
+            raise DeviceError(f"pycuda cannot allocate {size} mapped bytes: {error}") from None
         self._mapped.append(view)
         return view, int(view.base.get_device_pointer())  # type: ignore[union-attr]
 
     def free(self) -> None:
-        """As the protocol says."""
+        """See Memory."""
         while self._device:
             self._device.pop().free()
         while self._mapped:

@@ -1,7 +1,7 @@
-"""The process that `build_process` starts: ONNX in, TensorRT engine out. Its memory goes back to the device at its end.
+"""The process that `build_process` starts: ONNX in, TensorRT engine out.
 
-On standard output it tells one JSON object a line: {"phase", "done", "of"}, {"severity", "message"} of TensorRT, and as
-the last {"engine"} or {"error"}.
+Prints one JSON object a line: {"phase", "done", "of"}, {"severity", "message"} of TensorRT, and last {"engine"} or
+{"error"}.
 """
 
 import os
@@ -26,7 +26,7 @@ from shared.manifest import Manifest, find_graph, read_manifest, verified_bytes
 
 LEVEL: Final = 3  # TensorRT's default effort; 4 and 5 take several times as long
 NO_ROOM: Final = re.compile(r"out ?of ?memory|insufficient memory|memory allocation|cudaErrorMemory", re.IGNORECASE)
-"""How TensorRT's errors speak of it."""
+"""How TensorRT's errors report it."""
 
 
 class Order(Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,7 +39,7 @@ class Order(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def no_room(what: str, workspace_mib: int) -> str:
-    """What happened, and what helps."""
+    """The error, with its remedy."""
     return f"{what}: stop other programs, add swap, or give it less than --workspace-mib {workspace_mib}"
 
 
@@ -55,8 +55,8 @@ def parse(trt: ModuleType, builder: Any, logger: Any, graph: bytes) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        told = "; ".join(f"{e.desc()} (node {e.node()})" for e in errors) or "it does not say why"
-        raise DeviceError(f"TensorRT {trt.__version__} cannot read the bundle's CUDA graph: {told}")
+        why = "; ".join(f"{e.desc()} (node {e.node()})" for e in errors) or "it gives no reason"
+        raise DeviceError(f"TensorRT {trt.__version__} cannot read the bundle's CUDA graph: {why}")
     return network
 
 
@@ -72,7 +72,7 @@ def build(
 ) -> tuple[bytes, bytes]:
     """Build an engine with one profile for each shape (batch, length).
 
-    timings: an earlier timing cache, or nothing; one that does not fit is made again.  → engine, timing cache. Raises
+    timings: an earlier timing cache, or b""; one that does not fit is replaced.  → engine, timing cache. Raises
     DeviceError.
     """
     builder = trt.Builder(logger)
@@ -80,7 +80,7 @@ def build(
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
     config.builder_optimization_level = LEVEL
-    config.max_aux_streams = 0  # the whole pass is captured from one stream
+    config.max_aux_streams = 0  # the whole step is captured from one stream
     cache = config.create_timing_cache(timings)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # damaged, or of another device
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
@@ -94,7 +94,7 @@ def build(
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise DeviceError(f"TensorRT {trt.__version__} built no engine; its own words are above")
+        raise DeviceError(f"TensorRT {trt.__version__} built no engine; its messages are above")
     return bytes(engine), bytes(config.get_timing_cache().serialize())
 
 
@@ -124,7 +124,7 @@ def _timing_cache(cache: Path, facts: engines.Facts) -> Path:
 
 
 def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
-    """Build what is ordered, unless it is there.  → the engine's folder"""
+    """Build the engine unless it exists.  → its folder"""
     folder, cache = Path(order.bundle), Path(order.cache)
     check_servable(manifest)
     graph = find_graph(folder, manifest, "cuda")
@@ -136,12 +136,12 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     cubin = kernels.compile_kernels(gpu.architecture)
     errors: list[str] = []
 
-    def hear(severity: str, message: str) -> None:
+    def report(severity: str, message: str) -> None:
         say(severity=severity, message=message)
         if severity != "WARNING":
             errors.append(message)
 
-    logger = make_logger(trt, hear)
+    logger = make_logger(trt, report)
     timing_file = _timing_cache(cache, facts)
     timings = timing_file.read_bytes() if timing_file.is_file() else b""
     progress = _throttled(lambda phase, done, of: say(phase=phase, done=done, of=of))
@@ -160,29 +160,29 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
             raise DeviceError(no_room(f"TensorRT {trt.__version__} ran out of memory", order.workspace_mib)) from None
         raise
     if trt.Runtime(logger).deserialize_cuda_engine(engine) is None:
-        raise DeviceError(f"TensorRT {trt.__version__} does not take the engine that it has just built")
+        raise DeviceError(f"TensorRT {trt.__version__} rejects the engine that it has just built")
     engines.replace_durably(timing_file, timings)
     return engines.store(facts, engines.Built(engine, cubin), cache)
 
 
-def _throttled(tell: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
-    """One in ten percent of a phase is enough."""
+def _throttled(report: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+    """At most one report per tenth of a phase."""
     last = [("", -1)]
 
     def throttled(phase: str, done: int, of: int) -> None:
         tenth = (phase, 10 * done // max(of, 1))
         if tenth != last[0]:
             last[0] = tenth
-            tell(phase, done, of)
+            report(phase, done, of)
 
     return throttled
 
 
 def main() -> int:
-    """Read the order, carry it out, tell how it ended."""
+    """Read the order from the command line, build, and print the result."""
     if not sys.argv[1:] or sys.argv[1].startswith("-"):
         print(
-            "edge.build starts this program and tells it what to build: see python -m edge.build --help",
+            "this program is started by edge.build: see python -m edge.build --help",
             file=sys.stderr,
         )
         return ConfigError.exit_code
@@ -190,7 +190,7 @@ def main() -> int:
     try:
         manifest = read_manifest(Path(order.bundle))
         find_graph(Path(order.bundle), manifest, "cuda")
-        os.chdir(order.bundle)  # nobody may not walk through every folder above it
+        os.chdir(order.bundle)  # the user nobody cannot pass through every folder above it
         become_nobody()
         order = msgspec.structs.replace(order, bundle=".")
         gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so

@@ -1,7 +1,7 @@
-"""Where built engines are kept, and under which name: an engine serves one graph, one TensorRT and one kind of GPU.
+"""The cache of built engines, keyed by all that an engine depends on: graph, TensorRT version, GPU.
 
-An engine is a program: it is loaded only from a folder of this user or of root. Root never runs what the daemon's user
-has put there.
+An engine is executable code: it is loaded only from folders owned by this user or by root, so root never runs what the
+daemon's user has written.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ KERNELS: Final = "kernels.cubin"
 FACTS: Final = "facts.json"
 TIMINGS: Final = "timings-*.cache"
 KEPT: Final = 4
-"""Engines in a cache folder; those used last. Two bundles are kept, and each may have one of an earlier TensorRT."""
+"""Engines per cache folder, the most recently used: two bundles, each with an engine of an earlier TensorRT."""
 FLAGS: Final = "strongly typed, no auxiliary streams, one profile a shape"
-"""What the builder is told; part of the key, so that another release of ours does not take an older engine."""
+"""Builder settings; in the key, so that a release with other settings does not load an older engine."""
 
 
 class Facts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -76,7 +76,7 @@ def facts_of(folder: Path, manifest: Manifest, tensorrt: str, gpu: Gpu) -> Facts
 
 
 def cache_folders() -> tuple[Path, ...]:
-    """Where engines are looked for: the service's own folder, the system's, the user's; built into the first writable.
+    """Folders searched for engines: the service's, the system's, the user's. The first writable one is built into.
 
     systemd's CacheDirectory= sets CACHE_DIRECTORY.
     """
@@ -86,7 +86,7 @@ def cache_folders() -> tuple[Path, ...]:
 
 
 def writable_cache() -> Path:
-    """The first of the cache folders that this user can write to; it exists then. Raises DeviceError."""
+    """The first cache folder that this user can write to; created if need be. Raises DeviceError."""
     for folder in cache_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -104,18 +104,18 @@ def find(facts: Facts, folders: tuple[Path, ...]) -> Path | None:
 
 
 def any_built(folders: tuple[Path, ...]) -> bool:
-    """Whether some engine is there that this user may read; it need not be this bundle's."""
+    """Whether this user may read any engine there, of whichever bundle."""
     for folder in folders:
         try:
             if any(_is_usable(place) for place in folder.iterdir()):
                 return True
-        except OSError:  # not there, or not ours
+        except OSError:  # missing, or another user's
             continue
     return False
 
 
 def _is_usable(place: Path) -> bool:
-    """Whether a readable engine is there, of this user or of root."""
+    """Whether it holds a readable engine that belongs to this user or to root."""
     trusted = (0, os.geteuid())
     try:
         return os.access(place / ENGINE, os.R_OK) and all(
@@ -127,7 +127,7 @@ def _is_usable(place: Path) -> bool:
 
 def load(place: Path) -> Built:
     """Read a built engine. Raises DeviceError."""
-    with suppress(OSError):  # root's, read by the daemon
+    with suppress(OSError):  # another owner; the time of use stays
         os.utime(place)
     try:
         return Built((place / ENGINE).read_bytes(), (place / KERNELS).read_bytes())
@@ -138,10 +138,10 @@ def load(place: Path) -> Built:
 
 
 def store(facts: Facts, built: Built, cache: Path) -> Path:
-    """Keep an engine: a reader finds a whole one at every moment. Removes those that were not used for longest.
+    """Store an engine atomically, and remove the least recently used ones.
 
-    Where one of its key is already, each file is replaced by itself: files of one key fit each other. Raises
-    DeviceError when the disk refuses.
+    Where its key exists already, each file is replaced by itself: files of one key fit each other. Raises DeviceError
+    when it cannot be written.
     """
     place = cache / facts.key
     contents = {KERNELS: built.cubin, FACTS: msgspec.json.format(msgspec.json.encode(facts)), ENGINE: built.engine}
@@ -163,7 +163,7 @@ def store(facts: Facts, built: Built, cache: Path) -> Path:
 
 
 def _prune(cache: Path, newest: Path) -> None:
-    """Keep KEPT engines, the newest among them. Removed is only what is named by the key of its own facts."""
+    """Remove all but KEPT engines; `newest` stays. Only folders named by the key of their own facts are removed."""
     engines = sorted((p for p in cache.iterdir() if _is_ours(p)), key=lambda p: (p != newest, -p.stat().st_mtime))
     for place in engines[KEPT:]:
         shutil.rmtree(place, ignore_errors=True)
@@ -177,7 +177,7 @@ def _is_ours(place: Path) -> bool:
 
 
 def adopt(place: Path, cache: Path) -> Path:
-    """Keep an engine that another user's process has built, and its timing caches.  → its place. Raises DeviceError."""
+    """Store what another user's process has built: engine and timing caches.  → its place. Raises DeviceError."""
     try:
         if not _is_ours(place):
             raise DeviceError(f"the builder left no engine in {place}")
@@ -186,11 +186,11 @@ def adopt(place: Path, cache: Path) -> Path:
         facts = msgspec.json.decode(plain_bytes(place / FACTS), type=Facts)
         return store(facts, Built(plain_bytes(place / ENGINE), plain_bytes(place / KERNELS)), cache)
     except OSError as error:
-        raise DeviceError(f"the engine cannot be taken over from {place}: {error.strerror or error}") from None
+        raise DeviceError(f"the engine cannot be copied from {place}: {error.strerror or error}") from None
 
 
 def plain_bytes(path: Path) -> bytes:
-    """Read a file, and nothing that a link leads to. Raises OSError."""
+    """Read a plain file without following a link. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -199,7 +199,7 @@ def plain_bytes(path: Path) -> bytes:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait for the disk."""
+    """Write a file and sync it to disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -207,7 +207,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def replace_durably(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, then put it there."""
+    """Replace a file atomically."""
     fresh = path.with_suffix(".new")
     write_durably(fresh, content)
     fresh.replace(path)

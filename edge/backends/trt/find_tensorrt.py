@@ -1,4 +1,4 @@
-"""TensorRT, or one sentence about why Python does not find it; and its words in our log."""
+"""Imports TensorRT, or says in one sentence why Python does not find it; passes its messages to the log."""
 
 import importlib
 import logging
@@ -37,7 +37,7 @@ def is_gpu_device() -> bool:
 
 
 def why_absent() -> str:
-    """What to do about a TensorRT that cannot be imported."""
+    """Why TensorRT cannot be imported, with the remedy."""
     for base, pattern in SYSTEM_PACKAGES:
         for folder in Path(base).expanduser().glob(f"{pattern}/tensorrt"):
             return (
@@ -50,12 +50,12 @@ def why_absent() -> str:
 
 
 def import_tensorrt() -> ModuleType:
-    """The module, of a version we know. Raises DeviceError."""
+    """The module, of a supported version. Raises DeviceError."""
     try:
         trt = importlib.import_module("tensorrt")
     except ModuleNotFoundError:
         raise DeviceError(why_absent()) from None
-    except (ImportError, OSError) as error:  # the bindings are there, their libraries are not
+    except (ImportError, OSError) as error:  # the bindings exist, their libraries do not
         raise DeviceError(f"TensorRT cannot be imported: {error}") from None
     found = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if found < OLDEST:
@@ -63,22 +63,22 @@ def import_tensorrt() -> ModuleType:
     return trt
 
 
-def make_logger(trt: ModuleType, keep: Callable[[str, str], None]) -> Any:
-    """A TensorRT logger that hands (severity, message) of warnings and errors to `keep`."""
+def make_logger(trt: ModuleType, report: Callable[[str, str], None]) -> Any:
+    """A TensorRT logger that hands (severity, message) of warnings and errors to `report`."""
     base: Any = trt.ILogger
     kinds = trt.ILogger.Severity
 
     class Logger(base):  # type: ignore[misc]
         def __init__(self) -> None:
-            base.__init__(self)  # the bindings insist on it, and on this spelling
+            base.__init__(self)  # the bindings require it, in this spelling
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (kinds.WARNING, kinds.ERROR, kinds.INTERNAL_ERROR):
-                keep(str(getattr(severity, "name", severity)), message)
+                report(str(getattr(severity, "name", severity)), message)
 
     return Logger()
 
 
 def log_messages(severity: str, message: str) -> None:
-    """Pass TensorRT's words on to our log."""
+    """Pass TensorRT's messages to the log."""
     log.log(logging.WARNING if severity == "WARNING" else logging.ERROR, "TensorRT: %s", message)

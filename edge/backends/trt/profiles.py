@@ -10,8 +10,8 @@ BATCHES: Final = (1, 2, 4, 8)
 FULL: Final = 64
 """Positions that fill a multiprocessor: 512 on an Orin Nano, three times the ridge of its roofline.
 
-Beyond that a larger batch is no faster a row. It would cost its own tactics to time, the largest ones, its own copy of
-weights laid out for it, and memory for activations and logits; and short requests would wait for it.
+Beyond that a larger batch is no faster per row, but costs build time for its tactics, a copy of the weights in its own
+layout, and memory for activations and logits; and short requests would wait for it.
 """
 
 
@@ -21,7 +21,7 @@ def length_buckets(canvas_len: int) -> tuple[int, ...]:
 
 
 def batches_of(length: int, processors: int) -> tuple[int, ...]:
-    """The batches of that length that a GPU of so many multiprocessors gains by."""
+    """Batch sizes of that length that still gain throughput on a GPU of so many multiprocessors."""
     return tuple(batch for batch in BATCHES if batch == 1 or batch * length <= FULL * processors)
 
 

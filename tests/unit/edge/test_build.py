@@ -139,7 +139,7 @@ def test_build_as_root_runs_as_nobody_and_adopts_plain_files_only(
     order = Order(str(debug_bundle), str(tmp_path), 512, False)
     command = (sys.executable, "-c", script, msgspec.json.encode(mine).decode())
     if link:
-        with pytest.raises(DeviceError, match="cannot be taken over"):
+        with pytest.raises(DeviceError, match="cannot be copied"):
             build_process.run_build(order, print, command)
         assert engines.find(mine, (tmp_path,)) is None
     else:
@@ -186,7 +186,7 @@ def test_build_shows_progress_and_tensorrts_messages(tmp_path: Path, monkeypatch
     [
         ("import os; os.kill(os.getpid(), 9)", "want of memory.*less than --workspace-mib 512"),
         ("import os; os.kill(os.getpid(), 11)", "the builder crashed \\(SIGSEGV\\)"),
-        ("raise SystemExit(3)", "ended with status 3 and no word"),
+        ("raise SystemExit(3)", "ended with status 3 and no message"),
         ('print(\'{"error": "cannot read the graph"}\'); raise SystemExit(69)', "^cannot read the graph$"),
     ],
 )

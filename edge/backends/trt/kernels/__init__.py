@@ -1,6 +1,6 @@
-"""The two kernels of the device's unmasking loop, and how Python sees their records.
+"""The two kernels of the unmasking loop on the GPU, and their records as numpy dtypes.
 
-`arithmetic.h` is shared with the system's compiler, which tests it on any machine; `unmask.cu` adds the threads.
+`arithmetic.h` also compiles with the system's C++ compiler, for tests on any machine; `unmask.cu` adds the threads.
 """
 
 from functools import lru_cache
@@ -44,7 +44,7 @@ _THRESHOLD: Final = 4
 _ENTROPY_BOUND: Final = 5
 
 _FLAGS: Final = ("--std=c++17", "--fmad=false", "--device-as-default-execution-space", f"-DTHREADS={THREADS}")
-"""No contraction to FMA: it changes the last bit, and with it ties that the processor's loop would see."""
+"""No contraction to FMA: it changes the last bit, and so ties, against the loop in numpy."""
 
 
 def row_of(sampling: Sampling, step: int) -> tuple[int | float, ...]:
@@ -59,7 +59,7 @@ def row_of(sampling: Sampling, step: int) -> tuple[int | float, ...]:
 
 @lru_cache(maxsize=16)
 def ratios(steps: int) -> NDArray[np.float64]:
-    """The unmasking schedule's ratios for each of the passes but the last, which commits all.  → (steps − 1,)
+    """The unmasking schedule's ratio of every step but the last, which commits all.  → (steps − 1,)
 
     A table, because a cosine that differs in its last bit can commit another number of tokens.
     """
@@ -82,8 +82,8 @@ def compile_kernels(architecture: str) -> bytes:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # RuntimeError: the bindings find no library
         remedy = "pip install 'diffusion-llm[cuda13]' ('diffusion-llm[cuda12]' on JetPack 6)"
-        told = " ".join(str(error).split())
-        raise DeviceError(f"the CUDA compiler NVRTC cannot be loaded: {remedy} ({told})") from None
+        why = " ".join(str(error).split())
+        raise DeviceError(f"the CUDA compiler NVRTC cannot be loaded: {remedy} ({why})") from None
 
     def checked(result: tuple[object, ...]) -> object:
         code, *values = result

@@ -1,6 +1,7 @@
-// The arithmetic of one unmasking pass, shared by the device (NVRTC) and the system's compiler, which holds it to numpy.
+// The arithmetic of one denoising step, compiled for the device (NVRTC) and by the system's compiler, for tests against
+// numpy.
 //
-// It says what edge/philox.py and edge/unmask.py say: same Philox stream, same ties (the lower id, then the lower
+// The same as edge/decoding/philox.py and canvas.py: same Philox stream, same ties (the lower id, then the lower
 // position), same order of float32 operations. Compile without contraction to FMA, or the last bit differs.
 #pragma once
 
@@ -17,17 +18,17 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 enum Token { PAD = 0, BOS = 1, EOS = 2, MASK = 3, FIRST_TEXT_ID = 4 };            // shared/tokens.py
-enum Domain { TOKEN_DOMAIN = 0, ORDER_DOMAIN = 1 };                               // edge/philox.py
+enum Domain { TOKEN_DOMAIN = 0, ORDER_DOMAIN = 1 };                               // edge/decoding/philox.py
 enum Rule { RANDOM = 0, CONFIDENCE = 1, MARGIN = 2, ENTROPY = 3, THRESHOLD = 4, ENTROPY_BOUND = 5 };
 enum Schedule { LINEAR = 0, COSINE = 1 };
 
-constexpr float COLDEST = 1e-30f;       // edge/unmask.py: argmax already
+constexpr float COLDEST = 1e-30f;       // edge/decoding/canvas.py: argmax already
 constexpr float NEVER = -3.0e38f;       // below every score; finite, so that no difference of two is NaN
 
 // One request's row of the batch. The host writes it when the request joins; the device advances `step`.
 struct Row {
     u64 seed;
-    int step;           // passes made
+    int step;           // steps made
     int steps;          // the most there may be
     int rule;
     int top_k;
@@ -37,7 +38,7 @@ struct Row {
     int broken;         // set by the device when a logit is not a number
 };
 
-// What a masked position offers.
+// The candidate of a masked position.
 struct Candidate {
     int token;
     float confidence;   // its log-probability before temperature
@@ -94,12 +95,12 @@ SHARED_FN float value_of(u32 order) {
 SHARED_FN u32 sort_key(u16 half, u32 id) { return order_of(half) << 16 | (0xFFFF - id); }
 SHARED_FN int id_of(u32 key) { return 0xFFFF - (int)(key & 0xFFFF); }
 
-// --- log-softmax and entropy in one pass ------------------------------------------------------------------------------
+// --- log-softmax and entropy in one sweep -----------------------------------------------------------------------------
 
 struct Softmax {
     float max;
     float sum;          // Σ exp(x − max)
-    float weighted;     // Σ exp(x − max)·(x − max): differences, so that huge logits cost no digits
+    float weighted;     // Σ exp(x − max)·(x − max); of differences, so that large logits lose no digits
 };
 
 SHARED_FN Softmax empty_softmax() {
@@ -134,7 +135,7 @@ SHARED_FN float entropy_of(Softmax s) { return logf(s.sum) - s.weighted / s.sum;
 
 SHARED_FN float tempered(float logp, float temperature) { return logp / fmaxf(temperature, COLDEST); }
 
-// Shuts out what comes after the candidates have reached top_p together; the first to reach it stays.
+// Excludes the candidates after those whose probabilities sum to top_p; the first to reach it stays.
 // score, noisy (k,): best score first.
 SHARED_FN void truncate(const float* score, float* noisy, int k, float top_p) {
     float total = 0.0f, before = 0.0f;
@@ -146,7 +147,7 @@ SHARED_FN void truncate(const float* score, float* noisy, int k, float top_p) {
     }
 }
 
-// The place of the greatest score, the lower id's on a tie.
+// Index of the greatest score; ties go to the lower id.
 SHARED_FN int best_of(const float* noisy, const int* ids, int k) {
     int best = 0;
     for (int i = 1; i < k; ++i)
@@ -154,7 +155,7 @@ SHARED_FN int best_of(const float* noisy, const int* ids, int k) {
     return best;
 }
 
-// --- what a pass commits ----------------------------------------------------------------------------------------------
+// --- what a step commits ----------------------------------------------------------------------------------------------
 
 // Greater is committed first; ties go to the lower position.
 SHARED_FN float priority(Candidate c, Row row, int position) {
@@ -166,14 +167,14 @@ SHARED_FN float priority(Candidate c, Row row, int position) {
     }
 }
 
-// shared/schedule.py, reveal_count. ratio: cos(π(k + 1)/2n) / cos(πk/2n), from the host, whose cosine counts.
+// reveal_count in shared/schedule.py. ratio: cos(π(k + 1)/2n) / cos(πk/2n), computed on the host, whose cosine decides.
 SHARED_FN int reveal_count(int masked, double ratio) {
     const int revealed = masked - (int)floor(masked * ratio + 0.5);
     return revealed < 1 ? 1 : revealed;
 }
 
-// The EB-sampler's rule (arXiv 2505.24857) over ascending entropies: how many, when their sum less the largest, which is
-// the last, may be `bound` at most. At least one.
+// The EB-sampler's rule (arXiv 2505.24857): how many of the ascending entropies have a sum of at most `bound`, the
+// largest (the last) not counted. At least one.
 SHARED_FN int within_bound(const float* entropy, int count, float bound) {
     int within = 1;
     float before = 0.0f;
@@ -181,7 +182,7 @@ SHARED_FN int within_bound(const float* entropy, int count, float bound) {
     return within;
 }
 
-// shared/schedule.py, time_of_masked_fraction. positions: all of the canvas but BOS.
+// time_of_masked_fraction in shared/schedule.py. positions: all of the canvas but BOS.
 SHARED_FN float time_of(int schedule, int masked, int positions) {
     const double fraction = (double)masked / positions;
     return (float)(schedule == LINEAR ? fraction : 2 / 3.14159265358979323846 * acos(1.0 - fraction));

@@ -1,7 +1,8 @@
-// Two kernels that follow the network in each pass: one draws every open position's candidate, one commits some.
+// Two kernels that follow the network in each denoising step: one draws a candidate for each open position, the other
+// commits some of them.
 //
-// B: rows of the batch, L: length of their canvases, V: vocabulary. Blocks of THREADS; nothing is allocated, nothing
-// returns to the host but the canvas, the rows and the times, which lie in memory that both see.
+// B: rows of the batch, L: length of their canvases, V: vocabulary. Blocks of THREADS. Nothing is allocated; the host
+// reads canvas, rows and times from mapped memory.
 #include "arithmetic.h"
 
 #ifndef THREADS
@@ -11,16 +12,16 @@
 
 // The `keep` greatest keys of a row of logits (V,), best first.
 //
-// The K-th greatest of the threads' own maxima bounds the K-th key of all from below, so that few keys are left for
-// the four rounds of radix selection, which then finds it exactly. keep ≤ THREADS, keep ≤ V.
+// The K-th greatest of the threads' own maxima is a lower bound of the K-th key of all: few keys are left for the four
+// rounds of radix selection, which find it exactly. keep ≤ THREADS, keep ≤ V.
 __device__ void select_best(const u16* __restrict__ logits, int vocab, int keep, u32 own_best, u32* best) {
     __shared__ u32 pool[THREADS];
     __shared__ int histogram[256];
     __shared__ u32 least;
-    __shared__ int wanted, found;
+    __shared__ int wanted, taken;
     const int tid = threadIdx.x;
     pool[tid] = own_best;
-    if (tid == 0) least = 0, wanted = keep, found = 0;
+    if (tid == 0) least = 0, wanted = keep, taken = 0;
     __syncthreads();
     int above = 0;
     for (int i = 0; i < THREADS; ++i) above += pool[i] > own_best;
@@ -47,7 +48,7 @@ __device__ void select_best(const u16* __restrict__ logits, int vocab, int keep,
     }
     for (int id = tid; id < vocab; id += THREADS) {
         const u32 key = sort_key(logits[id], id);
-        if (key >= prefix) pool[atomicAdd(&found, 1)] = key;  // `keep` of them, in any order
+        if (key >= prefix) pool[atomicAdd(&taken, 1)] = key;  // `keep` keys in any order
     }
     __syncthreads();
     if (tid < keep) {
@@ -58,7 +59,7 @@ __device__ void select_best(const u16* __restrict__ logits, int vocab, int keep,
     __syncthreads();
 }
 
-// One block a position (grid L × B); those that are not open leave at once.
+// One block per position (grid L × B); blocks of positions that are not open return at once.
 extern "C" __global__ void __launch_bounds__(THREADS) draw_candidates(
     const u16* __restrict__ logits,         // (B, L, V) float16
     const int* __restrict__ canvas,         // (B, L)
@@ -109,17 +110,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw_candidates(
     }
 }
 
-// One block a row (grid B): rank the candidates, write the first of them for good, and what follows with certainty.
+// One block per row (grid B): rank the candidates, commit the first of them, and the tokens that follow with certainty.
 //
-// edge/unmask.py's `commit` in words: an end drawn left of a text token cannot stand and waits; behind the first end
-// everything is PAD, and an end directly behind text is EOS.
+// `commit` in edge/decoding/canvas.py: an end drawn left of a text token is not committed; after the first end
+// everything is PAD, and an end directly after text is EOS.
 extern "C" __global__ void __launch_bounds__(THREADS) commit_candidates(
     int* __restrict__ canvas,                   // (B, L)
     const u8* __restrict__ fill,                // (B, L)
     Row* __restrict__ rows,                     // (B,)
-    const double* __restrict__ ratios,          // (B, ratio_stride) of neighbours on the reveal grid
+    const double* __restrict__ ratios,          // (B, ratio_stride) of the unmasking schedule
     const Candidate* __restrict__ candidates,   // (B, L)
-    float* __restrict__ t,                      // (B,) the time of the next pass
+    float* __restrict__ t,                      // (B,) diffusion time of the next step
     int length, int ratio_stride, int whole_length, int schedule) {
     __shared__ int line[MAX_LENGTH];
     __shared__ float score[MAX_LENGTH], ordered_entropy[MAX_LENGTH];
@@ -141,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) commit_candidates(
     __syncthreads();
     if (left == 0) return;
 
-    // A position's rank is the number of those that come before it; open[i] becomes 1 + rank.
+    // A position's rank is the number of open positions that come before it.
     int rank[(MAX_LENGTH + THREADS - 1) / THREADS];
     for (int i = tid, n = 0; i < length; i += THREADS, ++n) {
         rank[n] = 0;
@@ -161,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) commit_candidates(
     __syncthreads();
 
     for (int i = tid, n = 0; i < length; i += THREADS, ++n) {
-        open[i] = open[i] && rank[n] < count;  // now: committed in this pass
+        open[i] = open[i] && rank[n] < count;  // now: committed in this step
         if (open[i] && candidates[i].token >= FIRST_TEXT_ID) line[i] = candidates[i].token;
         if (line[i] >= FIRST_TEXT_ID) atomicMax(&last_text, i);
     }

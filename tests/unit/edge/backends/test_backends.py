@@ -68,7 +68,7 @@ def test_auto_on_a_gpu_device_that_falls_back_is_degraded(
     monkeypatch.setattr(edge.backends, "_load_trt", broken)
     backend, name, degraded = choose_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
     assert (name, degraded) == ("ort", "no engine for this bundle" if ours else "RuntimeError: Myelin:\\nsegment")
-    assert "the GPU cannot be used, and the CPU serves: " in caplog.text
+    assert "the GPU cannot be used, the CPU serves instead: " in caplog.text
     backend.close()
 
 

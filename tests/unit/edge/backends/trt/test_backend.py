@@ -177,13 +177,15 @@ def test_backend_closes_a_device_that_also_fails_to_free(bench: Bench, caplog: p
 
 def test_backend_without_gpu_memory_says_how_much_is_free(bench: Bench) -> None:
     bench.driver.fails = {"cuMemAlloc": Result.CUDA_ERROR_OUT_OF_MEMORY}
-    with pytest.raises(DeviceError, match=r"cannot give \d+ MiB, 1024 of 8192 MiB are free: stop what else uses it"):
+    with pytest.raises(
+        DeviceError, match=r"cannot allocate \d+ MiB, 1024 of 8192 MiB are free: stop what else uses it"
+    ):
         bench.open()
 
 
 def test_backend_tells_a_rejected_engine_from_other_faults(bench: Bench) -> None:
     bench.trt.refuses = {"engine"}
-    with pytest.raises(EngineRejected, match=r"TensorRT 10.3.0 does not take the cached engine"):
+    with pytest.raises(EngineRejected, match=r"TensorRT 10.3.0 rejects the cached engine"):
         bench.open()
 
 

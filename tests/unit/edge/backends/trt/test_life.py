@@ -107,14 +107,14 @@ def test_builder_without_memory_says_what_helps(jetson: Jetson) -> None:
     with pytest.raises(DeviceError, match=helps):
         jetson.fulfil()
     jetson.tensorrt.says = "Error Code 10: Could not find any implementation for node"
-    with pytest.raises(DeviceError, match="built no engine; its own words are above"):
+    with pytest.raises(DeviceError, match="built no engine; its messages are above"):
         jetson.fulfil()
     assert list(jetson.cache.iterdir()) == []
 
 
 def test_builder_keeps_no_engine_that_its_own_tensorrt_rejects(jetson: Jetson) -> None:
     jetson.tensorrt.refuses = {"engine"}
-    with pytest.raises(DeviceError, match="does not take the engine that it has just built"):
+    with pytest.raises(DeviceError, match="rejects the engine that it has just built"):
         jetson.fulfil()
     assert list(jetson.cache.iterdir()) == []
 
@@ -153,7 +153,7 @@ def test_load_builds_a_rejected_engine_once_more(
     place = stale(jetson)
     backend = load_backend("trt", jetson.bundle, jetson.manifest, 0)
     assert [(order.cache, order.force) for order in rebuilds] == [(str(jetson.cache), True)]
-    assert "does not take the cached engine: building it once more" in caplog.text
+    assert "rejects the cached engine: building it again" in caplog.text
     assert engines.load(place).engine != STALE
     row = open_row(jetson.manifest, jetson.manifest.model.canvas_len, seed=1)
     advance(backend, jetson.manifest.schedule, [row])
@@ -167,7 +167,7 @@ def test_load_does_not_build_a_rejected_engine_twice(
 ) -> None:
     stale(jetson)
     monkeypatch.setattr(build_process, "run_build", lambda order, tell: rebuilds.append(order))
-    with pytest.raises(DeviceError, match="does not take the cached engine"):
+    with pytest.raises(DeviceError, match="rejects the cached engine"):
         load_backend("trt", jetson.bundle, jetson.manifest, 0)
     assert len(rebuilds) == 1
     assert not any(jetson.driver.live.values())

@@ -126,7 +126,7 @@ def test_pycuda_memory_keeps_the_protocol_with_the_real_package(pycuda: Path, tm
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     refused, told = done.stdout.splitlines()
-    assert refused.startswith("pycuda cannot give 0 MiB: cuMemAlloc failed")
+    assert refused.startswith("pycuda cannot allocate 0 MiB: cuMemAlloc failed")
     assert told == f"{VERSION} False"
 
 
