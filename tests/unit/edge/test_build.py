@@ -184,7 +184,7 @@ def test_build_shows_progress_and_tensorrts_messages(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("script", "sentence"),
     [
-        ("import os; os.kill(os.getpid(), 9)", "want of memory.*less than --workspace-mib 512"),
+        ("import os; os.kill(os.getpid(), 9)", "memory ran out.*less than --workspace-mib 512"),
         ("import os; os.kill(os.getpid(), 11)", "the builder crashed \\(SIGSEGV\\)"),
         ("raise SystemExit(3)", "ended with status 3 and no message"),
         ('print(\'{"error": "cannot read the graph"}\'); raise SystemExit(69)', "^cannot read the graph$"),
