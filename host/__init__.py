@@ -4,10 +4,10 @@ import os
 import sys
 from importlib.util import find_spec
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's wheels report home unless told before the import
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: ONNX Runtime's wheels send telemetry by default
 
-# While Python looks for the module of `python -m host.…`, argv[0] is "-m": a command without its packages is to end in
-# one sentence. A program that imports the host gets Python's own error.
+# argv[0] is "-m" while Python imports the module of `python -m host.…`: a command without its packages ends in one
+# sentence. A program that imports the host gets Python's own error.
 if sys.argv[:1] == ["-m"]:
     needed = ("torch", "datasets", "pyarrow", "safetensors", "onnx", "tqdm", "matplotlib")
     if missing := [name for name in needed if find_spec(name) is None]:

@@ -1,4 +1,4 @@
-"""What the machine at hand multiplies fast, and what it is called."""
+"""The machine at hand: its fast number types, its name, its clocks."""
 
 import platform
 import re
@@ -10,7 +10,7 @@ import torch
 
 
 def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
-    """bf16 where the chip multiplies it, FP16 on older GPUs, None (float32) on CPUs that would emulate it."""
+    """bf16 where the chip supports it, FP16 on older GPUs, None (float32) on CPUs that would emulate bf16."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -23,11 +23,11 @@ def machine_of(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         cpu_info = Path("/proc/cpuinfo")
-        found = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.exists() else "", re.MULTILINE)
-        name = f"{found[1] if found else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        model = re.search(r"^model name\s*: (.+)$", cpu_info.read_text() if cpu_info.exists() else "", re.MULTILINE)
+        name = f"{model[1] if model else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, {str(mixed_precision_dtype(device) or torch.float32).removeprefix('torch.')}"
 
 
 def work_clock(device: torch.device) -> Callable[[], float]:
-    """Seconds of work: CPU time of all threads, or on a GPU, which works while its host waits, the time it is held."""
+    """Clock of compute time in seconds: CPU time of all threads, or wall time where a GPU works."""
     return time.perf_counter if device.type == "cuda" else time.process_time

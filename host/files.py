@@ -1,5 +1,4 @@
-"""What several commands do with files and flags: swap a folder in whole, hold one against other processes, check
-numbers."""
+"""Files and flags of several commands: replace a folder atomically, lock it, check numeric flags."""
 
 import argparse
 import ctypes
@@ -19,7 +18,7 @@ _HERE, _RENAME_EXCHANGE = -100, 2  # of Linux: AT_FDCWD, and renameat2's flag
 
 @contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold a folder against other processes; DataError(refusal) when one of them holds it."""
+    """Lock a folder against other processes; DataError(refusal) when another holds the lock."""
     with ExitStack() as opened:
         try:
             handle = os.open(folder, os.O_RDONLY)
@@ -34,7 +33,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 
 @contextmanager
 def swapped_in(out: Path) -> Iterator[Path]:
-    """A scratch folder beside `out` that takes its place when the block ends well; otherwise the old one stays.
+    """A scratch folder beside `out` that replaces it when the block succeeds; otherwise the old one stays.
 
     Readers find the old folder or the new one, whole. What a killed run left in the scratch folder is cleared first.
     Raises DiffusionLLMError when another process is writing `out`, or the disk refuses.
@@ -69,7 +68,7 @@ def _clear(folder: Path) -> None:
 
 
 def _take_place(scratch: Path, out: Path, replaced: Path) -> None:
-    """Move `scratch` to `out`; what was there ends up in `replaced`."""
+    """Move `scratch` to `out`, and what was there to `replaced`."""
     if not out.exists():
         scratch.rename(out)
     elif _exchange(scratch, out):
@@ -84,10 +83,7 @@ def _take_place(scratch: Path, out: Path, replaced: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step: whoever looks finds the old or the new, at every moment.
-
-    False where the file system cannot (some network shares): nothing has moved then. Raises OSError.
-    """
+    """Exchange two paths atomically.  → False where the file system cannot, as on some network shares"""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
@@ -98,10 +94,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def check_numbers(args: argparse.Namespace, at_most: Mapping[str, float]) -> None:
-    """ConfigError names the flag whose number is not above 0, or above its limit, or whose seed is no 63-bit number.
-
-    A flag that was not given passes.
-    """
+    """ConfigError names a flag, if given, that is not above 0 or above its limit, and a seed outside 63 bits."""
     for name, most in at_most.items():
         value = getattr(args, name, None)
         if value is None:

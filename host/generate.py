@@ -1,13 +1,12 @@
 """Text from a trained run by the torch reference samplers: slow, for looking at a model before it is exported.
 
-A run that has learned to write left to right does so, with the drafts of its drafter if it has one. Others fill a
-canvas, and so does a run that has learned both where --steps, --selection or --max-tokens ask for it.
+A run with the objective ar writes left to right, with drafts if it has a drafter. A run without it fills a canvas, and
+so does one with both objectives when --steps, --selection or --max-tokens is given.
 """
 
 import argparse
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -29,11 +28,11 @@ from shared.tokens import BOS, EOS, PAD
 
 
 def checked_request(args: argparse.Namespace, seed: int) -> GenerateRequest:
-    """The flags as the edge would take them; raises RequestError naming what it would refuse."""
+    """The flags as a request to the edge; RequestError names the field that it would refuse."""
     names = ("prompt", "steps", "temperature", "top_p", "max_tokens")
     fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):  # JSON has no such numbers, and would say null
+        if isinstance(value, float) and not math.isfinite(value):  # JSON would encode it as null
             raise RequestError("bad_request", f"`{name}` must be a number, not {value}")
     try:
         return decode_request(msgspec.json.encode(fields | {"seed": seed}))
@@ -70,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_written(model: Denoiser, texts: Texts, *, layout: Layout, prompt: list[int], settings: Settings) -> None:
-    """The text that the autoregressive law continues a prompt with."""
+    """Print the text that continues a prompt left to right, and what it cost."""
     window = 0 if model.drafter is None else len(model.drafter.depths)
     started = time.perf_counter()
     written = write(model, [prompt], settings=settings, open_end=True, window=window)
@@ -92,20 +91,14 @@ def main() -> None:
     model, progress = load_run(run)
     texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
     layout = texts.lay_out(requests[0])
-    base = Settings(
-        0,
-        args.steps or usual.steps,
-        args.selection or usual.selection,
-        args.temperature,
-        min(TOP_K, model.config.vocab_size),
-        args.top_p,
-    )
-    settings = [replace(base, seed=seed) for seed in args.seed]
-    of_canvas = [name for name in ("steps", "selection", "max_tokens") if getattr(args, name) is not None]
-    if of_canvas and "canvas" not in progress.objectives:
-        flag = f"--{of_canvas[0].replace('_', '-')}"
+    steps, selection = args.steps or usual.steps, args.selection or usual.selection
+    top_k = min(TOP_K, model.config.vocab_size)
+    settings = [Settings(seed, steps, selection, args.temperature, top_k, args.top_p) for seed in args.seed]
+    canvas_flags = [name for name in ("steps", "selection", "max_tokens") if getattr(args, name) is not None]
+    if canvas_flags and "canvas" not in progress.objectives:
+        flag = f"--{canvas_flags[0].replace('_', '-')}"
         raise ConfigError(f"{flag} is for a canvas: {run} has not learned that objective")
-    if "ar" in progress.objectives and not of_canvas:
+    if "ar" in progress.objectives and not canvas_flags:
         given = layout.canvas[1:][~layout.fill[1:]].tolist()
         for one in settings:
             print_written(model, texts, layout=layout, prompt=given, settings=one)

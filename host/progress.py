@@ -10,7 +10,7 @@ LINE_EVERY_S: Final = 10.0
 
 
 class _Lines(io.TextIOBase):
-    """A bar redraws itself behind a carriage return; here each drawing is a line of its own."""
+    """Turns each redraw of a bar, which starts with a carriage return, into a line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

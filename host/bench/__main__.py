@@ -39,7 +39,7 @@ MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micr
 
 
 def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
-    """Write about `size_bytes` of story-like text: sentences of words as frequent as in a language (Zipf's law)."""
+    """Write about `size_bytes` of stories made of random words, with Zipf frequencies as in natural language."""
     rng = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(["".join(rng.choice(letters, size=1 + rng.poisson(3.5))) for _ in range(WORDS)])
@@ -55,14 +55,14 @@ def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
                 file.write(" ".join(sentences) + "\n\n")
 
 
-def bench_data(gigabytes: float) -> None:
+def bench_data(args: argparse.Namespace) -> None:
     """Prepare a generated file in a process of its own; print its peak memory and speed."""
     with tempfile.TemporaryDirectory(prefix="host-bench-") as folder:
         source, out = Path(folder, "stories.txt"), Path(folder, "out")
-        write_stories(source, int(gigabytes * GIGABYTE))
+        write_stories(source, int(args.gigabytes * GIGABYTE))
         started = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", "host.data", "--source", str(source), "--out", str(out)])
-        _, status, usage = os.wait4(process.pid, 0)  # this child's own peak, which Popen does not tell
+        _, status, usage = os.wait4(process.pid, 0)  # this child's own peak memory, which Popen does not report
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -77,11 +77,10 @@ def bench_data(gigabytes: float) -> None:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    """Print the StepSpeed of the shape that the command line gives."""
+    """Print the StepSpeed of the given shape as JSON."""
     shape = [getattr(args, name) for name in SHAPE]
     if min(shape) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
         raise ConfigError(f"no network has the shape {' '.join(map(str, shape))}")
-    check_numbers(args, MOST)
     from host.bench.step import measure_step
     from host.model.network import ModelConfig  # torch, which `data` does without
 
@@ -89,8 +88,7 @@ def bench_step(args: argparse.Namespace) -> None:
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    """Print the TrainSpeed of each configuration."""
-    check_numbers(args, MOST)
+    """Print one line for each configuration and mixture of objectives."""
     from host.bench.training import measure_training
     from host.model.network import config_named  # torch, which `data` does without
     from host.train.objectives import parse_mixture
@@ -165,14 +163,8 @@ def main() -> None:
     given = sys.argv[1:]
     named = bool(given) and given[0] in (*commands.choices, "-h", "--help")
     args = parser.parse_args(given if named else ["train", *given])
-    if args.command == "train":
-        bench_train(args)
-        return
-    if args.command == "step":
-        bench_step(args)
-        return
     check_numbers(args, MOST)
-    bench_data(args.gigabytes)
+    {"train": bench_train, "step": bench_step, "data": bench_data}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What this machine could do at best: matrix products of torch and of ONNX Runtime, in GFLOP/s."""
+"""Peak speed of this machine: matrix products by torch and by ONNX Runtime, in GFLOP/s."""
 
 import statistics
 import time
@@ -11,13 +11,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 PEAK_SIZE: Final = 1024
-PEAK_SIZE_CUDA: Final = 8192  # a data-centre GPU is not busy with less
+PEAK_SIZE_CUDA: Final = 8192  # smaller products leave a data-centre GPU idle
 REPEATS: Final = 15
 WARM_UP: Final = 3
 
 
 def median_s(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median seconds of a call, after a few that do not count."""
+    """Median seconds of a call, after a few to warm up."""
     times = []
     for _ in range(WARM_UP + repeats):
         started = time.perf_counter()
@@ -27,7 +27,7 @@ def median_s(run: Callable[[], object], repeats: int = REPEATS) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+    """Return when a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""What a step costs in torch, and what this machine could do at best: what `edge.bench` compares with."""
+"""The cost of a denoising step in torch, beside this machine's peaks: what `edge.bench` compares with."""
 
 import msgspec
 import torch
@@ -9,7 +9,7 @@ from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
 
 class StepSpeed(msgspec.Struct, frozen=True):
-    """torch_ms: median of a step. gflop: matmul work of our step. The peaks are of one square product, in 10⁹ op/s."""
+    """torch_ms: median of a step. gflop: matmul work of the CPU graph's step. Peaks: a square product, 10⁹ op/s."""
 
     torch_ms: float
     gflop: float

@@ -1,6 +1,6 @@
-"""How fast training is: our loop and the baseline's in turn on the same data, beside what the machine could do at best.
+"""Training speed: our loop and the baseline's, by turns on the same data, beside the machine's peak.
 
-Tokens are real ones, text and EOS; work done on padding counts for neither loop.
+Tokens are text and EOS; work on padding counts for neither loop.
 """
 
 import itertools
@@ -31,7 +31,7 @@ DTYPE_NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float
 class TrainSpeed(msgspec.Struct, frozen=True):
     """Medians over steps. gflop_per_token: forward and backward, without padding and unscored positions.
 
-    peaks: GFLOP/s of square products, by type; first that of the type which our loop runs in.
+    peaks: GFLOP/s of square products by dtype, that of our loop first.
     """
 
     config: str
@@ -49,17 +49,17 @@ class TrainSpeed(msgspec.Struct, frozen=True):
 
     @property
     def peak_type(self) -> str:
-        """The type whose peak is the best that our loop could reach."""
+        """The dtype that our loop multiplies in."""
         return next(iter(self.peaks))
 
     @property
     def gflops(self) -> float:
-        """Matrix products of the model, GFLOP/s."""
+        """Speed of the model's matrix products, GFLOP/s."""
         return self.tokens_per_s * self.gflop_per_token
 
     @property
     def fraction_of_peak(self) -> float:
-        """Those over the peak of our loop's type."""
+        """gflops over the peak of our loop's dtype."""
         return self.gflops / self.peaks[self.peak_type]
 
 
@@ -76,10 +76,10 @@ def measure_training(
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = replace(config, vocab_size=data.meta.vocab_size)
-    theirs, numbers = BaselineLoop(model, data, device), itertools.count()
+    plain, numbers = BaselineLoop(model, data, device), itertools.count()
 
     def baseline() -> int:
-        return theirs.step(next(numbers))[2]
+        return plain.step(next(numbers))[2]
 
     with tempfile.TemporaryDirectory(prefix="host-bench-") as out:
         progress = Progress(model, objectives, "linear")

@@ -1,5 +1,6 @@
 """Which linear layers lose most to INT8: the order in which they are left in float when a graph misses its gate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,13 @@ def layer_errors(fp16: onnx.ModelProto, canvases: Canvases) -> list[LayerError]:
             total[layer.name] += float(np.square(exact).sum())
     errors = [LayerError(name, (wrong[name] / total[name]) ** 0.5) for name in wrong]
     return sorted(errors, key=lambda e: -e.error)
+
+
+def print_errors(errors: Sequence[LayerError]) -> None:
+    """One line for each layer."""
+    print("\nerror of each linear layer alone in INT8, worst first")
+    for error in errors:
+        print(f"  {error.layer.removesuffix('.matmul'):30} {error.error:7.2%}")
 
 
 def _rounded(value: NDArray[np.float32], largest: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import torch
@@ -119,11 +118,11 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
 
 
-def load_model(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[Denoiser, Progress]:
-    """The network of a checkpoint, ready to score; by default with the EMA weights."""
+def load_model(path: Path) -> tuple[Denoiser, Progress]:
+    """The network of a checkpoint with its EMA weights, ready to score."""
     progress = read_progress(path)
     model = Denoiser(progress.model)
-    _load_weights(model, path, f"{weights}.")
+    _load_weights(model, path, "ema.")
     return model.eval(), progress
 
 

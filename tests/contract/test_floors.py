@@ -28,10 +28,10 @@ FLOORS: Final[dict[str, tuple[str, ...]]] = {
     "host 3": ("host.evaluate",),
     "host 4": ("host.export",),
     "host 5": ("host.experiments", "host.generate"),
-    "host 6": ("host.ablate", "host.baseline", "host.bench", "host.compare"),
+    "host 6": ("host.baseline", "host.bench", "host.compare"),
 }
-EDGE_ROOMS_OF_THE_HOST: Final = frozenset({"edge.backends", "edge.decoding"})
-"""All that the training host may import of the edge: what it measures its graphs against."""
+EDGE_ROOMS_OF_THE_HOST: Final = frozenset({"edge.decoding"})
+"""All that the training host may import of the edge: the layout of texts, which both read and write."""
 
 HEAVY: Final[dict[str, str]] = {
     # Packages that a function may import by itself, with the reason; all others belong at a module's top.

@@ -10,7 +10,7 @@ from host import generate
 from host.bench import __main__ as bench
 from host.data import prepare
 from host.evaluate import __main__ as evaluate
-from host.experiments import ablate, baseline, compare
+from host.experiments import baseline, compare
 from host.train import trainer
 from tests.support.commands import call
 
@@ -20,7 +20,6 @@ MAINS: dict[str, Callable[[], None]] = {
     "evaluate": evaluate.main,
     "generate": generate.main,
     "bench": bench.main,
-    "ablate": ablate.main,
     "baseline": baseline.main,
     "compare": compare.main,
 }

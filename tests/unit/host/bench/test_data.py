@@ -1,5 +1,6 @@
 """`python -m host.bench data`: a generated file, prepared by the real command, measured from outside."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def test_bench_data_prints_memory_and_speed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    bench_data(0.0001)
+    bench_data(Namespace(gigabytes=0.0001))
     figures = capsys.readouterr().out.splitlines()[-1].split()
     assert figures[-1] == "MB"
     assert 50 < int(figures[-2]) < 2000
