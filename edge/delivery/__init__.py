@@ -1,1 +1,1 @@
-"""What was accepted is answered: the journal on disk and the outbox that keeps its promises."""
+"""Reliable delivery: accepted requests are answered exactly once, also after a restart. Journal, outbox, publisher."""

@@ -1,10 +1,9 @@
-"""What the daemon promised over MQTT, kept where neither a crash nor a power cut can take it: one SQLite file.
+"""Accepted MQTT requests and their answers in one SQLite file, which survives crashes and power cuts.
 
-A request is written before it is acknowledged, its answer before it is published. It is known by (client, reply
+A request is written before it is acknowledged, its answer before it is published. It is identified by (client, reply
 address, id): sent again with the same payload it gets the stored answer, byte for byte; with another payload it is a
-conflict. That holds for KEEP_S after the answer was delivered, whatever the load: when the file is full, new requests
-are refused.
-The Unix socket needs none of this: its client is there until the answer, and hanging up cancels.
+conflict. That holds for KEEP_S after delivery under any load: when the file is full, new requests are refused.
+The Unix socket needs no journal: its clients stay connected until the answer, and hanging up cancels.
 """
 
 import os
@@ -21,15 +20,15 @@ from edge.system.locked import Locked
 from shared.errors import ConfigError, RequestError
 
 KEEP_S: Final = 24 * 3600.0
-"""How long a delivered answer can be had again, in the journal's own time."""
+"""How long a delivered answer can be requested again, in the journal's own time."""
 MAX_BYTES: Final = 256 << 20
 """Size of the file above which new requests are refused, until answers are old enough to go."""
 SHARED: Final = 0.75
-"""Above this part of MAX_BYTES only clients that hold little are accepted: who fills the journal leaves them room."""
+"""Above this share of MAX_BYTES only clients that hold less than LITTLE are accepted: room for the others."""
 LITTLE: Final = 0.05
-"""Part of MAX_BYTES."""
+"""Share of MAX_BYTES."""
 ROW_BYTES: Final = 200
-"""What a row takes beside its payloads, about."""
+"""Approximate size of a row without its payloads."""
 SPARE_BYTES: Final = 4 << 20
 """Below this much free space new requests are refused, so that answers to accepted ones still find room."""
 RETRY_AFTER_MS: Final = 60_000
@@ -39,7 +38,7 @@ FILE: Final = "journal.sqlite"
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS request (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again: the answer to an old one cannot meet a new one
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused: a late answer cannot reach another request
     client TEXT NOT NULL,
     address TEXT NOT NULL,
     id TEXT,
@@ -49,12 +48,12 @@ CREATE TABLE IF NOT EXISTS request (
     bundle TEXT NOT NULL,
     accepted_s REAL NOT NULL,               -- Unix time
     deadline_s REAL,                        -- Unix time
-    suspect INTEGER NOT NULL DEFAULT 0,     -- whether the process ever ended while it computed this
-    attempts INTEGER NOT NULL DEFAULT 0,    -- how often it did so while it computed nothing else
+    suspect INTEGER NOT NULL DEFAULT 0,     -- whether the process ended while computing this
+    attempts INTEGER NOT NULL DEFAULT 0,    -- how often it ended while computing nothing else
     answer BLOB,
     answered_s REAL,                        -- the journal's own time
-    tries INTEGER NOT NULL DEFAULT 0,       -- how often the broker refused to take the answer
-    delivered_s REAL                        -- when the broker took it, or it was given up: the journal's own time
+    tries INTEGER NOT NULL DEFAULT 0,       -- how often the broker refused the answer
+    delivered_s REAL                        -- when the broker took it, or it was given up; the journal's own time
 );
 CREATE UNIQUE INDEX IF NOT EXISTS identity ON request (client, address, id) WHERE id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS open ON request (seq) WHERE answer IS NULL;
@@ -73,8 +72,8 @@ _SIZE: Final = " + ".join([str(ROW_BYTES), *(f"coalesce(length({column}), 0)" fo
 class Entry:
     """A request of the journal. deadline_s: Unix time. answer: None while it is unfinished.
 
-    suspect: the process ended at least once while it computed this, perhaps beside others. attempts: how often it ended
-    while it computed nothing else.
+    suspect: the process ended while computing this, perhaps beside others. attempts: how often it ended while computing
+    nothing else.
     """
 
     seq: int
@@ -95,8 +94,8 @@ class Entry:
 class Journal:
     """One file in the state folder, owned by one daemon. Thread-safe. Raises ConfigError when it cannot be opened.
 
-    Its own time goes on while it is open, and from the last answer when it is opened again: a clock that is set, by
-    years perhaps when a device finds a network, makes no answer old.
+    Its own time advances while it is open, and continues from the last answer at the next start: setting the clock,
+    perhaps by years once a device has a network, ages no answer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,14 +111,14 @@ class Journal:
         last = "SELECT max(coalesce(max(answered_s), 0), coalesce(max(delivered_s), 0)) FROM request"
         with self._db as db:
             self._began_s: float = db.execute(last).fetchone()[0] - time.monotonic()
-        self._blame()
+        self._mark_suspects()
 
     def find(self, client: str, address: str, id: str) -> Entry | None:
-        """The request known by that name."""
+        """The request of that identity."""
         return next(self._select("client = ? AND address = ? AND id = ?", client, address, id), None)
 
     def entry(self, seq: int) -> Entry | None:
-        """The request of that number, if it was not forgotten."""
+        """The request of that number, unless it was deleted."""
         return next(self._select("seq = ?", seq), None)
 
     def accept(
@@ -134,9 +133,9 @@ class Journal:
         bundle: str,
         deadline_s: float | None,
     ) -> int:
-        """Write a request for good.  → its number. Raises RequestError `storage_full`.
+        """Store a request.  → its number. Raises RequestError `storage_full`.
 
-        client: whose share of the file it counts for.
+        client: counts against its share of the file.
         """
         self._make_room(client)
         row = (client, address, id, payload_sha256, request, correlation, bundle, time.time(), deadline_s)
@@ -156,11 +155,11 @@ class Journal:
         tried: Iterable[int] = (),
         given_up: Iterable[int] = (),
     ) -> None:
-        """Write answers with the correlation data they go out with, and what became of sending, in one transaction.
+        """Store answers with their correlation data, and outcomes of sending, in one transaction.
 
-        delivered: the broker has them; what their senders can ask for again stays: nothing of a request without an id.
-        tried: it refused them, once more. given_up: they are not sent any more, unless asked for. The first answer to a
-        request stays. Raises sqlite3.Error, when the disk is full for one.
+        delivered: the broker has them; requests without an id are deleted, of others the answer stays. tried: the
+        broker refused them once more. given_up: not sent again, unless requested. The first answer to a request stays.
+        Raises sqlite3.Error, for instance when the disk is full.
         """
         now = self._now_s()
         with self._transaction() as db:
@@ -179,31 +178,31 @@ class Journal:
         return list(self._select("answer IS NULL"))
 
     def undelivered(self) -> list[int]:
-        """Numbers of what is answered and still to be delivered, oldest first: the answers might fill the memory."""
+        """Numbers of undelivered answers, oldest first; the answers themselves might fill the memory."""
         condition = "answer IS NOT NULL AND delivered_s IS NULL"
         with self._db as db:
             return [seq for (seq,) in db.execute(f"SELECT seq FROM request WHERE {condition} ORDER BY seq")]
 
     def prune(self) -> None:
-        """Forget answers that were delivered, or given up, more than KEEP_S ago, and nothing else."""
-        with suppress(sqlite3.Error), self._transaction() as db:  # a full disk forgets nothing
+        """Delete answers that were delivered, or given up, more than KEEP_S ago."""
+        with suppress(sqlite3.Error), self._transaction() as db:  # a full disk
             db.execute("DELETE FROM request WHERE delivered_s < ?", (self._now_s() - KEEP_S,))
 
     def computing(self, numbers: Iterable[int]) -> None:
-        """Note which requests are being computed, in a way that outlives the process but costs no sync."""
+        """Record which requests are being computed: survives a crash of the process, and needs no sync."""
         numbers = list(numbers)[:MAX_COMPUTING]
         os.pwrite(self._computing, _pack(numbers), 0)
 
     def close(self, orderly: bool = True) -> None:
-        """Let go of the file. orderly: whatever is unfinished is not to blame."""
+        """Close the file. orderly: no unfinished request is suspected of having ended the process."""
         if orderly:
             self.computing([])
         os.close(self._computing)
         with self._db as db:
             db.close()
 
-    def _blame(self) -> None:
-        """Note the requests during which the last process ended; whoever was alone then is charged with it."""
+    def _mark_suspects(self) -> None:
+        """Mark the requests being computed when the last process ended; a single one is charged an attempt."""
         noted = os.pread(self._computing, 8 * MAX_COMPUTING, 0).ljust(8 * MAX_COMPUTING, b"\0")
         numbers = [(number,) for number in struct.unpack(f"<{MAX_COMPUTING}q", noted) if number]
         charge = "suspect = 1, attempts = attempts + 1" if len(numbers) == 1 else "suspect = 1"
@@ -212,7 +211,7 @@ class Journal:
         self.computing([])
 
     def _make_room(self, client: str) -> None:
-        """Raises RequestError `storage_full` when nothing more of that client's may be kept."""
+        """Raise RequestError `storage_full` when no more of that client may be stored."""
         if _free_bytes(self._path) < SPARE_BYTES:
             raise storage_full("the disk has no room to keep this request safe")
         used = self._bytes()
@@ -225,7 +224,7 @@ class Journal:
             raise storage_full("the journal is almost full, and most of its last room is for other clients")
 
     def _holds_more(self, client: str, most_bytes: float) -> bool:
-        """Whether more is kept for a client."""
+        """Whether a client's rows hold more than so many bytes."""
         held = 0
         with self._db as db:
             for (size,) in db.execute(f"SELECT {_SIZE} FROM request WHERE client = ?", (client,)):
@@ -263,7 +262,7 @@ class Journal:
 
 
 def storage_full(why: str) -> RequestError:
-    """The refusal of a request that could not be kept."""
+    """The refusal of a request that cannot be stored."""
     return RequestError("storage_full", why, retry_after_ms=RETRY_AFTER_MS)
 
 
@@ -274,7 +273,7 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one daemon a journal, and no shared-memory file
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA cache_size = -256")  # KiB; whatever else is read lies in the kernel's cache
+        db.execute("PRAGMA cache_size = -256")  # KiB; the kernel caches the rest
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
             raise sqlite3.DatabaseError(f"it is of version {version}, this release makes version {_VERSION}")

@@ -1,4 +1,4 @@
-"""Who sent what is accepted and not answered yet."""
+"""Accepted requests that have no answer yet, and their senders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from edge.system.locked import Locked
 class Sender:
     """Who sent a request, and where its answer goes.
 
-    client: whom to be fair to, and whose ids are told apart: a name, or, for a request on the plain topic, the start of
-    its reply topic, which has a `/`. reliable: it came at QoS 1, so the broker keeps it until `acknowledge` is called,
-    and hands on few before.
+    client: unit of fair queueing and namespace of ids: a name, or, for a request on a plain topic, the first levels of
+    its reply topic, which contain a `/`. reliable: sent at QoS 1, so the broker keeps it until `acknowledge` is called,
+    and delivers few others before.
     """
 
     client: str
@@ -55,7 +55,7 @@ class OpenRequests:
             requests.pop(seq, None)
 
     def cancel(self, client: str | None, address: str | None, id: str) -> None:
-        """Stop those of an id; client: None for whoever used the plain topic. address: only the one answered there."""
+        """Cancel requests by id. client: None for senders on plain topics. address: only those answered there."""
         with self._requests as requests:
             for opened in requests.values():
                 sender = "/" in opened.client if client is None else opened.client == client

@@ -1,9 +1,8 @@
-"""Between a transport that may lose messages and the scheduler: what was accepted is answered once, and the same again.
+"""Between a transport that may lose messages and the scheduler: one answer per accepted request, repeated on request.
 
-Commit, then acknowledge, then generate, then store, then publish, then note that it arrived. One thread of its own
-stores and publishes, several answers in one transaction, so that neither computing nor the network waits for the disk.
-What it holds is bounded: accepted requests by the scheduler, replies that are kept nowhere by ReplyLimits, and messages
-under way by the publisher's window.
+Commit, acknowledge, generate, store, publish, record the delivery, in this order. A thread of its own stores and
+publishes, several answers in one transaction, so that neither computing nor the network waits for the disk. Memory is
+bounded: accepted requests by the scheduler, unstored replies by ReplyLimits, messages in flight by the publisher.
 """
 
 import hashlib
@@ -39,19 +38,18 @@ from shared.messages import (
 log = logging.getLogger(__name__)
 
 RETRY_S: Final = 0.5
-"""How long answers that found no room wait before they are tried again."""
+"""Delay before storing is tried again, when the disk is full."""
 PRUNE_S: Final = 600.0
 MAX_WORK: Final = 256
-"""Pieces of work for one transaction, which answers wait for."""
+"""Events per transaction; answers wait for its end."""
 SNAPSHOT_S: Final = 0.2
-"""From one snapshot to the next: every subscriber of the topic gets each."""
+"""Least time between two snapshots of a request: every subscriber of the topic gets each."""
 
 
 class Outbox:
-    """Accepts requests for a scheduler and sees to their answers.
+    """Accepts requests for a scheduler and delivers their answers.
 
-    send: as in Publisher. show: takes snapshots, as (client, id, correlation data, partial). Both are called from
-    threads of ours and must return at once.
+    send: see Publisher. show: publishes a snapshot (client, id, correlation data, partial). Both must return at once.
     """
 
     def __init__(
@@ -70,14 +68,14 @@ class Outbox:
         self._open = OpenRequests()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
-        self._unstored: list[tuple[int, bytes]] = []  # this and all below are the thread's alone
+        self._unstored: list[tuple[int, bytes]] = []  # this and all below belong to the thread
         self._publisher = Publisher(journal, send)
         self._pruned_s = float("-inf")
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self.heartbeat = Heartbeat(self._thread)
 
     def start(self) -> None:
-        """Publish what was not delivered, take up what was not finished, and begin to serve."""
+        """Queue undelivered answers, resume unfinished requests, and begin to serve."""
         for seq in self._journal.undelivered():
             self._publisher.add_answer(seq)
         for entry in self._journal.unfinished():
@@ -87,13 +85,13 @@ class Outbox:
         self._thread.start()
 
     def accept(self, sender: Sender, request: GenerateRequest, within_s: float | None) -> None:
-        """Accept a request, or refuse it, and acknowledge it once its sender need not keep it any longer.
+        """Accept or refuse a request, and acknowledge it once the broker need not keep it.
 
-        One that a drain would refuse and that the broker keeps is neither: the next daemon gets it. within_s: how long
-        it is of use, if not as long as its own deadline. Called from one thread only.
+        While draining, a reliable request is left with the broker for the next daemon. within_s: the message's expiry,
+        beside the request's own deadline. Called from one thread only.
         """
         if self._stopping:
-            return  # a late one: the broker keeps it for the next daemon
+            return  # the broker keeps it for the next daemon
         digest = hashlib.sha256(encode(request)).digest()
         known = None if request.id is None else self._journal.find(sender.client, sender.address, request.id)
         if known is not None and known.payload_sha256 != digest:
@@ -101,7 +99,7 @@ class Outbox:
             self.refuse(sender, RequestError("conflict", message), request.id)
             return
         if known is not None:
-            self._again(known, sender)
+            self._repeat(known, sender)
             return
         bounds = [s for s in (within_s, _seconds(request.deadline_ms)) if s is not None]
         deadline_s = time.time() + min(bounds) if bounds else None
@@ -133,14 +131,14 @@ class Outbox:
         self._submit(request, reply, opened=opened, commit=commit, within_s=min(bounds, default=None))
 
     def cancel(self, client: str | None, id: str, address: str | None) -> None:
-        """Stop a client's unfinished requests of that id, or the one of them that is answered at `address`.
+        """Cancel a client's unfinished requests of that id, or only those answered at `address`.
 
-        client: None for whoever sent a request on the plain topic.
+        client: None for senders on plain topics.
         """
         self._open.cancel(client, address, id)
 
     def refuse(self, sender: Sender, error: RequestError, id: str | None) -> None:
-        """Answer with an error, without keeping it."""
+        """Answer with an error that is not stored."""
 
         def refusal() -> bytes:
             self._scheduler.requests.note(code=error.code, id=id, client=sender.client)
@@ -149,9 +147,9 @@ class Outbox:
         self.reply(sender, refusal)
 
     def reply(self, sender: Sender, payload: Callable[[], bytes], seq: int | None = None) -> None:
-        """Send what is kept nowhere, or the answer of that number again, and acknowledge the request.
+        """Send a reply that is stored nowhere, or the answer of number `seq` again, and acknowledge the request.
 
-        payload: made only if there is room for it; in a flood most are dropped.
+        payload: called only if ReplyLimits allow the reply; in a flood most are dropped.
         """
         if not self.limits.take(sender.client, sender.reliable):
             sender.acknowledge()
@@ -165,33 +163,33 @@ class Outbox:
         self._work.put(lambda: self._publisher.add_reply(message))
 
     def connected(self, connection: int, receive_maximum: int) -> None:
-        """Messages can be sent: so many at a time."""
+        """A connection is up. receive_maximum: unacknowledged messages that the broker takes."""
         self._work.put(lambda: self._publisher.connected(connection, receive_maximum))
 
     def lost(self) -> None:
-        """That connection is gone, and with it what was not acknowledged."""
+        """The connection is gone, with everything that was not acknowledged."""
         self._work.put(self._publisher.lost)
 
     def acknowledged(self, number: int, refusal: str | None) -> None:
-        """The broker took the message of that number, or says why not."""
+        """The broker took the message of that number, or refused it."""
         self._work.put(lambda: self._publisher.acknowledged(number, refusal))
 
     def close(self, timeout_s: float) -> None:
-        """Store and publish what is answered; what is not stays in the journal for the next start."""
+        """Store and publish the answers there are; unfinished requests stay in the journal for the next start."""
         self._stopping = True
         self._work.put(lambda: None)
         self._thread.join(timeout_s)
         if not self._thread.is_alive():
             self._journal.close(orderly=self._scheduler.failure is None)
 
-    def _again(self, known: Entry, sender: Sender) -> None:
-        """A request that was sent again: its answer goes out now, or when it is there."""
+    def _repeat(self, known: Entry, sender: Sender) -> None:
+        """A request was sent again: send its answer now, or once it is computed."""
         opened = self._open.get(known.seq)
         if opened is not None:
             opened.correlation = sender.correlation
             sender.acknowledge()
             return
-        entry = known if known.answer is not None else self._journal.entry(known.seq)  # answered since it was looked up
+        entry = known if known.answer is not None else self._journal.entry(known.seq)  # perhaps answered since
         if entry is not None and (answer := entry.answer) is not None:
             self.reply(sender, lambda: answer, known.seq)
 
@@ -253,7 +251,7 @@ class Outbox:
                 self._show(opened.client, opened.id, opened.correlation, reply)
         elif isinstance(reply, Response) and not _is_draining(reply):
             self._work.put(lambda: self._unstored.append((seq, encode(reply))))
-        # An accepted request that a drain cut off is finished after the next start.
+        # A request that a drain cuts off is finished after the next start.
 
     def _run(self) -> None:
         while not (self._stopping and self._work.empty() and not self._unstored and self._publisher.idle):
@@ -266,18 +264,18 @@ class Outbox:
                     if time.monotonic() - self._pruned_s > PRUNE_S:
                         self._pruned_s = time.monotonic()
                         self._journal.prune()
-            except Exception:  # the thread must live on
+            except Exception:  # the thread must go on
                 log.exception("an answer could not be handed on")
 
     def _wait(self) -> Callable[[], None] | None:
-        """The next piece of work; None when it is time to look around."""
+        """The next event; None after a timeout."""
         try:
             return self._work.get(timeout=self._timeout_s())
         except queue.Empty:
             return None
 
     def _do(self, work: Callable[[], None] | None) -> None:
-        """That, and what else there is, so much for one transaction."""
+        """Handle that event and those waiting, up to MAX_WORK."""
         if work is not None:
             work()
         for _ in range(MAX_WORK):
@@ -292,7 +290,7 @@ class Outbox:
         return PRUNE_S if next_s is None else max(0.0, next_s - time.monotonic())
 
     def _store(self) -> None:
-        """Keep answers and what became of sending in one transaction. On a full disk they wait."""
+        """Store answers and outcomes of sending in one transaction. On a full disk they wait."""
         outcomes = self._publisher.outcomes
         if not self._unstored and not outcomes:
             return

@@ -1,7 +1,7 @@
-"""Messages on their way to the broker: a few at a time, each until the broker has acknowledged it.
+"""Messages to the broker: a window of them in flight, each until the broker has acknowledged it.
 
-What the broker refuses is sent again, later and later, and given up after MAX_TRIES. A message that was the only one
-on its way when the connection broke counts as refused too: a broker may hang up on what it does not like.
+A refused message is sent again after growing delays, and given up after MAX_TRIES. One that was alone in flight when
+the connection broke counts as refused, too: a broker may hang up on a message that it rejects.
 """
 
 import heapq
@@ -20,7 +20,7 @@ WINDOW: Final = 16
 """Messages sent and not yet acknowledged, unless the broker takes fewer at a time."""
 MAX_TRIES: Final = 6
 RETRY_S: Final = 2.0
-"""From the first refusal to the second try; four times as long after each one more, 11 minutes in all."""
+"""Delay after the first refusal; four times as long after each further one, 11 minutes in total."""
 
 
 class MessageTooLargeError(Exception):
@@ -31,8 +31,8 @@ class MessageTooLargeError(Exception):
 class Message:
     """A terminal answer, or another reply, to publish at QoS 1.
 
-    seq: the answer's number in the journal; None for what is not kept there. tries: how often the broker refused it.
-    done: called once it is acknowledged, refused or dropped, for what is not kept.
+    seq: the answer's number in the journal; None for other replies. tries: how often the broker refused it. done: for
+    replies that are not in the journal; called once it is acknowledged, refused or dropped.
     """
 
     address: str
@@ -45,7 +45,7 @@ class Message:
 
 @dataclass
 class Outcomes:
-    """What became of sent answers, by number: see Journal.record."""
+    """Results of sending answers, by number: see Journal.record."""
 
     delivered: list[int] = field(default_factory=list)
     tried: list[int] = field(default_factory=list)
@@ -65,9 +65,9 @@ class Send(Protocol):
 
 
 class Publisher:
-    """Sends stored answers, which stay in the journal until their turn, and replies that are kept nowhere else.
+    """Sends stored answers, read from the journal as they are sent, and replies that are stored nowhere.
 
-    Belongs to one thread. outcomes: for the next transaction of the journal.
+    For one thread. outcomes: for the next transaction of the journal.
     """
 
     def __init__(self, journal: Journal, send: Send) -> None:
@@ -76,7 +76,9 @@ class Publisher:
         self._send = send
         self._connection: int | None = None
         self._window = 0
-        self._alone = False  # the last connection broke with messages on their way: which of them was it?
+        self._alone = (
+            False  # the last connection broke with messages in flight: one at a time shows which of them broke it
+        )
         self._answers: deque[int] = deque()
         self._delayed: list[tuple[float, int]] = []  # (when, number), a heap
         self._replies: deque[Message] = deque()
@@ -89,7 +91,7 @@ class Publisher:
 
     @property
     def next_s(self) -> float | None:
-        """When a refused answer is due again, on the monotonic clock."""
+        """When the next refused answer is due again, on the monotonic clock."""
         return self._delayed[0][0] if self._delayed else None
 
     def add_answer(self, seq: int) -> None:
@@ -97,15 +99,15 @@ class Publisher:
         self._answers.append(seq)
 
     def add_reply(self, message: Message) -> None:
-        """Send what is kept nowhere else, if this connection lasts."""
+        """Send a reply that is stored nowhere, on this connection only."""
         self._replies.append(message)
 
     def connected(self, connection: int, window: int) -> None:
-        """Send from now on. window: how many unacknowledged messages the broker takes."""
+        """Start sending. window: how many unacknowledged messages the broker takes."""
         self._connection, self._window = connection, min(window, WINDOW)
 
     def lost(self) -> None:
-        """The connection is gone. Answers are sent again on the next, replies are not: their requests come again."""
+        """The connection is gone. Answers are sent again on the next one; replies are not, since their requests are."""
         in_flight, self._in_flight = list(self._in_flight.values()), {}
         self._connection = None
         replies, self._replies = self._replies, deque()
@@ -120,7 +122,7 @@ class Publisher:
             self._answers.extendleft(message.seq for message in reversed(answers) if message.seq is not None)
 
     def acknowledged(self, number: int, refusal: str | None) -> None:
-        """The broker took a message, or says why not. Numbers of other messages are none of ours."""
+        """The broker took a message, or refused it. Numbers of others' messages are ignored."""
         message = self._in_flight.pop(number, None)
         if message is None:
             return
@@ -173,7 +175,7 @@ class Publisher:
             return
         assert message.seq is not None
         if message.tries == 0:
-            log.warning("the broker does not take the answer to %s, which is tried again: %s", message.address, why)
+            log.warning("the broker refuses the answer to %s, which is sent again later: %s", message.address, why)
         self.outcomes.tried.append(message.seq)
         heapq.heappush(self._delayed, (time.monotonic() + RETRY_S * 4**message.tries, message.seq))
 
@@ -182,5 +184,5 @@ class Publisher:
             message.done()
             return
         assert message.seq is not None
-        log.error("an answer is given up, and sent if its request comes again: %s: %s", message.address, why)
+        log.error("giving up the answer to %s, which is sent again only on request: %s", message.address, why)
         self.outcomes.given_up.append(message.seq)

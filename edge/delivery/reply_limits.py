@@ -1,4 +1,4 @@
-"""How much a stranger may make the daemon say that is kept nowhere: refusals, health, answers sent again."""
+"""Limits for replies that anyone can trigger and that are stored nowhere: refusals, health, repeated answers."""
 
 import time
 from collections import OrderedDict
@@ -8,26 +8,26 @@ from typing import Final
 from edge.system.locked import Locked
 
 MAX_REPLIES: Final = 32
-"""Replies under way at once before those to QoS 0 requests are dropped."""
+"""Replies in flight at once; beyond, those to QoS 0 requests are dropped."""
 MAX_RELIABLE_REPLIES: Final = 1024
-"""The same for QoS 1. A broker is to hand on few at a time, but mosquitto 2.0 goes beyond the Receive Maximum."""
+"""The same for QoS 1. A broker should deliver few at a time, but mosquitto 2.0 exceeds the Receive Maximum."""
 BURST: Final = 50
 RATE: Final = 20.0
 """Replies a second to QoS 0 requests of one client, after a burst."""
 MAX_CLIENTS: Final = 256
-"""Clients whose rate is remembered; the one that was quiet longest is forgotten."""
+"""Clients whose rate is tracked; the one quiet for longest is dropped."""
 
 
 @dataclass
 class _Spent:
-    """What was replied so far. clients: client → (replies against its rate, as of when)."""
+    """The replies so far. clients: client → (replies counted against its rate, when)."""
 
     dropped: int = 0
     under_way: int = 0
     clients: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
 
     def within_rate(self, client: str) -> bool:
-        """Count one reply more to a client against its rate."""
+        """Whether a client's rate allows another reply, which is then counted."""
         now = time.monotonic()
         spent, since_s = self.clients.pop(client, (0.0, now))
         spent = max(0.0, spent - (now - since_s) * RATE)
@@ -39,7 +39,7 @@ class _Spent:
 
 
 class ReplyLimits:
-    """Who may still be replied to. Thread-safe."""
+    """Decides which replies are sent. Thread-safe."""
 
     def __init__(self) -> None:
         self._spent = Locked(_Spent())
@@ -51,7 +51,7 @@ class ReplyLimits:
             return spent.dropped
 
     def take(self, client: str, reliable: bool) -> bool:
-        """Whether there is room for one reply more, which `give_back` ends.
+        """Whether another reply may be sent; `give_back` ends it.
 
         reliable: the request came at QoS 1.
         """
@@ -65,11 +65,11 @@ class ReplyLimits:
             return allowed
 
     def drop(self) -> None:
-        """Count what cannot be replied to at all."""
+        """Count a message that cannot be replied to at all."""
         with self._spent as spent:
             spent.dropped += 1
 
     def give_back(self) -> None:
-        """A reply arrived, or never will."""
+        """A reply was delivered or lost."""
         with self._spent as spent:
             spent.under_way -= 1

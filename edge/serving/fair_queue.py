@@ -1,7 +1,7 @@
 """Start-time fair queueing over clients, and over the requests of each: the least served goes next.
 
-What is counted is positions computed, not passes: a pass over a long canvas costs several over a short one, and counted
-alike it would let long requests starve short ones. Counted, not timed, so that equal requests finish in their order.
+Service is counted in positions, not steps: a step of a long canvas costs several of a short one, and counted alike,
+long requests would starve short ones. Positions rather than time, so that equal requests finish in their order.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +19,10 @@ T = TypeVar("T", bound=Served)
 
 
 class FairQueue(Generic[T]):
-    """Requests under way, and the positions computed for each, its virtual time. cost: positions of its next pass.
+    """Requests in progress, and the positions computed for each: its virtual time. cost: positions of its next step.
 
-    The next is the one whose virtual time will be lowest *after* its pass. So beside n others a request waits for n
-    times its own cost at most, and for the pass that it came into. Not thread-safe.
+    The next is the one whose virtual time will be lowest *after* its step. So beside n others a request waits for at
+    most n times its own cost, and for the step that is running as it comes. Not thread-safe.
     """
 
     def __init__(self, cost: Callable[[T], int]) -> None:
@@ -37,32 +37,32 @@ class FairQueue(Generic[T]):
         return iter(self._used)
 
     def __contains__(self, client: str) -> bool:
-        """Whether a client has a request under way."""
+        """Whether a client has a request in progress."""
         return client in self._client_used
 
     def join(self, job: T) -> None:
-        """A request comes in. New clients and requests start at the current minimum virtual time."""
+        """Add a request. New clients and requests start at the current minimum virtual time."""
         own = [used for other, used in self._used.items() if other.client == job.client]
         if not own:
             self._client_used[job.client] = min(self._client_used.values(), default=0)
         self._used[job] = min(own, default=0)
 
     def leave(self, job: T) -> None:
-        """A request is finished."""
+        """Remove a finished request."""
         del self._used[job]
         if all(other.client != job.client for other in self._used):
             del self._client_used[job.client]
 
     def order(self) -> list[T]:
-        """Everything under way, the next first."""
+        """All requests, the next first."""
         jobs = sorted(self._used, key=lambda job: (self._used[job] + self._cost(job), job.number))
-        after: dict[str, int] = {}  # what a client will have used after the next pass of its first request
+        after: dict[str, int] = {}  # what a client will have used after the next step of its first request
         for job in jobs:
             after.setdefault(job.client, self._client_used[job.client] + self._cost(job))
         return sorted(jobs, key=lambda job: after[job.client])
 
     def charge(self, jobs: Iterable[T]) -> None:
-        """Account for a pass that is about to serve these."""
+        """Account for the next step of these requests."""
         for job in jobs:
             cost = self._cost(job)
             self._used[job] += cost

@@ -11,11 +11,11 @@ from shared.messages import GenerateRequest, Partial, Reply, Response, Timing, U
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """Times are seconds of the monotonic clock; compute_s: its share of the passes it was in.
+    """Times are seconds of the monotonic clock; compute_s: its share of the time of its steps.
 
-    number: in the order of acceptance. gone: tells that nobody waits for the answer any more. tag: what the scheduler's
-    `watch` calls it. alone: a pass that it shared failed, or ended the process, so it shares none. partial_every_s: the
-    least time from one snapshot to the next.
+    number: in the order of acceptance. gone: whether the answer is no longer wanted. tag: its name for the scheduler's
+    `watch`. alone: a batch with it failed or ended the process, so it shares none. partial_every_s: the least time
+    between two snapshots.
     """
 
     request: GenerateRequest
@@ -37,7 +37,7 @@ class Job:
     last_partial_s: float = float("-inf")
 
     def obstacle(self) -> RequestError | None:
-        """Why there is no point in going on, if so."""
+        """Why it must not go on, if so."""
         if self.gone():
             return RequestError("cancelled", "its client cancelled it, or hung up")
         if time.monotonic() >= self.deadline_s:
@@ -45,11 +45,11 @@ class Job:
         return None
 
     def positions(self) -> int:
-        """How many canvas positions its next pass computes."""
+        """How many canvas positions its next step computes."""
         return self.loaded.positions(self.run)
 
     def partial(self) -> Partial | None:
-        """A snapshot, if it wants one now."""
+        """A snapshot, if one is due."""
         now = time.monotonic()
         if not self.request.stream or now - self.last_partial_s < self.partial_every_s:
             return None

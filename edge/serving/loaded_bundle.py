@@ -1,4 +1,4 @@
-"""A loaded bundle that turns requests into text: tokenizer, backend and unmasking loop behind one door."""
+"""A loaded bundle, which turns requests into text: tokenizer, backend and unmasking loop."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from shared.tokens import PAD
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that was checked and can no longer fail for its own fault."""
+    """A checked request: from here on only the device can fail."""
 
     layout: Layout
     sampling: Sampling
@@ -39,9 +39,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The canvas between two passes; read text and parts before the next pass changes them."""
+    """The canvas between two steps; read text and parts before the next step changes them."""
 
-    step: int  # passes so far
+    step: int  # steps so far
     steps: int  # the most there can be
     masked: int  # positions of the request still open
     text: Callable[[], str]
@@ -50,7 +50,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a plan. canvas (L,): the final ids."""
+    """The result of a plan. canvas (L,): the final ids."""
 
     text: str
     canvas: NDArray[np.int32]
@@ -59,7 +59,7 @@ class Completion:
 
 
 class Run:
-    """A plan under way."""
+    """A plan in progress."""
 
     def __init__(self, plan: Plan, texts: Texts) -> None:
         self.plan = plan
@@ -78,7 +78,7 @@ class Run:
         return Snapshot(row.step, max(self._most, row.step), row.left, self._text, self._parts)
 
     def completion(self) -> Completion:
-        """What came of it, once it is done."""
+        """The result, once it is done."""
         generated = int(np.count_nonzero(self.plan.layout.fill & (self.row.canvas != PAD)))
         return Completion(self._text(), self.row.canvas, generated, self.row.step)
 
@@ -146,7 +146,7 @@ class LoadedBundle:
         return self.backend.failure if isinstance(self.backend, LoopBackend) else None
 
     def begin(self, plan: Plan) -> "Run":
-        """A plan's canvas, ready for its first pass."""
+        """A plan's canvas, ready for its first step."""
         return Run(plan, self._texts)
 
     @property
@@ -167,20 +167,20 @@ class LoadedBundle:
         return self.batches == (1,)
 
     def positions(self, run: Run) -> int:
-        """How many canvas positions its next pass computes."""
-        # Asked of every request at every pass: isinstance with a protocol would cost more than all the rest.
+        """How many canvas positions its next step computes."""
+        # Called for every request at every step: isinstance with a protocol would dominate it.
         lengths = getattr(self.backend, "lengths", None)
         return run.row.active if lengths is None else bucket(run.row.active, lengths)
 
     def step(self, runs: Sequence[Run], under_way: int = 1) -> None:
         """One denoising step of unfinished runs of equal `positions`; their number is one of `batches`.
 
-        under_way: how many runs take turns, these included; a CPU's threads are shared among them.
+        under_way: how many runs share the backend, these included; a CPU's threads are divided among them.
         """
         advance(self.backend, self.manifest.schedule, [run.row for run in runs], under_way)
 
     def run(self, plan: Plan, on_step: Callable[[Snapshot], None] | None = None) -> Completion:
-        """Unmask a plan's canvas; an exception raised by on_step ends the run and comes out here."""
+        """Unmask a plan's canvas. An exception in on_step ends the run and propagates."""
         run = self.begin(plan)
         while not run.done:
             self.step([run])

@@ -1,4 +1,4 @@
-"""Accepted requests from acceptance to answer, behind one lock: who has a place, whose turn it is, who is in a pass."""
+"""Accepted requests behind one lock: which wait, which are in the fair queue, which are being computed."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
@@ -12,16 +12,16 @@ from edge.system.locked import Locked
 from shared.errors import RequestError
 
 ACTIVE: Final = 16
-"""Requests that take turns. More would all be late: the rest waits for a place, but for a client that has none."""
+"""Requests in the fair queue. More would all be late: the rest waits, except the first request of each client."""
 FIRST_GUESS_MS: Final = 1000.0
 """A request's service time before one was measured."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one thread is to do next: finish some requests with an error, or one pass over a batch.
+    """What one thread is to do next: finish some requests with an error, or run one step of a batch.
 
-    under_way: how many requests take turns with the batch, itself included.
+    under_way: how many requests share the backend, the batch included.
     """
 
     stopped: Sequence[tuple[Job, RequestError]] = ()
@@ -47,9 +47,9 @@ class _State:
     loaded: LoadedBundle
     waiting: deque[Job] = field(default_factory=deque)
     queue: FairQueue[Job] = field(default_factory=lambda: FairQueue(Job.positions))
-    taken: set[Job] = field(default_factory=set)  # some thread is at work on them
-    passes: list[Sequence[Job]] = field(default_factory=list)  # the batches that are being computed
-    steps: int = 0  # passes made
+    taken: set[Job] = field(default_factory=set)  # by some thread
+    batches: list[Sequence[Job]] = field(default_factory=list)  # being computed
+    steps: int = 0  # made so far
     load: Counter[str] = field(default_factory=Counter)  # client → accepted and unanswered
     users: Counter[LoadedBundle] = field(default_factory=Counter)  # bundle → the same
     accepted: int = 0
@@ -60,14 +60,14 @@ class _State:
     failure: str | None = None
 
     def admit(self) -> None:
-        """Give places in the fair queue to those who wait, once there is one."""
+        """Move waiting jobs to the fair queue where there is room."""
         for job in list(self.waiting):
             if len(self.queue) < ACTIVE or job.client not in self.queue:
                 self.waiting.remove(job)
                 self.queue.join(job)
 
     def stopped_jobs(self) -> list[tuple[Job, RequestError]]:
-        """Who is not to go on, and why: also of those who wait, so that they learn it now and make room."""
+        """Jobs that must not go on, and why; waiting ones, too, so that they are answered now and make room."""
         jobs = [job for job in (*self.queue, *self.waiting) if job not in self.taken]
         if self.stopping:
             reason = self.reason("the daemon shut down before this was finished")
@@ -75,9 +75,9 @@ class _State:
         return [(job, error) for job in jobs if (error := job.obstacle()) is not None]
 
     def next_batch(self) -> list[Job]:
-        """The next in turn, with as many others of its bundle and length as the backend takes in one pass."""
+        """The next job, with as many others of its bundle and length as the backend takes in one step."""
         order = [job for job in self.queue.order() if job not in self.taken]
-        computing = [batch[0] for batch in self.passes]
+        computing = [batch[0] for batch in self.batches]
         if not order or any(job.alone for job in computing):
             return []
         first = order[0]
@@ -91,15 +91,15 @@ class _State:
         return sorted(mates[:size], key=lambda job: job.number)
 
     def reason(self, usual: str) -> str:
-        """Why a request is not served: a failed device comes before the usual reason."""
+        """Why requests are not served: a failed device is named before the usual reason."""
         return usual if self.failure is None else "the device has failed, and the daemon starts again"
 
 
 class RequestTable:
     """Thread-safe. size: how many requests may be accepted and unanswered.
 
-    watch: called, with the lock held, with the tags of the requests in a pass whenever they change; it and every job's
-    `gone` must return at once and not call back.
+    watch: called with the tags of the requests being computed whenever they change. It and every job's `gone` are
+    called with the lock held: they must return at once and not call back.
     """
 
     def __init__(self, loaded: LoadedBundle, size: int) -> None:
@@ -109,7 +109,7 @@ class RequestTable:
 
     @property
     def loaded(self) -> LoadedBundle:
-        """What new requests are accepted for."""
+        """The bundle that new requests are accepted for."""
         with self._state as state:
             return state.loaded
 
@@ -146,11 +146,11 @@ class RequestTable:
             return state.loaded, state.accepted
 
     def release(self, client: str, loaded: LoadedBundle) -> None:
-        """Give a reserved place back; the last to leave a replaced bundle closes it."""
+        """Give a reserved place back; the last request of a replaced bundle closes it."""
         with self._state as state:
             state.load[client] -= 1
             state.users[loaded] -= 1
-            state.load, state.users = +state.load, +state.users  # forget those who have nothing here any more
+            state.load, state.users = +state.load, +state.users  # drops zero counts
             if state.draining:
                 self._state.changed.notify_all()
             unused = loaded is not state.loaded and not state.users[loaded]
@@ -158,13 +158,13 @@ class RequestTable:
             loaded.close()
 
     def add(self, job: Job) -> None:
-        """A reserved place is filled."""
+        """Queue the job of a reserved place."""
         with self._state as state:
             state.waiting.append(job)
             self._state.changed.notify()
 
     def remove(self, job: Job, service_ms: float | None = None) -> None:
-        """A taken job is finished. service_ms: the time its passes took, where it is a complete text."""
+        """Remove a finished job. service_ms: the time its steps took, for a complete text."""
         with self._state as state:
             state.taken.discard(job)
             if job in state.waiting:
@@ -178,7 +178,7 @@ class RequestTable:
     # --- work ---------------------------------------------------------------------------------------------------------
 
     def take(self) -> Work | None:
-        """Wait for something to do; None when nothing is left and nothing will come."""
+        """Wait for work; None once everything is drained."""
         with self._state as state:
             while True:
                 state.admit()
@@ -193,24 +193,24 @@ class RequestTable:
                         return None
                 self._state.changed.wait()
 
-    def end_pass(self, batch: Sequence[Job], finished: Collection[Job]) -> None:
-        """The pass over a batch is over: `finished` are to be removed, the others may be taken again."""
+    def end_step(self, batch: Sequence[Job], finished: Collection[Job]) -> None:
+        """The step of a batch is over: `finished` are to be removed, the others may be taken again."""
         with self._state as state:
-            state.passes.remove(batch)
+            state.batches.remove(batch)
             state.steps += 1
             state.taken.difference_update(job for job in batch if job not in finished)
 
     def _begin(self, state: _State, batch: list[Job]) -> Work:
         state.taken.update(batch)
-        state.passes.append(batch)
+        state.batches.append(batch)
         state.queue.charge(batch)
-        self._report(state, [job.tag for computed in state.passes for job in computed])
+        self._report(state, [job.tag for computed in state.batches for job in computed])
         if len(state.queue) > len(state.taken):
-            self._state.changed.notify()  # there may be a pass for another thread
+            self._state.changed.notify()  # another thread may find a batch
         return Work(batch=batch, under_way=1 if batch[0].alone else len(state.queue))
 
     def _report(self, state: _State, tags: list[int]) -> None:
-        if tags != state.watched and state.failure is None:  # what was on the device as it failed stays noted
+        if tags != state.watched and state.failure is None:  # what was on the device as it failed stays recorded
             state.watched = tags
             self.watch(tags)
 
@@ -225,7 +225,7 @@ class RequestTable:
             retired.close()
 
     def drain(self, stop: bool = False, failure: str | None = None) -> None:
-        """Refuse what comes now; stop: what is accepted as well, from its next pass on. failure: of the device."""
+        """Refuse new requests. stop: end accepted ones at their next step. failure: of the device."""
         with self._state as state:
             state.draining, state.stopping, state.failure = True, state.stopping or stop, state.failure or failure
             self._state.changed.notify_all()

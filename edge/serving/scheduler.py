@@ -1,10 +1,10 @@
-"""Continuous batching of denoising steps: threads that take the next pass of the requests under way, in fair turns.
+"""Continuous batching: threads that run the next denoising step of the requests in progress, in fair order.
 
-Requests join and leave between passes. Each keeps its own schedule, seed and end, and shares nothing but time. A
-backend has one lane or several: on a GPU one thread steps many canvases of one length at once; on a CPU several threads
-step one canvas each, none waiting for another, so that no core idles while another draws tokens.
+Requests join and leave between steps. Each keeps its own schedule, seed and end, and shares nothing but time. A backend
+has one lane or several: on a GPU one thread steps many canvases of one length at once; on a CPU several threads step
+one canvas each, so that no core idles while another draws tokens.
 
-Accepting is a promise: what `submit` takes in gets exactly one terminal reply, whatever happens.
+Every request that `submit` accepts gets exactly one terminal reply.
 """
 
 import logging
@@ -26,17 +26,17 @@ from shared.messages import GenerateRequest, Health, Metrics, Reply, Response, S
 log = logging.getLogger(__name__)
 
 SNAPSHOT_S: Final = 1 / 30
-"""From one snapshot to the next: no eye sees more, and each takes a little of a pass."""
+"""Least time between two snapshots of a request: each costs a little of a step, and more are not seen."""
 STOP_GRACE_S: Final = 5.0
-"""How long a pass may take to notice that the scheduler stops."""
+"""How long `stop` waits for the steps that are running."""
 
 
 class Scheduler:
     """Serves requests on a loaded bundle. queue_size: how many may wait while one is computed.
 
-    `reply` callbacks come from the scheduler's threads, one at a time for each request, or from the submitting one when
-    the request is refused; they must return at once. on_failure: called when the device has failed for good: `failure`
-    says why, what is accepted gets an error, and nothing more is taken.
+    `reply` is called from the scheduler's threads, one call at a time per request, or from the submitting thread when
+    the request is refused; it must return at once. on_failure: called when the device has failed for good: `failure`
+    says why, accepted requests get an error, and new ones are refused.
     """
 
     def __init__(self, loaded: LoadedBundle, queue_size: int) -> None:
@@ -55,20 +55,20 @@ class Scheduler:
             thread.start()
 
     def run(self) -> None:
-        """Serve in this thread until told to drain and done with it."""
+        """Serve in this thread until drained."""
         while (work := self._table.take()) is not None:
             for job, error in work.stopped:
                 self._finish(job, error_response(error, job.request.id))
             if work.batch:
-                self._pass(work.batch, work.under_way)
+                self._step(work.batch, work.under_way)
 
     def watch(self, watch: Callable[[Sequence[int]], None]) -> None:
-        """Have the tags of the requests in a pass reported whenever they change; it must return at once."""
+        """Report the tags of the requests being computed whenever they change; `watch` must return at once."""
         self._table.watch = watch
 
     @property
     def loaded(self) -> LoadedBundle:
-        """What new requests are accepted for."""
+        """The bundle that new requests are accepted for."""
         return self._table.loaded
 
     @property
@@ -87,12 +87,12 @@ class Scheduler:
         return self._table.counts().load > 0
 
     def sign(self) -> tuple[int, bool]:
-        """For the watchdog: passes made so far, and whether there is anything to make them for."""
+        """For the watchdog: steps so far, and whether there is work."""
         counts = self._table.counts()
         return counts.steps, counts.load > 0
 
     def health(self) -> Health:
-        """How the daemon is."""
+        """The daemon's state."""
         counts, loaded = self._table.counts(), self.loaded
         state: State = "busy" if counts.load else "idle"
         if self.failure is not None:
@@ -111,7 +111,7 @@ class Scheduler:
         )
 
     def metrics(self) -> Metrics:
-        """What was done so far."""
+        """Counters since the start."""
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
         answered, tokens = self.requests.counts()
         counts, loaded = self._table.counts(), self.loaded
@@ -143,10 +143,10 @@ class Scheduler:
     ) -> None:
         """Accept a request, or refuse it with an error reply (`queue_full`, `draining`, or what is wrong with it).
 
-        gone: tells that nobody waits for the answer any more; asked at every pass. client: whom to be fair to.
-        commit: makes the acceptance last, and returns the tag to `watch` for; a RequestError from it refuses.
-        within_s: seconds that are left, instead of the request's own deadline. resumed: accepted before, so there is
-        room for it. alone: no other pass runs beside its own. partial_every_s: the least time between two snapshots.
+        gone: whether the answer is no longer wanted; called before every step. client: the unit of fair queueing.
+        commit: stores the accepted request and returns its tag for `watch`; a RequestError from it refuses. within_s:
+        seconds left, instead of the request's own deadline. resumed: accepted by an earlier process, so the queue is
+        never full for it. alone: nothing else is computed beside it. partial_every_s: least time between snapshots.
         """
         now = time.monotonic()
         if within_s is None:
@@ -189,25 +189,25 @@ class Scheduler:
             self.start()
 
     def refuse_new(self) -> None:
-        """Begin to drain: what is accepted is finished, what comes now is refused as `draining`."""
+        """Begin to drain: accepted requests are finished, new ones refused as `draining`."""
         self._table.drain()
 
     def stop(self) -> None:
-        """End the threads; what is still unanswered is stopped at its next pass and answered as `draining`."""
+        """End the threads; unanswered requests stop at their next step and are answered as `draining`."""
         self._table.drain(stop=True)
         give_up_s = time.monotonic() + STOP_GRACE_S
         for thread in self._threads:
             thread.join(max(0.0, give_up_s - time.monotonic()))
 
-    def _pass(self, batch: Sequence[Job], under_way: int) -> None:
+    def _step(self, batch: Sequence[Job], under_way: int) -> None:
         loaded, started_s = batch[0].loaded, time.monotonic()
         for job in batch:
             job.started_s = job.started_s or started_s
         failed = False
         try:
             loaded.step([job.run for job in batch], under_way)
-        except Exception:  # a backend may raise anything; it costs the requests that it meets alone, none beside them
-            log.exception("a pass over %d requests failed", len(batch))
+        except Exception:  # of any type; each request of the batch is then tried alone, and only those fail
+            log.exception("a step of %d requests failed", len(batch))
             failed = True
         now = time.monotonic()
         for job in batch:
@@ -222,12 +222,12 @@ class Scheduler:
                 job.alone = True
         else:
             finished = self._answer(batch, now)
-        self._table.end_pass(batch, finished)
+        self._table.end_step(batch, finished)
         for job in finished:
             self._finish(job, error_response(_internal(), job.request.id) if failed else job.answer())
 
     def _answer(self, batch: Sequence[Job], now: float) -> list[Job]:
-        """Snapshots to those who want one.  → who is finished"""
+        """Send the snapshots that are due.  → finished jobs"""
         for job in batch:
             job.first_token_s = job.first_token_s or now
             if not job.run.done and (partial := job.partial()) is not None:

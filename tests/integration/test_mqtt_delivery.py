@@ -72,7 +72,7 @@ def test_mqtt_answer_that_the_broker_refused_for_a_while_comes(
     )
     guarded.reload()
     listener.publish(REQUEST, {"id": "a", "prompt": "Once"}, ResponseTopic=ALICE)
-    until(lambda: "does not take the answer" in daemon.log.read_text(), "the refusal")
+    until(lambda: "refuses the answer" in daemon.log.read_text(), "the refusal")
     guarded.allow("topic readwrite #")
     guarded.reload()
     assert body(listener.next(ALICE))["status"] == "ok"
@@ -89,7 +89,7 @@ def test_mqtt_answer_that_the_broker_refused_before_a_restart_comes_after_it(
     )
     guarded.reload()
     listener.publish(REQUEST, {"id": "a", "prompt": "Once"}, ResponseTopic=ALICE)
-    until(lambda: "does not take the answer" in daemon.log.read_text(), "the refusal")
+    until(lambda: "refuses the answer" in daemon.log.read_text(), "the refusal")
     daemon.signal(signal.SIGKILL)
     daemon.exit_code()
     guarded.allow("topic readwrite #")
