@@ -6,6 +6,7 @@ Text is streamed twice, first to draw the tokenizer's sample, then to encode; me
 import argparse
 import hashlib
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from host.data.tokenizer import (
     MIN_VOCAB_SIZE,
     encode_stories,
     head,
+    load_tokenizer,
     token_byte_lengths,
     train_tokenizer,
 )
@@ -93,12 +95,24 @@ def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[Spl
     return metas
 
 
-def input_fingerprint(sources: Sequence[str], vocab_size: int) -> str:
-    """Hash of everything that decides what the folder holds: files, options, format."""
+def given_tokenizer(folder: Path) -> Path:
+    """The tokenizer of a run or data folder; DataError when it has none."""
+    file = folder / TOKENIZER
+    if not file.is_file():
+        raise DataError(f"--tokenizer {folder} has no {TOKENIZER}: give the folder of a run or of prepared data")
+    load_tokenizer(file)
+    return file
+
+
+def input_fingerprint(sources: Sequence[str], vocabulary: int | str) -> str:
+    """Hash of everything that decides what the folder holds: files, options, format.
+
+    vocabulary: its size, or the hash of the tokenizer that is reused.
+    """
     parts = [
         FORMAT_VERSION,
         CANVAS_LEN,
-        vocab_size,
+        vocabulary,
         SAMPLE_BYTES,
         DISTINCT_WORD_BYTES,
         HOLD_OUT_OF,
@@ -135,22 +149,30 @@ def default_out(sources: Sequence[str]) -> Path:
     return Path("data") / re.sub(r"[^\w.-]+", "-", name)
 
 
-def prepare(sources: Sequence[str], out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> DataMeta:
+def prepare(
+    sources: Sequence[str], out: Path, vocab_size: int = DEFAULT_VOCAB_SIZE, tokenizer_of: Path | None = None
+) -> DataMeta:
     """Make the data folder `out`, unless it is there and nothing changed; data of other text are never replaced.
 
-    sources: local files and folders, or one data set of the Hub. Raises DataError for unusable text or folders,
-    ConfigError for an impossible vocabulary size, DiffusionLLMError when the disk refuses.
+    sources: local files and folders, or one data set of the Hub. tokenizer_of: a run or data folder whose tokenizer is
+    reused; vocab_size then does not matter. Raises DataError for unusable text or folders, ConfigError for an
+    impossible vocabulary size, DiffusionLLMError when the disk refuses.
     """
+    reused = None if tokenizer_of is None else given_tokenizer(tokenizer_of)
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise ConfigError(f"--vocab-size must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}")
-    fingerprint = input_fingerprint(sources, vocab_size)
+    fingerprint = input_fingerprint(sources, vocab_size if reused is None else sha256_of(reused))
     if is_up_to_date(out, fingerprint):
         print(f"{out} is up to date")
         return load_data(out).meta
     corpus = open_corpus(sources)
     with swapped_in(out) as folder:
-        tokenizer = learn_tokenizer(corpus, vocab_size)
-        (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        if reused is None:
+            learned = learn_tokenizer(corpus, vocab_size)
+            (folder / TOKENIZER).write_text(learned.to_str(pretty=True), encoding="utf-8")
+        else:
+            shutil.copyfile(reused, folder / TOKENIZER)
+        tokenizer = load_tokenizer(folder / TOKENIZER)
         meta = DataMeta(
             format_version=FORMAT_VERSION,
             source=corpus.name,
@@ -189,8 +211,16 @@ def parse_arguments() -> argparse.Namespace:
         f"text in {HOLD_OUT_OF} goes to each (default: {DEFAULT_SOURCE})",
     )
     parser.add_argument("--out", type=Path, help="data folder to make (default: data/NAME, after the source)")
-    parser.add_argument(
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument(
         "--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, help="tokens of the vocabulary (default: %(default)s)"
+    )
+    tokenizer.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="RUN_OR_DATA",
+        help="reuse the tokenizer of this run or data folder, so that a run can go on with other text "
+        "(default: train one)",
     )
     return parser.parse_args()
 
@@ -200,4 +230,4 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = parse_arguments()
     sources = args.source or [DEFAULT_SOURCE]
-    prepare(sources, args.out or default_out(sources), args.vocab_size)
+    prepare(sources, args.out or default_out(sources), args.vocab_size, args.tokenizer)

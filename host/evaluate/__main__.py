@@ -48,9 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--stories", type=int, help=f"evaluate on the first N stories (default: {STORIES})")
     parser.add_argument("--draws", type=int, help=f"Monte Carlo draws of every story (default: {DRAWS})")
-    parser.add_argument(
-        "--scorer", "--judge", type=Path, metavar="AR_RUN", help="run with objective ar that scores texts"
-    )
+    parser.add_argument("--scorer", type=Path, metavar="AR_RUN", help="run with objective ar that scores texts")
     sampled = parser.add_mutually_exclusive_group()
     sampled.add_argument("--samples", type=Path, help="score these: text files, or a run to sample from")
     sampled.add_argument("--sweep", action="store_true", help="score --run at many steps, selections, temperatures")

@@ -20,6 +20,7 @@ from host.data.shards import DATA_FILE, load_data
 from host.data.tokenizer import encode_stories, load_tokenizer
 from host.files import swapped_in
 from shared.errors import ConfigError, DataError, DiffusionLLMError
+from shared.manifest import TOKENIZER
 from shared.tokens import SPECIAL_TOKENS
 from tests.support.commands import call
 
@@ -190,6 +191,52 @@ def test_prepare_refuses_too_few_stories_to_split(tmp_path: Path) -> None:
 def test_prepare_refuses_an_impossible_vocabulary(size: int, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--vocab-size must be 260 to 65536, not {size}"):
         prepare([str(source)], tmp_path / "out", vocab_size=size)
+
+
+def test_prepare_reuses_the_tokenizer_of_another_folder(source: Path, tmp_path: Path) -> None:
+    prepare([str(source)], tmp_path / "first", vocab_size=280)
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"Sam saw {i} birds." for i in range(400)))
+    made = [
+        prepare([str(other)], tmp_path / name, tokenizer_of=folder)
+        for name, folder in (("second", tmp_path / "first"), ("third", tmp_path / "second"))
+    ]
+    assert (tmp_path / "second" / TOKENIZER).read_bytes() == (tmp_path / "first" / TOKENIZER).read_bytes()
+    assert made[0] == made[1] and made[0].vocab_size == 280
+    tokenizer, data = load_tokenizer(tmp_path / "first" / TOKENIZER), load_data(tmp_path / "second", verify=True)
+    ids = data.train.take(np.arange(1))[0]
+    assert tokenizer.decode(ids[ids >= len(SPECIAL_TOKENS)].tolist()).startswith("Sam saw")
+
+
+def test_prepare_with_another_tokenizer_does_not_replace_data(source: Path, tmp_path: Path) -> None:
+    for name, size in (("a", 270), ("b", 280)):
+        prepare([str(source)], tmp_path / name, vocab_size=size)
+    prepare([str(source)], tmp_path / "out", tokenizer_of=tmp_path / "a")
+    with pytest.raises(DataError, match="other text or settings"):
+        prepare([str(source)], tmp_path / "out", tokenizer_of=tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "other has no tokenizer.json: give the folder of a run or of prepared data"), ("{}", "cannot be read")],
+)
+def test_prepare_refuses_a_folder_without_a_tokenizer(
+    content: str | None, words: str, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    if content is not None:
+        (tmp_path / "other" / TOKENIZER).write_text(content)
+    with pytest.raises(DataError, match=words):
+        prepare([str(source)], tmp_path / "out", tokenizer_of=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_command_refuses_a_tokenizer_with_a_vocabulary_size(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        call(main, "--source", source, "--out", tmp_path / "out", "--tokenizer", tmp_path, "--vocab-size", 300)
+    assert "argument --vocab-size: not allowed with argument --tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("mine"), lambda p: (p.mkdir(), (p / "mine").touch())])

@@ -13,9 +13,10 @@ from host.evaluate import __main__ as evaluate
 from host.experiments import compare
 from host.export import __main__ as export
 from host.train import trainer as train
+from host.train.checkpoint import LAST, read_progress
 from host.train.run_folder import CONFIG_FILE
 from shared.manifest import TOKENIZER
-from tests.support.commands import call, refusal
+from tests.support.commands import call, refusal, small
 
 
 @pytest.fixture
@@ -36,6 +37,14 @@ def test_data_prepared_elsewhere_from_the_same_text_are_the_same(
     (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "again")}))
     call(compare.main, f"a={run}", "--out", tmp_path / "compare.png")
     assert "| a | " in capsys.readouterr().out
+
+
+def test_data_of_other_text_with_a_run_s_tokenizer_continue_it(trained: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("\n\n".join(f"Sam saw {i} birds." for i in range(400)))
+    prepare([str(text)], tmp_path / "other", tokenizer_of=trained)
+    call(train.main, *small(tmp_path / "other", tmp_path / "next", "--steps", 2, "--init", trained))
+    assert read_progress(tmp_path / "next" / LAST).step == 2
 
 
 @pytest.fixture
