@@ -1,10 +1,10 @@
 """Measure a model on held-out text, or the texts that it writes.
 
-`python -m host.evaluate` measures the newest run that decodes a canvas on its own validation stories: NELBO, bits per
-byte, masked cross-entropy, each with its standard error. Another run is named with --run; what it has learned besides
-is measured too: the exact likelihood of the autoregressive law, nats per gap token of the infilling law, and with
---drafts the tokens per pass of its drafter. With --samples or --sweep and --scorer, texts are scored instead:
-generative perplexity, entropy, distinct n-grams, repetition, lengths and non-words, beside as many stories of the data.
+`python -m host.evaluate` measures the newest run with the objective canvas on its validation stories: NELBO, bits per
+byte, masked cross-entropy, with standard errors. --run names another run; every objective it has learned is measured:
+the exact likelihood of the autoregressive law, nats per gap token of the infilling law, and with --drafts the tokens
+per pass of its drafter. With --scorer and --samples or --sweep, texts are scored instead: generative perplexity,
+entropy, distinct n-grams, repetition, lengths and non-words, beside as many stories of the data.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help=f"texts to score, of each setting (default: {COUNT})")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument(
-        "--drafts", action="store_true", help="also measure what the drafter keeps: tokens per pass, on its own texts"
+        "--drafts", action="store_true", help="also measure the drafter: tokens per pass, on texts that the run writes"
     )
     args = parser.parse_args()
     check_numbers(args, dict.fromkeys(("stories", "draws", "count"), math.inf))

@@ -1,7 +1,7 @@
-"""What a drafter keeps: tokens per pass by window and temperature, by common noise and by rejection sampling.
+"""Tokens per pass with a drafter, by window and temperature: with common noise and with rejection sampling.
 
-The law's own texts are written first. Drafts never change a text, so one pass over it tells for every position how
-many drafts would have been kept there, and from that the passes that each window takes, exactly as `blocks.write`.
+Drafts never change a text. So the law writes the texts first; one pass over each then shows which drafts would have
+been kept after every position, and so the passes that `blocks.write` takes with any window.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from shared.tokens import PAD
 
 TEMPERATURES: Final = (0.0, 0.7, 0.8, 1.0)
 PROMPT_TOKENS: Final = 16
-REPEATS: Final = 8  # of the rejection rule's own draws
+REPEATS: Final = 8  # draws of the rejection rule
 
 
 class Drafting(msgspec.Struct, frozen=True):
-    """Tokens per pass with up to `window` drafts, window + 1 rows.
+    """Tokens per pass with up to `window` drafts, which take window + 1 rows.
 
-    agreement: share of drafts of each depth that were kept where the ones before were.
+    agreement: at each depth, the share of drafts kept where all before them were.
     """
 
     temperature: float
@@ -41,38 +41,35 @@ class Drafting(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of one text: for each row that can be the last kept one, whether each draft is the law's token, and the
-    probability that rejection sampling would have kept it. The text's tokens stand from `first` on.
-    """
+    """Drafts of one text, made after each of its rows."""
 
-    same: np.ndarray  # (N, depth) bool
-    accepted: np.ndarray  # (N, depth)
-    first: int
+    same: np.ndarray  # (N, depth) bool: the draft is the law's token
+    accepted: np.ndarray  # (N, depth) probability that rejection sampling keeps the draft
+    first: int  # position of the first written token
     end: int  # position after the last token, EOS included
 
 
 def evaluate_drafting(
     model: Denoiser, held_out: HeldOut, temperatures: Sequence[float] = TEMPERATURES, dtype: torch.dtype | None = None
 ) -> list[Drafting]:
-    """Prompts: the first tokens of held-out stories, continued by the law."""
+    """Measure the drafter on texts that the law writes after the first tokens of held-out stories."""
     assert model.drafter is not None
     stories = held_out.canvases[held_out.canvases[:, PROMPT_TOKENS + 1] != PAD]
     prompts = torch.from_numpy(stories[:, 1 : 1 + PROMPT_TOKENS].astype(np.int64))
     depth = len(model.drafter.depths)
     top_k = min(TOP_K, model.config.vocab_size)
-    made = []
+    measured = []
     for temperature in temperatures:
         settings = [Settings(seed, temperature=temperature, top_k=top_k) for seed in range(len(prompts))]
         texts = sample_autoregressive(model, settings, dtype, prompts)
-        found = [agreement(model, text, PROMPT_TOKENS + 1, one) for text, one in zip(texts, settings, strict=True)]
-        for window in range(1, depth + 1):
-            made.append(_summary(found, temperature, window))
-    return made
+        drafted = [agreement(model, text, PROMPT_TOKENS + 1, one) for text, one in zip(texts, settings, strict=True)]
+        measured += [_summary(drafted, temperature, window) for window in range(1, depth + 1)]
+    return measured
 
 
 @torch.no_grad()
 def agreement(model: Denoiser, text: Tensor, first: int, settings: Settings) -> Agreement:
-    """Drafts after every row of a text (L,), each given the text's own tokens before it."""
+    """Drafts after every row of a text (L,), given the text's own tokens before each."""
     assert model.drafter is not None
     n = int((text != PAD).sum())
     states = model(*causal(text[None, : n - 1]))[0]  # row i scores token i + 1
@@ -81,7 +78,7 @@ def agreement(model: Denoiser, text: Tensor, first: int, settings: Settings) -> 
     same, accepted = np.zeros((n, depth), bool), np.zeros((n, depth))
     state = states
     for k, step in enumerate(model.drafter.depths):
-        rows = n - 2 - k  # with a token after the draft's place's own predecessor
+        rows = n - 2 - k  # rows whose draft at this depth has a token to meet
         if rows <= 0:
             break
         state = step(state[:rows], model.token_embedding(text[k + 1 : k + 1 + rows]))
@@ -98,7 +95,7 @@ def _log_probabilities(model: Denoiser, states: Tensor) -> Tensor:
 
 
 def _filtered(logp: Tensor, token: Tensor, settings: Settings) -> Tensor:
-    """The token's probability after temperature and top-k; at temperature 0 of the best alone.  (M, V), (M,) → (M,)"""
+    """The token's probability after temperature and top-k; 0 or 1 at temperature 0.  (M, V), (M,) → (M,)"""
     best = logp.topk(settings.top_k).values
     mine = logp.gather(1, token[:, None])
     if settings.temperature == 0:
@@ -107,25 +104,25 @@ def _filtered(logp: Tensor, token: Tensor, settings: Settings) -> Tensor:
     return torch.where(mine >= best[:, -1:], share, 0.0)[:, 0]
 
 
-def passes(found: Agreement, window: int, kept: np.ndarray) -> list[int]:
+def passes(text: Agreement, window: int, kept: np.ndarray) -> list[int]:
     """Tokens that each pass commits. kept (N, depth): whether each row's drafts are kept."""
-    made, row = [1], found.first - 1  # the first pass has no drafts: it starts from the prompt's last row
-    while row + 2 < found.end:
+    committed, row = [1], text.first - 1  # the first pass has no drafts: it starts from the prompt's last row
+    while row + 2 < text.end:
         run = 0
-        while run < window and row + 2 + run < found.end - 1 and kept[row, run]:
+        while run < window and row + 2 + run < text.end - 1 and kept[row, run]:
             run += 1
-        made.append(min(run + 1, found.end - row - 2))
-        row += made[-1]
-    return made
+        committed.append(min(run + 1, text.end - row - 2))
+        row += committed[-1]
+    return committed
 
 
-def _summary(found: Sequence[Agreement], temperature: float, window: int) -> Drafting:
-    common = [passes(one, window, one.same) for one in found]
+def _summary(texts: Sequence[Agreement], temperature: float, window: int) -> Drafting:
+    common = [passes(one, window, one.same) for one in texts]
     rng = np.random.default_rng(SEED)
     rejection = [
-        [passes(one, window, rng.random(one.accepted.shape) < one.accepted) for one in found] for _ in range(REPEATS)
+        [passes(one, window, rng.random(one.accepted.shape) < one.accepted) for one in texts] for _ in range(REPEATS)
     ]
-    shares, reached = [], [one.same[one.first - 1 : one.end - 2] for one in found]
+    shares, reached = [], [one.same[one.first - 1 : one.end - 2] for one in texts]
     for k in range(window):
         before = np.concatenate([part[part[:, :k].all(1), k] for part in reached])
         shares.append(float(before.mean()) if len(before) else 0.0)
@@ -138,18 +135,18 @@ def _summary(found: Sequence[Agreement], temperature: float, window: int) -> Dra
     )
 
 
-def _per_pass(made: Sequence[Sequence[list[int]]]) -> Figure:
-    tokens = np.array([[sum(text) for text in texts] for texts in made], float)
-    return ratio(tokens, np.array([[len(text) for text in texts] for texts in made], float))
+def _per_pass(committed: Sequence[Sequence[list[int]]]) -> Figure:
+    tokens = np.array([[sum(text) for text in texts] for texts in committed], float)
+    return ratio(tokens, np.array([[len(text) for text in texts] for texts in committed], float))
 
 
-def print_drafting(found: Sequence[Drafting]) -> None:
+def print_drafting(rows: Sequence[Drafting]) -> None:
     """One line for each temperature and window."""
     print(
         f"{'temperature':>11} {'drafts':>6} {'rows':>4} {'tokens per pass':>16} {'rejection sampling':>18} "
         "agreement by depth"
     )
-    for one in found:
+    for one in rows:
         common, rejection = (f"{f.value:.3f} ± {f.stderr:.3f}" for f in (one.tokens_per_pass, one.rejection))
         depths = " ".join(f"{share:.2f}" for share in one.agreement)
         print(f"{one.temperature:11} {one.window:6} {one.window + 1:4} {common:>16} {rejection:>18} {depths}")

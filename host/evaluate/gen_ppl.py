@@ -1,7 +1,7 @@
-"""Generative perplexity (gen-PPL) of samples under an autoregressive run, beside what betrays a gamed one.
+"""Generative perplexity (gen-PPL): the perplexity of samples under an autoregressive run.
 
-Dull or repeated text is easy to predict, so that its perplexity is low. Read it with the entropy, the distinct n-grams,
-the repetition, the non-words and the lengths of the samples, each beside the same figure of as many stories of data.
+Dull or repeated text is easy to predict, so its perplexity is low. It is therefore shown with the entropy, distinct
+n-grams, repetition, non-words and lengths of the samples, and the same figures of as many stories of the data.
 """
 
 import itertools
@@ -31,9 +31,8 @@ from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, Figure, SamplingDefaults, sha256_of
 from shared.tokens import EOS, FIRST_TEXT_ID
 
-COUNT: Final = 200
-"""Texts of a setting. With 12, as before, the standard error was larger than most differences between settings."""
-REPEATED: Final = 4  # tokens in a row that count as repetition when the text has had them before
+COUNT: Final = 200  # texts of a setting
+REPEATED: Final = 4  # n of the n-grams that count as repetition
 BINS: Final = 8  # of the length histogram
 STORIES_AT_ONCE: Final = 4096
 
@@ -41,11 +40,11 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
 class Scored(Struct, frozen=True):
-    """What a set of texts is like; token by token, text tokens only but for the perplexity, which counts EOS.
+    """Figures of a set of texts, of text tokens; the perplexity counts EOS too.
 
-    distinct: distinct n-grams ÷ n-grams, of n = 1, 2, 3, over all texts: compare only sets of one size. repetition:
-    part of a text's 4-grams that it has had before. non_words: part of the words that the training text does not have.
-    lengths: texts in each eighth of the canvas.
+    distinct: distinct n-grams ÷ n-grams for n = 1, 2, 3 over all texts; comparable between sets of one size only.
+    repetition: share of 4-grams that occurred earlier in the same text. non_words: share of words that are not in the
+    training text. lengths: histogram, texts in each eighth of the canvas.
     """
 
     name: str
@@ -59,15 +58,15 @@ class Scored(Struct, frozen=True):
 
 
 def words_of(tokenizer: Tokenizer, canvases: np.ndarray) -> Iterator[str]:
-    """The words of canvases (n, L) in lower case; of a text cut at the end of its canvas, all but the last."""
+    """The words of canvases (n, L) in lower case, without the last one of a text cut at the end of its canvas."""
     ids = [row[row >= FIRST_TEXT_ID].tolist() for row in canvases]
     for row, text in zip(canvases, tokenizer.decode_batch(ids), strict=True):
-        found = _WORD.findall(text.lower())
-        yield from found if EOS in row else found[:-1]
+        words = _WORD.findall(text.lower())
+        yield from words if EOS in row else words[:-1]
 
 
 def training_words(data: DataFolder) -> frozenset[str]:
-    """Every word of the training split, read once."""
+    """The distinct words of the training split."""
     tokenizer, words, n = load_tokenizer(data.tokenizer_path), set[str](), len(data.train)
     for start in progress(range(0, n, STORIES_AT_ONCE), desc="training words", unit="block"):
         words.update(words_of(tokenizer, data.train.take(np.arange(start, min(n, start + STORIES_AT_ONCE)))))
@@ -76,7 +75,7 @@ def training_words(data: DataFolder) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class SampleScorer:
-    """An autoregressive run that scores texts, and the words of the data that it was trained on."""
+    """An autoregressive run that scores texts, and the words of its training data."""
 
     model: Denoiser
     tokenizer: Path
@@ -139,23 +138,26 @@ def _repetition(texts: Sequence[Sequence[int]]) -> float:
 
 
 def length_distance(a: Scored, b: Scored) -> float:
-    """Total variation between two length histograms: 0 the same, 1 nothing in common."""
+    """Total variation distance of two length histograms: 0 equal, 1 disjoint."""
     return sum(abs(x / a.texts - y / b.texts) for x, y in zip(a.lengths, b.lengths, strict=True)) / 2
+
+
+COLUMNS: Final = f"{'gen-PPL':>16} {'entropy, bits':>13} {'distinct-1/2/3':>17} {'repetition':>10} {'non-words':>9}"
+
+
+def cells(row: Scored) -> str:
+    """The figures under COLUMNS."""
+    distinct = "/".join(f"{value:.3f}" for value in row.distinct)
+    perplexity = f"{row.perplexity.value:.2f} ± {row.perplexity.stderr:.2f}"
+    entropy, repetition, non_words = row.unigram_entropy_bits, row.repetition, row.non_words
+    return f"{perplexity:>16} {entropy:13.2f} {distinct:>17} {repetition:10.1%} {non_words:9.2%}"
 
 
 def print_scored(rows: Sequence[Scored]) -> None:
     """One line for each set of texts, then the length histograms."""
-    print(
-        f"{'texts':32} {'number':>6} {'gen-PPL':>16} {'entropy, bits':>13} {'distinct-1/2/3':>17} {'repetition':>10} "
-        f"{'non-words':>9}"
-    )
+    print(f"{'texts':32} {'number':>6} {COLUMNS}")
     for row in rows:
-        distinct = "/".join(f"{value:.3f}" for value in row.distinct)
-        perplexity = f"{row.perplexity.value:.2f} ± {row.perplexity.stderr:.2f}"
-        print(
-            f"{row.name:32} {row.texts:6} {perplexity:>16} {row.unigram_entropy_bits:13.2f} {distinct:>17} "
-            f"{row.repetition:10.1%} {row.non_words:9.2%}"
-        )
+        print(f"{row.name:32} {row.texts:6} {cells(row)}")
     print("length in eighths of the canvas, part of the texts")
     for row in rows:
         print(f"{row.name:32} " + " ".join(f"{n / row.texts:6.1%}" for n in row.lengths))
@@ -164,8 +166,7 @@ def print_scored(rows: Sequence[Scored]) -> None:
 def canvases_of(samples: Path, scorer: SampleScorer, count: int) -> tuple[str, np.ndarray]:
     """Texts of a file or folder, or fresh samples of a run with a bundle's usual settings.  → name, (n, L)
 
-    An autoregressive run draws with the same temperature, top-k and top-p: colder or more truncated text is easier to
-    predict.
+    An autoregressive run samples with the same temperature, top-k and top-p, so that perplexities compare.
     """
     if not any((samples / file).is_file() for file in (LAST, BEST)):
         held_out = held_out_files(samples, scorer.tokenizer, count)

@@ -1,6 +1,7 @@
-"""The infilling law on held-out text: exact nats per gap token, beside two that can be had without it on the same gaps.
+"""The infilling law on held-out text: exact nats per gap token.
 
-They are the autoregressive law, which ignores what follows a gap, and the canvas objective's bound, which sees it.
+The same gaps are measured by the autoregressive law, which ignores what follows a gap, and by the bound of the canvas
+objective, which sees it.
 """
 
 import functools
@@ -27,7 +28,7 @@ STORIES_AT_ONCE: Final = 8
 
 
 class Infilling(msgspec.Struct, frozen=True):
-    """Nats per gap token. bound: None of a network that has not learned the canvas."""
+    """Nats per gap token. bound: None where the network has not learned the objective canvas."""
 
     gap_tokens: int
     infilling: Figure
@@ -36,7 +37,7 @@ class Infilling(msgspec.Struct, frozen=True):
 
 
 def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: bool) -> Infilling:
-    """Each story once, with one to three gaps drawn at random, whose sizes are known; the bound by `draws` times."""
+    """Each story once, with one to three random gaps of known sizes; the bound takes `draws` draws of each."""
     x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
     rng = np.random.default_rng(SEED)
     stories = [story(row) for row in x0 if int((row != PAD).sum()) > 3]
@@ -74,7 +75,7 @@ def _law(model: Denoiser, gaps: list[Example]) -> list[float]:
 
 @torch.no_grad()
 def _left_to_right(model: Denoiser, stories: list[Tensor], gaps: list[Example]) -> list[float]:
-    """The same tokens given all before them, in or out of gaps."""
+    """The gap tokens under the autoregressive law, given all tokens before them."""
     states = model(*stack([causal(one[None, :-1]) for one in stories]))
     return [_nats(model, states[b, one.rows.positions[0, one.at]], one.target) for b, one in enumerate(gaps)]
 
@@ -86,7 +87,7 @@ def _nats(model: Denoiser, states: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def _bound(model: Denoiser, chosen: list[tuple[Tensor, Example, float]], noise: np.random.Generator) -> list[float]:
-    """One draw of the bound with the linear schedule: gap tokens masked with probability t, each of weight 1 / t."""
+    """One draw of the NELBO, linear schedule: gap tokens are masked with probability t, and weigh 1 / t."""
     length = max(len(one) for one, _, _ in chosen)
     x0 = torch.stack([F.pad(one, (0, length - len(one)), value=PAD) for one, _, _ in chosen])
     scored = torch.zeros_like(x0, dtype=torch.bool)
@@ -100,14 +101,17 @@ def _bound(model: Denoiser, chosen: list[tuple[Tensor, Example, float]], noise: 
     return [nats / t for nats, (_, _, t) in zip(sums, chosen, strict=True)]
 
 
-def print_infilling(found: Infilling) -> None:
-    """One line each."""
+def print_infilling(measured: Infilling) -> None:
+    """One line for each law."""
+    own = measured.infilling
     print(
-        f"infilling, {found.gap_tokens:,} tokens in one to {GAPS} gaps, nats per gap token: "
-        f"{found.infilling.value:.4f} ± {found.infilling.stderr:.4f}"
+        f"infilling, {measured.gap_tokens:,} tokens in one to {GAPS} gaps, nats per gap token: "
+        f"{own.value:.4f} ± {own.stderr:.4f}"
     )
-    rivals = [("left to right, blind to what follows", found.autoregressive), ("canvas bound", found.bound)]
-    for name, rival in rivals:
-        if rival is not None:
-            saved = 1 - found.infilling.value / rival.value
-            print(f"  {name}: {rival.value:.4f} ± {rival.stderr:.4f}, infilling is {saved:.1%} below")
+    for name, other in (
+        ("autoregressive, left context alone", measured.autoregressive),
+        ("canvas bound", measured.bound),
+    ):
+        if other is not None:
+            below = 1 - own.value / other.value
+            print(f"  {name}: {other.value:.4f} ± {other.stderr:.4f}, infilling is {below:.1%} below")

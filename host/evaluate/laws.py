@@ -1,4 +1,4 @@
-"""All that a network has learned, on held-out text: each law by a measure of its own, with its standard error."""
+"""Every law that a network has learned, measured on held-out text, with standard errors."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from shared.manifest import Evaluation, Figure
 
 
 class Laws(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What was measured; None of what the run has not learned. nats_per_token, bits_per_byte: autoregressive, exact."""
+    """nats_per_token, bits_per_byte: exact, of the autoregressive law. None: the run has not learned that objective."""
 
     source: str
     nats_per_token: Figure | None = None
@@ -28,7 +28,7 @@ class Laws(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draws: int, drafts: bool) -> Laws:
-    """ConfigError when drafts are to be measured of a run without a drafter."""
+    """Measure the laws of a run; ConfigError for `drafts` without a drafter."""
     if drafts and model.drafter is None:
         raise ConfigError("--drafts needs a run with a drafter: train one with host.train --stage drafter --init RUN")
     learned = progress.objectives
@@ -45,7 +45,7 @@ def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draw
 
 
 def print_laws(laws: Laws, held_out: HeldOut) -> None:
-    """A few lines each."""
+    """A few lines for each law."""
     if laws.nats_per_token and laws.bits_per_byte:
         nats, bits = laws.nats_per_token, laws.bits_per_byte
         print(

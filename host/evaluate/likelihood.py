@@ -23,15 +23,14 @@ from shared.schedule import ScheduleName, loss_weight, mask_prob, time_of_masked
 from shared.tokens import PAD
 
 DRAWS: Final = 8
-STORIES: Final = 512
-"""Enough for an error of about one per cent; every story is scored 16 times."""
+STORIES: Final = 512  # for a standard error of about one per cent
 BOOTSTRAPS: Final = 1000
 SEED: Final = 20_000
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Canvases to measure on, and what they stand for."""
+    """Text to measure on."""
 
     name: str
     canvases: np.ndarray  # (n, L) uint16
@@ -45,9 +44,9 @@ class HeldOut:
 
 
 def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: int = DRAWS) -> Evaluation:
-    """Every story `draws` times, each time at another t of a low-discrepancy set and with fresh masks.
+    """NELBO and masked cross-entropy of every story in `draws` draws of t (low-discrepancy) and masks.
 
-    Standard errors add the Monte Carlo error over draws and a bootstrap over stories.
+    Standard errors combine the Monte Carlo error over draws with a bootstrap over stories.
     """
     x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
     n = len(x0)
@@ -90,7 +89,7 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
 def _batches(
     x0: Tensor, t: np.ndarray, *, noise: np.random.Generator, schedule: ScheduleName, size: int
 ) -> Iterator[tuple[np.ndarray, Corrupted]]:
-    """Corrupted batches of rows of like length, cut to the longest."""
+    """Corrupted batches of rows of similar length, cut to the longest."""
     whole = corrupt(x0, torch.from_numpy(noise.random(x0.shape, dtype=np.float32)), t.tolist(), schedule)
     for part in whole.active_len.argsort(stable=True).split(size):
         longest = int(whole.active_len[part].max())
@@ -103,13 +102,13 @@ def _row_sums(losses: Tensor, rows: Tensor, n: int) -> np.ndarray:
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> Figure:
-    """Sum over sum, over draws and stories (draws, n), with its standard error."""
+    """Ratio of sums over draws and stories (draws, n), with its standard error."""
     draws, n = above.shape
     total = below.sum()
     if total == 0:
         raise DataError("too little text to measure on: no token of it was masked; give more stories or --draws")
     value = above.sum() / total
-    # Deviations from the common ratio, not ratios of parts: where text is little, a part may hold no masked token.
+    # Deviations from the common ratio, since a draw of little text may hold no masked token to divide by.
     deviation = (above - value * below) / total  # (draws, n)
     monte_carlo = deviation.sum(1).std(ddof=1) * np.sqrt(draws) if draws > 1 else 0.0
     stories = np.random.default_rng(SEED).integers(0, n, (BOOTSTRAPS, n))

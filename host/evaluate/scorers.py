@@ -25,8 +25,9 @@ HIDDEN_LOGITS = ("head.control", "head.text")  # inside a CPU graph: scores of t
 
 
 def session_of(graph: onnx.ModelProto, outputs: Mapping[str, type] | None = None) -> ort.InferenceSession:
-    """A session on as many threads as torch uses. outputs: instead of its own, values inside the graph and their types;
-    what they do not need is not computed.
+    """A session on as many threads as torch uses.
+
+    outputs: names and types of inner values to return instead of the graph's outputs; the rest is not computed.
     """
     if outputs is not None:
         surgeon = gs.import_onnx(graph)
@@ -42,7 +43,7 @@ def session_of(graph: onnx.ModelProto, outputs: Mapping[str, type] | None = None
 
 
 def step_feed(session: ort.InferenceSession, canvas: NDArray[np.int32], t: float) -> Feed:
-    """Inputs of one denoising step of one canvas (L,) whose masked positions are all wanted."""
+    """Inputs of a step that scores all masked positions of one canvas (L,)."""
     feed: Feed = {
         "canvas": canvas[None].astype(np.int32),
         "t": np.array([t], np.float32),
@@ -52,7 +53,7 @@ def step_feed(session: ort.InferenceSession, canvas: NDArray[np.int32], t: float
 
 
 class Scorer(Protocol):
-    """A model under evaluation. batch_rows: how many canvases it takes at once."""
+    """A model under evaluation. batch_rows: canvases in a batch."""
 
     name: str
     batch_rows: int
@@ -86,7 +87,7 @@ class TorchScorer:
 
 
 class GraphScorer:
-    """A step graph as it ships, run by ONNX Runtime one canvas at a time, its logits exposed again."""
+    """A step graph as it ships, run by ONNX Runtime one canvas at a time, with its inner logits as outputs."""
 
     batch_rows = 1
 
@@ -122,7 +123,7 @@ class GraphScorer:
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; BundleError when it is none."""
+    """Read an ONNX file; BundleError when it is not one."""
     try:
         return onnx.load(path)
     except Exception as error:  # protobuf raises its own DecodeError

@@ -1,6 +1,6 @@
-"""Quality against denoising steps: one table and one picture, from which a bundle's sampling defaults are chosen.
+"""Quality against denoising steps, as a table and a picture: a bundle's sampling defaults are chosen from them.
 
-Every setting draws the same number of texts, with the same seeds, and an autoregressive run scores them.
+Every setting draws as many texts, with the same seeds; an autoregressive run scores them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 
 from host.data.shards import SplitName
 from host.device import mixed_precision_dtype
-from host.evaluate.gen_ppl import COUNT, SampleScorer, Scored, length_distance
+from host.evaluate.gen_ppl import COLUMNS, COUNT, SampleScorer, Scored, cells, length_distance
 from host.sampling.many import sample_many
 from host.sampling.reference import TOP_K, Settings
 from host.train.plots import save_picture
@@ -30,7 +30,7 @@ PICTURE: Final = "sweep.png"
 
 @dataclass(frozen=True)
 class Setting:
-    """A rule of sampling at one strength. rule and temperature name its line in the picture."""
+    """A sampling rule at one strength."""
 
     rule: str
     strength: str
@@ -38,13 +38,13 @@ class Setting:
 
     @property
     def line(self) -> str:
-        """What the picture joins."""
+        """The line of the picture that it belongs to."""
         return f"{self.rule}, T {self.settings.temperature:g}"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A setting measured. steps: mean denoising steps of a text (NFE)."""
+    """A measured setting. steps: mean denoising steps of a text (NFE)."""
 
     setting: Setting
     steps: float
@@ -57,19 +57,19 @@ def grid(
     thresholds: Sequence[float] = THRESHOLDS,
     entropy_bounds: Sequence[float] = ENTROPY_BOUNDS,
 ) -> list[Setting]:
-    """Every selection at every number of steps, and the adaptive rules, which stop by themselves, at the first
-    temperature; the two selections that differ most at the others too.
+    """Settings to measure: at the first temperature every selection at every number of steps, and the adaptive rules;
+    at the other temperatures the selections COOLED.
     """
-    found = []
+    settings = []
     for temperature in temperatures:
         base = Settings(seed=0, steps=max(steps), temperature=temperature)
         first = temperature == temperatures[0]
         for selection in get_args(Selection) if first else COOLED:
-            found += [Setting(selection, f"{n} steps", replace(base, steps=n, selection=selection)) for n in steps]
+            settings += [Setting(selection, f"{n} steps", replace(base, steps=n, selection=selection)) for n in steps]
         if first:
-            found += [Setting("threshold", f"{p:g}", replace(base, threshold=p)) for p in thresholds]
-            found += [Setting("entropy bound", f"{h:g}", replace(base, entropy_bound=h)) for h in entropy_bounds]
-    return found
+            settings += [Setting("threshold", f"{p:g}", replace(base, threshold=p)) for p in thresholds]
+            settings += [Setting("entropy bound", f"{h:g}", replace(base, entropy_bound=h)) for h in entropy_bounds]
+    return settings
 
 
 def sweep(
@@ -88,10 +88,7 @@ def sweep(
     scorer = SampleScorer.load(scorer_run, run / TOKENIZER)
     data = scorer.score_data(source, split, count)
     dtype = mixed_precision_dtype(torch.device("cpu"))
-    print(
-        f"{'rule':14} {'T':>4} {'strength':>9} {'NFE':>7} {'gen-PPL':>14} {'entropy, bits':>13} "
-        f"{'distinct-1/2/3':>17} {'repetition':>10} {'non-words':>9} {'lengths off':>11}"
-    )
+    print(f"{'rule':14} {'T':>4} {'strength':>9} {'NFE':>7} {COLUMNS} {'lengths off':>11}")
     _print((data.name, "", "", ""), data, data)
     points = []
     for setting in settings or grid():
@@ -112,23 +109,16 @@ def sweep(
 
 def _print(row: tuple[str, str, str, str], scored: Scored, data: Scored) -> None:
     rule, temperature, strength, steps = row
-    perplexity = f"{scored.perplexity.value:.2f} ± {scored.perplexity.stderr:.2f}"
-    distinct = "/".join(f"{value:.3f}" for value in scored.distinct)
-    print(
-        f"{rule:14} {temperature:>4} {strength:>9} {steps:>7} {perplexity:>14} {scored.unigram_entropy_bits:13.2f} "
-        f"{distinct:>17} {scored.repetition:10.1%} {scored.non_words:9.2%} {length_distance(scored, data):11.2f}",
-        flush=True,
-    )
+    setting = f"{rule:14} {temperature:>4} {strength:>9} {steps:>7}"
+    print(f"{setting} {cells(scored)} {length_distance(scored, data):11.2f}", flush=True)
 
 
 def draw(path: Path, points: Sequence[Point], data: Scored) -> None:
-    """Perplexity and entropy against mean steps, a line for each rule and temperature, the data's own as dashes."""
-    import matplotlib
+    """Perplexity and entropy against mean steps, a line for each rule and temperature; dashed: the data."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 8), sharex=True, height_ratios=[3, 2])
+    figure = Figure(figsize=(9, 8))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     rules = list(dict.fromkeys(point.setting.rule for point in points))
     warmest = max(point.setting.settings.temperature for point in points)
     for line in dict.fromkeys(point.setting.line for point in points):

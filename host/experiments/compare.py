@@ -1,7 +1,7 @@
-"""Runs side by side at equal CPU-hours (device-hours on a GPU) and at equal epochs: one table, one picture.
+"""Runs side by side at equal CPU-hours (device-hours on a GPU) and at equal epochs: a table and a picture.
 
-`python -m host.compare ours=runs/ours baseline=runs/baseline AR=runs/ar` reads what the runs logged about the same
-validation stories. A run that began with another's weights is charged for that run too.
+`python -m host.compare ours=runs/ours baseline=runs/baseline AR=runs/ar` reads the validation losses that the runs
+logged. The cost of a run started with --init includes that of the run it started from.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HOURS = "CPU-hours (device-hours on a GPU)"
 
 @dataclass(frozen=True)
 class Point:
-    """Bits per byte on validation stories after so much work, that of the run it began with included."""
+    """Bits per byte on validation stories; compute time and tokens include those of the --init run."""
 
     compute_s: float
     tokens: int
@@ -31,14 +31,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run reached over its time. epochs: tokens ÷ those of the training split."""
+    """A run's course. epoch_tokens: those of the training split."""
 
     name: str
     points: list[Point]
     epoch_tokens: int
 
     def at(self, compute_s: float) -> float | None:
-        """Bits per byte after so much work, by the line between two measurements; None outside the curve."""
+        """Bits per byte after that compute time, interpolated; None outside the curve."""
         times = [point.compute_s for point in self.points]
         if not times[0] <= compute_s <= times[-1]:
             return None
@@ -69,7 +69,7 @@ def read_curve(name: str, run: Path) -> Curve:
 
 
 def print_table(curves: list[Curve]) -> None:
-    """The end of each run, and every run at the end of the shortest; in the form of a page of docs/."""
+    """Each run at its end and at the end of the shortest, as a Markdown table."""
     equal_s = min(curve.points[-1].compute_s for curve in curves)
     print(f"| run | {HOURS} | million tokens | epochs | bits per byte | after {equal_s / 3600:.2f} hours |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -83,13 +83,11 @@ def print_table(curves: list[Curve]) -> None:
 
 
 def draw(path: Path, curves: list[Curve]) -> None:
-    """Bits per byte against hours of work, and against epochs."""
-    import matplotlib
+    """Bits per byte against compute hours, and against epochs."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure = Figure(figsize=(11, 4.5))
+    left, right = figure.subplots(1, 2, sharey=True)
     for curve in curves:
         bits = [point.bits_per_byte for point in curve.points]
         left.plot([point.compute_s / 3600 for point in curve.points], bits, ".-", label=curve.name)

@@ -1,4 +1,4 @@
-"""Pictures as PNG: the curves of a run, and how any picture is saved."""
+"""Pictures as PNG."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,7 @@ if TYPE_CHECKING:
 
 def plot_curves(run: Path) -> None:
     """Draw log.csv into curves.png: training loss with its running mean, validation loss, learning rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_log(run / LOG_FILE)
     tokens = [int(row["tokens"]) / 1e6 for row in rows]
@@ -25,12 +22,13 @@ def plot_curves(run: Path) -> None:
         mean += 0.05 * (value - mean)
         smooth.append(mean)
     valid = [(x, float(row["valid"])) for x, row in zip(tokens, rows, strict=True) if row["valid"]]
-    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1])
+    figure = Figure(figsize=(8, 6))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     above.plot(tokens, loss, color="tab:blue", alpha=0.2)
     above.plot(tokens, smooth, color="tab:blue", label="training as it is weighted, running mean")
     if valid:
         above.plot(*zip(*valid, strict=True), "o-", color="tab:orange", label="validation, nats per token, EMA weights")
-        # The first steps would squeeze the rest.
+        # Limits without the first steps, whose losses would squeeze the rest.
         settled = [*smooth[len(smooth) // 20 :], *(value for x, value in valid if x > tokens[-1] / 20)]
         above.set_ylim(0.9 * min(settled), 1.05 * max(settled))
     above.set_ylabel("nats")
@@ -42,12 +40,9 @@ def plot_curves(run: Path) -> None:
 
 
 def save_picture(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG and forget it; ConfigError when it cannot be written."""
-    from matplotlib import pyplot as plt
-
+    """Write a figure as PNG; ConfigError when it cannot be written."""
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=100)
     except OSError as error:
         raise ConfigError(f"the picture {path} cannot be written: {error.strerror}") from None
-    plt.close(figure)

@@ -38,7 +38,7 @@ HEAVY: Final[dict[str, str]] = {
     "cuda": "a device has one runtime: only the backend in use loads its own",
     "datasets": "seconds to load, and an unchanged rerun of host.data does without",
     "huggingface_hub": "only a download needs it",
-    "matplotlib": "its backend has to be chosen first, and most runs draw nothing",
+    "matplotlib": "most commands draw nothing",
     "onnxruntime": "a device has one runtime: only the backend in use loads its own",
     "pyarrow": "only parquet files need it",
     "pycuda": "optional extra",
