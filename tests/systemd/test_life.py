@@ -50,11 +50,11 @@ def test_life_group_is_checked_where_the_socket_is_open_to_all(device: Machine) 
 
 
 def test_life_watchdog_replaces_a_stopped_process(device: Machine, drop_in: Path) -> None:
-    drop_in.write_text("[Service]\nWatchdogSec=3\nRestartSec=100ms\n")
+    drop_in.write_text("[Service]\nWatchdogSec=5\nRestartSec=100ms\n")
     device.run("systemctl", "daemon-reload")
     device.run("systemctl", "restart", "edgelm.service")
     process = device.show("MainPID")
-    time.sleep(4)  # longer than the watchdog: it is fed
+    time.sleep(6)  # longer than the watchdog: it is fed
     assert device.show("MainPID") == process
 
     device.kill(signal.SIGSTOP)
