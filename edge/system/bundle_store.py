@@ -1,13 +1,12 @@
 """The device's bundles: verified copies in one folder, with a link to the one that is served.
 
     STORE/
-      NAME-DIGEST/    one folder a bundle, only ever renamed into place whole
-      current         link to the one that the daemon serves
-      previous        link to the one before: what a rollback returns to
+      NAME-DIGEST/    one folder per bundle, renamed into place when complete
+      current         link to the bundle that the daemon serves
+      previous        link to the bundle before: the target of a rollback
 
-A link is swapped by renaming a new one over it, so that at every moment there is a whole one. Two bundles are kept.
-Removed is only what is provably a bundle of this store, named by its own manifest's digest, and only while both links
-show one.
+Links are replaced atomically, by renaming. Two bundles are kept. Only folders whose name matches their manifest's name
+and digest are removed, and only while both links lead to a bundle.
 """
 
 import errno
@@ -32,31 +31,31 @@ LOCK: Final = ".lock"
 
 
 def check_files(folder: Path) -> Manifest:
-    """Hold every file that the manifest lists to its hash. Raises BundleError naming the first that does not fit."""
+    """Compare every file with its hash in the manifest. Raises BundleError naming the first that differs."""
     manifest = read_manifest(folder)
     for file, expected in ((TOKENIZER, manifest.tokenizer_sha256), *((g.file, g.sha256) for g in manifest.graphs)):
         try:
-            found = sha256_of(folder / file)
+            actual = sha256_of(folder / file)
         except OSError as error:
             raise BundleError(f"bundle file {folder / file} cannot be read ({error.strerror})") from None
-        if found != expected:
-            short = f"sha256 {found[:12]}… instead of {expected[:12]}…"
+        if actual != expected:
+            short = f"sha256 {actual[:12]}… instead of {expected[:12]}…"
             raise BundleError(f"bundle file {folder / file} does not match its manifest: {short}")
     return manifest
 
 
 def check_signature(folder: Path, key: Path) -> None:
-    """Hold the manifest, and by its hashes everything else, to the signature beside it. Raises BundleError.
+    """Verify the signature of the manifest, which holds the hashes of all other files. Raises BundleError.
 
-    Asks the program `minisign`, which the distribution keeps up to date: a library would be a dependency of the
-    daemon, and bring a second cryptography stack to the device for a check that runs once an upgrade.
+    By the program `minisign`, which the distribution keeps up to date: a library would be a dependency of the daemon
+    and a second cryptography stack on the device, for a check that runs once per upgrade.
     """
     signature = folder / SIGNATURE
     if not signature.is_file():
-        raise BundleError(f"{folder} is not signed: {SIGNATURE} is missing, and {key} asks for it")
+        raise BundleError(f"{folder} is not signed: {SIGNATURE} is missing, and {key} requires it")
     program = shutil.which("minisign")
     if program is None:
-        raise BundleError(f"{key} asks for signatures, but minisign is not installed: apt install minisign")
+        raise BundleError(f"{key} requires signatures, but minisign is not installed: apt install minisign")
     command = [program, "-V", "-m", str(folder / MANIFEST), "-x", str(signature), "-p", str(key)]
     checked = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if checked.returncode != 0:
@@ -66,7 +65,7 @@ def check_signature(folder: Path, key: Path) -> None:
 
 @dataclass(frozen=True)
 class Links:
-    """What the two links show: names of folders, None without a link."""
+    """Targets of the two links: names of folders, None without a link."""
 
     current: str | None
     previous: str | None
@@ -80,15 +79,15 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else changes the store meanwhile. A folder becomes a store while it is empty, and never otherwise."""
+        """Exclusive access to the store. Only an empty folder becomes a store."""
         for outer in (self.folder.absolute(), *self.folder.absolute().parents):
             if (outer / MANIFEST).exists():
                 raise BundleError(f"{self.folder} cannot be a store of bundles: {outer} is a bundle itself")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = self.folder / LOCK
-            if not lock.exists() and (found := next(self.folder.iterdir(), None)) is not None:
-                raise BundleError(f"{self.folder} is no store of bundles, and it is not empty: it holds {found.name}")
+            if not lock.exists() and (entry := next(self.folder.iterdir(), None)) is not None:
+                raise BundleError(f"{self.folder} is no store of bundles, and it is not empty: it holds {entry.name}")
             handle = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,19 +101,19 @@ class Store:
 
     @property
     def links(self) -> Links:
-        """Where they lead now."""
+        """The links as they are now."""
         return Links(self._target("current"), self._target("previous"))
 
     def names(self) -> list[str]:
-        """The bundles there are, by name."""
+        """Names of the bundles."""
         if not self.folder.is_dir():
             return []
         return sorted(p.name for p in self.folder.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != ".")
 
     def stage(self, source: Path) -> Path:
-        """Copy what a bundle consists of, flushed to the disk.  → a folder that `admit` or `discard` takes over"""
+        """Copy the files of a bundle, synced to disk.  → a folder for `admit` or `discard`"""
         if not (source / MANIFEST).exists():
-            read_manifest(source)  # says so
+            read_manifest(source)  # raises
         staged = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.folder))
         file = MANIFEST
         try:
@@ -129,7 +128,7 @@ class Store:
             self.discard(staged)
             if isinstance(error, OSError):
                 raise BundleError(f"{source / file} cannot be copied to {self.folder}: {error.strerror}") from None
-            if isinstance(error, BundleError):  # the copy's name tells the user nothing
+            if isinstance(error, BundleError):  # which names the copy
                 raise BundleError(str(error).replace(str(staged), str(source))) from None
             raise
         return staged
@@ -139,10 +138,10 @@ class Store:
         shutil.rmtree(staged, ignore_errors=True)
 
     def admit(self, staged: Path) -> str:
-        """Take a verified folder in; one of its name that is there is repaired, file by file.  → its name"""
+        """Move a verified folder into the store, or repair the one of its name, file by file.  → its name"""
         name = _name_of(staged)
         final = self.folder / name
-        if final.is_dir():  # the name says that the files are the same, or were
+        if final.is_dir():  # of the same files, if undamaged
             for file in staged.iterdir():
                 if not _same(file, final / file.name):
                     file.rename(final / file.name)
@@ -153,7 +152,7 @@ class Store:
         return name
 
     def point(self, links: Links) -> None:
-        """Set both links, `previous` first: a crash leaves the old one served, a full disk changes none."""
+        """Set both links, `previous` first: a crash in between keeps the old bundle, a full disk changes nothing."""
         targets = {"previous": links.previous, "current": links.current}
         for link, name in targets.items():
             fresh = self.folder / f".{link}"
@@ -168,12 +167,12 @@ class Store:
         _flush(self.folder)
 
     def discard_partials(self) -> None:
-        """Remove what killed commands left."""
+        """Remove the partial copies of killed commands."""
         for path in self.folder.glob(f"{PARTIAL}*"):
             self.discard(path)
 
     def prune(self) -> None:
-        """Remove the bundles of this store that neither link shows; none when a link was lost, for it may be any."""
+        """Remove the bundles that neither link leads to; none if a link is missing, since it may have led to any."""
         keep = (self.links.current, self.links.previous)
         if any(name is None or not (self.folder / name).is_dir() for name in keep):
             return
@@ -210,7 +209,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a plain file, and nothing else: what a link leads to is not the bundle's to give, and a pipe never ends."""
+    """Copy a plain file. Links are refused, since they may lead outside the bundle, and pipes, which never end."""
     try:
         handle = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -224,4 +223,4 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(readable, writable, 1 << 20)
             writable.flush()
             os.fsync(writable.fileno())
-    target.chmod(0o644)  # whatever the umask: the daemon is another user
+    target.chmod(0o644)  # for the daemon's user, whatever the umask

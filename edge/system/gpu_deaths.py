@@ -1,7 +1,7 @@
-"""How often the daemon ended abnormally while it served from the GPU: after two deaths it serves from the CPU.
+"""Counts abnormal ends of the daemon on the GPU: after two it serves from the CPU.
 
-It counts before the GPU is used: crashes and hangs count as much as reported failures. A clean end clears the count, so
-that `systemctl restart` tries the GPU again.
+A process is counted before it uses the GPU, so that crashes and hangs count like reported failures. A clean end clears
+the count: `systemctl restart` tries the GPU again.
 """
 
 import os
@@ -21,7 +21,7 @@ BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Start(msgspec.Struct, frozen=True):
-    """A process that began to use the GPU, and never ended cleanly. A reboot may heal a GPU: boot tells them apart."""
+    """A process that began to use the GPU. boot: a reboot may repair a GPU, so only this boot's processes count."""
 
     boot: str
     uptime_s: float
@@ -35,14 +35,14 @@ class GpuDeaths:
         self._file = state / FILE
 
     def too_many(self) -> str | None:
-        """Why the GPU must rest; None while it may be used."""
+        """Why the GPU must not be used; None while it may."""
         deaths = len([start for start in self._starts() if start.pid != os.getpid()])
         if deaths < MOST:
             return None
         return f"the daemon died {deaths} times on the GPU within an hour; `systemctl restart edgelm` tries it again"
 
     def begin(self) -> None:
-        """This process is about to use the GPU. Raises DeviceError when that cannot be noted."""
+        """Count this process, which is about to use the GPU. Raises DeviceError when that cannot be written."""
         mine = Start(_boot(), _uptime_s(), os.getpid())
         self._write([*(start for start in self._starts() if start.pid != mine.pid), mine])
 
@@ -55,7 +55,7 @@ class GpuDeaths:
         self._write([start for start in self._starts() if start.pid != os.getpid()])
 
     def _starts(self) -> list[Start]:
-        with suppress(OSError, msgspec.MsgspecError):  # absent, or cut off: begins again
+        with suppress(OSError, msgspec.MsgspecError):  # absent or damaged: counts as empty
             found = msgspec.json.decode(self._file.read_bytes(), type=list[Start])
             return [s for s in found if s.boot == _boot() and _uptime_s() - s.uptime_s < WITHIN_S]
         return []

@@ -1,4 +1,4 @@
-"""Signs of life of the daemon's threads, for the watchdog."""
+"""Progress of the daemon's threads, for the watchdog."""
 
 import threading
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 Sign = Callable[[], tuple[int, bool]]
-"""A count that grows with the work, and whether there is work now. Work at which the count stands still is stuck."""
+"""A count that grows with progress, and whether there is work. With work and no growth, a thread is stuck."""
 
 
 class Heartbeat:
     """The sign of one thread, which enters it for each piece of work and leaves it before it waits for the next.
 
-    thread: its end counts as work that stands still, because nothing more will be done.
+    thread: once it has ended, the sign is that of a stuck thread.
     """
 
     def __init__(self, thread: threading.Thread | None = None) -> None:
@@ -28,7 +28,7 @@ class Heartbeat:
         self._working = False
 
     def around(self, work: Callable[P, None]) -> Callable[P, None]:
-        """`work` as a piece of work."""
+        """`work`, run inside this heartbeat."""
 
         def beat(*args: P.args, **kwargs: P.kwargs) -> None:
             with self:

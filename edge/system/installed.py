@@ -1,11 +1,11 @@
-"""What is installed here."""
+"""The installed distribution."""
 
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 
 
 def version() -> str:
-    """Of the installed distribution; "unknown" in a checkout alone. Looks through the file system: ask once."""
+    """Its version; "unknown" in a checkout that is not installed. Searches the file system: call it once."""
     try:
         return version_of("diffusion-llm")
     except PackageNotFoundError:

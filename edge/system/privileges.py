@@ -1,4 +1,4 @@
-"""What a root command does with a stranger's bytes it does as nobody."""
+"""Dropping root: commands run by root handle untrusted files as the user nobody."""
 
 import grp
 import os
@@ -11,14 +11,14 @@ GPU_GROUPS: Final = ("video", "render")
 
 
 def is_root() -> bool:
-    """Whether this process may do everything."""
+    """Whether this process runs as root."""
     return os.geteuid() == 0
 
 
 def become_nobody() -> None:
-    """Give root up for good, and keep the groups that the GPU needs; for who is not root, nothing changes.
+    """Drop root for good, keeping the groups that the GPU needs; other users are left as they are.
 
-    The working directory stays usable, whatever folders lie above it.
+    The working directory stays usable, whatever the modes of the folders above it.
     """
     if not is_root():
         return

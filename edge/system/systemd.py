@@ -1,7 +1,7 @@
-"""What systemd tells a service, and what it wants to hear: readiness, socket activation, watchdog, priorities.
+"""The protocols between systemd and a service: readiness, socket activation, watchdog, priorities, credentials.
 
-Standard library only. Started by hand, without systemd's variables, every function here does nothing.
-Protocols: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3), sd-daemon(3).
+Without systemd's environment variables, as when started by hand, every function does nothing.
+See sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3), sd-daemon(3).
 """
 
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FIRST_FD: Final = 3
 CHECKS: Final = 4
-"""How often the watchdog looks in the time systemd allows: a step may take three quarters of it."""
+"""Checks per watchdog interval: a step may take three quarters of it."""
 
 
 def notify(*lines: str) -> None:
@@ -35,7 +35,7 @@ def notify(*lines: str) -> None:
             manager.connect("\0" + address[1:] if address.startswith("@") else address)
             manager.sendall("\n".join(lines).encode())
     except OSError as error:
-        log.warning("systemd cannot be told %s: %s", lines[0], error.strerror)
+        log.warning("systemd cannot be notified of %s: %s", lines[0], error.strerror)
 
 
 def ready(status: str) -> None:
@@ -44,20 +44,19 @@ def ready(status: str) -> None:
 
 
 def reloading() -> None:
-    """A reload begins. The time tells systemd which of several reloads this is; Type=notify-reload needs it."""
+    """A reload begins. Type=notify-reload needs its start time."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
 def stopping(within_s: float, status: str = "finishing what was accepted") -> None:
-    """The end begins, and may take so long even where TimeoutStopSec is shorter."""
+    """Shutdown begins, and may take `within_s` even where TimeoutStopSec is shorter."""
     notify("STOPPING=1", f"STATUS={status}", f"EXTEND_TIMEOUT_USEC={round(within_s * 1e6)}")
 
 
 def activated_socket() -> socket.socket | None:
     """The listening Unix socket that systemd opened for this process, if it did.
 
-    Its path is systemd's to keep: whoever takes the socket must not remove it. Raises ConfigError when systemd passed
-    something else.
+    Its path belongs to systemd and must not be removed. Raises ConfigError when systemd passed anything else.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
@@ -74,7 +73,7 @@ def activated_socket() -> socket.socket | None:
 
 
 def watchdog_interval_s() -> float | None:
-    """How long systemd waits for a sign of life; None when it does not watch this process."""
+    """The watchdog interval of this process; None without one."""
     micros, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
     if not micros.isdecimal() or int(micros) == 0 or pid not in ("", str(os.getpid())):
         return None
@@ -82,26 +81,26 @@ def watchdog_interval_s() -> float | None:
 
 
 class Watchdog:
-    """Feeds systemd's watchdog as long as work goes on everywhere, in a thread of its own.
+    """Notifies systemd's watchdog from a thread of its own while every serving thread makes progress.
 
-    signs: of the threads that serve, by their names. While one of them has work and stands still nothing is fed, and
-    systemd starts the daemon again.
+    signs: of the serving threads, by name. While one has work and makes no progress, no notification is sent, and
+    systemd restarts the daemon.
     """
 
     def __init__(self, signs: Mapping[str, Sign]) -> None:
         self._signs = signs
         self._seen: dict[str, int] = {}
-        self._unfed = 0
+        self._missed = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to feed, if systemd watches."""
+        """Start, if systemd expects notifications."""
         if watchdog_interval_s() is not None:
             self._thread.start()
 
     def stop(self) -> None:
-        """No longer feed."""
+        """Stop notifying."""
         self._ended.set()
 
     def _run(self) -> None:
@@ -109,17 +108,17 @@ class Watchdog:
         assert interval_s is not None
         while True:
             if stuck := self._stuck():
-                self._unfed += 1
-                if self._unfed == CHECKS // 2:  # once may be a moment between two steps
-                    log.error("no progress in %s: systemd will start the daemon again", ", ".join(stuck))
+                self._missed += 1
+                if self._missed == CHECKS // 2:  # one check may fall between two steps
+                    log.error("no progress in %s: systemd will restart the daemon", ", ".join(stuck))
             else:
-                self._unfed = 0
+                self._missed = 0
                 notify("WATCHDOG=1")
             if self._ended.wait(interval_s / CHECKS):
                 return
 
     def _stuck(self) -> list[str]:
-        """Who has work and did none of it since the last look."""
+        """Names of the threads that have work and made no progress since the last check."""
         stuck = []
         for name, sign in self._signs.items():
             count, has_work = sign()
@@ -130,21 +129,21 @@ class Watchdog:
 
 
 def on_journal() -> bool:
-    """Whether stderr goes straight to the journal, which reads priorities; a redirected one goes elsewhere."""
-    found = os.fstat(sys.stderr.fileno())
-    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    """Whether stderr is connected to the journal, which reads priorities."""
+    stderr = os.fstat(sys.stderr.fileno())
+    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
 
 class JournalFormatter(logging.Formatter):
-    """Lines the journal files under their priority: `<4>…` is a warning. A traceback's lines all carry theirs."""
+    """Prefixes lines with their priority for the journal: `<4>…` is a warning. A traceback has it on every line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record with its priority before every line."""
+        """The record, its priority before every line."""
         level = next(p for least, p in ((50, 2), (40, 3), (30, 4), (20, 6), (0, 7)) if record.levelno >= least)
         return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
 
 
 def credential(name: str) -> Path | None:
-    """The file of a credential, if the unit loads one of that name."""
+    """The file of a credential that the unit loads, if it does."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return Path(folder) / name if folder and (Path(folder) / name).is_file() else None

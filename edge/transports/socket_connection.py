@@ -24,12 +24,12 @@ from shared.messages import (
 )
 
 MAX_UNREAD_BYTES: Final = 256 * 1024
-"""A client that leaves this much unread is not served either, until it catches up."""
+"""A client that leaves this much unread is served again once it has read on."""
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request in flight."""
+    """A request in progress."""
 
     id: str | None
     cancelled: bool = False
@@ -37,14 +37,14 @@ class _Request:
 
 @dataclass
 class _Outgoing:
-    """The socket's writing side. unsent: bytes that the client did not take yet."""
+    """The socket's writing side. unsent: bytes that the client has not taken yet."""
 
     sock: socket.socket
     unsent: bytearray = field(default_factory=bytearray)
 
 
 class _Sender:
-    """Replies on their way to a client, from any thread. gone: the client closed, or we did."""
+    """Sends replies to a client, from any thread. gone: either side has closed."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.gone = False
@@ -52,12 +52,12 @@ class _Sender:
 
     @property
     def unsent(self) -> int:
-        """Bytes that the client did not take yet."""
+        """Bytes that the client has not taken yet."""
         with self._outgoing as outgoing:
             return len(outgoing.unsent)
 
     def send(self, reply: Reply) -> None:
-        """Send it as far as the client takes it now. A snapshot is left out while anything is unsent."""
+        """Send as much as the client takes now. A snapshot is left out while anything is unsent."""
         with self._outgoing as outgoing:
             if isinstance(reply, Partial) and outgoing.unsent:
                 return
@@ -83,9 +83,9 @@ class _Sender:
 
 
 class Connection:
-    """What a client sends is served line by line. All but the replies happens in the thread that polls.
+    """Serves what a client sends, line by line, in the polling thread; replies may come from others.
 
-    uid: its user. name: for the log, and whom the scheduler is fair to. wake: has the polling thread look again.
+    uid: its user. name: for the log and the fair queue. wake: wakes the polling thread up.
     """
 
     def __init__(
@@ -94,36 +94,36 @@ class Connection:
         sock.setblocking(False)
         self.uid = uid
         self.used_s = time.monotonic()
-        """When it last sent or got anything."""
+        """When it last sent or received anything."""
         self._name = name
         self._sock = sock
         self._scheduler = scheduler
         self._wake = wake
-        self._ended = False  # nothing more is read: the client sent its last line, or one that was too long
+        self._ended = False  # nothing more is read: after the client's last line, or one that was too long
         self._unserved = bytearray()
         self._requests: Locked[set[_Request]] = Locked(set())
         self._sender = _Sender(sock)
 
     @property
     def events(self) -> int:
-        """What to poll for; a hang-up is reported in any case."""
+        """Events to poll for; a hang-up is always reported."""
         reads = not self._ended and self._sender.unsent < MAX_UNREAD_BYTES and len(self._unserved) <= MAX_MESSAGE_BYTES
         return (select.POLLIN if reads else 0) | (select.POLLOUT if self._sender.unsent else 0)
 
     @property
     def flushed(self) -> bool:
-        """Whether no reply waits to be sent."""
+        """Whether all replies are sent."""
         return self._sender.gone or not self._sender.unsent
 
     @property
     def idle(self) -> bool:
-        """Whether it waits for nothing. What it left unread does not count, nor does half a line."""
+        """Whether no request is in progress. Unread replies and an incomplete line do not count."""
         with self._requests as requests:
             return not requests
 
     @property
     def gone(self) -> bool:
-        """Whether the client left, or is not served any longer: then its requests are cancelled."""
+        """Whether the connection has ended: its requests are then cancelled."""
         return self._sender.gone
 
     @gone.setter
@@ -132,11 +132,11 @@ class Connection:
 
     @property
     def finished(self) -> bool:
-        """Whether all requests are answered, and nothing more will be requested."""
+        """Whether all requests are answered and no more can come."""
         return self._sender.gone or (self._ended and not self._unserved and self.flushed and self.idle)
 
     def receive(self) -> None:
-        """Read what is there. The last line needs no newline when the client shuts its writing side."""
+        """Read available bytes. The last line needs no newline when the client shuts its writing side down."""
         try:
             data = self._sock.recv(MAX_MESSAGE_BYTES)
         except BlockingIOError:
@@ -150,16 +150,16 @@ class Connection:
             self._unserved += b"\n" if self._unserved else b""
 
     def answer_line(self) -> bool:
-        """Serve one complete line, if there is one and the client takes its replies.  → whether there was one
+        """Serve one complete line, if there is one and the client reads its replies.  → whether there was one
 
-        One: a client that sends thousands at once delays no one else.
+        Only one, so that a client that sends thousands delays no other.
         """
         if self._sender.gone or self._sender.unsent >= MAX_UNREAD_BYTES:
             return False
         end = self._unserved.find(b"\n")
         line = bytes(self._unserved[:end] if end >= 0 else self._unserved)
         if len(line) > MAX_MESSAGE_BYTES:
-            self._ended = True  # where the next line begins is anyone's guess: answer, then close
+            self._ended = True  # the next line cannot be located: answer, then close
             self._unserved.clear()
         elif end < 0:
             return False
@@ -175,7 +175,7 @@ class Connection:
         self._sender.flush()
 
     def refuse(self, error: RequestError, id: str | None = None) -> None:
-        """Say why a line, or this client, is not served."""
+        """Reply with an error to a line, or to the client as a whole."""
         self._scheduler.requests.note(code=error.code, id=id, client=self._name)
         self._sender.send(error_response(error, id))
 
@@ -187,7 +187,9 @@ class Connection:
         try:
             message = decode_line(line)
             if not isinstance(message, HealthRequest) and message.response_topic is not None:
-                raise RequestError("bad_request", "`response_topic` is for MQTT: here the answer takes the way back")
+                raise RequestError(
+                    "bad_request", "`response_topic` is for MQTT: on the socket the answer comes back on the connection"
+                )
         except RequestError as error:
             self.refuse(error, id_of(line))
             return

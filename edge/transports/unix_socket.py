@@ -1,7 +1,7 @@
-"""The Unix socket: one JSON object a line both ways, several requests of a connection in flight at once.
+"""The Unix socket: one JSON object per line both ways, several requests in progress per connection.
 
-One thread polls every connection, because an asyncio loop costs 10 MB and 40 ms of the start. Replies come from the
-scheduler's thread, which sends them itself when the client keeps up, so that an answer waits for no other thread.
+One thread polls all connections; asyncio would cost 10 MB and 40 ms at the start. Replies are sent by the scheduler's
+thread itself where the client keeps up, so that an answer waits for no other thread.
 """
 
 import logging
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 64
 USER_CONNECTIONS: Final = 32
-"""What one user may hold of them, but for root and this daemon's own."""
+"""Most connections of one user, except root and the daemon's own."""
 RESERVED: Final = 4
-"""Places that only root and this daemon's user take."""
+"""Connections reserved for root and the daemon's user."""
 FLUSH_S: Final = 2.0
-"""How long closing waits for clients to take their last replies."""
+"""How long `close` waits for clients to take their last replies."""
 ACCEPT_PAUSE_S: Final = 0.1
 HANG_UP: Final = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
@@ -40,8 +40,8 @@ HANG_UP: Final = select.POLLHUP | select.POLLERR | select.POLLNVAL
 class SocketServer:
     """Serves a scheduler on a Unix socket. Raises ConfigError when the path cannot be taken.
 
-    inherited: a listening socket opened by systemd, which is served instead and outlives this process. group: whose
-    members alone may connect, beside root and this daemon's user.
+    inherited: a listening socket of systemd's, served instead of `path` and left open. group: only its members may
+    connect, beside root and the daemon's user.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SocketServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is answered, hang up, and remove the socket if it is still ours."""
+        """Send the last replies, hang up, and remove the socket if it is still this server's."""
         self._close_by_s = time.monotonic() + FLUSH_S
         self._wake()
         self._thread.join()
@@ -99,7 +99,7 @@ class SocketServer:
                 for fd, connection in list(self._connections.items()):
                     lines_left |= connection.answer_line()
                     if connection.finished:
-                        with suppress(KeyError):  # it came and lost its place again since the last poll
+                        with suppress(KeyError):  # accepted since the last poll
                             poller.unregister(fd)
                         del self._connections[fd]
                         connection.close()
@@ -124,12 +124,12 @@ class SocketServer:
         return time.monotonic() >= self._close_by_s or all(c.flushed for c in self._connections.values())
 
     def _accept_waiting(self) -> None:
-        for _ in range(MAX_CONNECTIONS):  # not for ever: those who are connected have their turn, too
+        for _ in range(MAX_CONNECTIONS):  # bounded: connected clients have their turn, too
             if not self._accept_one():
                 return
 
     def _accept_one(self) -> bool:
-        """Whether there was one to accept."""
+        """Accept a waiting connection.  → whether there was one"""
         try:
             sock, _ = self._listener.accept()
         except BlockingIOError:
@@ -142,7 +142,7 @@ class SocketServer:
         name = f"socket:{uid}/{next(self._numbers)}"
         connection = Connection(sock, self._scheduler, uid=uid, name=name, wake=self._wake)
         if self._group is not None and not is_member(sock, self._group):
-            connection.refuse(RequestError("forbidden", "this socket serves the members of its group alone"))
+            connection.refuse(RequestError("forbidden", "only members of its group may use this socket"))
             connection.close()
         elif not self._make_room(uid):
             connection.refuse(RequestError("queue_full", "too many clients are connected, and none of them is idle"))
@@ -152,7 +152,7 @@ class SocketServer:
         return True
 
     def _make_room(self, uid: int) -> bool:
-        """Whether a client of that user may stay. Where there is no place, whoever holds most loses an idle one."""
+        """Whether there is room for a client of that user. If not, the user with most connections loses an idle one."""
         trusted = uid in (0, os.geteuid())
         clients = [connection for connection in self._connections.values() if not connection.gone]
         held = Counter(connection.uid for connection in clients)
@@ -175,11 +175,11 @@ def _listen(path: Path, gid: int | None) -> socket.socket:
     _clear_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        os.fchmod(listener.fileno(), 0o660)  # the file is born with it: no moment in which others could connect
+        os.fchmod(listener.fileno(), 0o660)  # before bind creates the file: at no time may others connect
         listener.bind(str(path))
         if gid is not None:
             os.chown(path, -1, gid)
-        path.chmod(0o660)  # a strict umask may have taken the group's half
+        path.chmod(0o660)  # a strict umask may have removed the group's bits
         listener.listen(MAX_CONNECTIONS)
     except OSError as error:
         listener.close()
@@ -188,11 +188,11 @@ def _listen(path: Path, gid: int | None) -> socket.socket:
 
 
 def _clear_stale(path: Path) -> None:
-    """Remove the socket that a daemon left behind when it was killed; anything else in the way is an error."""
+    """Remove the socket of a killed daemon; anything else at the path is an error."""
     try:
         mode = path.lstat().st_mode
     except OSError:
-        return  # nothing there, or nothing to be seen: bind says what is wrong
+        return  # missing, or not accessible: bind reports it
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"socket {path}: a file that is no socket lies there; choose another path with --socket")
     if (live := connect(path)) is not None:

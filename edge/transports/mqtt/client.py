@@ -1,7 +1,7 @@
 """MQTT: the same messages as on the Unix socket, below `edgelm/<device>/`.
 
     request/generate[/CLIENT]   in   QoS 1   a JSON object, or plain UTF-8 text, which is the prompt
-    request/cancel[/CLIENT]     in   QoS 0   {"id"}: stops that request; 0, since a full window would hold a QoS 1 back
+    request/cancel[/CLIENT]     in   QoS 0   {"id"}: stops that request; QoS 1 would wait for room in a full window
     request/health[/CLIENT]     in   QoS 0   anything; the answer goes to response[/CLIENT]/health
     response[/CLIENT]/<id>      out  QoS 1   the one terminal answer, unless the request names another topic
     stream[/CLIENT]/<id>        out  QoS 0   snapshots, if the request asks for them and has an id
@@ -11,9 +11,9 @@
     metrics                     out  QoS 0   counters, every minute
 
 Snapshots never share a topic with the answer, because clients such as mosquitto_rr take the first message for it.
-With CLIENT, everything that comes of a request stays below CLIENT's topics, which a broker can keep for that user.
-Without a broker the daemon serves its socket and keeps trying. A request is acknowledged once it is in the journal, a
-refused one once the refusal has arrived, and none while the daemon shuts down.
+With CLIENT, everything about a request stays below CLIENT's topics, which a broker can restrict to that user. Without a
+broker the daemon serves its socket and keeps trying to connect. A request is acknowledged once it is in the journal, a
+refused one once the refusal is delivered, and none during shutdown.
 """
 
 import logging
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 MAX_CORRELATION_BYTES: Final = 1024
 CLOSE_S: Final = 2.0
 KINDS: Final = (("generate", 1), ("cancel", 0), ("health", 0))
-"""Of requests, with the QoS they are subscribed at."""
+"""Of requests, with the QoS of their subscription."""
 
 
 class MqttTransport:
@@ -75,7 +75,7 @@ class MqttTransport:
 
     @property
     def example(self) -> str:
-        """A command that asks this daemon for a story; where the broker wants users, with two words to fill in."""
+        """A command that requests a story; CLIENT and PASSWORD are to be filled in where the broker has users."""
         login, client = "", None
         if self._config.username is not None:
             login, client = "-u CLIENT -P PASSWORD ", "CLIENT"
@@ -88,45 +88,45 @@ class MqttTransport:
         return f"mosquitto_rr -V 5 -q 1 {address}{topics} -m 'Once upon a time'"
 
     def start(self) -> None:
-        """Take up what an earlier process left, and begin to connect, in the background, for as long as it takes."""
+        """Resume what an earlier process left, and connect in the background, for as long as it takes."""
         self._outbox.start()
         self._status.start()
         self._link.start()
 
     def close(self) -> None:
-        """Hand over the last answers, say `offline`, and part; bounded in time."""
+        """Deliver the last answers, publish `offline` and disconnect; bounded in time."""
         self._status.close()
         self._outbox.close(CLOSE_S)
         self._link.close(b"offline", CLOSE_S)
 
     def on_connected(self, connection: int, receive_maximum: int) -> None:
-        """A broker is there."""
+        """A connection is up."""
         self._outbox.connected(connection, receive_maximum)
         self._status.publish_all()
 
     def on_lost(self) -> None:
-        """It is there no longer."""
+        """The connection is gone."""
         self._outbox.lost()
 
     def on_acknowledged(self, number: int, refusal: str | None) -> None:
-        """It took a message, or says why not."""
+        """The broker took a message, or refused it."""
         self._outbox.acknowledged(number, refusal)
 
     def on_message(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
-        """A request came."""
+        """Serve a request."""
         try:
-            if message.retain:  # would be served again at every connect
+            if message.retain:  # would come again at every connection
                 log.warning("ignored a retained request on %s", message.topic)
                 acknowledge()
                 return
             self._serve(message, acknowledge)
-        except Exception:  # the connection's thread must live on
+        except Exception:  # the connection's thread must go on
             log.exception("a message could not be served")
             acknowledge()
 
     def _serve(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
         parsed = self._topics.parse(message.topic)
-        if parsed is None:  # there is no one to answer
+        if parsed is None:  # no reply is possible
             self._outbox.limits.drop()
             acknowledge()
             return
@@ -156,7 +156,7 @@ class MqttTransport:
         if request is not None and refusal is None:
             try:
                 self._outbox.accept(sender, request, sent_with(message, "MessageExpiryInterval"))
-            except Exception:  # a journal that cannot be read, for one: its sender must hear of it
+            except Exception:  # such as a journal that cannot be read: reported to the sender
                 log.exception("a request could not be accepted")
                 refusal = RequestError("internal", "the daemon failed on this request; its log has the details")
         if refusal is not None:
@@ -184,9 +184,9 @@ class MqttTransport:
         id: str | None,
         acknowledge: Callable[[], None],
     ) -> tuple[Sender, RequestError | None]:
-        """Who sent a message, and what is wrong with where or how it is to be answered.
+        """The sender of a message, and what is wrong with its reply topic or correlation data, if anything.
 
-        topic: for the answer, unless a property of the message names one.
+        topic: for the answer, unless the message's properties name one.
         """
         named: str | None = sent_with(message, "ResponseTopic")
         address, refusal = self._topics.address(topic if named is None else named, client, id)
@@ -202,7 +202,7 @@ class MqttTransport:
         return self._link.publish(message.address, message.payload, qos=1, carried=carried, connection=connection)
 
     def _show(self, client: str, id: str, correlation: bytes | None, partial: Partial) -> None:
-        if self._link.ready:  # else a newer one will serve better
+        if self._link.ready:  # else a newer one will follow
             topic = self._topics.own("stream", None if "/" in client else client, id)
             carried = partial_properties(partial.seq, correlation)
             with suppress(MessageTooLargeError):

@@ -1,8 +1,8 @@
-"""The connection to the broker: one paho client per connection, one thread that makes the next when one ends.
+"""The connection to the broker: one paho client per connection, and a thread that opens the next when one ends.
 
-A new client knows nothing of the old one's messages: what the old one had under way is the outbox's to send again, so
-that it can count, and no acknowledgement of one connection is taken for another's. MQTT 5, or 3.1.1 with a broker that
-refuses it. The session at the broker outlives them all.
+A new client has no state of the old one: messages that were in flight are sent again by the outbox, which counts tries,
+and no acknowledgement of one connection is taken for another's. MQTT 5, or 3.1.1 if the broker refuses it. The session
+at the broker outlives all connections.
 """
 
 import ipaddress
@@ -30,29 +30,29 @@ from shared.messages import MAX_MESSAGE_BYTES
 log = logging.getLogger(__name__)
 
 MAX_PACKET_BYTES: Final = 4 * MAX_MESSAGE_BYTES
-"""Above MAX_MESSAGE_BYTES a request is refused by name; above this the broker (MQTT 5) does not even hand it on."""
+"""Above MAX_MESSAGE_BYTES a request is refused by name; above this the broker (MQTT 5) does not deliver it."""
 RECEIVE_MAXIMUM: Final = 32
-"""QoS 1 messages that the broker hands on before the first of them is acknowledged."""
+"""QoS 1 messages that the broker delivers before the first of them is acknowledged."""
 SESSION_EXPIRY_S: Final = 24 * 3600
-"""How long the broker keeps requests for a daemon that is away."""
+"""How long the broker keeps requests for a daemon that is not connected."""
 RECONNECT_S: Final = (1.0, 30.0)
-"""From one attempt to the next: at first, and at most."""
+"""Delay between attempts: the first, and the longest."""
 TAKEN_OVER_S: Final = (60.0, 3600.0)
 """The same after another client logged in under our name."""
 LASTED_S: Final = 5.0
 MAX_SHORT_LIVED: Final = 3
-"""Connections in a row that broke within LASTED_S and could be made again at once: the cause is another client of our
-name, which MQTT 3.1.1, and mosquitto 2.0 in either version, do not tell.
+"""Connections in a row that broke within LASTED_S and could be made again at once: another client has our name. MQTT
+3.1.1, and mosquitto 2.0 in either version, do not report it.
 """
 HEADER_BYTES: Final = 16
-"""Of a PUBLISH packet, beside topic, properties and payload."""
+"""Of a PUBLISH packet, without topic, properties and payload."""
 TAKEN_OVER: Final = "Session taken over"
 UNSPECIFIED: Final = "Unspecified error"
 BROKEN: Final = "the connection broke"
 
 
 class Events(Protocol):
-    """What a link reports, from threads of its own."""
+    """What a link reports, from its own threads."""
 
     def on_connected(self, connection: int, receive_maximum: int) -> None: ...
     def on_lost(self) -> None: ...
@@ -88,7 +88,7 @@ class Link:
         self._short_lived = 0
         self._takeovers = 0
         self._silenced = False  # a failure is reported once, not at every attempt
-        self._ending: str | None = None  # why the present connection is over
+        self._ending: str | None = None  # why the present connection ended
         self._over = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
@@ -101,7 +101,7 @@ class Link:
 
     @property
     def ready(self) -> bool:
-        """Whether something that is sent now leaves at once."""
+        """Whether a message would be sent at once."""
         client = self._client
         return client is not None and not client.want_write()
 
@@ -121,10 +121,9 @@ class Link:
         carried: Properties | None = None,
         connection: int | None = None,
     ) -> int | None:
-        """Send a message, on that connection and no other if one is named.
+        """Send a message; connection: on this one or not at all.  → its number; None without a connection
 
-        → its number; None without a connection. carried: left out where the broker knows no properties. Raises
-        MessageTooLargeError for what the broker would hang up on.
+        carried: properties, left out in MQTT 3.1.1. Raises MessageTooLargeError above the broker's packet size.
         """
         client = self._client
         if client is None or connection not in (None, self._connection):
@@ -138,13 +137,13 @@ class Link:
         return sent.mid if sent.rc in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN) else None
 
     def close(self, last_availability: bytes, timeout_s: float) -> None:
-        """Publish a last availability and disconnect; the broker keeps what it could not hand on."""
+        """Publish a last availability and disconnect; the broker keeps undelivered messages."""
         self._stopping.set()
         client = self._client
         if client is not None:
             try:
                 client.publish(self._availability, last_availability, qos=1, retain=True).wait_for_publish(timeout_s)
-            except (RuntimeError, ValueError) as error:  # the connection broke just now: the last will says it
+            except (RuntimeError, ValueError) as error:  # the connection broke just now: the last will follows
                 log.warning("%s", error)
             client.disconnect()
         else:
@@ -161,12 +160,12 @@ class Link:
                 connected = self._connect_once()
             except (OSError, ValueError) as error:
                 self._complain(f"broker {self.broker} cannot be reached: {error}")
-            except Exception:  # the thread must live on
+            except Exception:  # the thread must go on
                 log.exception("the connection to broker %s failed", self.broker)
             self._stopping.wait(self._pause_s(connected, time.monotonic() - began_s))
 
     def _connect_once(self) -> bool:
-        """One connection, from the first byte to the last.  → whether it was of use"""
+        """One connection, from opening to end.  → whether it was subscribed"""
         client = self._make_client()
         limits: dict[str, Any] = {}
         if self.modern:
@@ -179,13 +178,13 @@ class Link:
             self._over.wait()
         connected, self._client = self._client is not None, None
         client.disconnect()
-        client.loop_stop()  # after this nothing of that connection comes any more
+        client.loop_stop()  # no callback of this connection runs after this
         if connected:
             self._events.on_lost()
         return connected
 
     def _pause_s(self, connected: bool, lasted_s: float) -> float:
-        """How long to wait after a connection has ended, or none was made. Reports another client of our name."""
+        """Delay before the next attempt. Reports another client of our name."""
         if self._ending == REFUSED_VERSION:
             return 0.0
         short = connected and lasted_s < LASTED_S and self._ending == BROKEN
@@ -245,7 +244,7 @@ class Link:
     def _on_subscribe(
         self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], carried: Properties | None
     ) -> None:
-        # Only now is `online` true: a request sent on seeing it finds the subscription.
+        # Only now: a client that sees `online` may rely on the subscription.
         refused = next((reason for reason in reasons if reason.is_failure), None)
         if refused is not None:
             self._complain(f"broker {self.broker} refuses to hand on {self._topics[0][0]}: {refused}")
@@ -267,7 +266,7 @@ class Link:
         self._end(why)
 
     def _end(self, why: str) -> None:
-        self._ending = self._ending or why  # the first reason is the true one
+        self._ending = self._ending or why  # the first reason is the cause
         self._over.set()
 
     def _complain(self, sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Logging in to the broker: user, password and TLS as configured, and one attempt, to say what comes of it."""
+"""Logging in to the broker: user, password and TLS as configured; and a trial login for `edge.doctor`."""
 
 import queue
 import ssl
@@ -16,7 +16,7 @@ HANGS_UP: Final = "it hangs up"
 
 
 def give_credentials(client: Client, config: MqttConfig, password: str | None) -> None:
-    """User, password, and the certificates to trust. Raises ConfigError for a file that cannot be used."""
+    """Set user, password and trusted certificates. Raises ConfigError for a file that cannot be used."""
     client.username_pw_set(config.username, password)
     if config.ca_file is not None:
         try:
@@ -26,7 +26,7 @@ def give_credentials(client: Client, config: MqttConfig, password: str | None) -
 
 
 def try_login(config: MqttConfig, client_id: str) -> str | None:
-    """Log in and out again, under a client id that nobody uses.  → what is wrong, with its remedy; None if nothing"""
+    """Log in and out; client_id: one not in use.  → what is wrong, with its remedy; None if nothing"""
     broker = f"{config.host}:{config.port}"
     try:
         reason = _connack(config, client_id, MQTTProtocolVersion.MQTTv5)
@@ -49,13 +49,13 @@ def try_login(config: MqttConfig, client_id: str) -> str | None:
 
 
 def _connack(config: MqttConfig, client_id: str, version: MQTTProtocolVersion) -> str | None:
-    """One connection.  → the reason for which it was refused, or None. Raises OSError, ConfigError."""
+    """One connection.  → why it was refused, or None. Raises OSError, ConfigError."""
     assert config.host is not None
     answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     client = Client(CallbackAPIVersion.VERSION2, client_id, protocol=version, reconnect_on_failure=False)
     client.connect_timeout = LOGIN_S
     give_credentials(client, config, read_password(config))
-    client.on_connect = lambda *said: answer.put(str(said[3]) if said[3].is_failure else None)
+    client.on_connect = lambda *args: answer.put(str(args[3]) if args[3].is_failure else None)
     client.on_disconnect = lambda *_: answer.put(HANGS_UP)
     client.connect(config.host, config.port)
     client.loop_start()

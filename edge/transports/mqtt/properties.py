@@ -16,12 +16,12 @@ class _Answered(Struct):
 
 
 def sent_with(message: MQTTMessage, name: str) -> Any:
-    """A property of MQTT 5, if the message has it."""
+    """A property of a message, if it has it."""
     return getattr(message.properties, name, None)
 
 
 def answer_properties(payload: bytes, correlation: bytes | None) -> Properties:
-    """What an answer carries: its request's correlation data, and its status for those who do not read JSON."""
+    """Properties of an answer: its request's correlation data, and its status for clients that do not read JSON."""
     status = msgspec.json.decode(payload, type=_Answered).status
     user = [("v", str(PROTOCOL_VERSION)), *([] if status is None else [("status", status)]), ("final", "true")]
     echo = {} if correlation is None else {"CorrelationData": correlation}
@@ -29,13 +29,13 @@ def answer_properties(payload: bytes, correlation: bytes | None) -> Properties:
 
 
 def partial_properties(seq: int, correlation: bytes | None) -> Properties:
-    """What a snapshot carries: the same, and its number."""
+    """Properties of a snapshot: correlation data and its number."""
     echo = {} if correlation is None else {"CorrelationData": correlation}
     return json_properties(UserProperty=[("v", str(PROTOCOL_VERSION)), ("seq", str(seq)), ("final", "false")], **echo)
 
 
 def json_properties(**more: Any) -> Properties:
-    """Those of a JSON message."""
+    """Properties of a JSON message."""
     return properties(PacketTypes.PUBLISH, ContentType="application/json", PayloadFormatIndicator=1, **more)
 
 

@@ -1,4 +1,4 @@
-"""What others may read of the daemon without asking: state, info and metrics."""
+"""Publishes what clients may read without a request: state, info and metrics."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ class Publish(Protocol):
 
 
 class Status:
-    """Looks at the scheduler twice a second and publishes what changed; counters once a minute, and at the end."""
+    """Checks the scheduler twice a second and publishes changes; counters once a minute, and at the end."""
 
     def __init__(self, scheduler: Scheduler, outbox: Outbox, queue_size: int, publish: Publish) -> None:
         self._scheduler = scheduler
@@ -39,11 +39,11 @@ class Status:
         self.heartbeat = Heartbeat(self._thread)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Begin to publish."""
         self._thread.start()
 
     def publish_all(self) -> None:
-        """The broker is new: it may know nothing."""
+        """Publish everything again, for a broker that may have lost it."""
         self._all = True
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Status:
 
 
 def info(health: Health, loaded: LoadedBundle, queue_size: int) -> Info:
-    """What a client may want to know before it asks, with the JSON schema of its requests."""
+    """What a client may want to know before its first request, with the JSON schemas of requests."""
     manifest = loaded.manifest
     limits = Limits(MAX_MESSAGE_BYTES, manifest.model.canvas_len, MAX_STEPS, manifest.top_k, queue_size)
     schemas = {"generate": GenerateRequest, "cancel": CancelRequest}
@@ -100,5 +100,7 @@ def info(health: Health, loaded: LoadedBundle, queue_size: int) -> Info:
 
 def _schema(kind: Any) -> dict[str, Any]:
     text = msgspec.json.encode(msgspec.json.schema(kind))
-    schema: dict[str, Any] = msgspec.json.decode(text.replace(rb"\\Z", b"$"))  # Python's end of text, in their dialect
+    schema: dict[str, Any] = msgspec.json.decode(
+        text.replace(rb"\\Z", b"$")
+    )  # Python's end of text, in the schema's dialect
     return schema

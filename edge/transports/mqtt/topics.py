@@ -1,4 +1,4 @@
-"""Topics below `edgelm/<device>/`, what a message on them may say, and where an answer may go."""
+"""Topics below `edgelm/<device>/`: parsing, permitted reply topics, and the payload of requests."""
 
 import re
 from dataclasses import dataclass
@@ -13,36 +13,36 @@ MAX_CLIENT: Final = 64
 
 _NONCHARACTERS: Final = "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
 UNSENDABLE: Final = re.compile(f"[+#\x00-\x1f\x7f-\x9f\ufdd0-\ufdef{_NONCHARACTERS}]")
-"""Wildcards, and characters at which a broker may drop the connection: one bad topic would then end every answer."""
+"""Wildcards, and characters at which a broker may drop the connection, which would interrupt every answer."""
 
 RequestKind = Literal["generate", "cancel", "health"]
 
 
 @dataclass(frozen=True)
 class Topics:
-    """Those of one device.
+    """The topics of one device.
 
-    A request on `request/KIND/CLIENT` is CLIENT's, and everything that comes of it stays below CLIENT's topics: a
-    broker that lets every user write to its own request topics alone makes that a boundary between clients. The plain
-    `request/KIND` tells nobody apart. reply_prefixes: where answers may be sent beside `response`.
+    A request on `request/KIND/CLIENT` belongs to CLIENT, and everything about it stays below CLIENT's topics: where the
+    broker lets each user write only to its own request topics, clients are isolated. The plain `request/KIND` does not
+    distinguish clients. reply_prefixes: where answers may be sent, beside `response`.
     """
 
     device: str
     reply_prefixes: tuple[str, ...]
 
     def own(self, *levels: str | None) -> str:
-        """edgelm/<device>/<levels>; a level that is None or that no topic can carry is left out."""
+        """edgelm/<device>/<levels>; levels that are None or not valid in a topic are left out."""
         return "/".join(["edgelm", self.device, *(v for v in levels if v is not None and not UNSENDABLE.search(v))])
 
     def parse(self, topic: str) -> tuple[RequestKind, str | None] | None:
-        """What a message on a subscribed topic is, and from which client; None if that name cannot be used."""
+        """The kind and client of a request's topic; None if the client's name is not valid."""
         kind, slash, client = topic.removeprefix(self.own("request") + "/").partition("/")
         if slash and (not client or len(client) > MAX_CLIENT or UNSENDABLE.search(client)):
             return None
         return cast(RequestKind, kind), client if slash else None
 
     def may_answer_on(self, topic: str, client: str | None) -> bool:
-        """Whether a client may direct answers there: otherwise anyone could publish with the daemon's rights."""
+        """Whether a client may have answers sent there: anywhere else it would publish with the daemon's rights."""
         levels = topic.split("/")
         if client is None:
             own = topic == self.own("response") or (topic.startswith(self.own("response/")) and len(levels) == 4)
@@ -53,7 +53,7 @@ class Topics:
         return allowed and len(topic) <= MAX_TOPIC and len(levels) <= MAX_LEVELS and UNSENDABLE.search(topic) is None
 
     def address(self, requested: str | None, client: str | None, id: str | None) -> tuple[str, RequestError | None]:
-        """Where an answer goes, and what is wrong with where it was requested to go."""
+        """Where an answer goes, and what is wrong with the requested topic, if anything."""
         default = self.own("response", client, id)
         if requested is None:
             return default, None
