@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's wheels report home unless told before their import
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read as ONNX Runtime is imported: its wheels report usage
 
 from edge.daemon import main
 from shared.errors import run_main

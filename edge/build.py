@@ -1,6 +1,6 @@
 """Build the TensorRT engine of a bundle on this device: `python -m edge.build`. Takes minutes, once.
 
-The build runs in a process of its own, whose gigabytes are free again before the service starts.
+The build runs in a process of its own, whose memory is freed before the service starts.
 """
 
 import argparse
@@ -15,14 +15,14 @@ from edge.config import default_bundle
 from shared.errors import ConfigError, command_name, run_main
 from shared.manifest import find_graph, read_manifest
 
-EPILOG: Final = """exit codes: 0 the engine is there, 66 the bundle does not fit, 69 GPU, driver or TensorRT do not,
-78 a flag is wrong
+EPILOG: Final = """exit codes: 0 the engine exists, 66 a fault of the bundle, 69 of GPU, driver or TensorRT,
+78 of a flag
 
 example: python -m edge.build --bundle bundles/mine"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line, build, say where."""
+    """Parse the command line, build, print the engine's folder."""
     parser = argparse.ArgumentParser(
         prog=command_name("edge.build"),
         description=__doc__,
@@ -34,22 +34,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workspace-mib", type=int, default=WORKSPACE_MIB, help="the builder's scratch memory (default: %(default)s)"
     )
-    parser.add_argument("--force", action="store_true", help="build even if there is an engine already")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.add_argument("--force", action="store_true", help="build even if there is an engine")
+    parser.add_argument("--quiet", action="store_true", help="print only the result")
     args = parser.parse_args(argv)
     if args.workspace_mib < 16:
         raise ConfigError("--workspace-mib must be at least 16")
     find_graph(args.bundle, read_manifest(args.bundle), "cuda")
     if args.cache is not None and not args.cache.is_dir():
-        raise ConfigError(f"--cache {args.cache} is no folder")
+        raise ConfigError(f"--cache {args.cache} is not a folder")
     cache = args.cache or writable_cache()
 
-    def tell(line: str) -> None:
-        if not args.quiet:
-            print(line, file=sys.stderr)
-
     order = Order(str(args.bundle.absolute()), str(cache.absolute()), args.workspace_mib, args.force)
-    print(run_build(order, tell))
+    print(run_build(order, lambda line: None if args.quiet else print(line, file=sys.stderr)))
     return 0
 
 

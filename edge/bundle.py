@@ -1,7 +1,7 @@
 """`python -m edge.bundle`: install, list, roll back and verify the bundles of a device.
 
-A bundle is served only after its files fit their hashes, its signature fits the device's key, and it ran ten steps, in
-a process of its own; and it stays only if the reloaded daemon answers with it. Otherwise the one before serves again.
+A bundle is served only after its files match their hashes, its signature the device's key, and ten steps have run in a
+process of its own. It stays only if the reloaded daemon answers with it; otherwise the previous bundle serves again.
 """
 
 import argparse
@@ -32,28 +32,28 @@ KEY: Final = Path("/etc/edgelm/minisign.pub")
 UNIT: Final = "edgelm.service"
 TEST: Final = GenerateRequest(prompt="", seed=1, steps=10)
 TEST_S: Final = 300.0
-"""How long the ten steps may take, the runtime's own preparations included; and then the daemon's to serve them."""
+"""Timeout of the ten steps, loading included, and then of the daemon's answer."""
 POLL_S: Final = 0.2
 
 EPILOG = """examples:
-  python -m edge.bundle install bundle/tinystories    verify, test, serve; or say why not, and serve on as before
-  python -m edge.bundle rollback                      back to the bundle before
-  python -m edge.bundle verify                        is what is served still what was installed?
+  python -m edge.bundle install bundle/tinystories    verify, test and serve; on failure nothing changes
+  python -m edge.bundle rollback                      serve the previous bundle again
+  python -m edge.bundle verify                        check the bundle that is served
 
 With a minisign key at /etc/edgelm/minisign.pub every bundle must be signed by it (sign the manifest:
-minisign -Sm NAME/manifest.json); without one, signatures are not asked for."""
+minisign -Sm NAME/manifest.json); without one, signatures are not checked."""
 
 
 def self_test(folder: Path, config: Config) -> None:
-    """Run ten steps, twice, to the same text; root becomes nobody for it, and stays so. Raises BundleError."""
+    """Run ten steps twice and compare the texts. Drops root for good. Raises BundleError."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported
-    from edge.serving.loaded_bundle import LoadedBundle  # not at the top: listing and rolling back need no runtime
+    from edge.serving.loaded_bundle import LoadedBundle  # listing and rolling back need no runtime
 
-    with suppress(ImportError):  # while this user may read every package: Python may lie in root's home
+    with suppress(ImportError):  # while still root: Python may be in a folder that nobody cannot read
         import onnxruntime  # noqa: F401
 
         import edge.backends.ort  # noqa: F401
-    os.chdir(folder)  # nobody may not walk through every folder above it
+    os.chdir(folder)  # the user nobody cannot pass through every folder above it
     become_nobody()
     try:
         loaded = LoadedBundle.load(Path(), config.backend, config.threads)
@@ -68,7 +68,7 @@ def self_test(folder: Path, config: Config) -> None:
 
 
 def verify(folder: Path, key: Path | None, config: Config) -> None:
-    """Files, signature if there is a key, ten steps. Raises BundleError or ConfigError in one sentence."""
+    """Check files and, with a key, the signature; run the self-test. Raises BundleError or ConfigError."""
     check_files(folder)
     if key is not None:
         check_signature(folder, key)
@@ -76,7 +76,7 @@ def verify(folder: Path, key: Path | None, config: Config) -> None:
 
 
 def verify_apart(folder: Path, arguments: list[str]) -> None:
-    """`verify` in a process of its own, whose crash or hang is the bundle's fault and not ours. Raises BundleError."""
+    """`verify` in a process of its own: its crash or hang is an error of the bundle. Raises BundleError."""
     command = [sys.executable, "-m", "edge.bundle", "verify", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TEST_S, stdin=subprocess.DEVNULL)
@@ -88,25 +88,25 @@ def verify_apart(folder: Path, arguments: list[str]) -> None:
 
 
 class Service:
-    """The daemon as systemd's unit. Without systemd, or with the unit stopped, there is nothing to tell."""
+    """The daemon as systemd's unit. Without systemd, or with the unit stopped, there is nothing to reload."""
 
     def __init__(self, config: Config) -> None:
         self._bundle = config.bundle
         self._socket = config.socket
 
     def serves(self, store: Store) -> bool:
-        """Whether it runs on this store, and so has to be told. One that failed may have failed for the old bundle."""
+        """Whether it serves from this store. A failed one counts: the old bundle may be the reason."""
         own = self._bundle == store.folder / "current" and Path("/run/systemd/system").is_dir()
         return own and self._show("ActiveState") not in ("inactive", "")
 
     def serve(self, model: str) -> None:
-        """Reload, and wait until it answers a request of ten steps with that model. Raises BundleError."""
+        """Reload, and wait until it answers a request with that model. Raises BundleError."""
         before = self._show("StatusText")
         verb = "reload" if self._show("ActiveState") in ("active", "reloading") else "restart"
-        if verb == "restart":  # systemd starts nothing that failed too often a moment ago
+        if verb == "restart":  # clears the start limit
             subprocess.run(["systemctl", "reset-failed", UNIT], capture_output=True)
-        told = subprocess.run(["systemctl", verb, UNIT], capture_output=True, text=True)
-        if told.returncode != 0:
+        done = subprocess.run(["systemctl", verb, UNIT], capture_output=True, text=True)
+        if done.returncode != 0:
             raise BundleError(f"{UNIT} cannot {verb}; `journalctl -u {UNIT}` has the details")
         give_up_s = time.monotonic() + TEST_S
         while time.monotonic() < give_up_s:
@@ -119,7 +119,7 @@ class Service:
         raise BundleError(f"the daemon did not answer with {model} within {TEST_S:g} s")
 
     def _answers(self, model: str) -> bool:
-        """Whether it does now. Raises BundleError when the model fails."""
+        """Whether it answers with that model now. Raises BundleError when the model fails."""
         connection = connect(self._socket)
         if connection is None:
             return False
@@ -127,7 +127,7 @@ class Service:
             with connection:
                 connection.settimeout(TEST_S)
                 response = next(reply for reply in ask(connection, TEST) if isinstance(reply, Response))
-        except RequestError:  # it restarts just now
+        except RequestError:  # it is restarting
             return False
         if response.error is not None and not response.error.retryable:
             raise BundleError(f"the daemon could not answer: {response.error.message}")
@@ -139,9 +139,9 @@ class Service:
 
 
 def switch(store: Store, links: Links, service: Service) -> str:
-    """Point the links there and have the daemon serve it, or put everything back.  → what to tell the user
+    """Set the links and have the daemon serve `current`; on failure restore both.  → a sentence for the user
 
-    Raises BundleError when it was put back.
+    Raises BundleError after restoring.
     """
     assert links.current is not None
     before = store.links
@@ -160,14 +160,14 @@ def switch(store: Store, links: Links, service: Service) -> str:
 
 
 def model_of(folder: Path) -> str:
-    """Name and digest, as the daemon's answers state them."""
+    """Name and digest, as in the daemon's answers."""
     return f"{read_manifest(folder).name}@{bundle_digest(folder)[:12]}"
 
 
 def build_engine(folder: Path, config: Config) -> str:
-    """On a device with a GPU, build the bundle's engine, which takes minutes.  → what to add to the report
+    """On a device with a GPU, build the bundle's engine, which takes minutes.  → an addition to the user's sentence
 
-    Raises DeviceError or BundleError when the configuration asks for the GPU and nothing else.
+    Raises DeviceError or BundleError when the configured backend is `trt`.
     """
     only_gpu = config.backend.startswith("trt")
     if not only_gpu and not (config.backend == "auto" and (may_use_gpu("auto") or is_gpu_device())):
@@ -178,7 +178,7 @@ def build_engine(folder: Path, config: Config) -> str:
     except DiffusionLLMError as error:
         if only_gpu:
             raise
-        return f"; the CPU will compute, for want of an engine: {error}"
+        return f"; it runs on the CPU, without an engine: {error}"
     return ""
 
 
@@ -190,12 +190,12 @@ def install(
     check: Callable[[Path], None],
     build: Callable[[Path], str] = lambda folder: "",
 ) -> str:
-    """Copy, check the copy, serve it.  → what to tell the user. Raises BundleError; then nothing has changed.
+    """Copy, check the copy, serve it.  → a sentence for the user. Raises BundleError; then nothing has changed.
 
-    check: raises BundleError. build: makes the engine of the checked copy.  → what to add to the report
+    check: raises BundleError. build: builds the engine of the checked copy.  → an addition to that sentence
     """
     with store.locked():
-        store.discard_partials()  # what a killed command left may be the room that is missing now
+        store.discard_partials()  # their room may be needed
         staged = store.stage(source)
         before = store.names()
         try:
@@ -209,17 +209,17 @@ def install(
         links = store.links
         previous = links.previous if links.current == name else links.current
         try:
-            told = switch(store, Links(name, previous), service)
+            report = switch(store, Links(name, previous), service)
         except (BundleError, ConfigError):
             if name not in before:
                 store.discard(store.folder / name)
             raise
         store.prune()
-        return told + built
+        return report + built
 
 
 def rollback(store: Store, service: Service) -> str:
-    """Swap current and previous.  → what to tell the user. Raises BundleError."""
+    """Swap current and previous.  → a sentence for the user. Raises BundleError."""
     with store.locked():
         links = store.links
         if links.previous in (None, links.current):
@@ -229,7 +229,7 @@ def rollback(store: Store, service: Service) -> str:
 
 
 def describe(store: Store) -> list[str]:
-    """One line a bundle: which link shows it, its name, megabytes, graphs."""
+    """One line per bundle: the link that leads to it, name, megabytes, graphs."""
     links = store.links
     lines = []
     for name in store.names():
@@ -245,7 +245,7 @@ def describe(store: Store) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and do it."""
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(
         prog=command_name("edge.bundle"),
         description="The bundles of this device.",
@@ -254,16 +254,20 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--store", type=Path, default=STORE, metavar="DIR", help=f"where they lie (default: {STORE})")
-    shared.add_argument("--config", type=Path, metavar="FILE", help=f"the daemon's (default: {CONFIG}, if it is there)")
+    shared.add_argument(
+        "--store", type=Path, default=STORE, metavar="DIR", help=f"where bundles are kept (default: {STORE})"
+    )
+    shared.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"the daemon's settings (default: {CONFIG}, if it exists)"
+    )
     checked = argparse.ArgumentParser(add_help=False)
-    checked.add_argument("--key", type=Path, metavar="FILE", help=f"minisign key (default: {KEY}, if it is there)")
-    found = commands.add_parser("install", parents=[shared, checked], help="verify a bundle, and serve it")
-    found.add_argument("folder", type=Path, metavar="DIR")
+    checked.add_argument("--key", type=Path, metavar="FILE", help=f"minisign key (default: {KEY}, if it exists)")
+    command = commands.add_parser("install", parents=[shared, checked], help="verify a bundle, and serve it")
+    command.add_argument("folder", type=Path, metavar="DIR")
     commands.add_parser("list", parents=[shared], help="what is installed, and what is served")
     commands.add_parser("rollback", parents=[shared], help="serve the bundle before")
-    found = commands.add_parser("verify", parents=[shared, checked], help="check hashes and signature, run ten steps")
-    found.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: the one that is current")
+    command = commands.add_parser("verify", parents=[shared, checked], help="check hashes and signature, run ten steps")
+    command.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="default: the one that is current")
     args = parser.parse_args(argv)
     store = Store(args.store)
     file = settings_file(args.config)
@@ -276,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.folder or store.folder / "current"
         key = key_for(args.key)
         verify(folder, key, config)
-        print(f"{folder} is whole and works" + ("" if key else "; its signature was not asked for"))
+        print(f"{folder} is undamaged and works" + ("" if key else "; its signature was not checked"))
     else:
         passed_on = [f"--{name}={value}" for name in ("key", "config") if (value := getattr(args, name)) is not None]
         check = partial(verify_apart, arguments=passed_on)
@@ -285,11 +289,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def key_for(asked: Path | None) -> Path | None:
-    """The key to hold signatures to; none by default on a device without one. Raises ConfigError."""
-    if asked is not None and not asked.is_file():
-        raise ConfigError(f"--key {asked}: there is no such file")
-    return asked or (KEY if KEY.is_file() else None)
+def key_for(file: Path | None) -> Path | None:
+    """The key that signatures must match; by default the device's, if it has one. Raises ConfigError."""
+    if file is not None and not file.is_file():
+        raise ConfigError(f"--key {file}: there is no such file")
+    return file or (KEY if KEY.is_file() else None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`edgelm`: the commands of the device behind one name. Each is also a `python -m edge…` of its own."""
+"""`edgelm`: the commands of the device under one name. Each is also available as `python -m edge…`."""
 
 import importlib
 import logging
@@ -13,11 +13,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "generate": ("edge.generate", "write a text, by the daemon or without one"),
     "bundle": ("edge.bundle", "install, list, roll back and verify bundles"),
     "build": ("edge.build", "build the TensorRT engine of a bundle on this device"),
-    "doctor": ("edge.doctor", "what this device has, what it lacks, and what to do first"),
+    "doctor": ("edge.doctor", "what this device has, what it lacks, and what to fix first"),
     "bench": ("edge.measure.bench", "measure a bundle on this device"),
     "demo": ("edge.demo", "start a daemon, watch it write a story, stop it"),
 }
-"""Sub-command → the module whose `main` it is, imported only when it is asked for; and what it does."""
+"""Sub-command → its module, imported only when called, and its help."""
 
 USAGE: Final = """usage: edgelm [--debug] COMMAND ...
        edgelm --version
@@ -37,14 +37,14 @@ def main(arguments: list[str]) -> int | None:
         print(USAGE.format(commands="\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items())))
         return 0
     if name == "--version":
-        from edge.system.installed import version  # 30 ms that no other command need pay
+        from edge.system.installed import version  # 30 ms that only this command needs
 
         print(f"edgelm {version()}")
         return 0
     if name not in COMMANDS:
         raise ConfigError(f"edgelm knows no command {name!r}: choose one of {', '.join(COMMANDS)}")
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime's wheels report home unless told before their import
-    if name != "serve":  # the daemon sets its own log up
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read as ONNX Runtime is imported: its wheels report usage
+    if name != "serve":  # the daemon configures its own log
         from edge.config import log_level
 
         logging.basicConfig(level=log_level(default="warning"), format="%(levelname)s %(message)s")

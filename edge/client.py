@@ -1,4 +1,4 @@
-"""The other end of the Unix socket. Imports no runtime, so that a client starts at once."""
+"""A client of the Unix socket. Imports no runtime, so that it starts at once."""
 
 import socket
 from collections.abc import Iterator
@@ -32,12 +32,12 @@ def connect(path: Path) -> socket.socket | None:
 
 
 def ask(connection: socket.socket, request: GenerateRequest) -> Iterator[Partial | Response]:
-    """Send one request; its snapshots, if it streams, and last its response.
+    """Send one request.  → its snapshots, if it streams, then its response
 
     Raises RequestError when the daemon leaves before its answer.
     """
     try:
-        with suppress(BrokenPipeError, ConnectionResetError):  # who hangs up on us has said why: read on
+        with suppress(BrokenPipeError, ConnectionResetError):  # the daemon hung up: its reply says why
             connection.sendall(encode(request) + b"\n")
         with connection.makefile("rb") as lines:
             for line in lines:
@@ -53,7 +53,7 @@ def ask(connection: socket.socket, request: GenerateRequest) -> Iterator[Partial
 
 
 def health(connection: socket.socket) -> Health | None:
-    """How the daemon at the other end is; None when what answers within HEALTH_S, if anything, is not this daemon."""
+    """The daemon's health; None when no valid answer comes within HEALTH_S."""
     connection.settimeout(HEALTH_S)
     try:
         connection.sendall(encode(HealthRequest()) + b"\n")

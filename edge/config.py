@@ -1,6 +1,6 @@
 """The daemon's settings: one TOML file, overridden by EDGELM_* variables, overridden by command-line flags.
 
-Parsed once at the start and frozen; everything after this file sees a `Config`.
+Parsed once at the start into a frozen `Config`.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z"
 
 
 def default_bundle() -> Path:
-    """The bundle of a checkout; else what is current on this device; else what was installed with the packages."""
+    """The bundle of a checkout; else the current one of this device; else the one installed with the packages."""
     checkout = Path(__file__).resolve().parent.parent / "bundle" / "tinystories"
     installed = Path(sys.prefix) / "share" / "diffusion-llm" / "tinystories"
     return next((path for path in (checkout, STORE / "current") if path.is_dir()), installed)
@@ -88,7 +88,7 @@ def default_state() -> Path:
 def default_device() -> str:
     """The host's short name, with what MQTT topics cannot carry replaced, and four hex digits of the machine's id.
 
-    Two boards from one image have one host name, and brokers let only one client of a name in.
+    Boards of one image share their host name, and brokers admit one client per name.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0]).strip("-_")[:59] or "edge"
     try:
@@ -167,12 +167,12 @@ def load_config(
     for key, text in (flags or {}).items():
         config = _override(config, f"--{key.partition('.')[0]}", key, text)
     if config.mqtt.password_file and not config.mqtt.username:
-        raise ConfigError("mqtt.password_file needs mqtt.username: brokers take a password only with a name")
+        raise ConfigError("mqtt.password_file needs mqtt.username: a password is sent only with a user name")
     return config
 
 
 def settings_file(named: Path | None) -> Path | None:
-    """The file that a command for the device reads: the one named, else the service's if nothing names another."""
+    """The settings file of a command: the one named, else the service's unless EDGELM_CONFIG names another."""
     return named or (CONFIG if CONFIG.is_file() and FILE_VARIABLE not in os.environ else None)
 
 
@@ -194,9 +194,9 @@ def parse_broker(text: str) -> dict[str, str]:
 
 
 def read_password(mqtt: MqttConfig) -> str | None:
-    """The password in the password file, without its final line break; an empty one is none. Raises ConfigError.
+    """The content of the password file without its final line break; None if empty. Raises ConfigError.
 
-    Without such a file, the credential `mqtt.password` that systemd loads for the unit (LoadCredential=) stands in.
+    Without such a file, that of the credential `mqtt.password`, which systemd loads for the unit (LoadCredential=).
     """
     file = mqtt.password_file or (credential("mqtt.password") if mqtt.username else None)
     if file is None:
@@ -222,7 +222,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _override(config: Config, source: str, key: str, text: str) -> Config:
-    """`config` with the value of one variable or flag in place, checked by itself so that errors name its source."""
+    """`config` with the value of one variable or flag, checked by itself so that errors name its source."""
     section, _, name = key.rpartition(".")
     given = _convert({section: {name: text}} if section else {name: text}, source, Path.cwd(), strict=False)
     if section:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RELOADED: Final = ("bundle", "backend", "threads", "drain_s")
-"""What SIGHUP changes. The rest belongs to open sockets and connections, which answers are still owed to."""
+"""Settings that SIGHUP changes. The others belong to open sockets and connections."""
 CLOSE_S: Final = 15.0
-"""What a stop may take beyond the drain: a last step, the transports' last answers."""
+"""Time for a stop beyond the drain: a last step, the transports' last answers."""
 
 EPILOG = """examples:
   python -m edge                                   the shipped bundle on the default socket
@@ -41,12 +41,12 @@ EPILOG = """examples:
   python -m edge --config /etc/edgelm/edgelm.toml  everything else is set there; deploy/edgelm.toml explains it
 
 Environment variables such as EDGELM_BUNDLE override the file, flags override both.
-SIGHUP reads the file and the bundle again. A daemon whose terminal is closed finishes what it accepted and ends,
+SIGHUP reads the file and the bundle again. When its terminal closes, the daemon finishes accepted requests and ends,
 unless it was started with nohup."""
 
 
 class Signals:
-    """SIGTERM, Ctrl-C and SIGHUP as something to wait for, which no lock of the interrupted code can deadlock with."""
+    """SIGTERM, Ctrl-C and SIGHUP through a pipe: handlers run no code that could deadlock with the interrupted one."""
 
     def __init__(self) -> None:
         self._in_terminal = has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # ignored: nohup
@@ -62,12 +62,12 @@ class Signals:
             os.write(self._writer, b"\0")
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """The number of the next signal; None when the time was up first."""
+        """The number of the next signal; None after the timeout."""
         came = bool(select.select([self._reader], [], [], timeout_s)[0])
         return os.read(self._reader, 1)[0] if came else None
 
     def wait_for_reload(self) -> bool:
-        """Whether the next signal asks for a reload. SIGHUP also comes when a terminal closes: then it asks to end."""
+        """Whether the next signal requests a reload. SIGHUP from a closing terminal requests an end."""
         return self.wait() == signal.SIGHUP and not (self._in_terminal and not has_terminal())
 
 
@@ -87,11 +87,11 @@ def seconds_since_start() -> float:
 
 
 def serve(read_config: Callable[[], Config]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what was accepted; a second signal cuts that short.
+    """Serve until SIGTERM or Ctrl-C, then finish accepted requests; a second signal cuts that short.
 
-    SIGHUP reads the configuration again, and the bundle, unless it says that our terminal was closed. Raises
-    ConfigError, BundleError or DeviceError when it cannot start, and DeviceError when the device fails later: a new
-    process may find it well, so systemd is to start one.
+    SIGHUP reloads configuration and bundle, unless it comes from a closing terminal. Raises ConfigError, BundleError or
+    DeviceError when it cannot start, and DeviceError when the device fails later: systemd then starts a new process,
+    which may be able to use the device.
     """
     config = read_config()
     inherited = systemd.activated_socket()
@@ -127,7 +127,7 @@ def serve(read_config: Callable[[], Config]) -> None:
 
 def _load(config: Config) -> LoadedBundle:
     """The bundle on its backend; on the CPU, degraded, once the daemon has died twice on the GPU."""
-    # Where a link leads is decided once: files of two bundles must not mix when it is swapped meanwhile.
+    # The link is resolved once: files of two bundles must not mix when it is replaced meanwhile.
     folder = config.bundle.resolve()
     if not may_use_gpu(config.backend):
         return LoadedBundle.load(folder, config.backend, config.threads)
@@ -145,17 +145,17 @@ def _load(config: Config) -> LoadedBundle:
 
 
 def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler) -> Config:
-    """Serve what the configuration says now; when that cannot be, go on as before and say why in one sentence."""
+    """Serve the current configuration; on failure go on as before and log why in one sentence."""
     systemd.reloading()
     try:
         fresh = read_config()
         worker.replace_bundle(_load(fresh))
     except DiffusionLLMError as error:
-        log.error("the reload failed, and %s serves on: %s", worker.model, error)
+        log.error("the reload failed, %s is still served: %s", worker.model, error)
         systemd.ready(f"serving {worker.model}; the last reload failed: {error}")
         return config
-    except Exception:  # a backend may raise anything; what runs must not end for it
-        log.exception("the reload failed, and %s serves on", worker.model)
+    except Exception:  # a backend may raise anything; the running one goes on
+        log.exception("the reload failed, %s is still served", worker.model)
         systemd.ready(f"serving {worker.model}; the last reload failed: the log has the details")
         return config
     merged = msgspec.structs.replace(config, **{key: getattr(fresh, key) for key in RELOADED})
@@ -170,7 +170,7 @@ def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler
 def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
     if config.mqtt.host is None:
         return None
-    from edge.transports.mqtt.client import MqttTransport  # 60 ms and 12 MB that a daemon without a broker saves
+    from edge.transports.mqtt.client import MqttTransport  # saves 60 ms and 12 MB without a broker
 
     return MqttTransport(config, worker)
 
@@ -183,7 +183,7 @@ def _ready_line(path: Path, worker: Scheduler, mqtt: "MqttTransport | None") -> 
 
 def _drain(config: Config, worker: Scheduler, signals: Signals) -> None:
     systemd.stopping(config.drain_s + CLOSE_S)
-    log.info("stopping: finishing what was accepted, for at most %g s", config.drain_s)
+    log.info("stopping: finishing accepted requests, for at most %g s", config.drain_s)
     worker.refuse_new()
     give_up_s = time.monotonic() + config.drain_s
     while worker.busy and time.monotonic() < give_up_s:

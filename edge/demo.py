@@ -22,9 +22,9 @@ from shared.errors import ConfigError, DiffusionLLMError, command_name, run_main
 from shared.messages import GenerateRequest
 
 PROMPT: Final = "Once upon a time"
-STEPS: Final = 256  # one a token: something to see, and the best text (docs/quality.md)
+STEPS: Final = 256  # one per token: visible progress, and the best text (docs/quality.md)
 SELECTION: Final = "entropy"
-TEMPERATURE: Final = 1.0  # colder, this rule repeats itself
+TEMPERATURE: Final = 1.0  # below, this rule repeats itself
 START_S: Final = 60.0
 STOP_S: Final = 10.0
 
@@ -36,9 +36,9 @@ EPILOG = """example:
 def running_daemon(bundle: Path, socket: Path, log: IO[bytes]) -> Iterator[str]:
     """A daemon for as long as the block runs; yields its ready line.
 
-    Raises DiffusionLLMError with the daemon's own words when it does not start.
+    Raises DiffusionLLMError with the daemon's message when it does not start.
     """
-    # The settings of the user's own daemon must not reach this one, its broker least of all.
+    # Without the settings of the user's own daemon, such as its broker.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     command = [sys.executable, "-m", "edge", "--bundle", str(bundle), "--socket", str(socket)]
     # A session of its own: Ctrl-C stops this program, which then stops the daemon.
@@ -64,8 +64,8 @@ def running_daemon(bundle: Path, socket: Path, log: IO[bytes]) -> Iterator[str]:
 def _failure_to_start(daemon: "subprocess.Popen[bytes]", log: IO[bytes]) -> DiffusionLLMError:
     exit_code = daemon.wait(STOP_S)
     log.seek(0)
-    last_words = log.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("error: ")
-    error = DiffusionLLMError(last_words or f"the daemon ended with exit status {exit_code}")
+    message = log.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("error: ")
+    error = DiffusionLLMError(message or f"the daemon ended with exit status {exit_code}")
     error.exit_code = exit_code
     return error
 
@@ -107,7 +107,7 @@ def _tell_story(socket: Path, bundle: Path) -> None:
 
 
 def command_to_repeat(bundle: Path, seed: int) -> str:
-    """What writes the same text again when pasted into a shell in this folder, whatever environment is active there."""
+    """The command that writes the same text again, in a shell in this folder with any active environment."""
     flags = f"--steps {STEPS} --selection {SELECTION} --temperature {TEMPERATURE:g} --seed {seed}"
     command = [_short(Path(sys.executable)), "-m", "edge.generate", PROMPT, "--bundle", _short(bundle), "--stream"]
     return f"{shlex.join(command)} {flags}"

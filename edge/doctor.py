@@ -1,6 +1,6 @@
-"""What this device has, what it lacks, and what to do first: `python -m edge.doctor`.
+"""What this device has, what it lacks, and what to fix first: `python -m edge.doctor`.
 
-It is judged by what it is meant to serve from: a device without a GPU lacks nothing by having none.
+A device that is meant to serve from its CPU lacks nothing without a GPU.
 """
 
 import argparse
@@ -40,7 +40,7 @@ NODES: Final = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap
 
 
 class Finding(Struct, frozen=True):
-    """One line of the report. fix: what to do; None where all is well or nothing can be said."""
+    """One line of the report. fix: what to do, if anything."""
 
     name: str
     value: str
@@ -53,10 +53,10 @@ def jetpack(release: Path = TEGRA[0]) -> Finding:
         line = release.read_text("utf-8").partition("\n")[0]
     except OSError:
         return Finding("jetpack", "no Jetson Linux")
-    told = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", line)
-    if told is None or (major := JETPACKS.get(int(told[1]))) is None:
-        return Finding("jetpack", line, "this Jetson Linux is not known to us: JetPack 6 (R36) is the oldest that fits")
-    return Finding("jetpack", f"{major} (Jetson Linux {told[1]}.{told[2]})")
+    version = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", line)
+    if version is None or (major := JETPACKS.get(int(version[1]))) is None:
+        return Finding("jetpack", line, "this Jetson Linux is not supported: JetPack 6 (R36) is the oldest that is")
+    return Finding("jetpack", f"{major} (Jetson Linux {version[1]}.{version[2]})")
 
 
 def system() -> list[Finding]:
@@ -67,22 +67,22 @@ def system() -> list[Finding]:
         found.append(Finding("power mode", " ".join(done.stdout.split()) or done.stderr.strip()))
     else:
         found.append(Finding("power mode", "no nvpmodel"))
-    nodes = NODES if on_jetson() else NODES[:2]  # elsewhere a render node may be another maker's
+    nodes = NODES if on_jetson() else NODES[:2]  # elsewhere a render node may belong to another vendor's GPU
     return [*found, *device_nodes([Path(node) for node in nodes])]
 
 
 def device_nodes(nodes: list[Path]) -> list[Finding]:
-    """Which of them exist, and whether this user may open them."""
-    there = [node for node in nodes if node.exists()]
-    if not there:
+    """Which device nodes exist, and whether this user may open them."""
+    present = [node for node in nodes if node.exists()]
+    if not present:
         return [Finding("device nodes", "none")]
-    shut = [node for node in there if not os.access(node, os.R_OK | os.W_OK)]
-    if not shut:
-        return [Finding("device nodes", ", ".join(map(str, there)))]
-    group = shut[0].group()
+    closed = [node for node in present if not os.access(node, os.R_OK | os.W_OK)]
+    if not closed:
+        return [Finding("device nodes", ", ".join(map(str, present)))]
+    group = closed[0].group()
     members = [grp.getgrgid(g).gr_name for g in os.getgroups()]
-    fix = f"{shut[0]} is closed to this user (groups: {', '.join(members)}): sudo usermod -aG {group} $USER"
-    return [Finding("device nodes", f"{len(shut)} of {len(there)} are closed", fix)]
+    fix = f"{closed[0]} is closed to this user (groups: {', '.join(members)}): sudo usermod -aG {group} $USER"
+    return [Finding("device nodes", f"{len(closed)} of {len(present)} are closed", fix)]
 
 
 def watts(hwmon: Path = Path("/sys/class/hwmon")) -> Finding:
@@ -95,10 +95,8 @@ def watts(hwmon: Path = Path("/sys/class/hwmon")) -> Finding:
             for label in sorted(chip.glob("in*_label")):
                 n = label.name.removeprefix("in").removesuffix("_label")
                 if (chip / f"curr{n}_input").is_file():
-                    milliwatts = (
-                        int((chip / f"in{n}_input").read_text()) * int((chip / f"curr{n}_input").read_text()) / 1e3
-                    )
-                    rails[label.read_text().strip()] = milliwatts / 1e3
+                    mv, ma = (int((chip / f"{kind}{n}_input").read_text()) for kind in ("in", "curr"))
+                    rails[label.read_text().strip()] = mv * ma / 1e6
         except (OSError, ValueError) as error:
             return Finding("power", f"{chip} cannot be read: {error}")
         return Finding("power", ", ".join(f"{name} {value:.2f} W" for name, value in rails.items()))
@@ -106,7 +104,7 @@ def watts(hwmon: Path = Path("/sys/class/hwmon")) -> Finding:
 
 
 def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], list[tuple[int, int]]]:
-    """Driver, GPU, TensorRT, engine.  → findings, the engine's profiles (batch, length) if it can be tried"""
+    """Driver, GPU, TensorRT, engine.  → findings, the engine's profiles (batch, length) if it can be loaded"""
     found: list[Finding] = []
     try:
         gpu = Gpu()
@@ -133,7 +131,7 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
 
 
 def self_test(folder: Path, manifest: Manifest, profiles: list[tuple[int, int]]) -> list[Finding]:
-    """Steps on the CPU; and every profile of the GPU's engine, beside the CPU from the same canvases."""
+    """Steps on the CPU; and every profile of the engine, compared with the CPU from the same canvases."""
     with ExitStack() as stack:
         cpu = load_backend("ort", folder, manifest, 0)
         stack.callback(cpu.close)
@@ -153,12 +151,12 @@ def self_test(folder: Path, manifest: Manifest, profiles: list[tuple[int, int]])
 
 
 def serves_from_gpu(config: Config, has_gpu: bool) -> bool:
-    """Whether this device is meant to compute on a GPU: it says so, or has one and leaves the choice to the daemon."""
+    """Whether this device is meant to serve from a GPU: by its settings, or with `auto` because it has one."""
     return config.backend.startswith("trt") or (config.backend == "auto" and (has_gpu or is_gpu_device()))
 
 
 def whole_bundle(folder: Path, target: Target) -> Finding:
-    """Whether the bundle can be read, has a graph for the target, and every file is as its manifest says."""
+    """Whether the bundle can be read, has a graph for the target, and all files match their hashes."""
     try:
         manifest = read_manifest(folder)
         find_graph(folder, manifest, target)
@@ -170,7 +168,7 @@ def whole_bundle(folder: Path, target: Target) -> Finding:
 
 
 def listener(path: Path) -> Finding:
-    """Who listens on the daemon's socket, and how it is."""
+    """Which process listens on the daemon's socket, and its health."""
     try:
         connection = connect(path)
     except ConfigError as error:
@@ -202,14 +200,14 @@ def surroundings(config: Config, on_gpu: bool) -> list[Finding]:
 
 
 def _room(name: str, what: str, mib: int, least_mib: int) -> Finding:
-    fix = None if mib >= least_mib else f"{name}: {mib} MiB {what}, and at least {least_mib} are wanted"
+    fix = None if mib >= least_mib else f"{name}: {mib} MiB {what}, at least {least_mib} are needed"
     return Finding(name, f"{mib} MiB {what}", fix)
 
 
 def examine(config: Config) -> list[Finding]:
-    """The whole report; whatever fails becomes a finding. What a GPU lacks matters where one is meant to serve."""
+    """The whole report; every failure becomes a finding. GPU findings need a fix only where a GPU is meant to serve."""
     manifest = None
-    with suppress(DiffusionLLMError):  # told below
+    with suppress(DiffusionLLMError):  # reported by whole_bundle
         manifest = read_manifest(config.bundle)
     gpu, profiles = gpu_and_engine(config.bundle, manifest)
     on_gpu = serves_from_gpu(config, has_gpu=gpu[0].value != "absent")
@@ -226,11 +224,11 @@ def examine(config: Config) -> list[Finding]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; the exit status is 0 when nothing is to be fixed, else 69."""
+    """Print the report; the exit status is 0 when nothing needs a fix, else 69."""
     parser = argparse.ArgumentParser(
         prog=command_name("edge.doctor"),
         description=__doc__,
-        epilog="exit codes: 0 all is well, 69 something is to be fixed; example: edgelm doctor --bundle bundles/mine",
+        epilog="exit codes: 0 all is well, 69 something needs a fix; example: edgelm doctor --bundle bundles/mine",
     )
     parser.add_argument("--bundle", metavar="DIR", help="bundle to examine (default: the one that is served)")
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"its settings (default: {CONFIG}, if it is there)")

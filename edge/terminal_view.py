@@ -18,12 +18,12 @@ CLIP_LINES, WRAP_LINES = "\x1b[?7l", "\x1b[?7h"
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but line break and tab are replaced."""
+    """Text without control characters except line break and tab: it cannot steer a terminal."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def laid_out(text: str, out: TextIO) -> str:
-    """A finished text as `out` takes it: on a terminal harmless and broken between words, elsewhere as it is."""
+    """A finished text for `out`: printable and wrapped between words on a terminal, unchanged elsewhere."""
     if not out.isatty():
         return text
     return "\n".join(wrap(printable(text), _size(out).columns))
@@ -40,7 +40,7 @@ class View:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        # Without a height, a frame may be taller than the terminal, and what has scrolled away cannot be redrawn.
+        # Without a known height, frames might scroll, and scrolled lines cannot be redrawn.
         self._live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb" and _size(out).lines > 0
         self._drawn_lines = 0
         self._next_plain_step = 0
@@ -53,7 +53,7 @@ class View:
         self.clear()
 
     def show(self, partial: Partial) -> None:
-        """Replace what is shown by a newer snapshot."""
+        """Show a newer snapshot in place of the last."""
         if self._live:
             self._draw(partial)
         elif partial.step >= self._next_plain_step:
@@ -63,7 +63,7 @@ class View:
             self._out.flush()
 
     def clear(self) -> None:
-        """Take the canvas off the terminal, to make room for the text."""
+        """Remove the canvas from the terminal."""
         if self._drawn_lines:
             self._out.write(f"{self._rewind()}{SHOW_CURSOR}")
             self._out.flush()

@@ -18,7 +18,6 @@ from typing import Final
 MAX_SENTENCE: Final = 1000
 """Characters of an error that quotes what a stranger sent: his value may be as long as a whole message."""
 
-
 OUTPUT_ERRNOS: Final = frozenset({errno.EPIPE, errno.ENOSPC, errno.EDQUOT})
 """A reader that left, or a disk that is full: no fault of the program, so no traceback."""
 

@@ -48,7 +48,7 @@ def reloading() -> None:
     notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
 
-def stopping(within_s: float, status: str = "finishing what was accepted") -> None:
+def stopping(within_s: float, status: str = "finishing accepted requests") -> None:
     """Shutdown begins, and may take `within_s` even where TimeoutStopSec is shorter."""
     notify("STOPPING=1", f"STATUS={status}", f"EXTEND_TIMEOUT_USEC={round(within_s * 1e6)}")
 

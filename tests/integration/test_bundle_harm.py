@@ -239,7 +239,7 @@ def test_bundle_harm_untrusted_graph_is_loaded_as_nobody(debug_bundle: Path, tmp
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == "(65534, 65534, 65534) (65534, 65534, 65534)"
-    assert second == f"{bundle} is whole and works; its signature was not asked for"
+    assert second == f"{bundle} is undamaged and works; its signature was not checked"
 
 
 @pytest.mark.parametrize("backend", ["auto", "trt"])
@@ -273,7 +273,7 @@ def test_bundle_install_on_a_gpu_device_builds_the_engine_or_says_why_not(
             install()
         assert contents(store.folder) == set()
     else:
-        told = "; the CPU will compute, for want of an engine: TensorRT 10.3.0 ran out of memory"
+        told = "; it runs on the CPU, without an engine: TensorRT 10.3.0 ran out of memory"
         assert install().endswith(told)
 
 

@@ -99,7 +99,7 @@ def test_cli_serve_logs_at_the_level_that_is_set(level: str, debug_bundle: Path,
     assert daemon.stdout is not None and daemon.stdout.readline().startswith("ready in ")
     daemon.terminate()
     _, said = daemon.communicate(timeout=30)
-    assert ("stopping: finishing what was accepted" in said) == (level == "info")
+    assert ("stopping: finishing accepted requests" in said) == (level == "info")
 
 
 @pytest.mark.parametrize("command", ["train", "data", "evaluate", "export", "generate"])
