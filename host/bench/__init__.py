@@ -1,1 +1,1 @@
-"""How fast the training host is: training against the baseline, data preparation, one torch step."""
+"""How fast the training host is: training against the baseline, one torch step."""

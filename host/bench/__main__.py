@@ -1,33 +1,29 @@
 """Benchmarks of the training host.
 
-`python -m host.bench` times our training loop beside the baseline's; `data` proves that data preparation streams;
-`step` measures what `edge.bench` compares with.
+`python -m host.bench` times our training loop beside the baseline's; `step` measures what `edge.bench` compares with.
 """
 
 import argparse
 import itertools
 import os
-import subprocess
 import sys
-import tempfile
-import time
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import msgspec
-import numpy as np
 
+from host.bench.step import measure_step
+from host.bench.training import measure_training
 from host.data.prepare import DEFAULT_OUT
 from host.data.shards import load_data
 from host.files import check_numbers
-from shared.errors import ConfigError, DataError, run_main
+from host.model.network import ModelConfig, config_named
+from host.train.objectives import parse_mixture
+from host.train.optim import PEAK_RATES
+from host.train.run_folder import TrainConfig, usual_batch_size, usual_micro_size
+from shared.errors import ConfigError, run_main
 from shared.tokens import FIRST_TEXT_ID
 
-GIGABYTE: Final = 1_000_000_000
-WORDS: Final = 30_000  # distinct ones, about as many as TinyStories has
-STORY_WORDS: Final = (120, 260)
-STORIES_AT_ONCE: Final = 1000
 SHAPE: Final = {
     "d_model": "width of the network",
     "layers": "transformer blocks",
@@ -35,45 +31,7 @@ SHAPE: Final = {
     "vocab_size": "tokens of the vocabulary",
     "canvas_len": "positions of a canvas",
 }
-MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micro_size": 1 << 16, "gigabytes": 1000}
-
-
-def write_stories(path: Path, size_bytes: int, seed: int = 0) -> None:
-    """Write about `size_bytes` of stories made of random words, with Zipf frequencies as in natural language."""
-    rng = np.random.default_rng(seed)
-    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
-    words = np.array(["".join(rng.choice(letters, size=1 + rng.poisson(3.5))) for _ in range(WORDS)])
-    frequencies = 1 / np.arange(1, WORDS + 1)
-    frequencies /= frequencies.sum()
-    with path.open("w", encoding="utf-8") as file:
-        while file.tell() < size_bytes:
-            lengths = rng.integers(*STORY_WORDS, size=STORIES_AT_ONCE)
-            drawn = iter(rng.choice(words, size=int(lengths.sum()), p=frequencies).tolist())
-            for length in lengths:
-                chosen = list(islice(drawn, int(length)))
-                sentences = [" ".join(chosen[i : i + 9]).capitalize() + "." for i in range(0, len(chosen), 9)]
-                file.write(" ".join(sentences) + "\n\n")
-
-
-def bench_data(args: argparse.Namespace) -> None:
-    """Prepare a generated file in a process of its own; print its peak memory and speed."""
-    with tempfile.TemporaryDirectory(prefix="host-bench-") as folder:
-        source, out = Path(folder, "stories.txt"), Path(folder, "out")
-        write_stories(source, int(args.gigabytes * GIGABYTE))
-        started = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-m", "host.data", "--source", str(source), "--out", str(out)])
-        _, status, usage = os.wait4(process.pid, 0)  # this child's own peak memory, which Popen does not report
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise DataError(f"host.data failed on the generated file, with exit status {process.returncode}")
-        megabytes = source.stat().st_size / 1e6
-        stories = load_data(out, verify=True).meta.train.stories
-    print(f"{'text':>12} {'stories':>10} {'seconds':>8} {'MB/s':>6} {'CPU s':>7} {'peak memory':>12}")
-    print(
-        f"{megabytes:>9.0f} MB {stories:>10} {seconds:>8.1f} {megabytes / seconds:>6.2f} "
-        f"{usage.ru_utime + usage.ru_stime:>7.1f} {usage.ru_maxrss * 1024 / 1e6:>9.0f} MB"
-    )
+MOST: Final = {"steps": 1_000_000, "threads": 1024, "batch_size": 1 << 16, "micro_size": 1 << 16}
 
 
 def bench_step(args: argparse.Namespace) -> None:
@@ -81,20 +39,11 @@ def bench_step(args: argparse.Namespace) -> None:
     shape = [getattr(args, name) for name in SHAPE]
     if min(shape) < 1 or args.d_model % args.heads or args.vocab_size <= FIRST_TEXT_ID:
         raise ConfigError(f"no network has the shape {' '.join(map(str, shape))}")
-    from host.bench.step import measure_step
-    from host.model.network import ModelConfig  # torch, which `data` does without
-
     print(msgspec.json.encode(measure_step(ModelConfig("bench", *shape), args.threads)).decode())
 
 
 def bench_train(args: argparse.Namespace) -> None:
     """Print one line for each configuration and mixture of objectives."""
-    from host.bench.training import measure_training
-    from host.model.network import config_named  # torch, which `data` does without
-    from host.train.objectives import parse_mixture
-    from host.train.optim import PEAK_RATES
-    from host.train.run_folder import TrainConfig, usual_batch_size, usual_micro_size
-
     configs = [config_named(name) for name in args.config]
     data = load_data(args.data, verify=True)
     batch_size = usual_batch_size() if args.batch_size is None else args.batch_size
@@ -135,8 +84,7 @@ def main() -> None:
         prog="python -m host.bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples: python -m host.bench --config tiny, python -m host.bench data --gigabytes 1, "
-        "python -m host.bench step 384 6 6 8192 256",
+        epilog="examples: python -m host.bench --config tiny, python -m host.bench step 384 6 6 8192 256",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="our training loop, the baseline's and the matmul peaks (the default)")
@@ -154,8 +102,6 @@ def main() -> None:
     train.add_argument("--micro-size", type=int, help="stories in a pass of ours (default: as in host.train)")
     train.add_argument("--steps", type=int, default=5, help="of each loop (default: %(default)s)")
     train.add_argument("--threads", type=int, default=cores, help="of a CPU (default: %(default)s)")
-    data = commands.add_parser("data", help="peak memory and speed of host.data on a generated file")
-    data.add_argument("--gigabytes", type=float, default=1.0, help="size of the file (default: %(default)s)")
     step = commands.add_parser("step", help="a torch step of one shape beside the matmul peaks, as JSON")
     for name, text in SHAPE.items():
         step.add_argument(name, type=int, help=text)
@@ -164,7 +110,7 @@ def main() -> None:
     named = bool(given) and given[0] in (*commands.choices, "-h", "--help")
     args = parser.parse_args(given if named else ["train", *given])
     check_numbers(args, MOST)
-    {"train": bench_train, "step": bench_step, "data": bench_data}[args.command](args)
+    {"train": bench_train, "step": bench_step}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,6 @@ LATE: Final[dict[tuple[str, str], str]] = {
     ("edge.daemon", "edge.transports"): "a daemon without a broker saves 60 ms and 12 MB",
     ("edge.generate", "edge.serving"): "a client of the daemon needs no runtime",
     ("edge.measure", "edge.backends"): "other backends are measured without ONNX Runtime",
-    ("host.bench", "*"): "`host.bench data` needs no torch",
 }
 
 

@@ -1,6 +1,5 @@
 """`python -m host.bench`: our loop beside the baseline's, and how much work a token is."""
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +56,7 @@ def test_peak_type_is_that_of_the_loop(
 
     monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: mixed)
     monkeypatch.setattr(train_speed, "torch_gflops", peak)
-    monkeypatch.setattr(train_speed, "measure_training", measure)
+    monkeypatch.setattr(bench, "measure_training", measure)
     flags = ("--steps", 2, "--batch-size", 8, "--threads", 1, "--objectives", "ar=2,infill,canvas")
     call(bench.main, "--config", "debug", "--data", data, *flags)
     (speed,) = speeds
@@ -74,7 +73,7 @@ def test_bench_row_is_both_loops_their_ratio_work_and_peaks(
     data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speed = TrainSpeed("debug", "cpu", 1, 3000.0, 750.0, 0.02, {"bf16": 240.0, "fp32": 80.0})
-    monkeypatch.setattr(train_speed, "measure_training", lambda *_, **__: speed)
+    monkeypatch.setattr(bench, "measure_training", lambda *_, **__: speed)
     call(bench.main, "--config", "debug", "--data", data, "--objectives", "ar", "canvas")
     head, row, again, _ = capsys.readouterr().out.splitlines()
     assert head.split("  ")[0] == "config"
@@ -117,9 +116,6 @@ def test_batch_gflop_is_what_its_matrix_products_do(data: Path, monkeypatch: pyt
         (["step", 64, 2, 2, 512, 256, "--threads", 99999999999], 78, "--threads must be at most 1,024, not 9"),
         (["--batch-size", 999999999999], 78, "--batch-size must be at most 65,536, not 999999999999"),
         (["--micro-size", 0], 78, "--micro-size must be a number above 0, not 0"),
-        (["data", "--gigabytes", math.nan], 78, "--gigabytes must be a number above 0, not nan"),
-        (["data", "--gigabytes", math.inf], 78, "--gigabytes must be a number above 0, not inf"),
-        (["data", "--gigabytes", 0], 78, "--gigabytes must be a number above 0, not 0.0"),
         (["--data", "nowhere"], 65, "nowhere holds no prepared data"),
     ],
 )
