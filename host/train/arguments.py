@@ -19,14 +19,14 @@ AT_MOST: Final = {
     "cool_down": 1.0,
     **dict.fromkeys(("steps", "minutes", "valid_every", "lr"), math.inf),
 }
-PARTS: Final = ("dropout", "input_noise")  # at least 0, below 1
+FRACTIONS: Final = ("dropout", "input_noise")  # at least 0, below 1
 CHANGED_ON_RESUME: Final = ("resume", "steps", "minutes", "wandb")
 OF_CANVAS: Final = ("schedule", "weighting", "time_input")
 OF_BODY: Final = ("config", "objectives", "dropout", "input_noise", *OF_CANVAS)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ConfigError when a number is out of range, or a resumed run is to change its nature."""
+    """The command line; ConfigError when a number is out of range or flags do not go together."""
     parser = argparse.ArgumentParser(
         prog="python -m host.train",
         description="Train a language model: autoregressive, by masked diffusion, by infilling, or all on one network.",
@@ -45,13 +45,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
-    length.add_argument("--minutes", type=float, help="of training in all, without validation; sets the learning rate")
+    length.add_argument("--minutes", type=float, help="minutes of training in all, validation excluded")
     parser.add_argument(
         "--objectives",
         type=parse_mixture,
         default={"canvas": 1.0},
         metavar="NAME[=WEIGHT],...",
-        help=f"share of the stories that each gets, of {', '.join(OBJECTIVES)}; ar=1,infill=.25 (default: canvas)",
+        help=f"objectives and their weights, such as ar=1,infill=.25: {', '.join(OBJECTIVES)} (default: canvas)",
     )
     _add_canvas(parser)
     _add_optimization(parser)
@@ -63,45 +63,45 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--micro-size",
         type=int,
-        help=f"stories in a pass (default: {TrainConfig.micro_size}, short of padding; on CUDA the whole batch)",
+        help=f"stories in a pass (default: {TrainConfig.micro_size}, to save padding; on CUDA the whole batch)",
     )
     parser.add_argument(
         "--valid-every",
         type=int,
         help=f"steps between validations (default: {VALID_EVERY}, and at each fifth of the run)",
     )
-    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed, help="random seed (default: %(default)s)")
     parser.add_argument("--wandb", action="store_true", help="also log to Weights & Biases")
     args = parser.parse_args(arguments)
     check_numbers(args, AT_MOST)
-    _check_parts(args)
-    untouched = object()  # a default fills only what a namespace lacks, so that what was typed can be told
+    _check_fractions(args)
+    untouched = object()  # argparse fills only attributes that are missing: what differs from this was typed
     typed = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(vars(args), untouched)))
     for name in (name for name, value in vars(typed).items() if value is not untouched):
         if args.resume and name not in CHANGED_ON_RESUME:
-            raise ConfigError(f"{_flag(name)} does not go with --resume: a run keeps its settings but its length")
+            raise ConfigError(f"{_flag(name)} cannot be combined with --resume: only --steps and --minutes may change")
         if "canvas" not in args.objectives and name in OF_CANVAS:
-            raise ConfigError(f"{_flag(name)} needs the objective canvas: nothing else is masked at random")
+            raise ConfigError(f"{_flag(name)} needs the objective canvas: it concerns random masks")
         if name == "input_noise" and "ar" not in args.objectives:
-            raise ConfigError("--input-noise needs the objective ar: it is of its input tokens")
+            raise ConfigError("--input-noise needs the objective ar: it replaces input tokens")
         if args.stage == "drafter" and name in OF_BODY:
-            raise ConfigError(f"{_flag(name)} does not go with --stage drafter: the network stays as --init has it")
+            raise ConfigError(f"{_flag(name)} cannot be combined with --stage drafter: the network is that of --init")
     if args.stage == "drafter" and args.init is None:
         raise ConfigError("--stage drafter needs --init RUN: the run whose network the drafter is for")
     if args.time_input and len(args.objectives) > 1:
-        raise ConfigError("--time-input goes with the objective canvas alone: other rows have no diffusion time")
+        raise ConfigError("--time-input takes the objective canvas alone: other objectives have no diffusion time")
     return args
 
 
 def _add_canvas(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--schedule", choices=["linear", "cosine"], default="linear", help="noise (default: %(default)s)"
+        "--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule (default: %(default)s)"
     )
     parser.add_argument(
         "--weighting",
         choices=["nelbo", "flat"],
         default=TrainConfig.weighting,
-        help="of masked tokens, over time (default: %(default)s)",
+        help="loss weight of masked tokens over diffusion time (default: %(default)s)",
     )
     parser.add_argument(
         "--time-input",
@@ -112,39 +112,39 @@ def _add_canvas(parser: argparse.ArgumentParser) -> None:
 
 def _add_optimization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer, help="default: %(default)s"
+        "--optimizer", choices=["adamw", "muon"], default=TrainConfig.optimizer, help="optimizer (default: %(default)s)"
     )
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in PEAK_RATES.items())
     parser.add_argument("--lr", type=float, help=f"peak learning rate (default: {rates})")
     parser.add_argument(
         "--cool-down",
         type=float,
-        metavar="PART",
-        help="keep the rate constant, and let it fall to 0 over this last part of the run (default: cosine)",
+        metavar="FRACTION",
+        help="constant rate, then linear to 0 over this last fraction of the run (default: cosine decay)",
     )
     parser.add_argument(
         "--weight-decay",
         type=float,
         default=TrainConfig.weight_decay,
-        help="of the matrices of the body (default: %(default)s)",
+        help="weight decay of the body's matrices (default: %(default)s)",
     )
     parser.add_argument(
         "--dropout",
         type=float,
         default=TrainConfig.dropout,
-        help="of what a block adds to the residual stream (default: %(default)s)",
+        help="dropout on what each block adds to the residual stream (default: %(default)s)",
     )
     parser.add_argument(
         "--input-noise",
         type=float,
-        metavar="PART",
+        metavar="FRACTION",
         default=TrainConfig.input_noise,
-        help="replace this part of the input tokens of half of the ar stories (default: %(default)s)",
+        help="replace this fraction of the input tokens in half of the ar stories (default: %(default)s)",
     )
 
 
-def _check_parts(args: argparse.Namespace) -> None:
-    for name in PARTS:
+def _check_fractions(args: argparse.Namespace) -> None:
+    for name in FRACTIONS:
         if not 0 <= getattr(args, name) < 1:
             raise ConfigError(f"{_flag(name)} must be at least 0 and below 1, not {getattr(args, name)}")
     if not 0 <= args.weight_decay < math.inf:

@@ -21,7 +21,7 @@ def _generator(*key: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of like length, padded to the longest, and what is asked of them. M: scored rows of all sequences."""
+    """Sequences of similar length, padded to the longest, and their targets. M: scored rows of all sequences."""
 
     rows: Rows  # of B sequences
     lengths: Tensor  # (B,) rows before the padding
@@ -47,11 +47,11 @@ class MicroBatch:
         )
 
     def on(self, device: torch.device) -> "MicroBatch":
-        """The same on a device; from pinned memory the copy runs beside what the device does."""
+        """The same on a device; a copy from pinned memory overlaps with the device's work."""
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def padded(self, multiple: int) -> "MicroBatch":
-        """The same with M rounded up to a multiple, by scored rows of no weight: the first of all, as text."""
+        """The same with M rounded up to a multiple: row 0 is scored again with weight 0."""
         more = -len(self.at) % multiple
         return replace(
             self,
@@ -62,7 +62,7 @@ class MicroBatch:
         )
 
     def pinned(self) -> "MicroBatch":
-        """The same in memory that a GPU copies from by itself."""
+        """The same in pinned memory, which a GPU copies asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -72,7 +72,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process takes of an optimizer step. tokens: counted over the whole batch, on all processes."""
+    """One process's share of an optimizer step. tokens: of the whole batch, over all processes."""
 
     parts: tuple[MicroBatch, ...]
     tokens: int
@@ -84,7 +84,7 @@ def _epoch_order(seed: int, epoch: int, stories: int) -> np.ndarray:
 
 
 def story_indices(seed: int, step: int, batch_size: int, stories: int) -> np.ndarray:
-    """Which stories step `step` trains on: every epoch visits each story once, in an order of its own."""
+    """Stories of step `step`: every epoch visits each story once, in a new order."""
     first = step * batch_size
     wanted = np.arange(first, first + batch_size)
     indices = np.empty(batch_size, dtype=np.int64)
@@ -108,9 +108,8 @@ def make_batch(
 ) -> Batch:
     """The batch of optimizer step `step` in parts of at most `micro_size` sequences of one objective, shortest first.
 
-    mixture: each objective's share of the stories. All noise is drawn by every process, so that what a story meets
-    does not depend on share, (rank, processes). Rows are padded to the longest of a part, or to the next multiple of
-    length_step.
+    mixture: each objective's share of the stories. share: (rank, processes); every process draws all noise, so that a
+    story's noise does not depend on it. Rows are padded to the longest of a part, rounded up to length_step.
     """
     x0 = torch.from_numpy(split.take(story_indices(seed, step, batch_size, len(split))).astype(np.int64))
     noise = _generator(seed, 1, step)

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file holds weights, their average, optimizer state and progress; never pickle."""
+"""Checkpoints: one safetensors file holds weights, EMA weights, optimizer state and progress; never pickle."""
 
 import os
 import shutil
@@ -169,7 +169,7 @@ def restore(
             state.setdefault(int(slot), {})[key] = tensor
         params = [p for group in optimizer.param_groups for p in group["params"]]
         shapes = [{t.shape for t in state.get(slot, {}).values() if t.ndim} for slot in range(len(params))]
-        if progress.step and any(found != {p.shape} for found, p in zip(shapes, params, strict=True)):
+        if progress.step and any(stored != {p.shape} for stored, p in zip(shapes, params, strict=True)):
             kind = type(optimizer).__name__
             raise DataError(f"{path} does not hold the state of {kind}: it was trained with another optimizer")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""One process or many: what `torchrun -m host.train` needs to agree on."""
+"""Processes of `torchrun -m host.train`, and what they exchange."""
 
 import atexit
 import contextlib
@@ -18,7 +18,7 @@ TIMEOUT = timedelta(hours=2)  # the first process may have to prepare the data
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all; alone, every method gives back what it was given."""
+    """This process among all; with one process every method returns its input."""
 
     rank: int = 0
     processes: int = 1
@@ -44,7 +44,7 @@ class Ranks:
         return list(tensor.tolist())
 
     def from_first(self, value: T | None) -> T:
-        """What the first process holds."""
+        """The value of the first process."""
         box = [value]
         if self.processes > 1:
             dist.broadcast_object_list(box)

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains: the CSV log, the progress bar, Weights & Biases."""
+"""Reports of a run while it trains: the CSV log, the progress bar, Weights & Biases."""
 
 import contextlib
 import csv
@@ -32,7 +32,7 @@ FORMATS = dict(zip(LOG_COLUMNS, ("d", "d", ".1f", ".4f", ".4f", ".2e", ".3f", ".
 
 
 def read_log(path: Path) -> list[dict[str, str]]:
-    """The rows of a log; lines that a full disk or a crash spoilt do not count."""
+    """The rows of a log, without lines that a full disk or a crash cut off."""
     with path.open(newline="", errors="replace") as file:
         rows = csv.DictReader(line for line in file if line.endswith("\n") and "\0" not in line)
         return [row for row in rows if (row.get("step") or "").isdigit()]
@@ -87,7 +87,7 @@ def progress_bar(steps: int, minutes: float | None, visible: bool = True) -> Ite
             try:
                 bar.set_postfix_str(shown, refresh=False)
                 bar.update(now - bar.n)
-            except OSError:  # Ctrl-C ends a `tee` that the bar is piped into, too; the run has yet to be saved
+            except OSError:  # Ctrl-C also ended the `tee` that reads the bar; the run must still be saved
                 bar.disable = True
 
         yield show

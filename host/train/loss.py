@@ -28,7 +28,7 @@ class WeightedLoss(nn.Module):
         self.fused = fused
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """→ ()"""
+        """The loss of a micro-batch.  → ()"""
         if self.fused and torch.is_autocast_enabled("cpu"):
             batch = batch.padded(SCORED_ALIGNED)
         timed = self.model.config.time_input
@@ -63,7 +63,7 @@ class HeadLoss(torch.autograd.Function):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         scores = torch.addmm(bias.to(dtype), hidden, weight.T)  # (M, V), overwritten by its own gradient
         loss = torch.zeros(())
-        for start in range(0, len(scores), CHUNK_ROWS):  # none, where noise has masked nothing
+        for start in range(0, len(scores), CHUNK_ROWS):  # none where nothing is masked
             here = slice(start, start + CHUNK_ROWS)
             target, row_weight = batch.target[here, None], batch.weight[here, None]
             part = scores[here].float()

@@ -11,20 +11,19 @@ from host.model.network import Denoiser
 
 OptimizerName = Literal["adamw", "muon"]
 PEAK_RATES: Final[dict[OptimizerName, float]] = {"adamw": 1e-3, "muon": 4e-3}
-"""Learning rates to begin with; what they were chosen from is in docs/log.md."""
+"""Default peak learning rates; docs/log.md has the runs that they were chosen from."""
 WEIGHT_DECAY = 0.05
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
-    """The nearest matrices with singular values of about one, by Newton-Schulz (Jordan et al., Muon, 2024).
+    """Newton-Schulz iteration X ← aX + b(XXᵀ)X + c(XXᵀ)²X towards orthogonal matrices (Jordan et al., Muon, 2024).
 
-    matrices (n, rows, columns), or one of them. bf16 is exact enough: the iteration itself leaves singular values
-    between 0.7 and 1.2.
+    matrices (n, rows, columns) or (rows, columns). Singular values end between 0.7 and 1.2, so bf16 is exact enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).reshape(-1, *sorted(matrices.shape[-2:]))
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)  # in this order: FP16 has no small gradients
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype)  # scaled first: FP16 underflows
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -34,8 +33,8 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized, scaled to AdamW's update size (arXiv 2502.16982).
 
-    torch.optim.Muon does the same, as fast, in bf16 only: a CPU without bf16 instructions runs that 10 times slower
-    than float32, longer than the training step itself. Here the chip decides: dtype is what the products run in.
+    torch.optim.Muon computes in bf16 only, which a CPU without bf16 instructions runs 10 times slower than float32.
+    Here dtype is that of the products.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
-            for shape, matrices in by_shape.items():  # together: a GPU is not busy with one small product
+            for shape, matrices in by_shape.items():  # batched: one small product leaves a GPU idle
                 gradients = [p.grad for p in matrices if p.grad is not None]
                 averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
@@ -77,7 +76,7 @@ def build_optimizers(
     weight_decay: float = WEIGHT_DECAY,
     muon_dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
-    """One or two optimizers, of every parameter that takes a gradient; vectors and embeddings take no weight decay."""
+    """One or two optimizers of all trained parameters; vectors and embeddings take no weight decay."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     body = [p for name, p in trained.items() if name.startswith(("blocks.", "drafter.")) and p.ndim == 2]
     in_body = {id(p) for p in body}
@@ -90,9 +89,9 @@ def build_optimizers(
 
 
 def learning_rate_factor(progress: float, warmup: float, cool_down: float | None = None) -> float:
-    """Linear warmup, then cosine decay to a tenth. progress in [0, 1] of the run, warmup the part spent rising.
+    """Factor of the peak rate: linear warmup, then cosine decay to a tenth. progress, warmup: fractions of the run.
 
-    cool_down: constant instead, and linear to zero over this last part of the run (warmup-stable-decay).
+    cool_down: constant instead, and linear to zero over this last fraction (warmup-stable-decay).
     """
     if progress < warmup:
         return max(progress / warmup, 1e-3)
@@ -103,7 +102,7 @@ def learning_rate_factor(progress: float, warmup: float, cool_down: float | None
 
 
 class Ema:
-    """Exponential moving average of the weights, with a short horizon at first."""
+    """Exponential moving average of the weights; its horizon grows with the steps, up to that of `decay`."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -111,7 +110,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the model's weights after optimizer step `step`, counted from 0."""
+        """Update after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         names, params = zip(*model.named_parameters(), strict=True)
         torch._foreach_lerp_([self.shadow[name] for name in names], list(params), 1 - decay)

@@ -1,4 +1,4 @@
-"""Run folders: a run's settings on disk; laying out a new run, taking up an old one."""
+"""Run folders: a run's settings on disk, the layout of a new run, the resumption of an old one."""
 
 import argparse
 import shutil
@@ -33,19 +33,19 @@ CPU_BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Work:
-    """What weights have cost, with the runs that they came from."""
+    """Training cost of a run's weights, runs named by --init included."""
 
     compute_seconds: float = 0.0
     tokens: int = 0
 
 
 Stage = Literal["body", "drafter"]
-"""What is trained: the network; or its drafter alone, with all else frozen, so that no law of it moves."""
+"""What is trained: the network, or only its drafter with the network frozen."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does besides the model's shape. minutes, when given, ends the run and sets the decay's length."""
+    """Settings of a run other than the model's shape. minutes: ends the run instead of `steps`."""
 
     out: Path
     data: Path
@@ -56,8 +56,8 @@ class TrainConfig:
     optimizer: OptimizerName = "muon"
     weighting: Weighting = "flat"
     lr: float = PEAK_RATES["muon"]
-    warmup: float = 0.03  # part of the run
-    cool_down: float | None = None  # last part of the run, in which a constant rate falls to 0; None: cosine
+    warmup: float = 0.03  # fraction of the run
+    cool_down: float | None = None  # last fraction of the run, in which the rate falls to 0; None: cosine
     weight_decay: float = WEIGHT_DECAY
     dropout: float = 0.0
     input_noise: float = 0.0
@@ -67,20 +67,20 @@ class TrainConfig:
     valid_stories: int = 256  # in each of two samples
     seed: int = 0
     stage: Stage = "body"
-    init: Path | None = None  # the run whose weights it began with
-    init_work: Work | None = None  # that went into those weights
+    init: Path | None = None  # the run whose weights it started from
+    init_work: Work | None = None  # cost of those weights
     data_sha256: str = ""  # DataMeta.sha256 of what `data` held
 
 
 def fraction_done(config: TrainConfig, progress: Progress) -> float:
-    """Fraction of a run that is done, by time when --minutes was given."""
+    """Fraction of a run that is done: of its minutes if given, else of its steps."""
     if config.minutes is not None:
         return min(1.0, progress.seconds / (60 * config.minutes))
     return min(1.0, progress.step / config.steps)
 
 
 def validation_due(config: TrainConfig, before: Progress, after: Progress) -> bool:
-    """After every `valid_every` steps; where that is not given every 500, and at each fifth of the run; at its end."""
+    """Every `valid_every` steps and at the end; without it every 500 steps and at each fifth of the run."""
     fifths = [int(5 * fraction_done(config, progress)) for progress in (before, after)]
     if config.valid_every is not None:
         return after.step % config.valid_every == 0 or fraction_done(config, after) >= 1
@@ -88,7 +88,7 @@ def validation_due(config: TrainConfig, before: Progress, after: Progress) -> bo
 
 
 def work_behind(run: Path) -> Work:
-    """What the weights cost that another run would begin with; DataError when `run` holds none."""
+    """Cost of the weights that `run` holds; DataError when it holds none."""
     progress, before = read_progress(find_checkpoint(run)), work_before(read_config(run))
     return Work(before.compute_seconds + progress.compute_seconds, before.tokens + progress.tokens_seen)
 
@@ -110,7 +110,7 @@ def training_stages(run: Path) -> tuple[TrainingStage, ...]:
 
 
 def work_before(config: TrainConfig) -> Work:
-    """What the weights had cost that a run began with."""
+    """Cost of the weights that a run started from."""
     if config.init is None:
         return Work()
     return config.init_work or work_behind(config.init)
@@ -118,7 +118,7 @@ def work_before(config: TrainConfig) -> Work:
 
 @contextmanager
 def run_laid_out(args: argparse.Namespace, processes: int = 1) -> Iterator[tuple[TrainConfig, Progress]]:
-    """A fresh run folder, or that of --resume, held against other processes as long as the block runs.
+    """The folder of a new run, or that of --resume, locked while the block runs.
 
     Prepares the data when the default folder is missing. Raises DiffusionLLMError before anything is written.
     """
@@ -139,19 +139,19 @@ def run_laid_out(args: argparse.Namespace, processes: int = 1) -> Iterator[tuple
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[None]:
-    """A folder for a new run, held against other processes as long as the block runs; ConfigError when it is taken."""
+    """The folder of a new run, locked while the block runs; ConfigError when it is in use."""
     check_free(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the run folder {out} cannot be made: {error.strerror}") from None
     with locked(out, f"{out} is in use by another process: wait for it, or choose another --out"):
-        check_free(out)  # whoever held it may have been about to end
+        check_free(out)  # again: a run may have finished in it before the lock was free
         yield
 
 
 def check_share(config: TrainConfig, processes: int) -> None:
-    """ConfigError when some process would get no story of a batch."""
+    """ConfigError when a batch has fewer stories than there are processes."""
     if config.batch_size < processes:
         raise ConfigError(f"--batch-size {config.batch_size} is too small to share among {processes} processes")
 
@@ -177,7 +177,7 @@ def usual_micro_size(batch_size: int) -> int:
 
 
 def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig, Progress]:
-    """What these flags make of that data; nothing is written."""
+    """Settings and first progress of the run that these flags describe; writes nothing."""
     batch_size = args.batch_size or usual_batch_size()
     config = TrainConfig(
         out=args.out or Path("runs") / f"{args.config}-{datetime.now():%Y%m%d-%H%M%S}",
@@ -205,7 +205,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
     if args.stage == "drafter":
         learned = read_progress(find_checkpoint(args.init))
         if "ar" not in learned.objectives:
-            raise ConfigError(f"{args.init} did not learn the objective ar: a drafter has no law to follow")
+            raise ConfigError(f"{args.init} did not learn the objective ar: a drafter needs a network with it")
         model, objectives = replace(learned.model, draft_depth=DEPTH), learned.objectives
     if args.init:
         check_start(args.init, model, data)
@@ -222,7 +222,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
 
 
 def check_start(run: Path, model: ModelConfig, data: DataFolder) -> None:
-    """DataError when a run's weights cannot start that model on that data."""
+    """DataError when a run's weights do not fit the model or its tokenizer the data."""
     path = find_checkpoint(run)
     if read_progress(path).tokenizer_sha256 != data.meta.tokenizer_sha256:
         raise DataError(f"{run} was trained with another tokenizer than {data.path}")
@@ -231,10 +231,7 @@ def check_start(run: Path, model: ModelConfig, data: DataFolder) -> None:
 
 
 def write_config(config: TrainConfig, tokenizer: Path | None = None) -> None:
-    """Write the settings into the run folder, at once or not at all, and the tokenizer beside them.
-
-    Raises ConfigError when it cannot be written.
-    """
+    """Write the settings into the run folder, atomically, and copy the tokenizer; ConfigError when it cannot."""
     file, partial = config.out / CONFIG_FILE, config.out / "config.partial"
     try:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -248,7 +245,7 @@ def write_config(config: TrainConfig, tokenizer: Path | None = None) -> None:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The settings a run was started with."""
+    """A run's settings; DataError when they cannot be read."""
     try:
         return msgspec.json.decode(
             (run / CONFIG_FILE).read_bytes(), type=TrainConfig, dec_hook=lambda kind, value: kind(value)
@@ -258,7 +255,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def load_run(run: Path) -> tuple[Denoiser, Progress]:
-    """A run's EMA weights, to meet text; DataError when its tokenizer is not the one that it was trained with."""
+    """A run's network with EMA weights; DataError when its tokenizer is not the one it was trained with."""
     model, progress = load_model(find_checkpoint(run))
     file = run / TOKENIZER
     if not file.is_file() or sha256_of(file) != progress.tokenizer_sha256:
@@ -267,7 +264,7 @@ def load_run(run: Path) -> tuple[Denoiser, Progress]:
 
 
 def data_of(run: Path, verify: bool = False) -> DataFolder:
-    """What a run was trained on; DataError when its data folder holds something else by now."""
+    """The data a run was trained on; DataError when its data folder has changed."""
     config = read_config(run)
     data = load_data(config.data, verify)
     if config.data_sha256 not in ("", data.meta.sha256):
@@ -276,14 +273,14 @@ def data_of(run: Path, verify: bool = False) -> DataFolder:
 
 
 def resumed_run(args: argparse.Namespace, processes: int) -> tuple[TrainConfig, Progress]:
-    """The settings and progress of an earlier run; only its length may change."""
+    """Settings and progress of an earlier run, with the new length if one is given."""
     last = find_checkpoint(args.resume, LAST)
     progress = read_progress(last)
     config = replace(read_config(args.resume), out=args.resume)
     check_share(config, processes)
     if data_of(args.resume, verify=True).meta.tokenizer_sha256 != progress.tokenizer_sha256:
         raise DataError(f"{config.data} has another tokenizer than the run {args.resume}: prepare its data again")
-    if args.steps is not None or args.minutes is not None:  # kept, so that a second resumption goes on towards it
+    if args.steps is not None or args.minutes is not None:  # written, so that the next resumption keeps it
         config = replace(config, steps=args.steps or config.steps, minutes=args.minutes)
         write_config(config)
     return config, progress

@@ -41,10 +41,10 @@ from host.train.stages import freeze, trained_mixture, training_loss
 from shared.errors import DiffusionLLMError
 
 SAVE_EVERY_S: Final = 300.0  # of training, between validations
-LONGEST_STEP: Final = 4.0  # as counted, in usual ones
+LONGEST_STEP: Final = 4.0  # usual steps that one step counts for at most
 ROWS_ALIGNED: Final = 16
-"""Where mixed precision pays, sequences are padded to multiples of this. On CUDA attention with a bias wants rows of a
-multiple of 8, and products of half-precision matrices are fastest so; on a CPU see `host.train.loss.SCORED_ALIGNED`."""
+"""In mixed precision, sequences are padded to multiples of this: CUDA attention with a bias takes multiples of 8, and
+half-precision products are fastest so. On a CPU see `host.train.loss.SCORED_ALIGNED`."""
 
 
 class NonFiniteLoss(DiffusionLLMError):
@@ -92,18 +92,18 @@ class Trainer:
         self._prepared: dict[int, Future[Batch]] = {}  # by step
 
     def resume(self) -> None:
-        """Take up the run folder's last checkpoint."""
+        """Load the run folder's last checkpoint."""
         last = find_checkpoint(self.config.out, LAST)
         self.progress = restore(last, self.model, ema=self.ema, optimizers=self.optimizers, scaler=self.scaler)
         self.saved_s = self.progress.seconds
 
     def start_from(self, run: Path) -> None:
-        """Start from another run's EMA weights, which `host.train.run_folder.check_start` has found to fit."""
+        """Start from another run's EMA weights; `host.train.run_folder.check_start` has checked them."""
         init_from(self.model, find_checkpoint(run))
         self.ema = Ema(self.model, self.config.ema_decay)
 
     def batch_at(self, split: Split, seed: int, step: int, size: int) -> Batch:
-        """This process's share of a batch, ready to be copied to the device."""
+        """This process's share of a batch, on CUDA in pinned memory."""
         c, p = self.config, self.progress
         share = (self.ranks.rank, self.ranks.processes)
         training = split is self.data.train
@@ -121,7 +121,7 @@ class Trainer:
         return batch if self.device.type == "cpu" else replace(batch, parts=tuple(b.pinned() for b in batch.parts))
 
     def next_batch(self) -> Batch:
-        """The batch of this step, which was made during the last one; the next is begun."""
+        """The batch of this step, made during the one before; starts making the next."""
         c, step = self.config, self.progress.step
         made = self._prepared.pop(step, None)
         batch = made.result() if made else self.batch_at(self.data.train, c.seed, step, c.batch_size)
@@ -130,7 +130,7 @@ class Trainer:
         return batch
 
     def summed_loss(self, batch: MicroBatch) -> Tensor:
-        """A micro-batch's weighted loss in nats: NELBO draws or exact negative log-likelihoods.  → ()"""
+        """A micro-batch's weighted loss, summed, in nats.  → ()"""
         with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             loss: Tensor = self.loss(batch.on(self.device))
         return loss
@@ -141,7 +141,7 @@ class Trainer:
         batch = self.next_batch()
         total = torch.zeros((), device=self.device)
         for i, part in enumerate(batch.parts):
-            with self._gradients_meet(i == len(batch.parts) - 1):
+            with self._gradient_exchange(i == len(batch.parts) - 1):
                 loss = self.summed_loss(part) / batch.tokens
                 # Gradients are averaged over the processes; the loss is a sum over all stories.
                 self.scaler.scale(loss * self.ranks.processes).backward()
@@ -151,26 +151,25 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         self._check_finite("loss", mean)
-        if self.progress.seconds - self.saved_s > SAVE_EVERY_S:  # this loss has shown the weights to be good
+        if self.progress.seconds - self.saved_s > SAVE_EVERY_S:  # the weights gave a finite loss
             self.save(LAST)
-        if not self.scaler.is_enabled():  # a scaler meets infinite gradients now and then, and skips the step
+        if not self.scaler.is_enabled():  # a scaler skips steps with infinite gradients
             self._check_finite("gradient norm", norm)
         factor = learning_rate_factor(fraction_done(c, self.progress), c.warmup, c.cool_down)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = c.lr * factor
-            if math.isfinite(norm):  # or clipping has spoilt the gradients of all; a scaler looks at each one's own
+            if math.isfinite(norm):  # clipping by an infinite norm spoils all gradients
                 self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.ema.update(self.model, self.progress.step)
         return mean, norm, batch.tokens
 
-    @contextlib.contextmanager
-    def _gradients_meet(self, now: bool) -> Iterator[None]:
+    def _gradient_exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Processes exchange gradients once a step, in its last backward pass."""
-        with contextlib.nullcontext() if now or self.ranks.processes == 1 else self.loss.no_sync():  # type: ignore[operator]
-            yield
+        exchanged = last or self.ranks.processes == 1
+        return contextlib.nullcontext() if exchanged else self.loss.no_sync()  # type: ignore[operator]
 
     def _check_finite(self, name: str, value: float) -> None:
         if math.isfinite(value):
@@ -181,7 +180,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """EMA weights on two samples of validation stories, in nats per token; always the same ones and noise."""
+        """Nats per token of the EMA weights on two samples of validation stories, with the same noise every time."""
         raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.model.load_state_dict(self.ema.shadow)
         self.model.eval()  # no dropout
@@ -197,7 +196,7 @@ class Trainer:
         return total / tokens
 
     def save(self, file: str) -> None:
-        """Write a checkpoint into the run folder, atomically."""
+        """Write a checkpoint into the run folder, on the first process."""
         self.saved_s = self.progress.seconds
         if not self.ranks.first:
             return
@@ -223,7 +222,7 @@ class Trainer:
             while not stopped and fraction_done(c, self.progress) < 1.0:
                 started, worked = time.perf_counter(), work_s()
                 loss, norm, tokens = self.step()
-                # One clock and one decision for all processes, or they would part at the next exchange.
+                # All processes share one clock and one decision to stop, or the next exchange would wait forever.
                 elapsed, stop = self.ranks.largest(time.perf_counter() - started, self.stopping)
                 (worked_s,) = self.ranks.sums(work_s() - worked)
                 stopped = stop > 0
@@ -249,7 +248,7 @@ class Trainer:
                     tokens_per_s=tokens / elapsed,
                     compute_s=self.progress.compute_seconds,
                 )
-                log(row)  # before the checkpoint: a row too many is dropped when the run goes on, a missing one is lost
+                log(row)  # before the checkpoint: resuming drops a row too many, and cannot restore a missing one
                 if due:
                     self.save(LAST)
                     self.draw_curves()
@@ -261,7 +260,7 @@ class Trainer:
             self.draw_curves()
 
     def describe(self) -> str:
-        """What is about to be trained, on what, and where it is kept."""
+        """The network, the machine, the data, the length and the run folder, for the first lines of output."""
         c, p = self.config, self.progress
         length = f"{c.steps:,} steps" if c.minutes is None else f"{c.minutes:g} minutes"
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -277,12 +276,12 @@ class Trainer:
         )
 
     def draw_curves(self) -> None:
-        """Redraw the picture of the log."""
+        """Redraw curves.png from the log."""
         if self.ranks.first:
             plot_curves(self.config.out)
 
     def validate_and_keep(self) -> float:
-        """Validate, keep the best apart."""
+        """Validate, and save the best checkpoint so far.  → nats per token"""
         valid = self.validate()
         self._check_finite("validation loss", valid)  # before broken weights replace the last good ones
         if self.progress.best_nats is None or valid < self.progress.best_nats:
@@ -292,8 +291,10 @@ class Trainer:
 
 
 def counted_seconds(elapsed: float, usual: float) -> tuple[float, float]:
-    """A step's share of --minutes: one that waits for a suspended or suddenly busy machine counts like a few others,
-    so that the learning rate does not fall by its wait.  → seconds, and what is usual by now
+    """Seconds that a step counts towards --minutes, and the new usual: a running mean of them.
+
+    A step that waited for a suspended or suddenly busy machine counts like a few usual ones, so that the learning rate
+    does not fall by the wait.
     """
     counted = min(elapsed, LONGEST_STEP * usual)
     return counted, counted if usual == math.inf else 0.9 * usual + 0.1 * counted
@@ -301,23 +302,23 @@ def counted_seconds(elapsed: float, usual: float) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def laid_out_by_first(ranks: Ranks) -> Iterator[tuple[argparse.Namespace, TrainConfig, Progress]]:
-    """What the first process makes of the command line; where it cannot, it says why and the others end in silence."""
+    """The first process reads the command line and lays out the run. If it fails, it says why; the others just exit."""
     with contextlib.ExitStack() as held:
-        made: tuple[argparse.Namespace, TrainConfig, Progress] | DiffusionLLMError | SystemExit | None = None
+        planned: tuple[argparse.Namespace, TrainConfig, Progress] | DiffusionLLMError | SystemExit | None = None
         if ranks.first:
             try:
                 args = parse_arguments()
-                made = (args, *held.enter_context(run_laid_out(args, ranks.processes)))
+                planned = (args, *held.enter_context(run_laid_out(args, ranks.processes)))
             except (DiffusionLLMError, SystemExit) as error:  # argparse exits by itself
-                made = error
-        found: Any = ranks.from_first(made)
-        if isinstance(found, BaseException):
-            raise found if ranks.first else SystemExit(1)
-        yield found
+                planned = error
+        plan: Any = ranks.from_first(planned)
+        if isinstance(plan, BaseException):
+            raise plan if ranks.first else SystemExit(1)
+        yield plan
 
 
 def main() -> None:
-    """Train, resume, and save when the user or the terminal ends it."""
+    """Train or resume a run; SIGINT, SIGTERM and SIGHUP save it and end."""
     with joined_ranks() as ranks, laid_out_by_first(ranks) as (args, config, progress):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         trainer = Trainer(config, progress, data=load_data(config.data), device=device, ranks=ranks, wandb=args.wandb)
@@ -331,7 +332,7 @@ def main() -> None:
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup would have it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, stop)
         if ranks.first:
             print(trainer.describe(), flush=True)

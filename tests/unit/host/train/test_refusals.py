@@ -106,17 +106,17 @@ def test_run_folder_is_held_until_its_training_ends(
         (
             ["--resume", "{trained}", "--lr", 1],
             78,
-            "--lr does not go with --resume: a run keeps its settings but its length",
+            "--lr cannot be combined with --resume: only --steps and --minutes may change",
         ),
         (
             ["--resume", "{trained}", "--batch-size", 64],
             78,
-            "--batch-size does not go with --resume: a run keeps its settings but its length",
+            "--batch-size cannot be combined with --resume: only --steps and --minutes may change",
         ),
         (
             ["--objectives", "ar", "--schedule", "linear"],
             78,
-            "--schedule needs the objective canvas: nothing else is masked at random",
+            "--schedule needs the objective canvas: it concerns random masks",
         ),
         (
             ["--objectives", "ar,sudoku"],
@@ -126,14 +126,14 @@ def test_run_folder_is_held_until_its_training_ends(
         (["--objectives", "ar,ar=2"], 78, "--objectives: ar is given twice"),
         (["--objectives", "ar=much"], 78, "--objectives: the weight of ar must be a number, not 'much'"),
         (["--objectives", "ar=-1"], 78, "--objectives: the weight of ar must be a number above 0, not -1"),
-        (["--input-noise", 0.1], 78, "--input-noise needs the objective ar: it is of its input tokens"),
+        (["--input-noise", 0.1], 78, "--input-noise needs the objective ar: it replaces input tokens"),
         (["--dropout", 1], 78, "--dropout must be at least 0 and below 1, not 1.0"),
         (["--weight-decay", -1], 78, "--weight-decay must be a number of at least 0, not -1.0"),
         (["--cool-down", 2], 78, "--cool-down must be at most 1.0, not 2.0"),
         (
             ["--objectives", "ar,canvas", "--time-input"],
             78,
-            "--time-input goes with the objective canvas alone: other rows have no diffusion time",
+            "--time-input takes the objective canvas alone: other objectives have no diffusion time",
         ),
         (["--resume", "empty"], 65, "empty holds no checkpoint: train one with `python -m host.train --out empty`"),
         (["--data", "empty"], 65, "empty holds no prepared data: make it with python -m host.data --out empty"),

@@ -126,7 +126,10 @@ def test_stage_b_lowers_its_loss(stages: tuple[Path, Path]) -> None:
     ("given", "sentence"),
     [
         (["--stage", "drafter"], "--stage drafter needs --init RUN"),
-        (["--stage", "drafter", "--init", "{trained}", "--dropout", 0.1], "--dropout does not go with --stage drafter"),
+        (
+            ["--stage", "drafter", "--init", "{trained}", "--dropout", 0.1],
+            "--dropout cannot be combined with --stage drafter",
+        ),
         (["--stage", "drafter", "--init", "{trained}"], "{trained} did not learn the objective ar"),
     ],
 )
