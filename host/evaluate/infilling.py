@@ -36,13 +36,18 @@ class Infilling(msgspec.Struct, frozen=True):
     bound: Figure | None
 
 
-def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: bool) -> Infilling:
-    """Each story once, with one to three random gaps of known sizes; the bound takes `draws` draws of each."""
+def held_out_gaps(held_out: HeldOut) -> tuple[list[Tensor], list[Example]]:
+    """Stories that are long enough, and each of them with one to three random gaps of known sizes."""
     x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
     rng = np.random.default_rng(SEED)
     stories = [story(row) for row in x0 if int((row != PAD).sum()) > 3]
     gap = functools.partial(gapped, rng=rng, length=x0.shape[1], most_gaps=GAPS, open_ends=0.0, slack_gaps=0.0)
-    gaps = [gap(one.tolist()) for one in stories]
+    return stories, [gap(one.tolist()) for one in stories]
+
+
+def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: bool) -> Infilling:
+    """Each story once, with its gaps; the bound takes `draws` draws of each."""
+    stories, gaps = held_out_gaps(held_out)
     tokens = np.array([len(one.at) for one in gaps])[None]
     order = np.argsort([one.rows.tokens.shape[1] for one in gaps])
     law, left = np.zeros((1, len(gaps))), np.zeros((1, len(gaps)))

@@ -1,6 +1,8 @@
 """Every law that a network has learned, measured on held-out text, with standard errors."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Final
 
 import msgspec
 import torch
@@ -13,7 +15,9 @@ from host.evaluate.scorers import TorchScorer
 from host.model.network import Denoiser
 from host.train.checkpoint import Progress
 from shared.errors import ConfigError
-from shared.manifest import Evaluation, Figure
+from shared.manifest import Evaluation, Figure, LawFigures
+
+DRAFTED_STORIES: Final = 64
 
 
 class Laws(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -42,6 +46,43 @@ def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draw
         canvas=evaluate(TorchScorer(model), held_out, progress.schedule, draws) if "canvas" in learned else None,
         drafting=evaluate_drafting(model, held_out, dtype=dtype) if drafts else (),
     )
+
+
+def law_figures(model: Denoiser, held_out: HeldOut, learned: Collection[str]) -> LawFigures:
+    """What a bundle's manifest says of the laws in float32; drafts on the first stories, with all the drafter makes."""
+    nats, bits = exact_likelihood(model, held_out)
+    gaps = evaluate_infilling(model, held_out, draws=0, canvas=False) if "infill" in learned else None
+    kept = None
+    if model.drafter is not None:
+        few = replace(held_out, canvases=held_out.canvases[:DRAFTED_STORIES])
+        drafting = evaluate_drafting(model, few, (0.0, 0.8, 1.0))
+        kept = {f"{one.temperature:g}": one.tokens_per_pass.value for one in drafting}  # the widest window is the last
+    return LawFigures(
+        graph=TorchScorer.name,
+        source=held_out.name,
+        stories=len(held_out.canvases),
+        left_to_right_nats_per_token=nats,
+        left_to_right_bits_per_byte=bits,
+        infilling_nats_per_gap_token=gaps.infilling if gaps else None,
+        infilling_blind_nats_per_gap_token=gaps.autoregressive if gaps else None,
+        tokens_per_pass=kept,
+    )
+
+
+def print_law_figures(figures: Sequence[LawFigures]) -> None:
+    """One line for each graph."""
+    for one in figures:
+        nats, bits, gaps = (
+            "none" if figure is None else f"{figure.value:.4f} ± {figure.stderr:.4f}"
+            for figure in (
+                one.left_to_right_nats_per_token,
+                one.left_to_right_bits_per_byte,
+                one.infilling_nats_per_gap_token,
+            )
+        )
+        print(f"{one.graph}: {nats} nats per token, {bits} bits per byte; {gaps} nats per gap token")
+        if one.tokens_per_pass:
+            print("  tokens per pass: " + ", ".join(f"{n:.2f} at {t}" for t, n in one.tokens_per_pass.items()))
 
 
 def print_laws(laws: Laws, held_out: HeldOut) -> None:

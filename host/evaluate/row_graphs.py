@@ -5,9 +5,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from host.evaluate.likelihood import HeldOut
 from host.evaluate.scorers import session_of
+from host.train.objectives import Example, Settings, ar
+from shared.tokens import EOS
 
 LOGITS = "head.scores"  # inside a step graph: of the whole vocabulary
 
@@ -59,6 +64,32 @@ class RowGraphs:
         logits, states, *made = self._step.run(None, feed | rows.arrays)
         rows.arrays = dict(zip(self._shapes, made, strict=True))
         return logits, states
+
+    def nats(self, example: Example) -> float:
+        """Negative log-likelihood of an example's targets; rows before its first scored one are evidence, if any."""
+        given = int(example.at[0])
+        tokens, positions = (part[0].tolist() for part in example.rows[:2])
+        rows = self.empty(len(tokens))
+        if given:
+            self.read_evidence(rows, tokens[:given], positions[:given])
+        logits, _ = self.append(rows, tokens[given:], positions[given:], range(len(tokens) - given))
+        return float(F.cross_entropy(torch.from_numpy(logits), example.target, reduction="sum"))
+
+    def greedy(self, prompt: Sequence[int], length: int) -> list[int]:
+        """The likeliest token after the likeliest, from a prompt to an EOS, or up to `length` tokens."""
+        rows, text, new = self.empty(length), list(prompt), list(prompt)
+        while len(text) < length and text[-1] != EOS:
+            positions = range(len(text) - len(new), len(text))
+            logits, _ = self.append(rows, new, positions, [len(new) - 1])
+            new = [int(logits[0].argmax())]
+            text += new
+        return text
+
+
+def left_to_right(held_out: HeldOut) -> list[Example]:
+    """Every token of each story, given those before it."""
+    x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
+    return ar.examples(x0, np.random.default_rng(0), Settings())
 
 
 def _row(values: Sequence[int]) -> NDArray[np.int32]:

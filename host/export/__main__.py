@@ -1,20 +1,28 @@
 """Export a trained model as a bundle: `python -m host.export --int8` takes the newest diffusion run.
 
-no flag   FP32 graph for the CPU
---int8    INT8 graphs: for the CPU every scheme is tried, the fastest that passes the parity gate is kept; for CUDA
-          explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the gate stay in float.
+Graphs of blocks (for the CPU) of a run that learned ar, of canvas (for CPU and CUDA) of one that learned canvas.
+
+no flag   FP32 graphs for the CPU
+--int8    INT8 graphs: of blocks with static scales; of canvas for the CPU every scheme is tried, the fastest to pass
+          the parity gate is kept; for CUDA explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the
+          gate stay in float.
 --fp16    FP16 graph for CUDA; goes with --int8 or alone
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
+from host.evaluate.laws import law_figures, print_law_figures
 from host.evaluate.likelihood import STORIES, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
+from host.export.blocks_pipeline import CALIBRATION_STORIES, Blocks, blocks_graphs, blocks_int8
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
+from host.export.law_parity import graph_laws
 from host.export.parity import dropped_mass
 from host.export.pipeline import Wanted, build, build_untrained
 from host.export.random_weights import untrained
@@ -27,7 +35,7 @@ from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
 from host.train.run_folder import data_of, load_run, training_stages
 from shared.errors import ConfigError, run_main
-from shared.manifest import MAX_STEPS, TOKENIZER, Evaluation, SamplingDefaults
+from shared.manifest import MAX_STEPS, TOKENIZER, Evaluation, LawFigures, Parity, SamplingDefaults
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -129,20 +137,32 @@ def export_run(
 ) -> None:
     """The bundle as soon as its graphs pass the gate, then its figures, with which its manifest is written again."""
     model, progress = load_run(run)
-    if "canvas" not in progress.objectives:
-        raise ConfigError(f"{run} did not learn the objective canvas: start a run from it with host.train --init {run}")
+    learned = progress.objectives
+    check_learned(run, learned, wanted)
     tokenizer = run / TOKENIZER
     held_out = held_out_files(source, tokenizer, stories) if source else held_out_split(data_of(run), stories)
-    stages = Stages(stage_costs(wanted, len(held_out.canvases), report))
-    stages.begin(SAMPLING)
-    reference = reference_of(model, progress, held_out)
+    stages = Stages(stage_costs(wanted, learned, stories=len(held_out.canvases), report=report))
+    blocks = Blocks([])
+    if "ar" in learned and wanted.cpu_int8:
+        stages.begin(BLOCKS)
+        few = held_out.canvases if source else data_of(run).train.take(np.arange(CALIBRATION_STORIES))
+        blocks = blocks_int8(model, learned, held_out=held_out, calibration=few[:CALIBRATION_STORIES])
+    elif wanted.cpu_fp32:
+        blocks = Blocks(blocks_graphs(model, learned))
     top_k = min(TOP_K, model.config.vocab_size)
-    for temperature in (0.7, 1.0, 1.5):
-        dropped = dropped_mass(model, reference.canvases[::4], top_k, temperature)
-        print(f"outside the top {top_k} at temperature {temperature}: {dropped:.2%} of the probability")
-    graphs, parities, calibration = build(wanted, reference, stages)
+    graphs, parities, calibration = blocks.graphs, list[Parity](), blocks.calibration
+    reference, canvases = None, list[BundleGraph]()
+    if "canvas" in learned:
+        stages.begin(SAMPLING)
+        reference = reference_of(model, progress, held_out)
+        for temperature in (0.7, 1.0, 1.5):
+            dropped = dropped_mass(model, reference.canvases[::4], top_k=top_k, temperature=temperature)
+            print(f"outside the top {top_k} at temperature {temperature}: {dropped:.2%} of the probability")
+        canvases, parities, of_canvases = build(wanted, reference, stages)
+        graphs = graphs + canvases
+        calibration = "; ".join(part for part in (calibration, of_canvases) if part)
 
-    def write(evaluations: Sequence[Evaluation]) -> None:
+    def write(evaluations: Sequence[Evaluation], laws: Sequence[LawFigures]) -> None:
         write_bundle(
             out,
             model,
@@ -152,39 +172,59 @@ def export_run(
             top_k=top_k,
             stages=training_stages(run),
             evaluations=evaluations,
+            laws=laws,
             parity=parities,
-            calibration=calibration,
+            law_parity=blocks.parity,
+            calibration=calibration or "none",
             defaults=defaults,
         )
 
-    write([])
+    write([], [])
     say_what_was_written(out, graphs)
     stages.begin(FIGURES)
-    scorers: list[Scorer] = [TorchScorer(model)]
-    scorers += [GraphScorer(graph.file, graph.model) for graph in graphs if report or graph.target == "cpu"]
-    evaluations = [evaluate(scorer, held_out, progress.schedule, draws=1) for scorer in scorers]
-    write(evaluations)
-    print_table(evaluations)
-    if report:
+    laws: list[LawFigures] = []
+    if blocks.graphs:
+        laws = [law_figures(model, held_out, learned), graph_laws(blocks.graphs, held_out)]
+        print_law_figures(laws)
+    evaluations: list[Evaluation] = []
+    if reference is not None:
+        scorers: list[Scorer] = [TorchScorer(model)]
+        scorers += [GraphScorer(graph.file, graph.model) for graph in canvases if report or graph.target == "cpu"]
+        evaluations = [evaluate(scorer, held_out, progress.schedule, draws=1) for scorer in scorers]
+        print_table(evaluations)
+    write(evaluations, laws)
+    if report and reference is not None:
         stages.begin(REPORT)
         print_errors(reference.worst_first)
 
 
+def check_learned(run: Path, learned: Collection[str], wanted: Wanted) -> None:
+    """ConfigError when nothing that is wanted can be made of what a run has learned."""
+    if not {"ar", "canvas"}.intersection(learned):
+        raise ConfigError(f"{run} learned neither ar nor canvas: start a run from it with host.train --init {run}")
+    if "canvas" not in learned and not (wanted.cpu_int8 or wanted.cpu_fp32):
+        raise ConfigError(f"{run} did not learn the objective canvas, which the CUDA graphs are of")
+
+
+BLOCKS: Final = "INT8 for blocks"
 SAMPLING: Final = "canvases that sampling visits"
 FIGURES: Final = "figures on held-out text (the bundle is there already)"
 REPORT: Final = "errors of the layers"
 
 
-def stage_costs(wanted: Wanted, stories: int, report: bool) -> dict[str, float]:
+def stage_costs(wanted: Wanted, learned: Collection[str], *, stories: int, report: bool) -> dict[str, float]:
     """What each stage takes, roughly, in passes of the network over a canvas, as measured on `tiny`."""
-    costs: dict[str, float] = {SAMPLING: 900}
-    costs |= {"INT8 for the CPU": 600} if wanted.cpu_int8 else {}
-    costs |= {"FP16 for CUDA": 500} if wanted.cuda_fp16 else {}
-    costs |= {"INT8 for CUDA": 2500} if wanted.cuda_int8 else {}
+    canvas, blocks = "canvas" in learned, "ar" in learned and (wanted.cpu_int8 or wanted.cpu_fp32)
+    costs: dict[str, float] = {BLOCKS: 2000} if blocks and wanted.cpu_int8 else {}
+    costs |= {SAMPLING: 900} if canvas else {}
+    costs |= {"INT8 for the CPU": 600} if canvas and wanted.cpu_int8 else {}
+    costs |= {"FP16 for CUDA": 500} if canvas and wanted.cuda_fp16 else {}
+    costs |= {"INT8 for CUDA": 2500} if canvas and wanted.cuda_int8 else {}
     on_cpu = 0.6 * (wanted.cpu_int8 or wanted.cpu_fp32)
     on_cuda = 1.5 * wanted.cuda_fp16 + 2.5 * wanted.cuda_int8
-    costs[FIGURES] = 2 * stories * (1 + on_cpu + on_cuda * report)
-    return costs | ({REPORT: 600} if report else {})
+    of_laws = 5 * stories + 3000 if blocks else 0
+    costs[FIGURES] = of_laws + 2 * stories * (1 + on_cpu + on_cuda * report) * canvas
+    return costs | ({REPORT: 600} if report and canvas else {})
 
 
 def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingDefaults) -> None:

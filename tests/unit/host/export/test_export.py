@@ -28,17 +28,21 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def on_cpu(precision: str) -> list[tuple[str, str, str]]:
+    return [(f"{role}.cpu.{precision}.onnx", precision, "cpu") for role in ("step", "prefill", "draft", "canvas")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "graphs"),
     [
-        ([], [("canvas.cpu.fp32.onnx", "fp32", "cpu")]),
-        (["--int8"], [("canvas.cpu.int8.onnx", "int8", "cpu"), ("canvas.cuda.int8.onnx", "int8", "cuda")]),
+        ([], on_cpu("fp32")),
+        (["--int8"], [*on_cpu("int8"), ("canvas.cuda.int8.onnx", "int8", "cuda")]),
         (["--fp16"], [("canvas.cuda.fp16.onnx", "fp16", "cuda")]),
         (
             ["--int8", "--fp16"],
             [
-                ("canvas.cpu.int8.onnx", "int8", "cpu"),
+                *on_cpu("int8"),
                 ("canvas.cuda.fp16.onnx", "fp16", "cuda"),
                 ("canvas.cuda.int8.onnx", "int8", "cuda"),
             ],
@@ -47,7 +51,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
             ["--int8", "--fp16", "--fp32-norms", "--target", "cuda"],
             [("canvas.cuda.fp16.onnx", "fp16", "cuda"), ("canvas.cuda.int8.onnx", "int8", "cuda")],
         ),
-        (["--int8", "--fp16", "--target", "cpu"], [("canvas.cpu.int8.onnx", "int8", "cpu")]),
+        (["--int8", "--fp16", "--target", "cpu"], on_cpu("int8")),
     ],
     ids=lambda value: " ".join(value) or "no flags" if value and isinstance(value[0], str) else None,
 )
@@ -61,7 +65,8 @@ def test_export_flags_choose_the_graphs(
     assert {p.name for p in out.iterdir()} == {MANIFEST, TOKENIZER, *(file for file, _, _ in graphs)}
     for graph in manifest.graphs:
         verified_bytes(out, graph.file, graph.sha256)
-        assert [value.name for value in graph.inputs] == ["canvas", "t", "wanted"][: 3 if graph.target == "cpu" else 2]
+        names = ["canvas", "t", "wanted"][: 3 if graph.target == "cpu" else 2]
+        assert graph.role != "canvas" or [value.name for value in graph.inputs] == names
     runs_here = any(target == "cpu" for _, _, target in graphs)
     assert ("python -m edge.generate --bundle" in capsys.readouterr().out) == runs_here
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
@@ -83,7 +88,7 @@ def test_export_of_a_run_writes_its_figures(
     assert (manifest.model.vocab_size, manifest.top_k, manifest.schedule) == (300, 64, "linear")
     assert (manifest.defaults.steps, manifest.defaults.temperature) == (32, 0.8)
     assert (manifest.data.name, manifest.data.stories) == ("stories", 396)
-    assert manifest.data.tokens_seen == progress.tokens_seen > 0
+    assert manifest.data.tokens_seen == progress.tokens_seen > 0 and manifest.decoders == ("canvas",)
     assert (Path("bundles/stories") / TOKENIZER).read_bytes() == (trained / TOKENIZER).read_bytes()
     by_graph = {e.graph: e for e in manifest.evaluations}
     assert list(by_graph) == ["torch fp32", *(graph.file for graph in manifest.graphs)]  # all, because of --report
@@ -178,8 +183,7 @@ def test_export_replaces_an_old_bundle(tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     call(export.main, "--untrained", "debug", "--out", out)
     call(export.main, "--untrained", "debug", "--out", out, "--int8")
-    assert [g.file for g in read_manifest(out).graphs] == ["canvas.cpu.int8.onnx", "canvas.cuda.int8.onnx"]
-    assert not (out / "canvas.cpu.fp32.onnx").exists()
+    assert {g.precision for g in read_manifest(out).graphs} == {"int8"} and not list(out.glob("*fp32*"))
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
