@@ -16,20 +16,20 @@ from collections.abc import Callable
 from typing import Final
 
 MAX_SENTENCE: Final = 1000
-"""Characters of an error that quotes what a stranger sent: his value may be as long as a whole message."""
+"""Characters of an error at most: it may quote a value as long as a whole message."""
 
 OUTPUT_ERRNOS: Final = frozenset({errno.EPIPE, errno.ENOSPC, errno.EDQUOT})
-"""A reader that left, or a disk that is full: no fault of the program, so no traceback."""
+"""The reader of the output left, or the disk is full: not an error of the program, so no traceback."""
 
 
 def one_line(text: str) -> str:
-    """`text` as one line of bearable length that does nothing to a terminal."""
+    """`text` as one line of limited length, with control characters escaped."""
     text = text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]}…"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class DiffusionLLMError(Exception):
-    """Root of every error meant for a user's eyes."""
+    """Base of all errors whose message is for the user."""
 
     exit_code = 1
 
@@ -41,7 +41,7 @@ class ConfigError(DiffusionLLMError):
 
 
 class DataError(DiffusionLLMError):
-    """Text that cannot be read, or a data folder that does not fit."""
+    """Text that cannot be read, or an unsuitable data folder."""
 
     exit_code = 65
 
@@ -56,7 +56,7 @@ class BundleError(DiffusionLLMError):
 
 
 class DeviceError(DiffusionLLMError):
-    """The GPU or what drives it is absent, does not fit, or has failed."""
+    """The GPU, its driver, TensorRT or an engine is absent, unsuitable, or has failed."""
 
     exit_code = 69
 
@@ -74,9 +74,9 @@ ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {
     "timeout": (504, False),
     "storage_full": (507, True),
 }
-"""Reply code → (the HTTP status a reader may know, whether the same request, sent again under its id, may succeed).
+"""Reply code → (HTTP status, whether the same request may succeed when sent again under its id).
 
-Not retryable is what ends an accepted request: its id is answered so from then on. To try again takes another id.
+Not retryable is what ends an accepted request: its id keeps that answer. Another attempt takes another id.
 """
 
 
@@ -104,11 +104,11 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False) -> None:
     debug: let errors of ours be tracebacks.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
+        if isinstance(stream, io.TextIOWrapper):  # "?" for characters that the terminal lacks
             stream.reconfigure(errors="replace")
     try:
         status = main()
-        sys.stdout.flush()  # a reader that left must be met here, not in the interpreter's own last flush
+        sys.stdout.flush()  # raises here if the reader left, not in the interpreter's last flush
         sys.exit(status)
     except DiffusionLLMError as error:
         if debug:
@@ -118,7 +118,7 @@ def run_main(main: Callable[[], int | None], *, debug: bool = False) -> None:
     except OSError as error:
         if error.errno not in OUTPUT_ERRNOS:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has to go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # buffered output goes there
         if isinstance(error, BrokenPipeError):  # the reader of our output left, as `head` does
             sys.exit(0)
         print(f"error: {error.filename or 'the output'} cannot be written: {error.strerror}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Noise schedules and the unmasking schedule: the one place that defines them for training and for sampling.
+"""Noise schedules and the unmasking schedule, for training and for sampling.
 
 Two opposite curves are called "cosine" in public code. Ours masks little at first: mask_prob(t) = 1 − cos(πt/2).
 Training schedule and unmasking schedule are independent: the first weighs the loss, the second says how many tokens a
@@ -28,13 +28,13 @@ def loss_weight(schedule: ScheduleName, t: float) -> float:
 def time_of_masked_fraction(schedule: ScheduleName, fraction: float) -> float:
     """The t at which `fraction` of the positions is masked: the inverse of mask_prob.
 
-    A network that takes time is fed this, from the canvas as it is, never the step counter.
+    A network conditioned on time gets this t of its present canvas, not the step counter.
     """
     return fraction if schedule == "linear" else 2 / math.pi * math.acos(1.0 - fraction)
 
 
 def reveal_ratio(step: int, num_steps: int) -> float:
-    """What part of the masked positions is still masked after pass `step` (counted from 0, not the last).
+    """Fraction of the masked positions that are still masked after step `step`, counted from 0 and not the last.
 
     The masked fraction follows cos(πk/2n) after k of n passes (MaskGIT, arXiv 2202.04200). Only the ratio of two
     neighbours enters, so that the grid goes on from wherever an early EOS or a deferred position has left the canvas.
@@ -43,7 +43,7 @@ def reveal_ratio(step: int, num_steps: int) -> float:
 
 
 def reveal_count(masked: int, step: int, num_steps: int) -> int:
-    """How many of the `masked` positions pass `step` commits: few early, many late, at least one, all in the last."""
+    """Number of the `masked` positions that step `step` commits: at least one, more in later steps, all in the last."""
     if step >= num_steps - 1:
         return masked
     return max(1, masked - math.floor(masked * reveal_ratio(step, num_steps) + 0.5))

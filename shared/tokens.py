@@ -1,4 +1,4 @@
-"""Special tokens: fixed ids in every vocabulary, so that graphs, tokenizers and loops agree without asking."""
+"""Special tokens: the same ids in every vocabulary, for graphs, tokenizers and decoding loops."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ SPECIAL_TOKENS: Final = ("<PAD>", "<BOS>", "<EOS>", "<MASK>")
 """In id order. Byte-level BPE spells every byte, so there is no UNK."""
 
 FIRST_TEXT_ID: Final = len(SPECIAL_TOKENS)
-"""Ids from here on are text; ids below are control tokens that no prompt can produce."""
+"""First id of text; smaller ids are control tokens, which no prompt can produce."""
 
 CANVAS_LEN: Final = 256
-"""Positions of a canvas, of whatever is trained here; at the edge a bundle's manifest says it."""
+"""Positions of a canvas in training; the edge takes the number from the bundle's manifest."""

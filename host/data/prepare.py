@@ -1,6 +1,6 @@
 """Prepare training data: `python -m host.data` alone downloads TinyStories and makes data/tinystories.
 
-Text is streamed twice, first to draw the tokenizer's sample, then to encode; memory does not grow with the input.
+Text is streamed twice, to sample text for the tokenizer and to encode it; memory does not grow with the input.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from host.data.tokenizer import (
     token_byte_lengths,
     train_tokenizer,
 )
-from host.data.tokenizer_sample import DISTINCT_WORD_BYTES, SAMPLE_BYTES, SpreadSample, with_bearable_words
+from host.data.tokenizer_sample import DISTINCT_WORD_BYTES, SAMPLE_BYTES, SpreadSample, with_few_words
 from host.files import swapped_in
 from host.progress import progress
 from shared.errors import ConfigError, DataError
@@ -38,13 +38,13 @@ DEFAULT_SOURCE: Final = "roneneldan/TinyStories"
 DEFAULT_OUT: Final = Path("data/tinystories")
 DEFAULT_VOCAB_SIZE: Final = 8192
 HOLD_OUT_OF: Final = 50
-STORIES_AT_ONCE: Final = 256  # bounds memory: long stories make 4,000 tokens each before they are cut
+STORIES_AT_ONCE: Final = 256  # bounds memory: a long story has 4,000 tokens before it is cut
 
 
 def labelled_texts(corpus: Corpus) -> Iterator[tuple[SplitName, str]]:
-    """Every story with its split: as the corpus has it, else one text in HOLD_OUT_OF is held out for each split.
+    """Every story with its split: the corpus's own, else one text in HOLD_OUT_OF is held out for valid and for test.
 
-    By the hash of the text, so that a story told twice is on one side.
+    The hash of the text decides, so that copies of a story fall into the same split.
     """
     for text in corpus.train():
         bucket = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % HOLD_OUT_OF
@@ -61,7 +61,7 @@ def labelled_texts(corpus: Corpus) -> Iterator[tuple[SplitName, str]]:
 
 
 def learn_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
-    """Train on a sample of the training text: of all of it where it is local, of its beginning where it is not."""
+    """Train a tokenizer on a sample of the training text: of all local text, or of the beginning of a download."""
     sample = SpreadSample()
     for split, text in progress(labelled_texts(corpus), desc="reading", unit=" stories", unit_scale=True):
         if split == "train":
@@ -70,7 +70,7 @@ def learn_tokenizer(corpus: Corpus, vocab_size: int) -> Tokenizer:
             break
     if not sample.texts:
         raise DataError(f"{corpus.name} has too few stories: none is left to train on")
-    return train_tokenizer(with_bearable_words(sample.texts), vocab_size)
+    return train_tokenizer(with_few_words(sample.texts), vocab_size)
 
 
 def write_splits(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> dict[SplitName, SplitMeta]:
@@ -105,7 +105,7 @@ def given_tokenizer(folder: Path) -> Path:
 
 
 def input_fingerprint(sources: Sequence[str], vocabulary: int | str) -> str:
-    """Hash of everything that decides what the folder holds: files, options, format.
+    """Hash of all that determines the folder's content: files, options, format.
 
     vocabulary: its size, or the hash of the tokenizer that is reused.
     """
@@ -124,11 +124,11 @@ def input_fingerprint(sources: Sequence[str], vocabulary: int | str) -> str:
 def is_up_to_date(out: Path, fingerprint: str) -> bool:
     """Whether `out` is whole and was made from the same input with the same options.
 
-    Raises DataError where preparing would delete something else: whole data of other text, or what is no data.
+    Raises DataError when preparing would delete something else: data of other text, or a folder of other content.
     """
     try:
         meta = load_data(out).meta
-    except DataError:  # nothing, or damaged, or of another version
+    except DataError:  # missing, damaged, or of another version
         ours = (out.is_dir() and not any(out.iterdir())) or (out / DATA_FILE).exists()
         if (out.is_symlink() or out.exists()) and not ours:
             raise DataError(f"--out {out} exists and is not a data folder: choose another --out") from None
@@ -142,7 +142,7 @@ def is_up_to_date(out: Path, fingerprint: str) -> bool:
 
 
 def default_out(sources: Sequence[str]) -> Path:
-    """data/NAME, called after the sources."""
+    """data/NAME, after the sources."""
     name = corpus_name(sources).split("/")[-1].lower()
     for ending in FILE_ENDINGS:
         name = name.removesuffix(ending)

@@ -25,7 +25,7 @@ ID_DTYPE: Final = np.dtype("<u2")
 QUANTILES: Final = {"p01": 0.01, "p10": 0.1, "p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 SplitName = Literal["train", "valid", "test"]
-"""`valid` may choose anything: checkpoint, rate, sampling settings; `test` is for reporting and chooses nothing."""
+"""valid: for choices such as checkpoints, rates and sampling settings. test: for reported figures only."""
 SPLITS: Final[tuple[SplitName, ...]] = get_args(SplitName)
 
 
@@ -38,9 +38,9 @@ class ShardMeta(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SplitMeta(Struct, frozen=True, forbid_unknown_fields=True):
-    """A split's counts. tokens: text tokens and EOS, as the loss counts them; text_bytes: those of the text kept.
+    """A split's counts. tokens: text tokens and EOS, as the loss counts them. text_bytes: without what was truncated.
 
-    lengths: lengths[i] stories take i positions with BOS and EOS, the truncated ones all of them. quantiles of that.
+    lengths: lengths[i] stories take i positions, BOS and EOS included. quantiles: of these lengths.
     """
 
     stories: int
@@ -53,7 +53,7 @@ class SplitMeta(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DataMeta(Struct, frozen=True, forbid_unknown_fields=True):
-    """data.json. fingerprint: of the input files and options, so that an unchanged rerun can be told."""
+    """data.json. fingerprint: hash of the input files and options, by which a rerun sees that nothing changed."""
 
     format_version: int
     source: str
@@ -68,13 +68,13 @@ class DataMeta(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def sha256(self) -> str:
-        """Of the tokenizer and all canvases: the same wherever the same text was prepared the same way."""
+        """Hash of the tokenizer and all canvases: equal for the same text and options on any machine."""
         shards = [shard.sha256 for split in (self.train, self.valid, self.test) for shard in split.shards]
         return hashlib.sha256("".join([self.tokenizer_sha256, *shards]).encode()).hexdigest()
 
 
 class _Format(Struct, frozen=True):
-    """What tells another version's data.json before the rest of it is read."""
+    """Decoded first, to recognize another version's data.json."""
 
     format_version: int
     canvas_len: int
@@ -82,7 +82,7 @@ class _Format(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Split:
-    """Canvases of one split, memory-mapped, over all its shards: each (n, canvas_len) uint16."""
+    """Memory-mapped canvases of one split; each shard (n, canvas_len) uint16."""
 
     shards: tuple[np.ndarray, ...]
 
@@ -120,7 +120,7 @@ class DataFolder:
 
 
 class SplitWriter:
-    """Writes one split's shards and counts as it goes; holds no more than the block it is given."""
+    """Writes one split's shards and counts them, in the memory of one block."""
 
     def __init__(self, folder: Path, name: SplitName, token_bytes: np.ndarray) -> None:
         """token_bytes: how many bytes each id spells, (vocabulary,) int64."""
@@ -192,8 +192,7 @@ def read_meta(path: Path) -> DataMeta:
     except OSError:
         raise DataError(f"{path} holds no prepared data: make it with python -m host.data --out {path}") from None
     try:
-        found = msgspec.json.decode(raw, type=_Format)
-        if found != _Format(FORMAT_VERSION, CANVAS_LEN):
+        if msgspec.json.decode(raw, type=_Format) != _Format(FORMAT_VERSION, CANVAS_LEN):
             raise DataError(f"{file} was written by another version of host.data: {_again(path)}")
         return msgspec.json.decode(raw, type=DataMeta)
     except msgspec.DecodeError as error:

@@ -12,14 +12,14 @@ import msgspec
 
 from shared.errors import DataError
 
-if TYPE_CHECKING:  # takes seconds to import, and an unchanged rerun does without
+if TYPE_CHECKING:  # takes seconds to import
     import datasets
 
 TEXT_FIELD: Final = "text"
 STORY_SEPARATOR: Final = "<|endoftext|>"
 FILE_ENDINGS: Final = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES: Final = 4 << 20
-MAX_STORY_CHARS: Final = 1 << 16  # far beyond the end of any canvas; bounds the memory of a file without separators
+MAX_STORY_CHARS: Final = 1 << 16  # bounds the memory that a file without separators takes
 ROWS_AT_ONCE: Final = 64
 PARQUET_BUFFER_BYTES: Final = 1 << 20
 HUB_TIMEOUT_S: Final = 10
@@ -54,7 +54,7 @@ class _Record(msgspec.Struct):
 
 
 def corpus_name(sources: Sequence[str]) -> str:
-    """What prepared data are called: by their one source, by the folder of several, or by all of them.
+    """Name of the prepared data: the one source, the common folder of several, or all their names.
 
     Of local paths only the last part, since bundles carry the name to other machines.
     """
@@ -67,14 +67,14 @@ def corpus_name(sources: Sequence[str]) -> str:
 
 
 def source_identity(sources: Sequence[str]) -> tuple[str, ...]:
-    """What changes when the sources do: names, sizes and times of local files, else the Hub's name, unasked.
+    """Changes when the sources do: names, sizes and times of local files; of a Hub data set its name alone.
 
     Raises DataError when one can be neither, or is a folder without stories.
     """
     if len(sources) == 1 and not _is_local(sources[0]):
         return tuple(sources)
     stats = [(file.name, file.stat()) for file in _local_files(sources)]
-    return tuple(f"{name} {found.st_size} {found.st_mtime_ns}" for name, found in stats)
+    return tuple(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
 
 def open_corpus(sources: Sequence[str]) -> Corpus:
@@ -90,16 +90,16 @@ def open_corpus(sources: Sequence[str]) -> Corpus:
 def read_texts(source: Path) -> Iterator[str]:
     """Every story of a local file or folder, stripped of outer blanks, empty ones left out.
 
-    A .txt file's stories are separated by lines that say <|endoftext|>, or, when it has none, by blank lines. Very long
-    stories are cut far beyond the end of any canvas.
+    A .txt file's stories are separated by lines of <|endoftext|> or, if it has none, by blank lines. Stories are cut at
+    MAX_STORY_CHARS, far beyond the end of any canvas.
 
-    Raises DataError, which names the file and the line or record, for whatever is no story.
+    Raises DataError naming the file and the line or record that is not a story.
     """
     return _texts_of(text_files(source))
 
 
 def text_files(source: Path) -> tuple[Path, ...]:
-    """The files of a folder that can be read, or the file itself, sorted by name.
+    """The files of a folder with a known ending, sorted by name, or the file itself.
 
     Raises DataError when there are none.
     """
@@ -156,14 +156,12 @@ def _local_corpus(sources: Sequence[str]) -> Corpus:
 
 
 def _texts_of(files: Sequence[Path]) -> Iterator[str]:
-    found = False
-    for path in files:
-        for text in _file_texts(path):
-            stripped = text.strip()
-            if stripped:
-                found = True
-                yield stripped[:MAX_STORY_CHARS]
-    if not found:
+    stories = (text.strip() for path in files for text in _file_texts(path))
+    empty = True
+    for story in filter(None, stories):
+        empty = False
+        yield story[:MAX_STORY_CHARS]
+    if empty:
         raise DataError(f"{', '.join(str(f) for f in files)}: no stories, only blanks")
 
 
@@ -177,7 +175,7 @@ def _file_texts(path: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file without their ends; DataError for what is no text, or a line that is too long."""
+    """Lines of a UTF-8 file without line ends; DataError for other content and overlong lines."""
     number = 0
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
@@ -197,7 +195,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """Stories of a text file; where separators say where stories end, blank lines are part of them."""
+    """Stories of a text file; with separators, blank lines belong to the stories."""
     has_separators = any(line.strip() == STORY_SEPARATOR for line in _lines(path))
     story: list[str] = []
     size = 0  # characters

@@ -17,19 +17,15 @@ MAX_TOKEN_BYTES: Final = 32
 
 
 def head(text: str, canvas_len: int = CANVAS_LEN) -> str:
-    """As much of a story as can reach its canvas.
-
-    No token spells more than MAX_TOKEN_BYTES bytes, so a longer story overflows its canvas with or without the rest.
-    """
+    """The beginning of a story that can reach its canvas, since no token has more than MAX_TOKEN_BYTES bytes."""
     return text[: canvas_len * MAX_TOKEN_BYTES]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn byte-level BPE with the control tokens at ids 0 to 3.
+    """Train byte-level BPE with the control tokens at ids 0 to 3.
 
-    vocab_size counts control tokens and bytes too; little text may yield a smaller vocabulary. Merges stay inside a
-    pre-token, and no pre-token mixes letters with brackets: however often a text says "<MASK>", it never becomes one
-    token.
+    vocab_size: control tokens and bytes included; little text may yield fewer. Merges stay inside a pre-token, and no
+    pre-token mixes letters with brackets, so that the text "<MASK>" never becomes one token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,9 +43,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read tokenizer.json; the text "<MASK>" is encoded as text, since the file does not keep that setting.
+    """Read tokenizer.json, and set what the file does not keep: control tokens in a text are encoded as text.
 
-    Raises DataError when the file is missing, is no tokenizer, or has other control tokens.
+    Raises DataError when the file is missing, is not a tokenizer, or has other control tokens.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))

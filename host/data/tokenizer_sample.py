@@ -1,12 +1,12 @@
-"""The text a tokenizer learns from: spread evenly over a stream of unknown length, and bounded twice."""
+"""The text a tokenizer is trained on: spread evenly over a stream of unknown length, bounded in size and words."""
 
 from collections.abc import Iterable
 from typing import Final
 
 SAMPLE_BYTES: Final = 100_000_000
 DISTINCT_WORD_BYTES: Final = 8_000_000
-"""Learning BPE takes about 100 bytes of memory for each byte of distinct words: English stories have few of those, but
-text without spaces, or random text, is made of them. This keeps the trainer below 1 GB whatever it is given."""
+"""BPE training takes about 100 bytes of memory for each byte of distinct words, of which text without spaces or random
+text has many. The limit keeps the trainer below 1 GB."""
 
 
 class SpreadSample:
@@ -32,7 +32,7 @@ class SpreadSample:
             self._size_bytes = sum(len(kept.encode()) for kept in self.texts)
 
 
-def with_bearable_words(texts: list[str], limit_bytes: int = DISTINCT_WORD_BYTES) -> list[str]:
+def with_few_words(texts: list[str], limit_bytes: int = DISTINCT_WORD_BYTES) -> list[str]:
     """Every second, fourth, ... text, until their distinct words (between blanks) take at most `limit_bytes`."""
     while len(texts) > 1 and _distinct_words_exceed(texts, limit_bytes):
         texts = texts[::2]

@@ -96,9 +96,9 @@ class BaselineLoop:
         x0 = torch.from_numpy(rows.astype(np.int64))
         t = low_discrepancy_times(ROWS, float(self.noise.random()))
         xt = corrupt(x0, torch.from_numpy(self.noise.random(x0.shape, dtype=np.float32)), t, "linear").xt
-        wanted = torch.where(xt != x0, x0, -100).to(self.device)
+        target = torch.where(xt != x0, x0, -100).to(self.device)
         scores = self.model(xt.to(self.device), torch.tensor(t, device=self.device))
-        loss = F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+        loss = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-100)
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -107,7 +107,7 @@ class BaselineLoop:
 
     @torch.no_grad()
     def nelbo(self, stories: int) -> float:
-        """NELBO in nats per token, on the stories and noise that `host.train` validates with."""
+        """NELBO in nats per token, on the validation stories and noise of `host.train`."""
         self.model.eval()
         nats, tokens = 0.0, 0
         for draw in range(VALIDATION_DRAWS):

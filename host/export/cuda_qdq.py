@@ -33,7 +33,7 @@ def linear_layers(graph: gs.Graph) -> list[gs.Node]:
 
 
 def linear_inputs(graph: onnx.ModelProto, canvases: Canvases) -> Iterator[dict[str, NDArray[np.float32]]]:
-    """What the linear layers of an FP16 graph read on each canvas.  → value name → (1, L, K)"""
+    """Inputs of an FP16 graph's linear layers on each canvas.  → value name → (1, L, K)"""
     names = sorted({layer.inputs[0].name for layer in linear_layers(gs.import_onnx(graph))})
     session = session_of(graph, dict.fromkeys(names, np.float16))
     for canvas, t in canvases:
@@ -42,7 +42,7 @@ def linear_inputs(graph: onnx.ModelProto, canvases: Canvases) -> Iterator[dict[s
 
 
 def activation_ranges(graph: onnx.ModelProto, calibration: Canvases) -> dict[Range, dict[str, float]]:
-    """How large each linear layer's input gets, by every rule.  → rule → value name → range
+    """The range of each linear layer's input by every rule.  → rule → value name → range
 
     The percentile is taken of each canvas and averaged: a single outlier should not cost every other value precision.
     Entropy is ONNX Runtime's: of all ranges, that whose 255 levels lose least of the histogram (Kullback-Leibler).
@@ -54,14 +54,14 @@ def activation_ranges(graph: onnx.ModelProto, calibration: Canvases) -> dict[Ran
         for name, value in inputs.items():
             largest.setdefault(name, []).append(float(np.abs(value).max()))
             percentile.setdefault(name, []).append(float(np.percentile(np.abs(value), PERCENTILE)))
-        with redirect_stdout(io.StringIO()):  # it reports every call
+        with redirect_stdout(io.StringIO()):  # it prints at every call
             entropy.collect(inputs)
     with redirect_stdout(io.StringIO()):
-        found = entropy.compute_collection_result()
+        collected = entropy.compute_collection_result()
     return {
         "largest": {name: max(values) for name, values in largest.items()},
         "percentile": {name: float(np.mean(values)) for name, values in percentile.items()},
-        "entropy": {name: float(max(-low, high)) for name, (low, high, *_) in found.items()},
+        "entropy": {name: float(max(-low, high)) for name, (low, high, *_) in collected.items()},
     }
 
 

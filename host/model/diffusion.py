@@ -30,13 +30,13 @@ def token_weight(weighting: Weighting, schedule: ScheduleName, t: float) -> floa
 
 
 def low_discrepancy_times(n: int, u: float) -> list[float]:
-    """n times in (0, 1] that cover it evenly: t = 1 − ((u + i/n) mod 1), one u in [0, 1) for the whole batch."""
+    """n evenly spread times in (0, 1]: t = 1 − ((u + i/n) mod 1), one u in [0, 1) for the batch (arXiv 2107.00630)."""
     return [1.0 - ((u + i / n) % 1.0) for i in range(n)]
 
 
 @dataclass(frozen=True)
 class Corrupted:
-    """A corrupted batch. scored: masked positions that are not certain; those after the first visible end are."""
+    """A corrupted batch. scored: masked positions before the first visible end; after it all is PAD for certain."""
 
     xt: Tensor  # (B, L)
     scored: Tensor  # (B, L) bool

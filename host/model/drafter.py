@@ -1,7 +1,7 @@
-"""The chain drafter: drafts the tokens after the next one from the state of the last kept row, one after another.
+"""The chain drafter: drafts the tokens after the next one, one after another.
 
-It runs no row of the network: each draft is a small network's correction of that state, which knows the token before
-it, read by the LM head. The state goes on from draft to draft, so that a draft knows all drafts before it.
+A draft takes no row of the network: a small network updates the state of the last kept row with the token before the
+draft, and the LM head reads the draft from it. The state passes on, so that a draft depends on all drafts before it.
 """
 
 from typing import Final
@@ -15,7 +15,7 @@ HIDDEN: Final = 512
 
 
 class Step(nn.Module):
-    """One draft's correction of the state."""
+    """One draft's update of the state."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Step(nn.Module):
 
 
 class Chain(nn.Module):
-    """A step for each draft. The state of the row at position p and the token of p + 1 make the draft for p + 2."""
+    """A step for each depth. The state of the row at position p and the token of p + 1 give the draft for p + 2."""
 
     def __init__(self, d_model: int, depth: int = DEPTH) -> None:
         super().__init__()

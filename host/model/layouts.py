@@ -1,7 +1,7 @@
-"""Who sees whom: every layout of rows that the network is trained on or decodes with.
+"""Attention layouts: which rows see which, in training and in decoding.
 
-In the pictures a line is a row that looks, a column one that is looked at, x: visible. Numbers under tokens are
-positions. The row at position p scores the token of position p + 1.
+In the pictures lines are queries and columns keys; x: visible. Numbers under tokens are positions. The row at position
+p scores the token of position p + 1.
 """
 
 from collections.abc import Sequence
@@ -97,8 +97,8 @@ def evidence(tokens: Sequence[int], positions: Sequence[int], gaps: Sequence[Gap
             b    x x  x x .
             c    x x  x x x
     ```
-    tokens, positions: the evidence; positions are the true ones, with every gap laid out at its full size. A gap also
-    sees the gaps before it. A gap's last token needs no row, unless a later gap or token is to see it.  → B = 1
+    tokens, positions: the evidence, at positions where every gap has its full size. A gap also sees the gaps before it.
+    A gap's last token needs a row only if a later one is to see it.  → B = 1
     """
     row_tokens, row_positions = list(tokens), list(positions)
     for gap in gaps:
@@ -131,8 +131,8 @@ def canvas(tokens: Tensor) -> Rows:
 def stack(parts: Sequence[Rows], multiple: int = 1) -> Rows:
     """Layouts of one sequence each as one batch: rows of padding, PAD, which no other row sees, up to the longest.
 
-    multiple: the number of rows is one of it. Where all sequences are the beginning of one and the same order of
-    positions, or see by one and the same triangle, the batch shares it: the bias is then made once.
+    multiple: the number of rows is rounded up to it. Where all sequences have the same positions, or all are causal,
+    the batch shares one copy, so that the bias is computed once.
     """
     n = -(-max(part.tokens.shape[1] for part in parts) // multiple) * multiple
     tokens = torch.stack([F.pad(part.tokens[0], (0, n - part.tokens.shape[1]), value=PAD) for part in parts])

@@ -18,10 +18,10 @@ from shared.errors import ConfigError
 from shared.tokens import BOS, CANVAS_LEN, EOS, FIRST_TEXT_ID, MASK, PAD
 
 RELATIVE_UNIT: Final = 10.0
-"""Of the stored relative bias, in scores: an optimizer's step then moves a bias ten times as far as a weight."""
+"""Scores per unit of the stored relative bias: an optimizer step moves a bias ten times as far as a weight."""
 BIAS_FLOOR: Final = -60.0
-"""Least relative bias, in scores: e^-60 is nothing beside 1 in float32, and far smaller probabilities are denormal
-numbers, with which an Intel processor takes half of a step."""
+"""Least relative bias, in scores: e^-60 vanishes beside 1 in float32, and much smaller probabilities are denormal
+numbers, which double the time of a step on Intel processors."""
 ANY_END, NO_END, NO_PADDING = 0, 1, 2
 """Which control tokens a row may score: EOS and PAD; neither, as left of visible text; EOS only, as left to right."""
 
@@ -75,10 +75,10 @@ def timestep_embedding(t: Tensor, d_model: int) -> Tensor:
 
 
 def first_relative_bias(config: ModelConfig) -> Tensor:
-    """What attention adds to the score of a key at distance j − i, column j − i + L − 1, at first.  → (H, 2·L − 1)
+    """Initial bias on the score of a key at distance j − i, in column j − i + L − 1.  → (H, 2·L − 1)
 
-    Each head looks less far than the next, by slopes from 1 down; the last looks everywhere (Press et al., ALiBi, arXiv
-    2108.12409). Learned from there, by all layers in common (Raffel et al., T5, arXiv 1910.10683).
+    −slope · |j − i| with slopes falling from 1 over the heads, 0 for the last (Press et al., ALiBi, arXiv 2108.12409).
+    Trained from there, shared by all layers (Raffel et al., T5, arXiv 1910.10683).
     """
     distance = torch.arange(1 - config.canvas_len, config.canvas_len).abs()
     slope = 2.0 ** (-8 * torch.arange(config.heads) / config.heads)
@@ -100,9 +100,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 @dataclass
 class Cache:
-    """Keys and values of the rows that are kept, of each layer, and those of the last pass until `keep` is called.
+    """Keys and values of the kept rows of each layer, and of the last pass until `keep` is called.
 
-    A key carries no position (the bias is that of logical positions), so nothing is ever computed again.
+    Keys hold no position, since the bias depends on logical positions; so cached rows are never computed again.
     """
 
     positions: Tensor  # (B, S)
@@ -238,8 +238,8 @@ class Denoiser(nn.Module):
         → (B or 1, H, N, S + N)
         """
         device, longest = positions.device.type, self.config.canvas_len
-        # Windows and whole rows and columns of them: the gradient of a lookup of N² distances would be summed by
-        # several threads in no fixed order.
+        # Rows and columns are selected whole: the gradient of a lookup of N² distances is summed by several threads in
+        # no fixed order, so that runs would not repeat bit for bit.
         windows = self.relative_bias.unfold(1, longest, 1).flip(1)  # (H, L, L)
         table = (RELATIVE_UNIT * windows).clamp(min=BIAS_FLOOR)
         keys = positions if cached is None else torch.cat([cached, positions.expand(len(cached), -1)], 1)

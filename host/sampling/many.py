@@ -1,4 +1,4 @@
-"""Many samples at once, for measuring: the passes of `host.sampling.reference`, their network calls shared."""
+"""Many samples at once: the passes of `host.sampling.reference`, with batched network calls."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -14,7 +14,7 @@ from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, EOS, MASK, PAD
 
 ROWS: Final = 16  # canvases in a network call
-TEXTS: Final = 64  # of which one token each is drawn in a network call
+TEXTS: Final = 64  # autoregressive texts in a network call
 
 
 def open_canvas(length: int) -> Tensor:
@@ -28,9 +28,9 @@ def open_canvas(length: int) -> Tensor:
 def sample_many(
     model: Denoiser, schedule: ScheduleName, settings: Sequence[Settings], dtype: torch.dtype | None = None
 ) -> list[Sampled]:
-    """One whole canvas for each of `settings`, as `sample` fills it up to rounding; dtype: autocast to it.
+    """One canvas for each of `settings`, equal to those of `sample` up to rounding. dtype: for autocast.
 
-    What follows a committed end is certain, so canvases are cut there.
+    Canvases are cut after a committed end: what follows is PAD for certain.
     """
     length = model.config.canvas_len
     canvases = [open_canvas(length) for _ in settings]
@@ -43,7 +43,7 @@ def sample_many(
                 open_positions = (canvases[i] == MASK).nonzero()[:, 0]
                 margin = commit_pass(canvases[i], open_positions, logp=logp, step=passes[i], settings=settings[i])
                 passes[i], margins[i] = passes[i] + 1, min(margins[i], margin)
-    return [Sampled(*found) for found in zip(canvases, passes, margins, strict=True)]
+    return [Sampled(*one) for one in zip(canvases, passes, margins, strict=True)]
 
 
 def _scores(
@@ -70,7 +70,7 @@ def sample_autoregressive(
     dtype: torch.dtype | None = None,
     prompts: Tensor | None = None,
 ) -> Tensor:
-    """One canvas for each of `settings`, as `host.sampling.blocks.write` continues its prompt up to rounding.
+    """One canvas for each of `settings`, equal to those of `host.sampling.blocks.write` up to rounding.
 
     prompts (len(settings), P) → (len(settings), L)
     """

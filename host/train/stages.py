@@ -1,6 +1,7 @@
-"""The stages of a run: what is trained, on which stories, by which loss.
+"""The stages of a run: which parameters are trained, on which stories, with which loss.
 
-Stage A ("body") trains the network, stage B ("drafter") the chain drafter of a frozen one, so that no law of it moves.
+Stage A ("body") trains the network, stage B ("drafter") the chain drafter of a frozen network, whose laws stay as they
+are.
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,13 @@ from host.train.run_folder import Stage
 
 
 def freeze(model: Denoiser, stage: Stage) -> None:
-    """Only what the stage trains takes gradients."""
+    """Turn gradients off for all that the stage does not train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("drafter.") == (stage == "drafter"))
 
 
 def trained_mixture(stage: Stage, learned: Mapping[str, float]) -> dict[str, float]:
-    """Each objective's share of the stories. A drafter sees a fifth of its own in gaps, if its network fills gaps."""
+    """Each objective's share of the stories. A drafter trains on gaps in a fifth of them, if its network infills."""
     if stage == "body":
         return dict(learned)
     return {"ar": 0.8, "infill": 0.2} if "infill" in learned else {"ar": 1.0}

@@ -1,4 +1,4 @@
-"""What a run learns: an objective turns stories into rows with targets and weights; a run trains a mixture of them.
+"""Objectives: each turns stories into rows with targets and weights; a run trains a weighted mixture.
 
 A new objective is a file with a function `examples` and a line in `OBJECTIVES`: the trainer, batches, loss and
 checkpoints know rows only.
@@ -23,7 +23,7 @@ OBJECTIVES: Final[dict[str, Callable[[Tensor, np.random.Generator, Settings], li
     "infill": infill.examples,
     "canvas": canvas.examples,
 }
-"""Each takes canvases (n, L), a source of noise and the run's settings; it may leave out stories without a target."""
+"""Each takes canvases (n, L), a random generator and the run's settings; it may skip stories without a target."""
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -49,9 +49,9 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def shares_of_batch(mixture: Mapping[str, float], step: int, size: int) -> dict[str, int]:
-    """How many of a batch's `size` stories each objective gets at `step`: whole numbers, right on average over steps.
+    """Stories of a batch of `size` for each objective at `step`: integers that meet the shares on average over steps.
 
-    Cumulative shares are rounded, so that the parts of every batch add up to it.
+    Cumulative shares are rounded, so that the counts add up to `size`.
     """
     counts, below, taken = {}, 0.0, 0
     for name, share in mixture.items():

@@ -11,14 +11,14 @@ from host.train.objectives.example import Example, Settings
 
 
 def examples(x0: Tensor, rng: np.random.Generator, settings: Settings) -> list[Example]:
-    """x0 (n, L). One u spreads t over all stories. What stands after a visible end is certain and is cut away."""
+    """x0 (n, L). Times t are a low-discrepancy set over the stories. Canvases are cut after a visible end."""
     t = low_discrepancy_times(len(x0), float(rng.random()))
     whole = corrupt(x0, torch.from_numpy(rng.random(x0.shape, dtype=np.float32)), t, settings.schedule)
     tokens = counted_tokens(x0).tolist()
-    made = []
+    corrupted = []
     for i, n in enumerate(whole.active_len.tolist()):
         xt, scored = whole.xt[i : i + 1, :n], whole.scored[i, :n].nonzero()[:, 0]
         weight = torch.full((len(scored),), token_weight(settings.weighting, settings.schedule, t[i]))
         ends = ends_impossible(xt)[0, scored].long()
-        made.append(Example(canvas(xt), scored - 1, x0[i, scored], weight, ends, tokens[i], t[i]))
-    return made
+        corrupted.append(Example(canvas(xt), scored - 1, x0[i, scored], weight, ends, tokens[i], t[i]))
+    return corrupted

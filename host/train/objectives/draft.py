@@ -1,6 +1,6 @@
-"""Drafts: mask rows after some of the clean rows, which draft the tokens after the next one; clean rows learn `ar`.
+"""Drafting by mask rows: after random clean rows, masks predict the tokens after the next; clean rows learn `ar`.
 
-The deeper a mask, the less often its draft is reached: weights fall by its depth (DSpark, arXiv 2607.05147).
+Deep drafts are reached less often, so their weight falls as e^(−(k − 1) / depth) (DSpark, arXiv 2607.05147).
 """
 
 from typing import Final

@@ -1,4 +1,4 @@
-"""What an objective makes of one story."""
+"""The rows and targets that an objective makes of a story."""
 
 from dataclasses import dataclass
 
@@ -21,14 +21,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence of rows and what is asked of some of them."""
+    """One sequence of rows, and the targets of those that are scored."""
 
     rows: Rows  # B = 1
     at: Tensor  # (M,) int64: rows that are scored
     target: Tensor  # (M,) int64: the token of the next position
     weight: Tensor  # (M,) float32
     ends: Tensor  # (M,) int64, see `Denoiser.logits`
-    tokens: int  # that it counts as, for a loss per token
+    tokens: int  # for the loss per token
     t: float = 1.0  # diffusion time
 
 

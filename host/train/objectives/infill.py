@@ -1,7 +1,7 @@
 """Infilling by an exact law: gaps given the text on both sides, in the evidence layout (AC-GPT, arXiv 2606.14943).
 
-A gap is at most n tokens: what follows is laid out as if it were full, and where its text is shorter (half of the
-gaps) it is closed by EOS. In some stories the last gap is open: it ends with the story.
+What follows a gap is laid out as if the gap were full; where its text is shorter (half of the gaps), EOS closes it. In
+some stories the last gap is open: it ends with the story.
 """
 
 import math
@@ -39,9 +39,9 @@ def gapped(
     open_ends: float = OPEN_ENDS,
     slack_gaps: float = SLACK_GAPS,
 ) -> Example:
-    """A story with gaps drawn at random, every token of them a target. length: positions there are.
+    """A story with random gaps, whose tokens are the targets. length: positions of the canvas.
 
-    open_ends: the share of stories whose last gap is open; slack_gaps: that of gaps with positions too many.
+    open_ends: share of stories whose last gap is open. slack_gaps: share of gaps with more positions than tokens.
     """
     ends = tokens[-1] == EOS
     opened = ends and rng.random() < open_ends
@@ -76,7 +76,7 @@ def gapped(
 
 
 def _sizes(text: int, most: int, rng: np.random.Generator) -> list[int]:
-    """Sizes of up to `most` gaps, at least one: half of them log-uniform, so that short ones are not rare."""
+    """Sizes of one to `most` gaps: half of them log-uniform, so that short ones are frequent."""
     sizes: list[int] = []
     for _ in range(most):
         short = rng.random() < 0.5
@@ -89,5 +89,5 @@ def _sizes(text: int, most: int, rng: np.random.Generator) -> list[int]:
 
 
 def _slack(rng: np.random.Generator, share: float) -> int:
-    """Positions that a gap has too many, log-uniform in this share of the gaps."""
+    """Extra positions of a gap: log-uniform in this share of the gaps, else 0."""
     return 0 if rng.random() >= share else int(math.exp(rng.uniform(0, math.log(LONGEST_SLACK + 1))))

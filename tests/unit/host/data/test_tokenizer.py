@@ -16,7 +16,7 @@ from host.data.tokenizer import (
     token_byte_lengths,
     train_tokenizer,
 )
-from host.data.tokenizer_sample import SpreadSample, with_bearable_words
+from host.data.tokenizer_sample import SpreadSample, with_few_words
 from shared.errors import DataError
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD, SPECIAL_TOKENS
 
@@ -111,5 +111,5 @@ def test_sample_is_bounded_and_spread_over_the_whole_stream() -> None:
 def test_sample_of_distinct_words_is_thinned_out() -> None:
     letters = random.Random(0)
     distinct = ["".join(letters.choices("abcdefgh", k=100)) for _ in range(64)]
-    assert len(with_bearable_words(distinct, limit_bytes=1600)) == 16
-    assert with_bearable_words(["the same words"] * 64, limit_bytes=1600) == ["the same words"] * 64
+    assert len(with_few_words(distinct, limit_bytes=1600)) == 16
+    assert with_few_words(["the same words"] * 64, limit_bytes=1600) == ["the same words"] * 64
