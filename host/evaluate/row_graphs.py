@@ -37,7 +37,7 @@ class RowGraphs:
 
     def empty(self, room: int) -> Rows:
         """No rows yet."""
-        return Rows({name: np.zeros((1, h, room, d), np.float32) for name, (_, h, _, d) in self._shapes.items()})
+        return Rows({name: np.zeros((1, h, room + 1, d), np.float32) for name, (_, h, _, d) in self._shapes.items()})
 
     def read_evidence(self, rows: Rows, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Fill an empty cache with rows that all see each other."""
@@ -51,12 +51,14 @@ class RowGraphs:
         self, rows: Rows, tokens: Sequence[int], positions: Sequence[int], scored: Sequence[int]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A pass of causal rows, which stay in the cache.  → scores (M, V) and states (M, D) of the rows `scored`"""
-        total = len(rows.positions) + len(tokens)
-        rows.positions = [*rows.positions, *positions]
+        first, rows.positions = len(rows.positions), [*rows.positions, *positions]
+        if len(tokens) == 1:  # see `host.export.step_graph`: a lone row would be rounded otherwise
+            tokens, positions = [*tokens] * 2, [*positions] * 2
+        total = first + len(tokens)
         feed = {
             "tokens": _row(tokens),
             "positions": _row(positions),
-            "key_positions": np.array(rows.positions, np.int32),
+            "key_positions": np.array([*rows.positions[:first], *positions], np.int32),
             "last": np.array([total - 1], np.int32),
             "total": np.array(total, np.int32),
             "scored": np.array(scored, np.int32),

@@ -13,7 +13,7 @@ from host.export.row_builder import LEVELS_U8, Ranges, activation_scale
 from host.model.network import Denoiser
 from host.train.objectives import Example, Settings, ar, infill
 
-ROWS_KEPT: Final = 8  # of each sequence, to choose a range by
+ROWS_KEPT: Final = 16  # of each sequence, to choose a range by
 PARTS: Final = np.linspace(0.1, 1, 37).tolist()
 
 

@@ -22,6 +22,10 @@ def step_graph(model: Denoiser, top_k: int, ranges: Ranges | None = None) -> onn
     new_keys.i, new_values.i (1, H, C, D/H): the caches with rows S … T − 1 written. Bound to the memory of keys.i and
     values.i they are written in place, and nothing is copied. Rows from T on are never read: whoever takes back a row
     writes the next one over it.
+
+    A pass needs two rows: give a lone one twice, score the first, and write the next over the second. For N = 1 ONNX
+    Runtime sums attention in another order, which INT8's rounding turns into other scores (of 128,000 tokens 158 were
+    drawn otherwise); from two rows on, a row's scores are the same to the bit whatever the pass holds.
     """
     g, config = RowBuilder(model, ranges), model.config
     x = g.embed_rows()

@@ -28,6 +28,18 @@ def test_rows_draw_the_same_tokens_alone_and_among_others() -> None:
     assert tokens_that_differ(RowGraphs(step.model), CONFIG.vocab_size, range(40), PASSES) == 0
 
 
+def test_rows_alone_score_the_same_to_the_bit() -> None:
+    """A pass of one row would sum attention in another order; `RowGraphs` gives it twice, as every reader has to."""
+    wide = replace(CONFIGS["tiny"], vocab_size=512, time_input=False)  # a small one rounds nothing otherwise
+    (step,) = untested_int8(untrained(wide)[0], ["ar"])
+    graphs, rng, n = RowGraphs(step.model), np.random.default_rng(0), 160
+    text = [BOS, *rng.integers(4, wide.vocab_size, n - 1).tolist()]
+    together, _ = graphs.append(graphs.empty(n), text, range(n), range(n))
+    cache = graphs.empty(n)
+    alone = [graphs.append(cache, [token], [i], [0])[0][0] for i, token in enumerate(text)]
+    assert np.array_equal(np.stack(alone), together)
+
+
 def test_rows_would_not_with_scales_of_each_pass() -> None:
     """What the test above would find."""
     dynamic = RowGraphs(step_graph(MODEL, 64, cast(Ranges, "dynamic")))
