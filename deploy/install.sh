@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Installs the daemon as a systemd service from this checkout, or brings an installed one up to it.
+# Installs the daemon as a systemd service from this checkout, or upgrades an installed one to it.
 set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: deploy/install.sh [--lan] [--dry-run]      install, or upgrade; doing it twice changes nothing
+usage: deploy/install.sh [--lan] [--dry-run]      install, or upgrade; a second run changes nothing
        deploy/install.sh --uninstall [--purge] [--dry-run]
 
-  --lan        let the daemon reach a broker in the local network, not only on this machine
+  --lan        allow a broker in the local network, not only on this machine
   --dry-run    print what would be done, and do nothing
-  --uninstall  remove the service, the program and what it had cached; settings, state, bundles and the group stay
-  --purge      with --uninstall: remove settings, state, bundles and the group of the clients, too
+  --uninstall  remove service, program and caches; keep settings, state, bundles and the group
+  --purge      with --uninstall: remove settings, state, bundles and the group, too
 
-PYTHON names the interpreter (default: python3). pip's own variables work, such as PIP_INDEX_URL, or
+PYTHON sets the interpreter (default: python3). pip's own variables apply, such as PIP_INDEX_URL, or
 PIP_NO_INDEX=1 PIP_FIND_LINKS=/media/wheels on a device without a network.
 
 What goes where:
-  /opt/edgelm/releases/VERSION-HASH   virtual environments; /opt/edgelm/current leads to the one that runs
-  /opt/edgelm/bundles                 models; see: python -m edge.bundle --help
-  /etc/edgelm/edgelm.toml             settings, written once and then yours
+  /opt/edgelm/releases/VERSION-HASH   virtual environments; /opt/edgelm/current links to the one in use
+  /opt/edgelm/bundles                 models; see: edgelm bundle --help
+  /etc/edgelm/edgelm.toml             settings, written once and never overwritten
   /etc/systemd/system/edgelm.*        the units
-  /usr/local/bin/edgelm               the command; not where something else has this name
+  /usr/local/bin/edgelm               the command, unless another program has this name
   /opt/edgelm/engines, /var/cache/edgelm  TensorRT engines, built by root and by the daemon
-  /var/lib/edgelm                     state: requests and answers that are still owed
+  /var/lib/edgelm                     state: requests and answers not delivered yet
 END
 }
 
@@ -40,7 +40,7 @@ fail() {
 
 say() { echo "install: $*"; }
 
-# Everything that changes the system goes through here.
+# All changes to the system go through this function.
 run() {
     if [[ $dry ]]; then
         printf 'would run:'
@@ -51,8 +51,8 @@ run() {
     fi
 }
 
-# `settled` names the release that came up, and is called `unsettled` while the system is about to change: a run that
-# was interrupted is finished by the next one, and still knows where to return to.
+# `settled` names the release that started; it is renamed to `unsettled` before the system changes. After an interrupted
+# run, the next one finishes the installation and still knows the release to fall back to.
 unsettle() {
     changed=yes
     [[ ! -e $OPT/settled ]] || run mv -f "$OPT/settled" "$OPT/unsettled"
@@ -63,7 +63,7 @@ settle() {
     run rm -f "$OPT/unsettled"
 }
 
-# put MODE FROM TO: a file as a whole, or not at all.
+# put MODE FROM TO: replaces a file atomically.
 put() {
     cmp -s "$2" "$3" && return
     unsettle
@@ -71,7 +71,7 @@ put() {
     run mv -f "$3.new" "$3"
 }
 
-# swap TARGET LINK: a link that is whole at every moment.
+# swap TARGET LINK: replaces a link atomically.
 swap() {
     run ln -sfn "$1" "$2.new"
     run mv -fT "$2.new" "$2"
@@ -79,19 +79,19 @@ swap() {
 
 check_machine() {
     [[ $dry ]] || ((EUID == 0)) || fail "this needs root: sudo $0"
-    [[ $dry || -d /run/systemd/system ]] || fail "systemd does not run here, and the daemon is installed as its service"
+    [[ $dry || -d /run/systemd/system ]] || fail "systemd is not running; the daemon is installed as its service"
     command -v "$python" >/dev/null || fail "$python is not installed: install Python 3.10 or newer, or set PYTHON"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$("$python" --version) is too old: install 3.10 or newer, or set PYTHON"
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$python cannot make virtual environments: apt install python3-venv"
-    # ProtectHome= hides it from the service.
+    # ProtectHome= hides home folders from the service.
     case $(readlink -f "$(command -v "$python")") in
-        /home/* | /root/* | /run/user/*) fail "$python lies in a home folder, which the service cannot read; set PYTHON" ;;
+        /home/* | /root/* | /run/user/*) fail "$python is in a home folder, which the service cannot read; set PYTHON" ;;
     esac
 }
 
-# jetpack: the major version, or nothing on other machines. extras: for pip. visible: flag of venv.
+# Sets jetpack: the major version, empty on other machines; extras: for pip; visible: a flag of venv.
 detect_machine() {
     jetpack='' extras='' visible=''
     local release tensorrt='not found'
@@ -104,16 +104,16 @@ detect_machine() {
         esac
     fi
     if "$python" -c 'import tensorrt' 2>/dev/null; then
-        tensorrt=found visible=--system-site-packages # apt's TensorRT: it belongs to the driver, and pip has no other
+        tensorrt=found visible=--system-site-packages # apt's TensorRT belongs to the driver; pip has none for Jetson
     else
         extras=''
     fi
     say "${jetpack:+Jetson with JetPack $jetpack, }Python $("$python" -c 'import platform; print(platform.python_version())'), TensorRT $tensorrt"
     [[ ! $jetpack || $visible ]] ||
-        say "until TensorRT is there the processor computes: apt install python3-libnvinfer, then run this again"
+        say "without TensorRT the model runs on the CPU: apt install python3-libnvinfer, then run this again"
 }
 
-# release: the folder's name, from the version and a hash of everything that goes into it.
+# Sets release: the folder's name, from the version and a hash of everything that goes into it.
 name_release() {
     local version hash
     version=$(sed -n 's/^version = "\([^"]*\)".*/\1/p' "$here/pyproject.toml")
@@ -124,7 +124,7 @@ name_release() {
     release=$version-$hash
 }
 
-# A virtual environment in its final place, because it cannot be moved; the last file written says that it is whole.
+# Virtual environments cannot be moved, so it is created in place; the last file written marks it as complete.
 make_release() {
     local folder=$OPT/releases/$release source
     if [[ -e $folder/complete ]]; then
@@ -134,7 +134,7 @@ make_release() {
     run rm -rf "$folder"
     run mkdir -p "$OPT/releases"
     run "$python" -m venv ${visible:+"$visible"} "$folder"
-    # A copy: building leaves files behind, and the checkout may be read-only.
+    # A copy: the build writes files beside the sources, and the checkout may be read-only.
     source=/tmp/edgelm-source
     [[ $dry ]] || source=$(mktemp -d)
     # shellcheck disable=SC2064 # the folder's name as it is now
@@ -148,7 +148,7 @@ make_release() {
     run touch "$folder/complete"
 }
 
-# As deploy/edgelm.toml, with what this layout needs filled in. Never written over.
+# deploy/edgelm.toml with the paths of this layout. Never overwritten.
 write_settings() {
     [[ -e $ETC/edgelm.toml ]] && return
     run install -D -m 644 <(sed -e "s|^# bundle = .*|bundle = \"$OPT/bundles/current\"|" \
@@ -156,12 +156,12 @@ write_settings() {
         -e "s|^# socket_group = .*|socket_group = \"$GROUP\"|" "$here/deploy/edgelm.toml") "$ETC/edgelm.toml"
 }
 
-# place_units RELEASE: its units, and the drop-ins that this machine needs.
+# place_units RELEASE: copies its units, and the drop-ins that this machine needs.
 place_units() {
     local from=$OPT/releases/$1/systemd group groups='' drop_in
     [[ -d $from ]] || from=$here/systemd # a dry run
     if [[ -e $UNITS/edgelm.socket ]] && ! cmp -s "$from/edgelm.socket" "$UNITS/edgelm.socket"; then
-        run systemctl stop edgelm.socket edgelm.service # to be opened anew
+        run systemctl stop edgelm.socket edgelm.service # to be opened again
     fi
     put 644 "$from/edgelm.service" "$UNITS/edgelm.service"
     put 644 "$from/edgelm.socket" "$UNITS/edgelm.socket"
@@ -180,20 +180,20 @@ place_units() {
     run systemctl daemon-reload
 }
 
-# The command in everybody's path, unless the name is taken by something that is not ours.
+# Links the command into the path, unless the name is taken by another program.
 link_command() {
     if [[ -L $COMMAND && $(readlink "$COMMAND") == "$OPT"/* ]] || [[ ! -e $COMMAND && ! -L $COMMAND ]]; then
         swap "$OPT/current/bin/edgelm" "$COMMAND"
     else
-        say "$COMMAND is not ours and stays: use $OPT/current/bin/edgelm"
+        say "$COMMAND belongs to another program and is kept: use $OPT/current/bin/edgelm"
     fi
 }
 
 start_service() {
     run systemctl enable --quiet edgelm.socket edgelm.service
-    run systemctl reset-failed edgelm.socket edgelm.service || true # else one that failed too often would not start
+    run systemctl reset-failed edgelm.socket edgelm.service || true # clears the start limit
     run systemctl start edgelm.socket
-    run systemctl restart edgelm.service # back when it is ready, or has failed
+    run systemctl restart edgelm.service # returns when it is ready or has failed
 }
 
 install_it() {
@@ -233,7 +233,7 @@ install_it() {
     say "$release runs; settings: $ETC/edgelm.toml; clients of the socket join the group $GROUP"
 }
 
-# remove PATH...: those that are there, by name.
+# remove PATH...: removes those that exist, and names them.
 remove() {
     local path
     for path in "$@"; do
@@ -286,6 +286,6 @@ for argument in "$@"; do
         *) fail "unknown argument $argument; deploy/install.sh --help lists them" ;;
     esac
 done
-[[ ! $uninstall || ! $lan ]] || fail "--lan means nothing with --uninstall"
-[[ $uninstall || ! $purge ]] || fail "--purge means nothing without --uninstall"
+[[ ! $uninstall || ! $lan ]] || fail "--lan cannot be combined with --uninstall"
+[[ $uninstall || ! $purge ]] || fail "--purge needs --uninstall"
 if [[ $uninstall ]]; then uninstall_it; else install_it; fi

@@ -9,8 +9,8 @@ usage: deploy/push_bundle.sh BUNDLE [USER@]HOST [SSH ARGUMENTS...]
   deploy/push_bundle.sh bundle/tinystories admin@jetson.local
   deploy/push_bundle.sh bundle/tinystories jetson.local -p 2222
 
-The device verifies it, tests it, serves it, or goes on with the one before and says why. There, the user must be root,
-or may run sudo without a password.
+The device verifies, tests and serves it, or keeps the present one and says why. On the device, the user must be root,
+or allowed to run sudo without a password.
 END
 }
 
@@ -29,8 +29,8 @@ shift 2
     exit 66
 }
 
-# One connection: the files come in by stdin, and are gone when the installation ends, however it ends.
-# shellcheck disable=SC2016 # these variables are the device's
+# One connection: the files arrive on stdin, and are removed after the installation, however it ends.
+# shellcheck disable=SC2016 # expanded on the device
 tar -C "$bundle" -cf - . | ssh "$@" "$host" '
     set -eu
     folder=$(mktemp -d)

@@ -62,13 +62,13 @@ class GenerateRequest(
 
 
 class HealthRequest(Struct, frozen=True, forbid_unknown_fields=True, tag="health"):
-    """Ask how the daemon is."""
+    """Ask for the daemon's health."""
 
 
 class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="cancel"):
     """Stop the unfinished requests of that id; each is answered as `cancelled`.
 
-    response_topic: only the one that has its answer sent there (MQTT). On the Unix socket, those of the connection.
+    response_topic: only those answered there (MQTT). On the Unix socket, only requests of the same connection.
     """
 
     id: Id
@@ -76,7 +76,7 @@ class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Usage(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request cost. steps: passes of the network."""
+    """What a request cost. steps: evaluations of the network."""
 
     prompt_tokens: int
     generated_tokens: int
@@ -115,7 +115,7 @@ class Response(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, ta
 
 
 class Part(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A stretch of a snapshot. draft: it is not committed, only what stands there by the best guess so far."""
+    """A piece of a snapshot. draft: not committed, only the best guess so far."""
 
     text: str
     draft: bool = False
@@ -161,8 +161,8 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     """Counters since the daemon started; answered: by "ok" or error code, refusals included.
 
     active: requests that are being computed. resident_mb: megabytes of memory, 10^6 bytes each. backend and
-    failure: as in Health. Over MQTT, dropped: replies not sent, because too many were under way or asked for
-    in a second; undeliverable: answers that the broker did not take until they were given up.
+    failure: as in Health. Over MQTT, dropped: replies not sent, because of the limits on their number and rate;
+    undeliverable: answers given up because the broker refused them.
     """
 
     v: int = PROTOCOL_VERSION
@@ -235,7 +235,7 @@ def _decode(payload: bytes, kind: type[T]) -> T:
 
 
 def _plain(payload: bytes) -> object:
-    """A message without its type; `...` where it is no JSON further on."""
+    """A message as builtin types; `...` if it is not JSON."""
     try:
         return msgspec.json.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -268,7 +268,7 @@ def decode_line(payload: bytes) -> GenerateRequest | CancelRequest | HealthReque
 
 
 def id_of(payload: bytes) -> str | None:
-    """The id of a request that could not be decoded, if it can still be read, so that its error finds its sender."""
+    """The id of an invalid request, if it can be read: its error is sent under it."""
     try:
         return msgspec.json.decode(payload, type=_Identified).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""What msgspec refuses, in one sentence: the field, what it takes, and what it was given."""
+"""msgspec's validation errors as one sentence: the field, what it accepts, and the value."""
 
 import re
 from typing import Any, Final
@@ -11,7 +11,7 @@ MAX_VALUE: Final = 80
 
 
 def explain(error: msgspec.ValidationError, kind: type, given: object) -> str:
-    """The sentence for an error of decoding `given`, of builtin types or `...` if unknown, as a struct of that kind."""
+    """The sentence for an error of decoding `given` as `kind`. given: builtin types, or `...` if unknown."""
     what, _, place = str(error).partition(" - at `$")
     path = place.strip("`.")
     wanted: inspect.Type = inspect.type_info(kind)
@@ -25,14 +25,14 @@ def explain(error: msgspec.ValidationError, kind: type, given: object) -> str:
     if "missing required field" in what:
         return f"{f'`{path}`' if path else 'the object'} lacks the field {what.rpartition(' ')[2]}"
     if not what.startswith(("Expected", "Invalid enum value", "Number out of range")):
-        what = what.replace("Integer value out", "an integer is out")  # else a rule of our own, which names its fields
+        what = what.replace("Integer value out", "an integer is out")  # else of a __post_init__, which names its fields
         return f"{what} in `{path}`" if path else what
     value = "" if given is ... else f", not {_quoted(given)}"
     return f"{f'`{path}`' if path else 'the message'} must be {takes(wanted)}{value}"
 
 
 def _below(wanted: inspect.Type, given: object, step: str) -> tuple[inspect.Type, object]:
-    """A field or an item: its type, and its value."""
+    """Type and value of a field or an item."""
     for option in _options(wanted):
         if isinstance(option, (inspect.ListType, inspect.VarTupleType)) and step.isdecimal():
             return option.item_type, _item(given, int(step))
@@ -46,7 +46,7 @@ def _below(wanted: inspect.Type, given: object, step: str) -> tuple[inspect.Type
 def _item(given: Any, step: str | int) -> object:
     try:
         return given[step]
-    except (LookupError, TypeError):  # the same key twice, for one
+    except (LookupError, TypeError):  # such as a duplicate key
         return ...
 
 
@@ -64,7 +64,7 @@ def _struct(wanted: inspect.Type) -> inspect.StructType | None:
 
 
 def takes(wanted: inspect.Type) -> str:
-    """What a type takes, in words; its description, if it has one."""
+    """What a type accepts, in words; its description, if it has one."""
     if isinstance(wanted, inspect.Metadata):
         described: str | None = (wanted.extra_json_schema or {}).get("description")
         return described or takes(wanted.type)

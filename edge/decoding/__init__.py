@@ -1,3 +1,3 @@
-"""What a request's text is made of: the decoding loops on numpy arrays, their random numbers, the layout of text on
-a canvas. It knows neither backends' runtimes nor requests' transport.
+"""Decoding on numpy arrays: the loops, their random numbers, the layout of text on a canvas. Knows neither the
+backends' runtimes nor the requests' transport.
 """

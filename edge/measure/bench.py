@@ -1,6 +1,6 @@
 """How fast a bundle runs here: `python -m edge.bench`. Quote ratios from one run; absolute times vary by machine.
 
-Where the training host is installed too, its torch network and the machine's matmul peaks are measured in the same run.
+Where the training host is installed, its torch network and the machine's matmul peaks are measured in the same run.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 STEP_COUNTS: Final = (8, 16, 32, 64, 128)
 DAEMON_STEPS: Final = 16
 SPIN_S: Final = 0.1
-"""ONNX Runtime's threads spin for a while after a step; until they rest, another process lacks their cores."""
+"""ONNX Runtime's threads spin for a while after a step, on cores that another process needs."""
 REPEATS: Final = 3
 MAX_CLIENTS: Final = 24
-"""Below what the daemon's default queue takes."""
+"""Below the daemon's default queue size."""
 EPILOG: Final = """examples:
   python -m edge.bench --bundle bundles/mine --json
   python -m edge.bench --clients 1,2,4,8
@@ -57,16 +57,16 @@ class Generation(Struct):
 
 
 class DaemonCost(Struct):
-    """A daemon process. behind_ms: how much later it answers than the bare loop finishes, median of pairs."""
+    """A daemon process. overhead_ms: its latency less the time of the bare loop, median of pairs."""
 
     start_s: float  # from the process's start to its first answer
-    behind_ms: float
+    overhead_ms: float
     peak_mb: float
 
 
 class Report(Struct):
-    """Everything measured. Steps are one canvas of the full length, half of it masked; all score that half, but for
-    default_step_ms, which scores what the bundle's default sampling is about to commit there.
+    """All measurements. A step is of one canvas of full length with every second position masked, and scores these;
+    default_step_ms: it scores only the positions that the bundle's default sampling is about to commit.
     """
 
     bundle: str
@@ -74,7 +74,7 @@ class Report(Struct):
     step_ms: float
     bare_step_ms: float | None  # without the reduction to top-K; None for backends without a profile
     reduction_ms: float | None
-    default_step_ms: float | None  # None where the loop is on the device, which scores everything
+    default_step_ms: float | None  # None for a LoopBackend, which scores everything
     default_scored: int  # positions
     generations: list[Generation]
     daemon: DaemonCost
@@ -105,7 +105,7 @@ class Stopwatch:
 
 
 def half_masked(loaded: LoadedBundle) -> Row:
-    """A canvas whose every second position is masked, as default sampling has it two thirds through its passes."""
+    """A canvas with every second position masked, as after two thirds of the steps of default sampling."""
     model, defaults = loaded.manifest.model, loaded.manifest.defaults
     canvas = np.arange(model.canvas_len, dtype=np.int32) % (model.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
     canvas[::2], canvas[0] = MASK, BOS
@@ -114,7 +114,7 @@ def half_masked(loaded: LoadedBundle) -> Row:
 
 
 def median_step_ms(loaded: LoadedBundle, positions: Positions, repeats: int = 40) -> float:
-    """Median of single steps over half_masked() that score these of its positions."""
+    """Median time of a step of half_masked() that scores these positions."""
     row, backend, times = half_masked(loaded), loaded.backend, []
     for _ in range(repeats + 5):
         started = time.perf_counter()
@@ -127,7 +127,7 @@ def median_step_ms(loaded: LoadedBundle, positions: Positions, repeats: int = 40
 
 
 def reduction_share(bundle: Path, threads: int) -> float | None:
-    """Part of a step spent in the reduction to top-K, from ONNX Runtime's own profile."""
+    """Share of a step's time in the reduction to top-K, from ONNX Runtime's profile."""
     from edge.backends.ort import OrtBackend
 
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +164,7 @@ def generation(loaded: LoadedBundle, steps: int) -> Generation:
 
 
 def daemon_cost(loaded: LoadedBundle, bundle: Path, backend: str, threads: int) -> DaemonCost:
-    """Start a daemon process and ask it, in turns with the bare loop here."""
+    """Start a daemon process and time its requests, alternating with the bare loop in this process."""
     started = time.perf_counter()
     with (
         serving(bundle, backend, threads) as daemon,
@@ -174,7 +174,7 @@ def daemon_cost(loaded: LoadedBundle, bundle: Path, backend: str, threads: int) 
         connection.sendall(b'{"type": "health"}\n')
         answers.readline()
         start_s = time.perf_counter() - started
-        behind = []
+        overheads = []
         for seed in range(9):
             request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
             plan = loaded.prepare(request)
@@ -186,9 +186,9 @@ def daemon_cost(loaded: LoadedBundle, bundle: Path, backend: str, threads: int) 
             started = time.perf_counter()
             connection.sendall(encode(request) + b"\n")
             answer = msgspec.json.decode(answers.readline(), type=Response)
-            behind.append(time.perf_counter() - started - alone)
+            overheads.append(time.perf_counter() - started - alone)
             assert answer.status == "ok", answer
-        return DaemonCost(start_s, statistics.median(behind[1:]) * 1e3, daemon.peak_mb())
+        return DaemonCost(start_s, statistics.median(overheads[1:]) * 1e3, daemon.peak_mb())
 
 
 def host_reference(loaded: LoadedBundle, threads: int) -> dict[str, float] | None:
@@ -223,7 +223,7 @@ def print_report(r: Report) -> None:
             print(f"{'matmul peak, INT8':36} {ref['int8_gflops']:8.0f} GOP/s; the network reaches {reached * 1e3:.0f}")
     print(f"{'daemon, start to first answer':36} {r.daemon.start_s:8.2f} s")
     print(f"{'daemon, peak memory':36} {r.daemon.peak_mb:8.0f} MB")
-    print(f"{'daemon behind the bare loop':36} {r.daemon.behind_ms:8.2f} ms")
+    print(f"{'daemon, overhead per request':36} {r.daemon.overhead_ms:8.2f} ms")
     print(f"\n{'steps':>6} {'tokens/s':>9} {'first token, ms':>16} {'last token, ms':>15} {'loop, ms a step':>16}")
     for g in r.generations:
         print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
@@ -237,9 +237,9 @@ def parse_clients(text: str) -> list[int]:
 
 
 def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
-    """The floor under a pass of each CUDA graph, for each batch."""
+    """The roofline floor of a step of each CUDA graph, for each batch size."""
     manifest = read_manifest(bundle)
-    find_graph(bundle, manifest, "cuda")  # says when there is none
+    find_graph(bundle, manifest, "cuda")  # raises when there is none
     graphs = [(g.precision, (bundle / g.file).stat().st_size) for g in manifest.graphs if g.target == "cuda"]
     floors = [floor(board, manifest.model, precision=p, graph_bytes=n, batch=b) for p, n in graphs for b in BATCHES]
     if as_json:
@@ -265,9 +265,9 @@ def main() -> None:
     add("--backend", default="ort", metavar="NAME", help="what runs it: ort, trt, fake (default: %(default)s)")
     add("--threads", type=int, default=cores, metavar="N", help="of the CPU runtime (default: all, %(default)s here)")
     add("--steps", type=int, nargs="+", default=STEP_COUNTS, metavar="N", help="steps per text (default: 8 to 128)")
-    add("--clients", metavar="N,N", help="measure that many clients at once, and nothing else")
+    add("--clients", metavar="N,N", help="only measure these numbers of concurrent clients")
     add("--json", action="store_true", help="print JSON instead of the table")
-    add("--roofline", metavar="BOARD", help=f"only estimate the floor on {', '.join(BOARDS)}")
+    add("--roofline", metavar="BOARD", help=f"only estimate the roofline floor on {', '.join(BOARDS)}")
     args = parser.parse_args()
     if args.roofline is not None:
         print_roofline(args.bundle, args.roofline, args.json)

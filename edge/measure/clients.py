@@ -1,7 +1,7 @@
-"""Many clients at once: `python -m edge.bench --clients 1,2,4,8,16`. One daemon process, each client on a socket.
+"""Concurrent clients: `python -m edge.bench --clients 1,2,4,8,16`. One daemon process, one connection per client.
 
-Every number of clients shares the same requests, so that the same texts are written and ratios are of time alone. A
-client asks again as soon as it is answered.
+Every number of clients shares the same requests, so that ratios compare equal work. A client sends its next request as
+soon as it has an answer.
 """
 
 import itertools
@@ -33,13 +33,13 @@ REQUESTS: Final = 32
 SHORT_REQUESTS: Final = 5
 HEALTH_EVERY_S: Final = 0.01
 SETTLE_S: Final = 0.2
-"""Until everybody is at work."""
+"""Until all clients have requests in progress."""
 ROOM: Final = 16
-"""Positions of a short canvas that hold the prompt and both ends."""
+"""Positions of a short canvas for the prompt, BOS and EOS."""
 
 
 class Load(Struct):
-    """One number of clients at one canvas length. p50_ms, p99_ms: of a request's latency."""
+    """One number of clients at one canvas length. p50_ms, p99_ms: latency of a request."""
 
     clients: int
     length: int
@@ -49,9 +49,8 @@ class Load(Struct):
 
 
 class Crowd(Struct):
-    """What others notice of so many active requests at full length. short_ms: median time of a short request.
-
-    fair_ms: what it may take beside the pass it came into, its lone time for each active request and itself.
+    """Latencies beside `active` requests of full length. short_ms: median of a short request. fair_ms: its fair share,
+    its latency alone times `active` + 1; the step that is running when it arrives may add to it.
     """
 
     active: int
@@ -62,7 +61,7 @@ class Crowd(Struct):
 
 
 class ClientsReport(Struct):
-    """Everything measured. peak_mb: the daemon's highest resident memory, 10^6 bytes each."""
+    """All measurements. peak_mb: the daemon's peak resident memory, in 10^6 bytes."""
 
     bundle: str
     threads: int
@@ -73,7 +72,7 @@ class ClientsReport(Struct):
 
 @dataclass(frozen=True)
 class Served:
-    """A daemon that serves a bundle for as long as we need it."""
+    """A running daemon that serves a bundle."""
 
     path: Path
     process: "subprocess.Popen[bytes]"
@@ -93,7 +92,7 @@ class Served:
         raise ConfigError(f"the daemon did not start: {(self.process.communicate()[1] or b'').decode().strip()}")
 
     def peak_mb(self) -> float:
-        """Its highest resident memory so far, in 10^6 bytes."""
+        """Its peak resident memory, in 10^6 bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
@@ -118,15 +117,15 @@ def serving(bundle: Path, backend: str, threads: int) -> Iterator[Served]:
 
 
 def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) -> ClientsReport:
-    """Serve every number of clients at a quarter of the canvas and at the whole."""
+    """Measure every number of clients at a quarter of the canvas and at its full length."""
     longest = read_manifest(bundle).model.canvas_len
     short = GenerateRequest(prompt=PROMPT, steps=STEPS, max_tokens=longest // 4 - ROOM)
     long = replace(short, max_tokens=None)
     with serving(bundle, backend, threads) as daemon:
-        load(daemon, 1, longest, long)  # once unmeasured
+        load(daemon, 1, longest, long)  # warm-up
         loads = [
-            load(daemon, n, length, asked)
-            for length, asked in ((longest // 4, short), (longest, long))
+            load(daemon, n, length, request)
+            for length, request in ((longest // 4, short), (longest, long))
             for n in clients
         ]
         lone_ms = crowd(daemon, 0, short=short, long=long, lone_ms=0.0).short_ms
@@ -134,8 +133,8 @@ def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) ->
         return ClientsReport(str(bundle), threads, loads, crowds, daemon.peak_mb())
 
 
-def load(daemon: Served, clients: int, length: int, asked: GenerateRequest) -> Load:
-    """The same requests, shared among that many clients."""
+def load(daemon: Served, clients: int, length: int, request: GenerateRequest) -> Load:
+    """Latency and throughput of the requests, shared among that many clients."""
     seeds = itertools.count()
     latencies_ms: list[float] = []
     tokens: list[int] = []
@@ -143,7 +142,7 @@ def load(daemon: Served, clients: int, length: int, asked: GenerateRequest) -> L
     def client() -> None:
         with daemon.connect() as connection:
             while (seed := next(seeds)) < REQUESTS:
-                milliseconds, generated = timed(connection, replace(asked, seed=seed))
+                milliseconds, generated = timed(connection, replace(request, seed=seed))
                 latencies_ms.append(milliseconds)
                 tokens.append(generated)
 
@@ -158,7 +157,7 @@ def load(daemon: Served, clients: int, length: int, asked: GenerateRequest) -> L
 
 
 def crowd(daemon: Served, active: int, *, short: GenerateRequest, long: GenerateRequest, lone_ms: float) -> Crowd:
-    """Short requests, one after the other, and questions for the health, beside so many long ones."""
+    """Short requests, one after another, and health requests, beside `active` clients with long ones."""
     over = threading.Event()
     health_ms: list[float] = []
 
@@ -167,7 +166,7 @@ def crowd(daemon: Served, active: int, *, short: GenerateRequest, long: Generate
             while not over.is_set():
                 timed(connection, long)
 
-    def nurse() -> None:
+    def watch_health() -> None:
         with daemon.connect() as connection, connection.makefile("rb") as answers:
             while not over.wait(HEALTH_EVERY_S):
                 started = time.perf_counter()
@@ -175,7 +174,7 @@ def crowd(daemon: Served, active: int, *, short: GenerateRequest, long: Generate
                 answers.readline()
                 health_ms.append((time.perf_counter() - started) * 1e3)
 
-    with threads_of([nurse, *[busy] * active]), daemon.connect() as connection:
+    with threads_of([watch_health, *[busy] * active]), daemon.connect() as connection:
         try:
             time.sleep(SETTLE_S)
             times = [timed(connection, replace(short, seed=seed))[0] for seed in range(SHORT_REQUESTS)]
@@ -185,7 +184,7 @@ def crowd(daemon: Served, active: int, *, short: GenerateRequest, long: Generate
 
 
 def timed(connection: socket.socket, request: GenerateRequest) -> tuple[float, int]:
-    """Ask for one text.  → milliseconds, tokens"""
+    """Send one request.  → milliseconds, generated tokens"""
     started = time.perf_counter()
     (response,) = ask(connection, request)
     milliseconds = (time.perf_counter() - started) * 1e3
@@ -195,7 +194,7 @@ def timed(connection: socket.socket, request: GenerateRequest) -> tuple[float, i
 
 @contextmanager
 def threads_of(targets: Sequence[Callable[[], None]]) -> Iterator[None]:
-    """Threads beside the block, which ends when they have."""
+    """Run threads beside the block, and join them at its end."""
     threads = [threading.Thread(target=target) for target in targets]
     for thread in threads:
         thread.start()
@@ -213,7 +212,7 @@ def percentiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def print_clients(report: ClientsReport) -> None:
-    """The table. of first: throughput as a part of the first row's of its length."""
+    """The table. of first: throughput relative to the first row of the same length."""
     print(f"{report.bundle}, {report.threads} threads, {STEPS} steps, {REQUESTS} requests a row")
     print(f"{'length':>6} {'clients':>8} {'tokens/s':>9} {'of first':>9} {'p50, ms':>9} {'p99, ms':>9}")
     first: dict[int, float] = {}
@@ -222,7 +221,7 @@ def print_clients(report: ClientsReport) -> None:
         print(
             f"{row.length:6} {row.clients:8} {row.tokens_per_s:9.0f} {share:9.2f} {row.p50_ms:9.1f} {row.p99_ms:9.1f}"
         )
-    print(f"{'active':>6} {'short one, ms':>14} {'fair, ms':>9} {'health p50, ms':>15} {'p99, ms':>9}")
+    print(f"{'active':>6} {'short, ms':>14} {'fair, ms':>9} {'health p50, ms':>15} {'p99, ms':>9}")
     for c in report.crowds:
         print(f"{c.active:6} {c.short_ms:14.1f} {c.fair_ms:9.1f} {c.health_p50_ms:15.2f} {c.health_p99_ms:9.2f}")
-    print(f"the daemon's memory at its peak: {report.peak_mb:.0f} MB")
+    print(f"daemon, peak memory: {report.peak_mb:.0f} MB")

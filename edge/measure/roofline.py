@@ -1,7 +1,7 @@
-"""The floor under a pass on a Jetson Orin Nano: what its arithmetic or its memory cannot go below. An estimate.
+"""Roofline estimate of a step on a Jetson Orin Nano: the least time that arithmetic or memory traffic allows.
 
-Shapes come from the manifest, whose hash of the graph ties the two together, and the weights' bytes are the graph's own
-size: the edge imports no onnx. A test counts the same products in the graph itself.
+Shapes come from the manifest and the weights' size from the graph's file, since the edge imports no onnx. A test counts
+the same products in the graph itself.
 """
 
 from typing import Final
@@ -28,7 +28,7 @@ BOARDS: Final = {
 
 
 class Floor(Struct, frozen=True):
-    """Of one pass over `batch` canvases of full length. The larger of the two times is the floor."""
+    """Of one step of `batch` canvases of full length. The larger of the two times is the floor."""
 
     board: str
     precision: str
@@ -40,12 +40,12 @@ class Floor(Struct, frozen=True):
 
     @property
     def floor_ms(self) -> float:
-        """No pass can be faster."""
+        """The least time of a step."""
         return max(self.compute_ms, self.memory_ms)
 
 
 def matmul_flops(model: ModelSpec, batch: int) -> tuple[int, int]:
-    """Two for each multiply-add.  → of QKV, projection, feed-forward, head and time; of attention, never INT8"""
+    """Two per multiply-add.  → of QKV, projection, feed-forward, LM head and time; of attention, which is never INT8"""
     tokens, d = batch * model.canvas_len, model.d_model
     linear = 2 * tokens * d * (12 * d * model.layers + model.vocab_size)
     time = 4 * batch * d * d if model.time_input else 0

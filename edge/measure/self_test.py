@@ -1,4 +1,4 @@
-"""Whether the GPU computes what the CPU computes: every profile of the engine, step by step from the same canvases."""
+"""Compares GPU and CPU: every profile of the engine, step by step from the same canvases."""
 
 import statistics
 import time
@@ -13,13 +13,13 @@ from shared.manifest import Manifest
 from shared.tokens import BOS, EOS, MASK, PAD
 
 STEPS: Final = 5
-"""Denoising steps a profile."""
+"""Denoising steps per profile."""
 MIN_AGREEMENT: Final = 0.8
-"""Of committed tokens: precision decides close draws differently, a broken engine decides all so."""
+"""Of committed tokens: lower precision changes close draws only, a broken engine most of them."""
 
 
 class Compared(NamedTuple):
-    """What one profile's rows came to."""
+    """The comparison of one profile."""
 
     batch: int
     length: int
@@ -49,7 +49,7 @@ def _compare(gpu: AnyBackend, cpu: AnyBackend, manifest: Manifest, rows: list[Ro
 
 
 def open_row(manifest: Manifest, length: int, seed: int) -> Row:
-    """A text of which all is open but its end, which stands at the last position of that length."""
+    """A canvas with all positions open but an end at the last position of that length."""
     canvas = np.full(manifest.model.canvas_len, PAD, np.int32)
     canvas[:length] = MASK
     canvas[0] = BOS

@@ -1,3 +1,3 @@
-"""Many requests at once: a loaded bundle, jobs, the fair queue and the scheduler. Where requests come from is in
-`edge.transports`, how long they are kept in `edge.delivery`.
+"""Many requests at once: a loaded bundle, jobs, the fair queue and the scheduler. How requests arrive is in
+`edge.transports`, how they survive a restart in `edge.delivery`.
 """

@@ -1,1 +1,1 @@
-"""How requests come in and answers go out: Unix socket, MQTT. Transports validate and pass on; they compute nothing."""
+"""How requests arrive and answers leave: Unix socket, MQTT. Transports validate and forward; they compute nothing."""

@@ -40,7 +40,8 @@ def test_install_links_the_command_but_not_over_somebody_elses(device: Machine) 
     command.unlink()
     command.write_text("somebody else's")
     device.write("/srv/checkout/edge/relinked.py", ["# another release"])
-    assert "/usr/local/bin/edgelm is not ours and stays" in device.run(INSTALL, environment=OFFLINE).stdout
+    printed = device.run(INSTALL, environment=OFFLINE).stdout
+    assert "/usr/local/bin/edgelm belongs to another program and is kept" in printed
     assert command.read_text() == "somebody else's"
     command.unlink()
     device.write("/srv/checkout/edge/relinked.py", ["# yet another release"])

@@ -34,8 +34,8 @@ def test_deploy_scripts_help_says_how(script: Path) -> None:
     ("arguments", "said"),
     [
         (["--frobnicate"], "unknown argument --frobnicate"),
-        (["--uninstall", "--lan"], "--lan means nothing"),
-        (["--purge"], "--purge means nothing"),
+        (["--uninstall", "--lan"], "--lan cannot be combined"),
+        (["--purge"], "--purge needs"),
     ],
 )
 def test_installer_refuses_unknown_arguments(arguments: list[str], said: str) -> None:
