@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int | None:
         print(f"edgelm {version()}")
         return 0
     if name not in COMMANDS:
-        raise ConfigError(f"edgelm knows no command {name!r}: choose one of {', '.join(COMMANDS)}")
+        raise ConfigError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read as ONNX Runtime is imported: its wheels report usage
     if name != "serve":  # the daemon configures its own log
         from edge.config import log_level

@@ -114,7 +114,7 @@ def command_to_repeat(bundle: Path, seed: int) -> str:
 
 
 def _short(path: Path) -> str:
-    """`path` from the working directory, if it lies below."""
+    """`path` relative to the working directory, if it is below."""
     path, here = path.absolute(), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 

@@ -99,9 +99,9 @@ def command_name(module: str) -> str:
 
 
 def run_main(main: Callable[[], int | None], *, debug: bool = False) -> None:
-    """Run a command line's `main`: our errors become one line on stderr and an exit code, Ctrl-C becomes 130.
+    """Run a command line's `main`: errors of this project become one line on stderr and an exit code, Ctrl-C 130.
 
-    debug: let errors of ours be tracebacks.
+    debug: show tracebacks instead.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # "?" for characters that the terminal lacks

@@ -1,8 +1,8 @@
 """Noise schedules and the unmasking schedule, for training and for sampling.
 
 Two opposite curves are called "cosine" in public code. Ours masks little at first: mask_prob(t) = 1 − cos(πt/2).
-Training schedule and unmasking schedule are independent: the first weighs the loss, the second says how many tokens a
-sampler commits at each step.
+Training schedule and unmasking schedule are independent: the first weights the loss, the second determines how many
+tokens a sampler commits per step.
 """
 
 import math
@@ -36,8 +36,8 @@ def time_of_masked_fraction(schedule: ScheduleName, fraction: float) -> float:
 def reveal_ratio(step: int, num_steps: int) -> float:
     """Fraction of the masked positions that are still masked after step `step`, counted from 0 and not the last.
 
-    The masked fraction follows cos(πk/2n) after k of n passes (MaskGIT, arXiv 2202.04200). Only the ratio of two
-    neighbours enters, so that the grid goes on from wherever an early EOS or a deferred position has left the canvas.
+    The masked fraction after k of n steps is cos(πk/2n) (MaskGIT, arXiv 2202.04200). Only the ratio of neighbouring
+    values is used, so that the schedule continues from any canvas, as after an early EOS or a deferred position.
     """
     return math.cos(math.pi / 2 * (step + 1) / num_steps) / math.cos(math.pi / 2 * step / num_steps)
 

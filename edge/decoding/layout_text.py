@@ -14,7 +14,7 @@ from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a request's segments lie on the canvas.
+    """The positions of a request's segments on the canvas.
 
     parts: text to repeat verbatim, or the (first, end) positions of a gap. prompt_tokens: how many are given.
     """

@@ -30,7 +30,7 @@ LITTLE: Final = 0.05
 ROW_BYTES: Final = 200
 """Approximate size of a row without its payloads."""
 SPARE_BYTES: Final = 4 << 20
-"""Below this much free space new requests are refused, so that answers to accepted ones still find room."""
+"""Below this much free space new requests are refused, so that answers to accepted ones can still be stored."""
 RETRY_AFTER_MS: Final = 60_000
 MAX_ATTEMPTS: Final = 2
 MAX_COMPUTING: Final = 64
@@ -224,7 +224,7 @@ class Journal:
             raise storage_full("the journal is almost full, and most of its last room is for other clients")
 
     def _holds_more(self, client: str, most_bytes: float) -> bool:
-        """Whether a client's rows hold more than so many bytes."""
+        """Whether a client's rows hold more than `most_bytes`."""
         held = 0
         with self._db as db:
             for (size,) in db.execute(f"SELECT {_SIZE} FROM request WHERE client = ?", (client,)):

@@ -142,7 +142,7 @@ class LoadedBundle:
 
     @property
     def failure(self) -> str | None:
-        """Why its device is out of service, for good; None while it is healthy, and for all that runs on processors."""
+        """Why its device is out of service for good; None while it is healthy, and always on a CPU."""
         return self.backend.failure if isinstance(self.backend, LoopBackend) else None
 
     def begin(self, plan: Plan) -> "Run":

@@ -194,7 +194,7 @@ def _clear_stale(path: Path) -> None:
     except OSError:
         return  # missing, or not accessible: bind reports it
     if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"socket {path}: a file that is no socket lies there; choose another path with --socket")
+        raise ConfigError(f"socket {path}: that file is not a socket; choose another path with --socket")
     if (live := connect(path)) is not None:
         live.close()
         raise ConfigError(f"socket {path} is already served by another daemon; choose another path with --socket")
@@ -202,7 +202,7 @@ def _clear_stale(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:  # in /tmp another user's file cannot be removed
         owner = _user_name(path)
-        message = f"a dead socket of {owner} lies there and cannot be removed ({error.strerror})"
+        message = f"a dead socket of {owner} is there and cannot be removed ({error.strerror})"
         raise ConfigError(f"socket {path}: {message}; choose another path with --socket") from None
 
 

@@ -159,7 +159,7 @@ def test_daemon_refuses_the_dead_socket_of_another_user_in_one_sentence(debug_bu
         )
         done = subprocess.run([sys.executable, "-c", script, str(folder / "s")], capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("shared.errors.ConfigError") and "a dead socket of root lies there" in last
+    assert last.startswith("shared.errors.ConfigError") and "a dead socket of root is there" in last
 
 
 def test_daemon_leaves_a_served_socket_alone(start_daemon: StartDaemon, debug_bundle: Path) -> None:
@@ -228,7 +228,7 @@ def no_certificates(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("arrange", "exit_code", "named"),
     [
-        (taken_by_a_file, 78, "is no socket"),
+        (taken_by_a_file, 78, "is not a socket"),
         (in_no_folder, 78, "No such file or directory"),
         (with_too_long_a_path, 78, "too long"),
         (no_bundle, 66, "manifest.json"),

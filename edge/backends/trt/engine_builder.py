@@ -30,7 +30,7 @@ NO_ROOM: Final = re.compile(r"out ?of ?memory|insufficient memory|memory allocat
 
 
 class Order(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the parent wants. force: build even if there is an engine."""
+    """What the parent process requests. force: build even if there is an engine."""
 
     bundle: str
     cache: str

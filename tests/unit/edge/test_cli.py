@@ -70,7 +70,7 @@ def test_cli_version_imports_no_command_and_no_package() -> None:
 def test_cli_unknown_command_is_named() -> None:
     done = edgelm("frobnicate")
     assert done.returncode == 78
-    assert done.stderr == f"error: edgelm knows no command 'frobnicate': choose one of {', '.join(COMMANDS)}\n"
+    assert done.stderr == f"error: unknown command 'frobnicate': choose one of {', '.join(COMMANDS)}\n"
 
 
 def test_cli_debug_gives_a_traceback_instead_of_a_sentence(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def ratios(steps: int) -> NDArray[np.float64]:
 
 
 def source(name: str) -> str:
-    """The text of one of the files beside this one."""
+    """The text of a file in this folder."""
     return (Path(__file__).parent / name).read_text("utf-8")
 
 

@@ -63,7 +63,7 @@ __device__ void select_best(const u16* __restrict__ logits, int vocab, int keep,
 extern "C" __global__ void __launch_bounds__(THREADS) draw_candidates(
     const u16* __restrict__ logits,         // (B, L, V) float16
     const int* __restrict__ canvas,         // (B, L)
-    const u8* __restrict__ fill,            // (B, L) 1 where the request wants text
+    const u8* __restrict__ fill,            // (B, L) 1 where the request is to be filled
     Row* __restrict__ rows,                 // (B,)
     Candidate* __restrict__ candidates,     // (B, L) written where open
     int length, int vocab) {
