@@ -12,19 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from edge.client import connect
 from edge.config import PREFIX, default_bundle
 from edge.generate import ask_daemon, unwrap
 from edge.terminal_view import View, laid_out
 from shared.errors import ConfigError, DiffusionLLMError, command_name, run_main
+from shared.manifest import read_manifest
 from shared.messages import GenerateRequest
 
 PROMPT: Final = "Once upon a time"
-STEPS: Final = 256  # one per token: visible progress, and the best text (docs/quality.md)
-SELECTION: Final = "entropy"
-TEMPERATURE: Final = 1.0  # below, this rule repeats itself
 START_S: Final = 60.0
 STOP_S: Final = 10.0
 
@@ -95,7 +93,7 @@ def _tell_story(socket: Path, bundle: Path) -> None:
     if connection is None:
         raise ConfigError(f"the daemon said it was ready, but nothing listens at {socket}")
     with connection, View(sys.stdout) as view:
-        request = GenerateRequest(prompt=PROMPT, steps=STEPS, selection=SELECTION, temperature=TEMPERATURE, stream=True)
+        request = GenerateRequest(prompt=PROMPT, stream=True, **_best_settings(bundle))
         response = ask_daemon(connection, request, view.show)
     seconds = time.monotonic() - started_s
     text = unwrap(response)
@@ -108,9 +106,17 @@ def _tell_story(socket: Path, bundle: Path) -> None:
 
 def command_to_repeat(bundle: Path, seed: int) -> str:
     """The command that writes the same text again, in a shell in this folder with any active environment."""
-    flags = f"--steps {STEPS} --selection {SELECTION} --temperature {TEMPERATURE:g} --seed {seed}"
     command = [_short(Path(sys.executable)), "-m", "edge.generate", PROMPT, "--bundle", _short(bundle), "--stream"]
-    return f"{shlex.join(command)} {flags}"
+    for name, value in {**_best_settings(bundle), "seed": seed}.items():
+        command += [f"--{name}", str(value)]
+    return shlex.join(command)
+
+
+def _best_settings(bundle: Path) -> dict[str, Any]:
+    """By blocks the defaults. By canvas one step a token: something to see, and its best text (docs/quality.md)."""
+    if read_manifest(bundle).decoders[0] == "blocks":
+        return {}
+    return {"steps": 256, "selection": "entropy", "temperature": 1.0}  # colder, this rule repeats itself
 
 
 def _short(path: Path) -> str:

@@ -16,27 +16,26 @@ from edge.client import ask, connect
 from edge.config import Config, default_socket, load_config, socket_candidates
 from edge.terminal_view import View, laid_out
 from shared.errors import ERROR_CODES, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
-from shared.manifest import SamplingDefaults, Selection
+from shared.manifest import Decoder, SamplingDefaults, Selection
 from shared.messages import GenerateRequest, Partial, Reply, Response, decode_request, encode
 
-DEFAULT_GAP: Final = 4
 GAP: Final = re.compile(r"___(?::(\d+))?")
 
 EPILOG = """examples:
   python -m edge.generate "Once upon a time" --stream
   python -m edge.generate --infill "Tom had a ___ and it was ___:6." --seed 7
-  python -m edge.generate "Lily found a" --steps 32 --temperature 0.8 --json"""
+  python -m edge.generate "Lily found a" --decode canvas --steps 32 --json"""
 
 
 def parse_infill(text: str) -> list[Any]:
-    """`Tom had a ___ and it was ___:6.` as a request's segments; ___ is a gap of 4 tokens. Raises RequestError."""
+    """`Tom had a ___ and it was ___:6.` as a request's segments; ___:6 is a gap of 6 tokens. Raises RequestError."""
     segments: list[Any] = []
     end = 0
     for gap in GAP.finditer(text):
-        segments += [text[end : gap.start()], {"gap": int(gap[1] or DEFAULT_GAP)}]
+        segments += [text[end : gap.start()], {"gap": int(gap[1]) if gap[1] else None}]
         end = gap.end()
     if not segments:
-        raise RequestError("bad_request", "--infill has no gap: write ___ where 4 tokens are missing, ___:6 for 6")
+        raise RequestError("bad_request", "--infill has no gap: write ___ where text is missing, ___:6 for 6 tokens")
     return [segment for segment in [*segments, text[end:]] if segment != ""]
 
 
@@ -148,8 +147,8 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("prompt", nargs="?", help="how the text begins")
-    parser.add_argument("--infill", metavar="TEXT", help="text with gaps: ___ for 4 tokens, ___:6 for 6")
-    parser.add_argument("--stream", action="store_true", default=None, help="watch the canvas unmask (on stderr)")
+    parser.add_argument("--infill", metavar="TEXT", help="text with gaps: ___, or ___:6 for 6 tokens, at most (blocks)")
+    parser.add_argument("--stream", action="store_true", default=None, help="watch the text appear (on stderr)")
     parser.add_argument("--json", action="store_true", help="print the whole response")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -163,14 +162,19 @@ def command_line() -> argparse.ArgumentParser:
     )
     add = sampling.add_argument
     add("--seed", type=int, help="repeats a text exactly, on the same kind of processor (random)")
-    add("--steps", type=int, metavar="N", help=f"denoising steps; at most so many with a bound below ({usual.steps})")
-    add("--selection", choices=get_args(Selection), help=f"which tokens to commit first ({usual.selection})")
-    add("--threshold", type=float, metavar="P", help="instead: commit every token at least this probable (off)")
-    add("--entropy-bound", type=float, metavar="NATS", help="instead: commit tokens up to this summed entropy (off)")
     add("--temperature", type=float, metavar="T", help=f"0 always takes the likeliest token ({usual.temperature})")
     add("--top-p", type=float, metavar="P", help=f"sample from the likeliest tokens of this mass ({usual.top_p:g})")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (as many as the bundle has)")
     add("--max-tokens", type=int, metavar="N", help="most tokens to add to a prompt (as many as fit)")
+    blocks = parser.add_argument_group("blocks", "Written from the left; the usual way where the bundle can.")
+    blocks.add_argument("--window", type=int, metavar="N", help="most drafts in a pass: the speed, never the text")
+    canvas = parser.add_argument_group("canvas", "Everywhere at once; any of these flags asks for it.")
+    add = canvas.add_argument
+    add("--decode", choices=get_args(Decoder), help="one of the two ways by name (the bundle's first)")
+    add("--steps", type=int, metavar="N", help=f"denoising steps; at most so many with a bound below ({usual.steps})")
+    add("--selection", choices=get_args(Selection), help=f"which tokens to commit first ({usual.selection})")
+    add("--threshold", type=float, metavar="P", help="instead: commit every token at least this probable (off)")
+    add("--entropy-bound", type=float, metavar="NATS", help="instead: commit tokens up to this summed entropy (off)")
     return parser
 
 

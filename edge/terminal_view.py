@@ -59,7 +59,7 @@ class View:
         elif partial.step >= self._next_plain_step:
             self._next_plain_step = partial.step + max(1, partial.steps // PLAIN_LINES)
             text = printable(partial.text).replace("\n", " ")
-            self._out.write(f"step {partial.step}/{partial.steps}, {partial.masked} open: {text}\n")
+            self._out.write(f"{self._status(partial)}: {text}\n")
             self._out.flush()
 
     def clear(self) -> None:
@@ -88,7 +88,9 @@ class View:
             self._first = (now, partial.masked)
         seconds, tokens = now - self._first[0], self._first[1] - partial.masked
         speed = f", {tokens / seconds:.0f} tokens/s" if seconds and tokens else ""
-        return f"step {partial.step}/{partial.steps}, {partial.masked} open{speed}"
+        # By blocks nobody knows how many passes there will be.
+        of_all = f"/{partial.steps}, {partial.masked} open" if partial.appended is None else ""
+        return f"step {partial.step}{of_all}{speed}"
 
 
 def dimmed(parts: Sequence[Part], columns: int) -> list[str]:

@@ -21,6 +21,8 @@ MAX_MANIFEST_BYTES: Final = 1 << 20
 
 Positive = Annotated[int, Meta(ge=1)]
 MAX_STEPS: Final = 1024
+MAX_WINDOW: Final = 8
+"""Drafts in a pass of blocks."""
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -173,7 +175,7 @@ class SamplingDefaults(Frozen, frozen=True):
 class BlocksDefaults(Frozen, frozen=True):
     """What a request in blocks gets when it does not say. window: drafts that the draft graph makes, 0 without one."""
 
-    window: Annotated[int, Meta(ge=0, le=8)]
+    window: Annotated[int, Meta(ge=0, le=MAX_WINDOW)]
     temperature: Annotated[float, Meta(ge=0, le=10)] = 0.8
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
 

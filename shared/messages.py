@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shared.errors import ERROR_CODES, RequestError
-from shared.manifest import MAX_STEPS, Selection
+from shared.manifest import MAX_STEPS, MAX_WINDOW, Decoder, Selection
 from shared.validation import explain
 
 PROTOCOL_VERSION: Final = 1
@@ -24,9 +24,15 @@ Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 
 
 class Gap(Struct, frozen=True, forbid_unknown_fields=True):
-    """Positions for the model to fill between two texts. gap: their number, in tokens."""
+    """Positions for the model to fill between two texts. gap: their number, in tokens; by blocks the most, for a gap
+    may end before it is full. null: some room for blocks, a few tokens for a canvas.
+    """
 
-    gap: Annotated[int, Meta(ge=1, le=MAX_GAP)]
+    gap: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None
+
+
+CANVAS_FIELDS: Final = ("steps", "selection", "threshold", "entropy_bound")
+"""What only decoding by canvas has."""
 
 
 class GenerateRequest(
@@ -34,14 +40,18 @@ class GenerateRequest(
 ):
     """Ask for text: a `prompt` with an open end, or `segments` of text and gaps.
 
-    Fields left out take the bundle's defaults. `threshold` and `entropy_bound` commit adaptively; then `steps` is
-    the most passes to make. One more follows where the last one drew an end left of text.
+    Fields left out take the bundle's defaults. decode: "blocks" writes from the left, "canvas" everywhere at once; a
+    field that one of them alone has asks for that one. window: the most drafts in a pass of blocks, which change the
+    speed and never the text. `threshold` and `entropy_bound` commit adaptively; then `steps` is the most passes to
+    make. One more follows where the last one drew an end left of text.
     """
 
     id: Id | None = None
     prompt: Text | None = None
     segments: Annotated[list[Text | Gap], Meta(min_length=1, max_length=MAX_SEGMENTS)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
+    decode: Decoder | None = None
+    window: Annotated[int, Meta(ge=0, le=MAX_WINDOW)] | None = None
     steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
     selection: Selection | None = None
     temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
@@ -59,6 +69,20 @@ class GenerateRequest(
             raise ValueError("give exactly one of `prompt` and `segments`")
         if self.threshold is not None and self.entropy_bound is not None:
             raise ValueError("give at most one of `threshold` and `entropy_bound`")
+        by_canvas = next((name for name in CANVAS_FIELDS if getattr(self, name) is not None), None)
+        if by_canvas and self.window is not None:
+            raise ValueError(f"`{by_canvas}` is of decoding by canvas, `window` by blocks: give one of them")
+        if by_canvas and self.decode == "blocks":
+            raise ValueError(f"`{by_canvas}` is of decoding by canvas: leave it out, or `decode`")
+        if self.window is not None and self.decode == "canvas":
+            raise ValueError("`window` is of decoding by blocks: leave it out, or `decode`")
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """The decoder that it asks for by name or by a field of its own; None where any will do."""
+        if self.decode is not None or self.window is not None:
+            return self.decode or "blocks"
+        return "canvas" if any(getattr(self, name) is not None for name in CANVAS_FIELDS) else None
 
 
 class HealthRequest(Struct, frozen=True, forbid_unknown_fields=True, tag="health"):
@@ -125,7 +149,8 @@ class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     """A snapshot of the whole canvas: replaces the one before. text marks each open position with "░".
 
     parts: the same canvas with what is drafted at the open positions, committed and draft told apart. Where the
-    device tells no draft it says "░", and nothing where the text is drafted to have ended.
+    device tells no draft it says "░", and nothing where the text is drafted to have ended. appended: what a prompt's
+    text has grown by since the last snapshot, by blocks: all of them and the rest of the answer are its text.
     """
 
     id: str | None
@@ -135,6 +160,7 @@ class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     text: str
     masked: int
     parts: list[Part] = []
+    appended: str | None = None
 
 
 State = Literal["idle", "busy", "degraded", "draining", "error"]
@@ -186,12 +212,13 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     message_bytes: int
     canvas_tokens: int
     steps: int
+    window: int
     top_k: int
     queue_size: int
 
 
 class Info(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="info"):
-    """What the daemon is and takes. schemas: JSON schema of each kind of request.
+    """What the daemon is and takes. schemas: JSON schema of each kind of request. decoders: the first is the default.
 
     deterministic: whether a text depends on request, seed and bundle alone. Not on a GPU that computes several requests
     in one batch: the last bit of a logit depends on the batch size there, and may tip a near tie.
@@ -202,6 +229,7 @@ class Info(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="i
     model: str
     backend: str
     deterministic: bool
+    decoders: list[Decoder]
     limits: Limits
     schemas: dict[str, dict[str, Any]]
 

@@ -11,13 +11,16 @@ import hypothesis
 import pytest
 import torch
 
+from host.export.__main__ import export_untrained
 from host.export.bundle_writer import BundleGraph, write_bundle
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import quantize
 from host.export.cuda_graph import cuda_graph
+from host.export.pipeline import Wanted
 from host.export.random_weights import untrained
 from host.model.network import Denoiser, config_named
 from host.sampling.reference import TOP_K
+from shared.manifest import SamplingDefaults
 from tests.support.emulator import Emulator, build
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
@@ -63,6 +66,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def exported_int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """INT8 CPU graph and FP16 CUDA graph, of the same network."""
     return _export(tmp_path_factory.mktemp("bundles") / "debug-int8", int8=True)
+
+
+@pytest.fixture(scope="session")
+def blocks_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every graph for the CPU, blocks first."""
+    folder = tmp_path_factory.mktemp("bundles") / "blocks"
+    export_untrained("debug", folder, Wanted(cpu_fp32=True), SamplingDefaults())
+    return folder
 
 
 @pytest.fixture(scope="session")

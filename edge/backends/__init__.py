@@ -1,6 +1,6 @@
 """What runs the step graph: ONNX Runtime on the CPU, TensorRT on an NVIDIA GPU, or a fake, in an explicit table.
 
-The protocols that they fulfil are in `edge.decoding.types`.
+The protocols that they fulfil are in `edge.decoding.types` (canvas) and `edge.decoding.blocks`.
 """
 
 import logging
@@ -9,48 +9,56 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from edge.decoding.types import AnyBackend, Backend
+from edge.decoding.blocks import RowsBackend
+from edge.decoding.types import AnyBackend
 from shared.errors import ConfigError, DiffusionLLMError, one_line
 from shared.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
 
-def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
+class Chosen(NamedTuple):
+    """A loaded backend. degraded: why this device does not use its GPU; None where all is well.
+
+    backend, rows: for the decoders canvas and blocks; None where the bundle, or the device, has not that one.
+    """
+
+    backend: AnyBackend | None
+    name: str  # "ort", "trt" or "fake"
+    degraded: str | None = None
+    rows: RowsBackend | None = None
+
+
+def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
     from edge.backends.ort import OrtBackend
+    from edge.backends.ort_rows import OrtRows
 
     if argument:
         raise ConfigError(f"backend 'ort' takes no argument; found {argument!r} after its colon")
-    return OrtBackend(folder, manifest, threads)
+    canvas = OrtBackend(folder, manifest, threads) if "canvas" in manifest.decoders else None
+    return Chosen(canvas, "ort", rows=OrtRows(folder, manifest, threads) if "blocks" in manifest.decoders else None)
 
 
-def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) -> Backend:
+def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
     from edge.backends.fake import FakeBackend
 
     if not re.fullmatch(r"\d*\.?\d*", argument, re.ASCII) or argument == ".":
         raise ConfigError(f"backend 'fake' takes milliseconds after its colon, as in fake:20; found {argument!r}")
-    return FakeBackend(manifest, step_ms=float(argument or 0))
+    fake = FakeBackend(manifest, step_ms=float(argument or 0))
+    return Chosen(fake, "fake", rows=fake if "blocks" in manifest.decoders else None)
 
 
-def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> AnyBackend:
+def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
     from edge.backends.trt import backend as trt
 
-    return trt.load(folder, manifest, argument)
+    return Chosen(trt.load(folder, manifest, argument), "trt")
 
 
-_LOADERS: dict[str, Callable[[Path, Manifest, int, str], AnyBackend]] = {
+_LOADERS: dict[str, Callable[[Path, Manifest, int, str], Chosen]] = {
     "ort": _load_ort,
     "trt": _load_trt,
     "fake": _load_fake,
 }
-
-
-class Chosen(NamedTuple):
-    """A loaded backend. degraded: why this device does not use its GPU; None where all is well."""
-
-    backend: AnyBackend
-    name: str  # "ort", "trt" or "fake"
-    degraded: str | None = None
 
 
 def may_use_gpu(name: str) -> bool:
@@ -68,7 +76,7 @@ def choose_backend(name: str, folder: Path, manifest: Manifest, threads: int) ->
     """
     kind, _, argument = name.partition(":")
     if kind in _LOADERS:
-        return Chosen(_LOADERS[kind](folder, manifest, threads, argument), kind)
+        return _LOADERS[kind](folder, manifest, threads, argument)
     if kind != "auto":
         raise ConfigError(f"unknown backend {name!r}: choose one of auto, {', '.join(_LOADERS)}")
     if argument:
@@ -76,14 +84,17 @@ def choose_backend(name: str, folder: Path, manifest: Manifest, threads: int) ->
     degraded = None
     if may_use_gpu(name):
         try:
-            return Chosen(_load_trt(folder, manifest, threads, ""), "trt")
+            return _load_trt(folder, manifest, threads, "")
         except Exception as error:  # TensorRT and its bindings raise types of their own
             ours = isinstance(error, DiffusionLLMError)
             degraded = str(error) if ours else one_line(f"{type(error).__name__}: {error}")
             log.warning("the GPU cannot be used, the CPU serves instead: %s", degraded, exc_info=not ours)
-    return Chosen(_load_ort(folder, manifest, threads, ""), "ort", degraded)
+    return _load_ort(folder, manifest, threads, "")._replace(degraded=degraded)
 
 
 def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
-    """The backend of `choose_backend`, without its name."""
-    return choose_backend(name, folder, manifest, threads).backend
+    """The canvas backend of `choose_backend`. Raises ConfigError where the bundle has none."""
+    backend = choose_backend(name, folder, manifest, threads).backend
+    if backend is None:
+        raise ConfigError(f"bundle {folder} does not decode by canvas")
+    return backend

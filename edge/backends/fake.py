@@ -4,16 +4,20 @@ import time
 
 import numpy as np
 
-from edge.decoding.types import Ids, Positions, StepResult
+from edge.decoding.blocks import Law, RowScores, Slot, draw
+from edge.decoding.types import Floats, Ids, Positions, StepResult
 from shared.manifest import Manifest
+from shared.messages import MAX_SEGMENTS
 from shared.tokens import FIRST_TEXT_ID
 
 
 class FakeBackend:
-    """The best token of position p is 31·p modulo the text ids; each following id has a nat less."""
+    """The best token of position p is 31·p modulo the text ids; each following id has a nat less. All drafts hold."""
 
     def __init__(self, manifest: Manifest, step_ms: float = 0.0) -> None:
         self.lanes = 8
+        self.depth = 0 if manifest.blocks is None else manifest.blocks.window
+        self._capacity = manifest.model.canvas_len + MAX_SEGMENTS
         self._step_s = step_ms / 1e3
         self._text_ids = manifest.model.vocab_size - FIRST_TEXT_ID
         self._rank = np.arange(manifest.top_k)
@@ -24,9 +28,32 @@ class FakeBackend:
     def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:
         """The same scores whatever the canvas holds."""
         time.sleep(self._step_s)
+        ids = self._best(positions)
+        return StepResult(ids, np.broadcast_to(self._logp, ids.shape), np.full(positions.size, self._entropy))
+
+    def open_slot(self) -> Slot:
+        """Room for positions."""
+        return Slot(np.zeros(self._capacity, np.int32), None)
+
+    def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
+        """Nothing is kept but their number."""
+        slot.cached = tokens.size
+
+    def rows(self, slot: Slot, tokens: Ids, *, positions: Ids, scored: int, under_way: int = 1) -> RowScores:
+        """The state of a row is its position."""
+        time.sleep(self._step_s)
+        places = positions[-scored:]
+        ids = self._best(places.astype(np.intp) + 1)
+        return RowScores(ids, np.broadcast_to(self._logp, ids.shape), places[:, None].astype(np.float32))
+
+    def draft(self, state: Floats, token: int, noise: Floats, law: Law) -> Ids:
+        """What the law will draw."""
+        ids = self._best(int(state[0]) + 2 + np.arange(self.depth))
+        return draw(ids, np.broadcast_to(self._logp, ids.shape), noise, law)
+
+    def _best(self, positions: Positions) -> Ids:
         ids = FIRST_TEXT_ID + (31 * positions[:, None] + self._rank) % self._text_ids
-        logp = np.broadcast_to(self._logp, ids.shape)
-        return StepResult(ids.astype(np.int32), logp, np.full(positions.size, self._entropy))
+        return ids.astype(np.int32)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,18 +12,24 @@ from shared.errors import RequestError
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Part
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 
+GAP_OF_CANVAS: Final = 4
+GAP_OF_BLOCKS: Final = 16
+"""Tokens of a gap that names no size: a canvas fills all of them, blocks end it where they like."""
+
 
 @dataclass(frozen=True)
 class Layout:
     """The positions of a request's segments on the canvas.
 
     parts: text to repeat verbatim, or the (first, end) positions of a gap. prompt_tokens: how many are given.
+    open_end: it is a prompt, with one gap at its end.
     """
 
     canvas: NDArray[np.int32]  # (L,)
     fill: NDArray[np.bool_]  # (L,) positions the request asks for
     parts: tuple[str | tuple[int, int], ...]
     prompt_tokens: int
+    open_end: bool
 
 
 class Texts:
@@ -35,8 +42,9 @@ class Texts:
         # Byte-level BPE: a token's name has one character for each of its bytes.
         self._most_bytes = canvas_len * max(map(len, tokenizer.get_vocab()))
 
-    def lay_out(self, request: GenerateRequest) -> Layout:
+    def lay_out(self, request: GenerateRequest, gap: int = GAP_OF_CANVAS) -> Layout:
         """The canvas of a request: tokens of the given text, MASK in the gaps and in the open end.
+        gap: the size of gaps that name none.
 
         The open end of a prompt has `max_tokens` positions, or all that are left. PAD follows it: the text ends there
         at the latest. After the last segment of an infill the canvas is MASK, too, but not filled.
@@ -56,8 +64,9 @@ class Texts:
         given = 0
         for i, segment in enumerate(segments):
             if isinstance(segment, Gap):
-                parts.append((len(ids), len(ids) + segment.gap))
-                ids += [MASK] * segment.gap
+                size = segment.gap or gap
+                parts.append((len(ids), len(ids) + size))
+                ids += [MASK] * size
                 continue
             before_gap = open_end or (i + 1 < len(segments) and isinstance(segments[i + 1], Gap))
             tokens = self._encode(segment, before_gap)
@@ -79,7 +88,7 @@ class Texts:
             fill = canvas == MASK
         else:
             fill[len(ids) :] = False
-        return Layout(canvas, fill, tuple(parts), given)
+        return Layout(canvas, fill, tuple(parts), given, open_end)
 
     def _encode(self, text: str, before_gap: bool) -> list[int]:
         # A word's token brings its leading space, so a space before a gap belongs to the gap; `read` puts it back.

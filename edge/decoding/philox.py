@@ -13,6 +13,7 @@ Float32 = NDArray[np.float32]
 
 TOKEN_DOMAIN: Final = 0  # Gumbel noise of a candidate
 ORDER_DOMAIN: Final = 1  # which positions `random` selection commits
+BLOCK_DOMAIN: Final = 2  # Gumbel noise of a position's whole vocabulary, four tokens to a counter
 
 _MULTIPLIERS: Final = np.array([0xCD9E8D57, 0xD2511F53], np.uint64)
 _WEYL: Final = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
@@ -41,11 +42,28 @@ def philox(counter: tuple[UInt32, UInt32, UInt32, UInt32], key: int) -> tuple[UI
 def uniform(seed: int, step: int, *, position: UInt32, token: UInt32, domain: int) -> Float32:
     """Uniform draws strictly inside (0, 1), exact in float32: (23 random bits + ½)·2⁻²³."""
     words = philox((token, position, np.array([step], np.uint32), np.array([domain], np.uint32)), seed)
-    u: Float32 = ((words[0] >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
-    return u
+    return _open_unit(words[0])
 
 
 def gumbel(seed: int, step: int, position: UInt32, token: UInt32) -> Float32:
     """Standard Gumbel noise of each candidate; the argmax of score + noise is a draw from softmax(score)."""
     noise: Float32 = -np.log(-np.log(uniform(seed, step, position=position, token=token, domain=TOKEN_DOMAIN)))
     return noise
+
+
+def block_noise(seed: int, positions: UInt32, vocab_size: int) -> Float32:
+    """Standard Gumbel noise of every token at these positions (P,): what `blocks` draws and drafts with.  → (P, V)
+
+    Token i is word i mod 4 of the counter (i div 4, position, 0, BLOCK_DOMAIN): all of Philox's four words are used.
+    """
+    counters = np.arange(-(-vocab_size // 4), dtype=np.uint32)
+    zero, domain = np.zeros(1, np.uint32), np.array([BLOCK_DOMAIN], np.uint32)
+    words = np.stack(philox((counters, positions[:, None], zero, domain), seed), -1)  # (P, V / 4, 4)
+    u = _open_unit(words.reshape(len(positions), -1)[:, :vocab_size])
+    noise: Float32 = -np.log(-np.log(u))
+    return noise
+
+
+def _open_unit(words: UInt32) -> Float32:
+    u: Float32 = ((words >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    return u

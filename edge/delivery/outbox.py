@@ -20,7 +20,7 @@ from edge.delivery.journal import MAX_ATTEMPTS, Entry, Journal
 from edge.delivery.open_requests import OpenRequest, OpenRequests, Sender
 from edge.delivery.publisher import Message, Outcomes, Publisher, Send
 from edge.delivery.reply_limits import ReplyLimits
-from edge.serving.loaded_bundle import Plan
+from edge.serving.runs import Plan
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Heartbeat
 from shared.errors import RequestError

@@ -104,6 +104,13 @@ class Stopwatch:
         delattr(self._backend, self._name)
 
 
+def canvas_backend(loaded: LoadedBundle) -> AnyBackend:
+    """Raises ConfigError when the bundle does not decode by canvas."""
+    if loaded.backend is None:
+        raise ConfigError(f"{loaded.model} does not decode by canvas, which is what edge.bench measures")
+    return loaded.backend
+
+
 def half_masked(loaded: LoadedBundle) -> Row:
     """A canvas with every second position masked, as after two thirds of the steps of default sampling."""
     model, defaults = loaded.manifest.model, loaded.manifest.defaults
@@ -115,7 +122,7 @@ def half_masked(loaded: LoadedBundle) -> Row:
 
 def median_step_ms(loaded: LoadedBundle, positions: Positions, repeats: int = 40) -> float:
     """Median time of a step of half_masked() that scores these positions."""
-    row, backend, times = half_masked(loaded), loaded.backend, []
+    row, backend, times = half_masked(loaded), canvas_backend(loaded), []
     for _ in range(repeats + 5):
         started = time.perf_counter()
         if isinstance(backend, LoopBackend):
@@ -155,7 +162,7 @@ def generation(loaded: LoadedBundle, steps: int) -> Generation:
             nonlocal first_s
             first_s = first_s or time.perf_counter() - started
 
-        with Stopwatch(loaded.backend) as inside:
+        with Stopwatch(canvas_backend(loaded)) as inside:
             completion = loaded.run(plan, on_step)
         total_s = time.perf_counter() - started
         loop_ms = (total_s - inside.seconds) / completion.steps * 1e3

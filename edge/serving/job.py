@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge.serving.loaded_bundle import LoadedBundle, Run
+from edge.serving.loaded_bundle import LoadedBundle
+from edge.serving.runs import Run
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response, Timing, Usage
 
@@ -45,8 +46,8 @@ class Job:
         return None
 
     def positions(self) -> int:
-        """How many canvas positions its next step computes."""
-        return self.loaded.positions(self.run)
+        """How many positions its next pass computes."""
+        return self.run.positions()
 
     def partial(self) -> Partial | None:
         """A snapshot, if one is due."""
@@ -64,6 +65,7 @@ class Job:
             text=snapshot.text(),
             masked=snapshot.masked,
             parts=snapshot.parts(),
+            appended=snapshot.appended(),
         )
 
     def answer(self) -> Response:

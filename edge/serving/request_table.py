@@ -76,7 +76,7 @@ class _State:
 
     def next_batch(self) -> list[Job]:
         """The next job, with as many others of its bundle and length as the backend takes in one step."""
-        order = [job for job in self.queue.order() if job not in self.taken]
+        order = [job for job in self.queue.order() if job not in self.taken and job.run.ready()]
         computing = [batch[0] for batch in self.batches]
         if not order or any(job.alone for job in computing):
             return []
@@ -173,6 +173,7 @@ class RequestTable:
                 state.queue.leave(job)
             if service_ms is not None:
                 state.mean_ms += 0.2 * (service_ms - state.mean_ms)
+        job.run.close()
         self.release(job.client, job.loaded)
 
     # --- work ---------------------------------------------------------------------------------------------------------

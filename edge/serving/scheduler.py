@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from edge.serving.job import Job
-from edge.serving.loaded_bundle import LoadedBundle, Plan
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.request_log import RequestLog
 from edge.serving.request_table import RequestTable
+from edge.serving.runs import Plan
 from edge.system.installed import version
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Health, Metrics, Reply, Response, State, error_response

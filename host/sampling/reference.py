@@ -74,6 +74,14 @@ def uniforms(seed: int, step: int, *, position: Tensor, token: Tensor, domain: i
     return ((philox(counter, seed)[..., 0] >> 9).double() + 0.5) * 2.0**-23
 
 
+def block_uniforms(seed: int, position: Tensor, token: Tensor) -> Tensor:
+    """The same for decoding by blocks: token i takes word i mod 4 of the counter (i div 4, position, 0, 2)."""
+    position, token = torch.broadcast_tensors(position, token)
+    counter = torch.stack([token // 4, position, torch.zeros_like(token), torch.full_like(token, 2)], -1)
+    words = philox(counter, seed).gather(-1, (token % 4)[..., None])[..., 0]
+    return ((words >> 9).double() + 0.5) * 2.0**-23
+
+
 @torch.no_grad()
 def sample(
     model: Denoiser,
@@ -105,7 +113,8 @@ def commit_pass(canvas: Tensor, open_positions: Tensor, *, logp: Tensor, step: i
     """
     entropy = -(logp.exp() * logp.clamp(min=-1e6)).sum(-1)
     best, ids = _best(logp, max(2, settings.top_k))  # two: `margin` compares them
-    token, confidence, apart = _draw(best, ids, position=open_positions, step=step, s=settings)
+    uniform = uniforms(settings.seed, step, position=open_positions[:, None], token=ids, domain=0)
+    token, confidence, apart = _draw(best, ids, uniform, settings)
     score = _order_score(best, open_positions, entropy=entropy, confidence=confidence, step=step, s=settings)
     ranked, order = score.sort(descending=True, stable=True)
     count, gap = _num_to_commit(ranked, step, confidence=confidence, entropy=entropy[order], s=settings)
@@ -128,16 +137,15 @@ def _best(logp: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best[:, :k], ids.gather(-1, order)[:, :k]
 
 
-def _draw(logp: Tensor, ids: Tensor, *, position: Tensor, step: int, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """A draw from the softmax over the kept candidates.  → token, confidence, gap to the second, all (M,)"""
+def _draw(logp: Tensor, ids: Tensor, uniform: Tensor, s: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """A draw from the softmax over the kept candidates (M, k).  → token, confidence, gap to the second, all (M,)"""
     if s.temperature == 0:
         return ids[:, 0], logp[:, 0], logp[:, 0] - logp[:, 1]
-    logp, ids = logp[:, : s.top_k], ids[:, : s.top_k]
+    logp, ids, uniform = logp[:, : s.top_k], ids[:, : s.top_k], uniform[:, : s.top_k]
     score = logp.double() / s.temperature
     p = score.softmax(-1)
     kept = p.cumsum(-1) - p < s.top_p
-    noise = -(-uniforms(s.seed, step, position=position[:, None], token=ids, domain=0).log()).log()
-    noisy = torch.where(kept, score + noise, -torch.inf)
+    noisy = torch.where(kept, score - (-uniform.log()).log(), -torch.inf)
     best = noisy.amax(-1, keepdim=True)
     token = ids.masked_fill(noisy < best, torch.iinfo(ids.dtype).max).amin(-1, keepdim=True)  # ties: the lower id
     second = noisy.masked_fill(ids == token, -torch.inf).amax(-1, keepdim=True)
@@ -145,12 +153,12 @@ def _draw(logp: Tensor, ids: Tensor, *, position: Tensor, step: int, s: Settings
 
 
 def drawn(logp: Tensor, position: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Each row's token by temperature, top-k and top-p, with the noise of (seed, position, token), a first step's.
+    """Each row's token by temperature, top-k and top-p, with the noise of blocks: of (seed, position, token).
 
     logp (M, V), position (M,) → token (M,), gap to the second best (M,)
     """
     best, ids = _best(logp, min(max(2, settings.top_k), logp.shape[-1]))
-    token, _, gap = _draw(best, ids, position=position, step=0, s=settings)
+    token, _, gap = _draw(best, ids, block_uniforms(settings.seed, position[:, None], ids), settings)
     return token, gap
 
 

@@ -33,6 +33,7 @@ EXAMPLES: tuple[Struct, ...] = (
         id="a-1",
         prompt="Once upon a time",
         max_tokens=40,
+        decode="canvas",
         steps=16,
         selection="margin",
         temperature=0.7,
@@ -44,7 +45,8 @@ EXAMPLES: tuple[Struct, ...] = (
         deadline_ms=5000,
         response_topic="edgelm/reply/me",
     ),
-    GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(3), "."], entropy_bound=2.5),
+    GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(None), "."], entropy_bound=2.5),
+    GenerateRequest(prompt="", window=2),
     CancelRequest(id="a-1", response_topic="edgelm/reply/me"),
     HealthRequest(),
     Usage(prompt_tokens=5, generated_tokens=40, steps=16),
@@ -61,7 +63,16 @@ EXAMPLES: tuple[Struct, ...] = (
         model="tinystories@0123456789ab",
         error=ErrorInfo("internal", "…"),
     ),
-    Partial(id="a-1", seq=3, step=4, steps=16, text="Once ░░░", masked=3, parts=[Part("Once "), Part("upon", True)]),
+    Partial(
+        id="a-1",
+        seq=3,
+        step=4,
+        steps=16,
+        text="Once ░░░",
+        masked=3,
+        parts=[Part("Once "), Part("upon", True)],
+        appended=" upon",
+    ),
     Part(text=" upon", draft=True),
     Metrics(
         v=2,
@@ -78,19 +89,20 @@ EXAMPLES: tuple[Struct, ...] = (
         undeliverable=1,
         failure="cuEventSynchronize failed",
     ),
-    Limits(message_bytes=65536, canvas_tokens=256, steps=1024, top_k=64, queue_size=32),
+    Limits(message_bytes=65536, canvas_tokens=256, steps=1024, window=3, top_k=64, queue_size=32),
     Info(
         v=2,
         version="0.1.0",
         model="tinystories@01",
         backend="trt",
         deterministic=True,
-        limits=Limits(1, 2, 3, 4, 5),
+        decoders=["blocks"],
+        limits=Limits(1, 2, 3, 4, 5, 6),
         schemas={"x": {"type": "object"}},
     ),
     Health(v=2, state="error", queued=2, model="tinystories@01", backend="trt", version="0.1.0", failure="it burns"),
 )
-"""Two requests, because `prompt` excludes `segments` and `threshold` excludes `entropy_bound`."""
+"""Several requests, because `prompt` excludes `segments`, and fields of one decoder those of the other."""
 
 CLASSES = [
     kind

@@ -86,13 +86,21 @@ class Status:
 def info(health: Health, loaded: LoadedBundle, queue_size: int) -> Info:
     """What a client may want to know before its first request, with the JSON schemas of requests."""
     manifest = loaded.manifest
-    limits = Limits(MAX_MESSAGE_BYTES, manifest.model.canvas_len, MAX_STEPS, manifest.top_k, queue_size)
+    limits = Limits(
+        message_bytes=MAX_MESSAGE_BYTES,
+        canvas_tokens=manifest.model.canvas_len,
+        steps=MAX_STEPS,
+        window=0 if manifest.blocks is None else manifest.blocks.window,
+        top_k=manifest.top_k,
+        queue_size=queue_size,
+    )
     schemas = {"generate": GenerateRequest, "cancel": CancelRequest}
     return Info(
         version=health.version,
         model=health.model,
         backend=health.backend,
         deterministic=loaded.deterministic,
+        decoders=list(loaded.decoders),
         limits=limits,
         schemas={name: _schema(kind) for name, kind in schemas.items()},
     )

@@ -35,13 +35,14 @@ class FailingDriver(FakeDriver):
         return super()._cuGraphLaunch(graph, stream)
 
 
-def load_failing(folder: Path, manifest: Manifest, threads: int, argument: str) -> TrtBackend:
+def load_failing(folder: Path, manifest: Manifest, threads: int, argument: str) -> edge.backends.Chosen:
     """Stands for the loader of `trt`."""
     driver = FailingDriver(Emulator(ctypes.CDLL(library)), int(passes) or sys.maxsize)
     gpu = Gpu(driver)  # type: ignore[arg-type]
     graph = (folder / find_graph(folder, manifest, "cuda").file).read_bytes()
     trt = FakeTensorRT(driver, buckets(manifest, PROCESSORS))
-    return TrtBackend(trt, gpu, memory=CudaMemory(gpu), manifest=manifest, built=Built(graph, b"cubin"))  # type: ignore[arg-type]
+    backend = TrtBackend(trt, gpu, memory=CudaMemory(gpu), manifest=manifest, built=Built(graph, b"cubin"))  # type: ignore[arg-type]
+    return edge.backends.Chosen(backend, "trt")
 
 
 if __name__ == "__main__":

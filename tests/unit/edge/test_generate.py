@@ -19,12 +19,12 @@ from shared.messages import ErrorInfo, Gap, Response
 @pytest.mark.parametrize(
     ("text", "segments"),
     [
-        ("Tom had a ___ and it was ___.", ["Tom had a ", {"gap": 4}, " and it was ", {"gap": 4}, "."]),
+        ("Tom had a ___ and it was ___.", ["Tom had a ", {"gap": None}, " and it was ", {"gap": None}, "."]),
         ("___:6 said Tom", [{"gap": 6}, " said Tom"]),
         ("He said: ___:12", ["He said: ", {"gap": 12}]),
-        ("___: yes", [{"gap": 4}, ": yes"]),
-        ("___ ___", [{"gap": 4}, " ", {"gap": 4}]),
-        ("snake_case and __init__ ___", ["snake_case and __init__ ", {"gap": 4}]),
+        ("___: yes", [{"gap": None}, ": yes"]),
+        ("___ ___", [{"gap": None}, " ", {"gap": None}]),
+        ("snake_case and __init__ ___", ["snake_case and __init__ ", {"gap": None}]),
     ],
 )
 def test_parse_infill_three_underscores_are_a_gap(text: str, segments: list[Any]) -> None:

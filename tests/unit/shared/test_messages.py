@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from shared.errors import ERROR_CODES, RequestError
-from shared.manifest import MAX_STEPS
+from shared.manifest import MAX_STEPS, MAX_WINDOW
 from shared.messages import (
     MAX_DEADLINE_MS,
     MAX_GAP,
@@ -63,6 +63,8 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("id", ["a", "a" * 128, "ümläut 1"], ["", "a" * 129, "a/b", "a+", "#", "a\n", "\0", 1]),
     ("prompt", ["", "<MASK>"], [7]),
     ("max_tokens", [1, MAX_GAP], [0, MAX_GAP + 1, 1.5]),
+    ("decode", ["blocks", "canvas"], ["diffusion", 1]),
+    ("window", [0, MAX_WINDOW], [-1, MAX_WINDOW + 1]),
     ("steps", [1, MAX_STEPS], [0, MAX_STEPS + 1, "8"]),
     ("selection", ["confidence", "random", "margin", "entropy"], ["best"]),
     ("temperature", [0, 0.7, 10], [-0.1, 10.1]),

@@ -44,7 +44,7 @@ def loaded(bundle: Path, name: str) -> Backend:
 
 
 def test_auto_without_an_engine_is_the_cpu_and_all_is_well(debug_bundle: Path, built: Callable[[], None]) -> None:
-    backend, name, degraded = choose_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
+    backend, name, degraded, _ = choose_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
     assert isinstance(backend, OrtBackend)
     assert (name, degraded) == ("ort", None)
     backend.close()
@@ -66,9 +66,10 @@ def test_auto_on_a_gpu_device_that_falls_back_is_degraded(
 
     monkeypatch.setitem(edge.backends._LOADERS, "trt", broken)
     monkeypatch.setattr(edge.backends, "_load_trt", broken)
-    backend, name, degraded = choose_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
+    backend, name, degraded, _ = choose_backend("auto", debug_bundle, read_manifest(debug_bundle), threads=1)
     assert (name, degraded) == ("ort", "no engine for this bundle" if ours else "RuntimeError: Myelin:\\nsegment")
     assert "the GPU cannot be used, the CPU serves instead: " in caplog.text
+    assert backend is not None
     backend.close()
 
 

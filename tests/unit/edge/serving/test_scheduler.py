@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from edge.backends.fake import FakeBackend
-from edge.serving.loaded_bundle import LoadedBundle, Plan, Run
+from edge.serving.loaded_bundle import LoadedBundle
+from edge.serving.runs import Plan, Run
 from edge.serving.scheduler import Scheduler
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response

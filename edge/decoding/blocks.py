@@ -1,0 +1,221 @@
+"""The blocks loop: a pass over the last committed token and the drafts after it, kept as far as the law draws the same.
+
+Backend-blind. The token of position p is the arg max of the filtered scores of the row at p − 1 plus the noise of
+(seed, p, token); a draft for p is the arg max of the drafter's plus the same noise. So drafts change how many passes a
+text takes, never the text (Daliri et al., arXiv 2408.07978). `host.sampling.blocks` says the same in torch; a golden
+test holds the two together.
+L: canvas length, N: rows of a pass, M: scored rows, K: candidates of each, V: vocabulary, C: rows that a slot holds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Protocol
+
+import numpy as np
+
+from edge.decoding.canvas import COLDEST
+from edge.decoding.philox import block_noise
+from edge.decoding.types import Bools, Floats, Ids
+from shared.tokens import EOS, MASK, PAD
+
+NOISE_BLOCK: Final = 8
+"""Positions whose noise is made at once: one alone costs three times as much."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """How tokens are drawn. window: the most drafts in a pass."""
+
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    window: int
+
+
+class RowScores(NamedTuple):
+    """The K best tokens of each scored row, best first, ties by the lower id, and the state that they are read from."""
+
+    ids: Ids  # (M, K)
+    scores: Floats  # (M, K), before the softmax
+    states: Floats  # (M, D)
+
+
+@dataclass(eq=False)
+class Slot:
+    """Keys and values of one request on a backend. `cached` rows are kept; what lies behind them is overwritten."""
+
+    positions: Ids  # (C,) of the rows
+    memory: Any  # the backend's own
+    cached: int = 0
+
+
+class RowsBackend(Protocol):
+    """Scores rows that see those kept in their slot and the ones before them. Their scores depend on nothing else."""
+
+    depth: int
+    """The most drafts that `draft` makes."""
+
+    lanes: int
+    """How many threads may call it at once, each with a slot of its own."""
+
+    def open_slot(self) -> Slot:
+        """An empty slot."""
+
+    def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
+        """Keep rows (N,) that all see each other, in an empty slot: the given text on both sides of gaps."""
+
+    def rows(self, slot: Slot, tokens: Ids, *, positions: Ids, scored: int, under_way: int = 1) -> RowScores:
+        """One pass over rows (N,), each of which sees the kept rows, the ones before it and itself; the last `scored`
+        are scored. Keeps none of them: who adds to `slot.cached` does. under_way: requests that share the threads.
+        """
+
+    def draft(self, state: Floats, token: int, noise: Floats, law: Law) -> Ids:
+        """Drafts (depth,) for the positions after `token`'s.  state (D,) of the row that drew it, noise (depth, V)"""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class Noise:
+    """The noise of a seed, position after position; made ahead for a few of them."""
+
+    def __init__(self, seed: int, vocab_size: int) -> None:
+        self._seed, self._vocab_size = seed, vocab_size
+        self._first = 0
+        self._made: Floats = np.empty((0, vocab_size), np.float32)
+
+    def of(self, position: int, count: int) -> Floats:
+        """(count, V), from `position` on."""
+        end = self._first + len(self._made)
+        if not self._first <= position <= end:
+            self._first, self._made, end = position, self._made[:0], position
+        if position + count > end:
+            more = np.arange(end, max(position + count, end + NOISE_BLOCK), dtype=np.uint32)
+            kept = self._made[position - self._first :]
+            self._made = np.concatenate([kept, block_noise(self._seed, more, self._vocab_size)])
+            self._first = position
+        start = position - self._first
+        return self._made[start : start + count]
+
+
+@dataclass(eq=False)
+class Writing:
+    """One canvas (L,) on its way, its gaps filled in place from the left. It knows nothing of its neighbours.
+
+    fill (L,): the positions of the gaps, each laid out at its full size. open_end: it is a prompt, whose one gap has
+    nothing after it, and all rows are causal; else the given text is prefilled as evidence.
+    """
+
+    canvas: Ids
+    fill: Bools
+    open_end: bool
+    law: Law
+    vocab_size: int
+    slot: Slot | None = None
+    passes: int = 0
+    done: bool = False
+    drafts: list[int] = field(default_factory=list)
+    """For the positions after `position`."""
+    pending: list[int] = field(init=False)
+    """Committed tokens up to `position` whose rows are not kept yet."""
+    position: int = field(init=False)
+    gaps: list[tuple[int, int]] = field(init=False)
+    """First and last position of each gap that is still open, the first of them under way."""
+    evidence: tuple[Ids, Ids] | None = field(init=False)
+    """Tokens and positions of rows to prefill."""
+    noise: Noise = field(init=False)
+
+    def __post_init__(self) -> None:
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], self.fill, [False]]).astype(np.int8)))
+        self.gaps = [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
+        self.noise = Noise(self.law.seed, self.vocab_size)
+        given = np.flatnonzero(~self.fill & (self.canvas != MASK) & (self.canvas != PAD)).astype(np.int32)
+        first, last = self.gaps[0][0], self.gaps[-1][1]
+        if self.open_end:
+            self.pending, self.evidence = self.canvas[given].tolist(), None
+        else:
+            tokens, end = self.canvas[given], max(int(given[-1]), last) + 1
+            if end < self.canvas.size:  # there is room to say that the text ends
+                given, tokens = np.append(given, np.int32(end)), np.append(tokens, np.int32(EOS))
+            self.pending, self.evidence = [int(self.canvas[first - 1])], (tokens, given)
+        self.position = first - 1
+
+    @property
+    def left(self) -> int:
+        """Positions of open gaps that hold no token yet."""
+        return sum(last - first + 1 for first, last in self.gaps) - (
+            self.position - self.gaps[0][0] + 1 if self.gaps else 0
+        )
+
+    @property
+    def cost(self) -> int:
+        """Rows of the next pass."""
+        return len(self.pending) + len(self.drafts) + (0 if self.evidence is None else self.evidence[0].size)
+
+
+def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
+    """One pass: commits one token and every draft that the law draws too, then drafts anew."""
+    w, slot, law = writing, writing.slot, writing.law
+    assert slot is not None
+    if w.evidence is not None:
+        backend.prefill(slot, *w.evidence)
+        w.evidence = None
+    tokens = np.array([*w.pending, *w.drafts], np.int32)
+    first = w.position - len(w.pending) + 1
+    scored = len(w.drafts) + 1
+    places = np.arange(first, first + tokens.size, dtype=np.int32)
+    ids, scores, states = backend.rows(slot, tokens, positions=places, scored=scored, under_way=under_way)
+    drawn = draw(ids, scores, w.noise.of(w.position + 1, scored), law).tolist()
+    agreed = 0
+    while agreed < len(w.drafts) and w.drafts[agreed] == drawn[agreed]:
+        agreed += 1
+    slot.cached += len(w.pending) + agreed
+    new = drawn[: agreed + 1]
+    w.passes += 1
+    if _commit(w, new):
+        room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
+        w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))
+
+
+def draw(ids: Ids, scores: Floats, noise: Floats, law: Law) -> Ids:
+    """The token of each row (M,), after temperature, top-k and top-p, with its position's noise (M, V)."""
+    if law.temperature == 0:
+        return ids[:, 0]
+    ids, scaled = ids[:, : law.top_k], scores[:, : law.top_k] / np.float32(max(law.temperature, COLDEST))
+    noisy = scaled + np.take_along_axis(noise, ids, 1)
+    if law.top_p < 1:
+        p = np.exp(scaled - scaled[:, :1])
+        p /= p.sum(1, keepdims=True)
+        noisy[np.cumsum(p, 1) - p >= law.top_p] = -np.inf  # keeps the first candidate to reach top_p
+    best = noisy.max(1, keepdims=True)
+    token: Ids = np.where(noisy == best, ids, np.iinfo(np.int32).max).min(1)
+    return token
+
+
+def _commit(w: Writing, new: list[int]) -> bool:
+    """Write tokens after `position`; an EOS, or the last position, closes the gap, and the next one begins.
+
+    → whether the gap is open still
+    """
+    last = w.gaps[0][1]
+    w.canvas[w.position + 1 : w.position + 1 + len(new)] = new
+    w.position += len(new)
+    w.pending, w.drafts = [new[-1]], []
+    if new[-1] != EOS and w.position < last:
+        return True
+    w.canvas[w.position + 1 : last + 1] = PAD
+    del w.gaps[0]
+    w.done = not w.gaps
+    if w.gaps:
+        w.position = w.gaps[0][0] - 1
+    w.pending = [] if w.done else [int(w.canvas[w.position])]
+    return False
+
+
+def _drafts(backend: RowsBackend, w: Writing, state: Floats, count: int) -> list[int]:
+    """At most `count` drafts, none from an EOS on: the law draws that by itself."""
+    if count <= 0:
+        return []
+    noise = w.noise.of(w.position + 1, backend.depth)
+    drafts: list[int] = backend.draft(state, w.pending[-1], noise, w.law)[:count].tolist()
+    return drafts[: drafts.index(EOS)] if EOS in drafts else drafts

@@ -1,0 +1,217 @@
+"""A checked request on its way to its text, by either decoder."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edge.decoding import blocks
+from edge.decoding.blocks import Law, RowsBackend, Writing
+from edge.decoding.canvas import advance, bucket
+from edge.decoding.layout_text import Layout, Texts
+from edge.decoding.types import AnyBackend, Ids, Row, Sampling
+from edge.serving.slots import Slots
+from shared.manifest import Manifest
+from shared.messages import Part
+from shared.tokens import MASK, PAD
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that was checked and can no longer fail for its own fault, by canvas (`Sampling`) or blocks (`Law`)."""
+
+    layout: Layout
+    sampling: Sampling | Law
+
+    @property
+    def seed(self) -> int:
+        """The seed that reproduces the text."""
+        return self.sampling.seed
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the given text."""
+        return self.layout.prompt_tokens
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two passes; read text and parts before the next pass changes them.
+
+    appended: what a prompt's text has grown by since the last snapshot; None by canvas and with gaps, where text
+    appears anywhere.
+    """
+
+    step: int  # passes so far
+    steps: int  # the most there can be
+    masked: int  # positions of the request still open
+    text: Callable[[], str]
+    parts: Callable[[], list[Part]]  # with what is drafted at the open positions
+    appended: Callable[[], str | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a plan. canvas (L,): the final ids."""
+
+    text: str
+    canvas: Ids
+    generated_tokens: int
+    steps: int
+
+
+class Run(Protocol):
+    """A plan under way."""
+
+    plan: Plan
+
+    @property
+    def done(self) -> bool:
+        """Whether all positions are filled."""
+
+    def ready(self) -> bool:
+        """Whether it can run its next pass; takes a place on the backend if it needs one and there is one.
+
+        Not thread-safe: asked under the lock of whoever schedules.
+        """
+
+    def positions(self) -> int:
+        """How many positions its next pass computes."""
+
+    def snapshot(self) -> Snapshot:
+        """How far it is."""
+
+    def completion(self) -> Completion:
+        """What came of it, once it is done."""
+
+    def close(self) -> None:
+        """Give its place on the backend back."""
+
+
+class CanvasRun:
+    """By full-canvas diffusion."""
+
+    def __init__(self, plan: Plan, texts: Texts, backend: AnyBackend) -> None:
+        assert isinstance(plan.sampling, Sampling)
+        self.plan, self._texts = plan, texts
+        self.row = Row(plan.layout.canvas.copy(), plan.layout.fill, plan.sampling)
+        self._most = min(plan.sampling.steps, self.row.left)
+        # Asked of every request at every pass: isinstance with a protocol would cost more than all the rest.
+        self._lengths: tuple[int, ...] | None = getattr(backend, "lengths", None)
+
+    @property
+    def done(self) -> bool:
+        """See `Run`."""
+        return self.row.left == 0
+
+    def ready(self) -> bool:
+        """See `Run`."""
+        return True
+
+    def positions(self) -> int:
+        """See `Run`."""
+        return self.row.active if self._lengths is None else bucket(self.row.active, self._lengths)
+
+    def snapshot(self) -> Snapshot:
+        """See `Run`."""
+        row, layout = self.row, self.plan.layout
+        text, parts = (lambda: self._texts.read(layout, row.canvas)), self._parts
+        return Snapshot(row.step, max(self._most, row.step), row.left, text, parts)
+
+    def completion(self) -> Completion:
+        """See `Run`."""
+        return completion_of(self.plan, self._texts, self.row.canvas, self.row.step)
+
+    def close(self) -> None:
+        """See `Run`."""
+
+    def _parts(self) -> list[Part]:
+        return self._texts.parts(self.plan.layout, self.row.canvas, self.row.draft)
+
+
+class BlocksRun:
+    """From the left, by the network's own law."""
+
+    def __init__(self, plan: Plan, texts: Texts, slots: Slots, vocab_size: int) -> None:
+        assert isinstance(plan.sampling, Law)
+        self.plan, self._texts, self._slots = plan, texts, slots
+        layout = plan.layout
+        self.writing = Writing(layout.canvas.copy(), layout.fill, layout.open_end, plan.sampling, vocab_size)
+        self._most = self.writing.left
+        self._sent = "".join(part for part in layout.parts if isinstance(part, str))
+
+    @property
+    def done(self) -> bool:
+        """See `Run`."""
+        return self.writing.done
+
+    def ready(self) -> bool:
+        """See `Run`."""
+        if self.writing.slot is None:
+            self.writing.slot = self._slots.take()
+        return self.writing.slot is not None
+
+    def positions(self) -> int:
+        """See `Run`."""
+        return self.writing.cost
+
+    def snapshot(self) -> Snapshot:
+        """See `Run`."""
+        w = self.writing
+        return Snapshot(w.passes, max(self._most, w.passes), w.left, self._text, self._parts, self._appended)
+
+    def completion(self) -> Completion:
+        """See `Run`."""
+        return completion_of(self.plan, self._texts, self.writing.canvas, self.writing.passes)
+
+    def close(self) -> None:
+        """See `Run`."""
+        slot, self.writing.slot = self.writing.slot, None
+        if slot is not None:
+            self._slots.give_back(slot)
+
+    def _text(self) -> str:
+        return "".join(part.text for part in self._shown(()))
+
+    def _parts(self) -> list[Part]:
+        return self._shown(self.writing.drafts)
+
+    def _appended(self) -> str | None:
+        if not self.plan.layout.open_end:
+            return None
+        text = self._text()
+        new, self._sent = text[len(self._sent) :], text
+        return new
+
+    def _shown(self, drafts: Sequence[int]) -> list[Part]:
+        w, layout = self.writing, self.plan.layout
+        draft = np.full_like(w.canvas, PAD if layout.open_end else MASK)  # nothing is known of where a text ends
+        draft[w.position + 1 : w.position + 1 + len(drafts)] = drafts
+        return whole_characters(self._texts.parts(layout, w.canvas, draft))
+
+
+def whole_characters(parts: Sequence[Part]) -> list[Part]:
+    """Without the bytes at the end of committed text and around drafts that only later tokens make a character of."""
+    half = "\N{REPLACEMENT CHARACTER}"
+    cut = (Part(part.text.strip(half) if part.draft else part.text.rstrip(half), part.draft) for part in parts)
+    return [part for part in cut if part.text]
+
+
+def completion_of(plan: Plan, texts: Texts, canvas: Ids, passes: int) -> Completion:
+    """A finished canvas as an answer's content."""
+    generated = int(np.count_nonzero(plan.layout.fill & (canvas != PAD)))
+    return Completion(texts.read(plan.layout, canvas), canvas, generated, passes)
+
+
+def step(
+    runs: Sequence[Run], manifest: Manifest, *, backend: AnyBackend | None, rows: RowsBackend | None, under_way: int
+) -> None:
+    """One pass of unfinished runs: one by blocks, or some by canvas, of equal `positions`."""
+    first = runs[0]
+    if isinstance(first, BlocksRun):
+        assert rows is not None and len(runs) == 1
+        blocks.advance(rows, first.writing, under_way)
+    else:
+        assert backend is not None
+        advance(backend, manifest.schedule, [run.row for run in runs if isinstance(run, CanvasRun)], under_way)

@@ -1,0 +1,40 @@
+"""Places for keys and values on a backend: bounded in number, and so in memory."""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from edge.decoding.blocks import RowsBackend, Slot
+from edge.system.locked import Locked
+
+SLOTS: Final = 8
+"""Requests that hold keys and values at once; the others wait for a place. 2.6 MB each in a `tiny` network."""
+
+
+@dataclass
+class _Pool:
+    left: int  # that may still be made
+    free: list[Slot] = field(default_factory=list)
+
+
+class Slots:
+    """A pool of slots, made when first needed. Thread-safe. A slot stays with its request until that is done."""
+
+    def __init__(self, backend: RowsBackend, most: int = SLOTS) -> None:
+        self._backend = backend
+        self._pool = Locked(_Pool(most))
+
+    def take(self) -> Slot | None:
+        """An empty slot; None when all are taken."""
+        with self._pool as pool:
+            if pool.free:
+                return pool.free.pop()
+            if not pool.left:
+                return None
+            pool.left -= 1
+        return self._backend.open_slot()
+
+    def give_back(self, slot: Slot) -> None:
+        """The request is done, or given up; what it kept is overwritten by the next."""
+        slot.cached = 0
+        with self._pool as pool:
+            pool.free.append(slot)

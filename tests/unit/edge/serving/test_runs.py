@@ -1,0 +1,96 @@
+"""Blocks in the scheduler: places for keys and values, and the same text in any company."""
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from edge.serving.loaded_bundle import LoadedBundle
+from edge.serving.runs import whole_characters
+from edge.serving.scheduler import Scheduler
+from edge.serving.slots import Slots
+from shared.errors import RequestError
+from shared.messages import Gap, GenerateRequest, Part, Partial
+from tests.support.mailbox import submit
+
+PROMPT = GenerateRequest(prompt="abc", max_tokens=40, seed=5)
+GAPS = GenerateRequest(segments=["abc ", Gap(None), " d ", Gap(7), "."], seed=6)
+
+
+@pytest.fixture(scope="module", params=["ort", "fake"])
+def loaded(request: pytest.FixtureRequest, blocks_bundle: Path) -> LoadedBundle:
+    return LoadedBundle.load(blocks_bundle, request.param, threads=2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.2])
+@pytest.mark.parametrize("base", [PROMPT, GAPS], ids=["prompt", "gaps"])
+def test_blocks_text_does_not_depend_on_the_window(
+    loaded: LoadedBundle, base: GenerateRequest, temperature: float
+) -> None:
+    texts = []
+    for window in (0, 1, 3):
+        plan = loaded.prepare(replace(base, window=window, temperature=temperature))
+        completion = loaded.run(plan)
+        texts.append((completion.text, completion.canvas.tolist()))
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_blocks_drafts_that_hold_save_passes(blocks_bundle: Path) -> None:
+    fake = LoadedBundle.load(blocks_bundle, "fake")
+    steps = {
+        window: fake.run(fake.prepare(GenerateRequest(prompt="abc", max_tokens=41, seed=5, window=window))).steps
+        for window in (0, 3)
+    }
+    assert steps == {0: 41, 3: 11}
+
+
+def test_blocks_of_more_requests_than_slots_are_those_of_each_alone(loaded: LoadedBundle) -> None:
+    requests = [GenerateRequest(prompt="abc" * (1 + n % 3), max_tokens=20, seed=n) for n in range(20)]
+    alone = [loaded.run(loaded.prepare(request)).text for request in requests]
+    scheduler = Scheduler(loaded, queue_size=32)
+    boxes = [submit(scheduler, prompt=r.prompt, max_tokens=20, seed=r.seed, client=str(r.seed)) for r in requests]
+    scheduler.start()
+    assert [box.response().text for box in boxes] == alone
+    scheduler.refuse_new()
+    scheduler.stop()
+
+
+def test_blocks_snapshots_add_up_to_the_text(loaded: LoadedBundle) -> None:
+    scheduler = Scheduler(loaded, queue_size=2)
+    box = submit(scheduler, prompt="abc", max_tokens=40, seed=3, stream=True)
+    scheduler.refuse_new()
+    scheduler.run()
+    text = box.response().text
+    grown = "abc" + "".join(reply.appended or "" for reply in box.replies if isinstance(reply, Partial))
+    assert text is not None and text.startswith(grown)
+
+
+def test_slots_are_bounded_and_come_back(loaded: LoadedBundle) -> None:
+    assert loaded.rows is not None
+    slots = Slots(loaded.rows, most=2)
+    first, second = slots.take(), slots.take()
+    assert first is not None and second is not None and slots.take() is None
+    first.cached = 7
+    slots.give_back(first)
+    assert slots.take() is first and first.cached == 0
+
+
+def test_decoder_a_bundle_has_not_is_refused(debug_bundle: Path) -> None:
+    by_canvas = LoadedBundle.load(debug_bundle, "fake")
+    with pytest.raises(RequestError, match="`decode` asks for blocks; this bundle on this device has canvas alone"):
+        by_canvas.prepare(GenerateRequest(prompt="abc", decode="blocks"))
+
+
+def test_window_above_the_bundle_is_refused(loaded: LoadedBundle) -> None:
+    with pytest.raises(RequestError, match="`window` 4 is above the bundle's 3"):
+        loaded.prepare(GenerateRequest(prompt="abc", window=4))
+
+
+def test_decoder_follows_from_a_field_of_its_own(loaded: LoadedBundle) -> None:
+    steps = loaded.run(loaded.prepare(GenerateRequest(prompt="abc", steps=4, selection="random", max_tokens=30))).steps
+    assert steps <= 5
+
+
+def test_whole_characters_leaves_out_halves() -> None:
+    half = "\N{REPLACEMENT CHARACTER}"
+    assert whole_characters([Part(f"Zo{half}"), Part(f"{half} and", draft=True)]) == [Part("Zo"), Part(" and", True)]
