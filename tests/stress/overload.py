@@ -1,12 +1,13 @@
 """Ten times what a daemon can do: `python -m tests.stress.overload --minutes N`.
 
-Clients of the socket and of MQTT ask without waiting for answers. Each request has to be answered, most with a refusal
-that says when to try again; memory has to stay bounded; and afterwards somebody new has to be served as soon as
-everything accepted could be.
+Clients of the socket and of MQTT ask without waiting for answers, at QoS 1 and, much faster, at QoS 0. Each request has
+to be answered, most with a refusal that says when to try again; of those at QoS 0, each that is not has to be counted.
+Memory has to stay bounded; and afterwards somebody new has to be served as soon as everything accepted could be.
 """
 
 import argparse
 import json
+import queue
 import socket
 import tempfile
 import threading
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +24,7 @@ from edge.config import Config, default_bundle
 from shared.errors import run_main
 from tests.integration.harness import TIMEOUT_S, Broker, Daemon, Line, Listener
 from tests.stress.soak import resources
+from tests.support.flood import flood
 
 TIMES: Final = 10
 SOCKETS: Final = 8
@@ -31,6 +34,12 @@ ACCEPTED: Final = Config().queue_size + 1
 MOST_GROWTH_KB: Final = 16 * 1024
 REQUEST: Final = {"prompt": "Once upon a time", "steps": 8}
 TOPIC: Final = "edgelm/dev/request/generate"
+FLOOD_RATE: Final = 2000
+"""Requests a second at QoS 0."""
+BACKLOG_S: Final = 120.0
+"""From one answer over MQTT to the next, at most: the broker hands on what came at QoS 0 in between."""
+QUIET_S: Final = 5.0
+"""Longer than from one answer to the next."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,9 @@ class Report:
     offered: int
     offered_rate: float
     answers: dict[str, int]
+    qos_0_sent: int
+    qos_0_answered: int
+    qos_0_dropped: int
     retry_after_ms: tuple[int, int]
     resident_before_kb: int
     resident_most_kb: int
@@ -58,6 +70,8 @@ class Report:
             return f"answers other than texts and refusals: {self.answers}"
         if sum(self.answers.values()) != self.offered:
             return f"{self.offered} requests got {sum(self.answers.values())} answers"
+        if self.qos_0_answered + self.qos_0_dropped != self.qos_0_sent:
+            return f"{self.qos_0_sent} requests at QoS 0, of which {self.qos_0_dropped} were counted as dropped"
         if self.retry_after_ms[0] < 1:
             return "a refusal without advice"
         if self.resident_most_kb > self.resident_before_kb + MOST_GROWTH_KB:
@@ -118,10 +132,26 @@ def flood_mqtt(broker: Broker, seconds: float, rate: float, answers: Answers) ->
         listener.client.publish(TOPIC, json.dumps(REQUEST | {"id": str(number)}), qos=1)
 
     sent = paced(seconds, rate, send)
-    for _ in range(sent):
-        answers.note(json.loads(listener.heard.get(timeout=TIMEOUT_S).payload))
+    with suppress(queue.Empty):  # one that stays away is missing in the report
+        for _ in range(sent):
+            answers.note(json.loads(listener.heard.get(timeout=BACKLOG_S).payload))
     listener.close()
     return sent
+
+
+def flood_qos_0(broker: Broker, seconds: float) -> tuple[int, int]:
+    """One client's part, at QoS 0.  → requests sent, and how many of them were answered"""
+    listener = Listener(broker.port, "edgelm/dev/response/flood/#")
+    sent = flood(broker.port, f"{TOPIC}/flood", json.dumps(REQUEST).encode(), FLOOD_RATE, seconds)
+    answered = 0
+    listener.publish(f"{TOPIC}/flood", {"id": "last", "prompt": 1})  # comes after all of them, and is refused
+    while listener.heard.get(timeout=BACKLOG_S).topic != "edgelm/dev/response/flood/last":
+        answered += 1
+    with suppress(queue.Empty):  # what was accepted is answered later
+        while listener.heard.get(timeout=QUIET_S):
+            answered += 1
+    listener.close()
+    return sent, answered
 
 
 def capacity(daemon: Daemon, requests: int) -> float:
@@ -150,6 +180,18 @@ def newcomer(daemon: Daemon) -> float:
     return time.monotonic() - began_s
 
 
+def last_metrics(broker: Broker, daemon: Daemon) -> dict[str, Any]:
+    """The counters that a daemon publishes as it ends."""
+    listener = Listener(broker.port, "edgelm/dev/#")
+    daemon.close()
+    metrics: dict[str, Any] = {}
+    while (message := listener.heard.get(timeout=TIMEOUT_S)).payload != b"offline":
+        if message.topic.endswith("/metrics"):
+            metrics = json.loads(message.payload)
+    listener.close()
+    return metrics
+
+
 def run(seconds: float, backend: str, bundle: Path) -> Report:
     """Find out what it can do, and ask for ten times as much."""
     answers = Answers()
@@ -163,7 +205,8 @@ def run(seconds: float, backend: str, bundle: Path) -> Report:
             before = resources(daemon.process.pid).resident_kb
             rate = TIMES * most / (SOCKETS + 1)
             resident: list[int] = []
-            with ThreadPoolExecutor(SOCKETS + 1) as pool:
+            with ThreadPoolExecutor(SOCKETS + 2) as pool:
+                unreliable = pool.submit(flood_qos_0, broker, seconds)
                 floods = [pool.submit(flood_socket, daemon, seconds, rate, answers) for _ in range(SOCKETS)]
                 floods.append(pool.submit(flood_mqtt, broker, seconds, rate, answers))
                 end_s = time.monotonic() + seconds
@@ -172,7 +215,9 @@ def run(seconds: float, backend: str, bundle: Path) -> Report:
                     time.sleep(0.1)
                 recovery_s = newcomer(daemon)
                 offered = sum(flood.result() for flood in floods)
+                qos_0_sent, qos_0_answered = unreliable.result()
             resident.append(resources(daemon.process.pid).resident_kb)
+            dropped = last_metrics(broker, daemon)["dropped"]
         finally:
             daemon.close()
             broker.stop()
@@ -181,6 +226,9 @@ def run(seconds: float, backend: str, bundle: Path) -> Report:
         offered=offered,
         offered_rate=round(offered / seconds, 1),
         answers=dict(answers.codes),
+        qos_0_sent=qos_0_sent,
+        qos_0_answered=qos_0_answered,
+        qos_0_dropped=dropped,
         retry_after_ms=(min(answers.advice_ms, default=0), max(answers.advice_ms, default=0)),
         resident_before_kb=before,
         resident_most_kb=max(resident),
