@@ -25,6 +25,7 @@ from edge.backends.trt.profiles import BATCHES
 from edge.config import default_bundle
 from edge.decoding.canvas import wanted
 from edge.decoding.types import AnyBackend, LoopBackend, Positions, Row, Sampling
+from edge.measure.blocks import Blocks, measure_blocks, print_blocks
 from edge.measure.clients import measure, print_clients, serving
 from edge.measure.roofline import BOARDS, floor
 from edge.serving.loaded_bundle import LoadedBundle
@@ -78,6 +79,7 @@ class Report(Struct):
     default_scored: int  # positions
     generations: list[Generation]
     daemon: DaemonCost
+    blocks: Blocks | None
     reference: dict[str, float] | None  # from `host.bench step`; None where the host is not installed
 
 
@@ -234,6 +236,8 @@ def print_report(r: Report) -> None:
     print(f"\n{'steps':>6} {'tokens/s':>9} {'first token, ms':>16} {'last token, ms':>15} {'loop, ms a step':>16}")
     for g in r.generations:
         print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
+    if r.blocks is not None:
+        print_blocks(r.blocks)
 
 
 def parse_clients(text: str) -> list[int]:
@@ -304,6 +308,7 @@ def main() -> None:
         default_scored=wanted(row).size,
         generations=[generation(loaded, steps) for steps in args.steps],
         daemon=daemon_cost(loaded, args.bundle, args.backend, args.threads),
+        blocks=measure_blocks(loaded),
         reference=host_reference(loaded, args.threads),
     )
     if args.json:
