@@ -18,13 +18,13 @@ MIN_TOP1_AGREEMENT: Final = 0.95
 
 def measure(reference: Reference, graph: GraphScorer, scheme: str, kept_float: Sequence[str] = ()) -> Parity:
     """NELBO on the same noise, and the share of masked positions whose likeliest token is the same in both."""
-    found = evaluate(graph, reference.few, reference.progress.schedule, draws=1).nelbo_nats_per_token.value
+    nelbo = evaluate(graph, reference.few, reference.progress.schedule, draws=1).nelbo_nats_per_token.value
     pairs = zip(reference.canvases, reference.likeliest, strict=True)
     same = np.concatenate([graph.logits(canvas, t).argmax(-1) == best for (canvas, t), best in pairs])
     return Parity(
         graph=graph.name,
         scheme=scheme,
-        nelbo_ratio=found / reference.nelbo,
+        nelbo_ratio=nelbo / reference.nelbo,
         top1_agreement=float(same.mean()),
         kept_float=tuple(kept_float),
     )

@@ -105,6 +105,8 @@ def test_export_of_a_run_writes_its_figures(
     assert parity.scheme in ("dynamic", "static")
     assert ("canvas.cpu.int8.onnx: at run time, per pass" in manifest.calibration) == (parity.scheme == "dynamic")
     assert "error of each linear layer alone in INT8" in printed
+    layers = [line.split()[0] for line in printed.splitlines() if line.startswith("  blocks.") and line.endswith("%")]
+    assert len(layers) == 4 * model.config.layers
 
 
 INSIDE = {"norm1.": "qkv.weight", "norm2.": "up.weight"}
