@@ -113,7 +113,7 @@ def command_to_repeat(bundle: Path, seed: int) -> str:
 
 
 def _best_settings(bundle: Path) -> dict[str, Any]:
-    """By blocks the defaults. By canvas one step a token: something to see, and its best text (docs/quality.md)."""
+    """By blocks the defaults. By canvas one step a token: something to see, and varied text (docs/quality.md)."""
     if read_manifest(bundle).decoders[0] == "blocks":
         return {}
     return {"steps": 256, "selection": "entropy", "temperature": 1.0}  # colder, this rule repeats itself
