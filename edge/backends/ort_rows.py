@@ -67,6 +67,9 @@ class OrtRows:
         """See `edge.decoding.blocks.RowsBackend`."""
         size = pool_size(self._threads, under_way)
         session = self._open("step", size)
+        last = tokens.size
+        if last == 1:  # ONNX Runtime sums a lone row in another order: given twice, it is equal to the bit to any other
+            tokens, positions = tokens.repeat(2), positions.repeat(2)
         end = slot.cached + tokens.size
         slot.positions[slot.cached : end] = positions
         small = {
@@ -75,7 +78,7 @@ class OrtRows:
             "key_positions": slot.positions[:end],
             "last": np.array([end - 1], np.int32),
             "total": np.array(end, np.int32),
-            "scored": np.arange(tokens.size - scored, tokens.size, dtype=np.int32),
+            "scored": np.arange(last - scored, last, dtype=np.int32),
         }
         binding = self._binding(slot, session, size)
         for name, value in small.items():
