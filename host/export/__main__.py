@@ -20,7 +20,7 @@ import numpy as np
 from host.evaluate.laws import law_figures, print_law_figures
 from host.evaluate.likelihood import STORIES, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
-from host.export.blocks_pipeline import CALIBRATION_STORIES, Blocks, blocks_graphs, blocks_int8
+from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
 from host.export.law_parity import graph_laws
 from host.export.parity import dropped_mass
@@ -143,12 +143,15 @@ def export_run(
     held_out = held_out_files(source, tokenizer, stories) if source else held_out_split(data_of(run), stories)
     stages = Stages(stage_costs(wanted, learned, stories=len(held_out.canvases), report=report))
     blocks = Blocks([])
+    text = held_out.canvases
+    if not source:
+        train = data_of(run).train
+        text = train.take(np.arange(min(len(train), TEXT_STORIES)))
     if "ar" in learned and wanted.cpu_int8:
         stages.begin(BLOCKS)
-        few = held_out.canvases if source else data_of(run).train.take(np.arange(CALIBRATION_STORIES))
-        blocks = blocks_int8(model, learned, held_out=held_out, calibration=few[:CALIBRATION_STORIES])
+        blocks = blocks_int8(model, learned, held_out=held_out, text=text)
     elif wanted.cpu_fp32:
-        blocks = Blocks(blocks_graphs(model, learned))
+        blocks = Blocks(blocks_graphs(model, learned, text))
     top_k = min(TOP_K, model.config.vocab_size)
     graphs, parities, calibration = blocks.graphs, list[Parity](), blocks.calibration
     reference, canvases = None, list[BundleGraph]()

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from host.evaluate.scorers import GraphScorer, session_of, step_feed
-from host.export.blocks_pipeline import blocks_graphs, untested_int8
+from host.export.blocks_pipeline import untested_blocks
 from host.export.bundle_writer import BundleGraph
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import SCHEMES, Scheme, quantize
@@ -172,10 +172,10 @@ def build_untrained(wanted: Wanted, model: Denoiser, learned: Collection[str]) -
     fp16 = cuda_graph(model, wanted.fp32_norms)
     graphs = []
     if wanted.cpu_int8:
-        graphs += untested_int8(model, learned)
+        graphs += untested_blocks(model, learned, int8=True)
         graphs.append(BundleGraph(quantize(cpu_graph(model, top_k), "dynamic", []), "canvas", "int8", "cpu"))
     if wanted.cpu_fp32:
-        graphs += blocks_graphs(model, learned)
+        graphs += untested_blocks(model, learned, int8=False)
         graphs.append(BundleGraph(cpu_graph(model, top_k), "canvas", "fp32", "cpu"))
     if wanted.cuda_fp16:
         graphs.append(BundleGraph(fp16, "canvas", "fp16", "cuda"))

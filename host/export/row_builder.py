@@ -21,6 +21,8 @@ LEVELS_7BIT: Final = 63
 
 Ranges = Mapping[str, tuple[float, float]]
 """Least and largest input of each linear layer, by the layer's name; those that are not listed stay in float32."""
+Columns = slice | NDArray[np.int64]
+"""Of a linear layer's result."""
 Quantization = Ranges | Literal["dynamic"] | None
 """INT8 with static scales; with scales of each product, for graphs whose products have one row; or none."""
 
@@ -87,11 +89,11 @@ class RowBuilder(StepBuilder):
         self.fused("SkipLayerNormalization", inputs, outputs, epsilon=1e-5)
         return outputs[0], outputs[3]
 
-    def scores(self, states: str, prefix: str = "") -> str:
-        """The LM head.  (M, D) → (M, V)"""
-        return self.product(states, "head", bias=True, out=f"{prefix}head.scores")
+    def scores(self, states: str, prefix: str = "", tokens: Columns = slice(None)) -> str:
+        """The LM head, of all tokens or of some.  (M, D) → (M, V)"""
+        return self.product(states, "head", bias=True, columns=tokens, out=f"{prefix}head.scores")
 
-    def product(self, x: str, name: str, *, bias: bool, columns: slice = slice(None), out: str = "") -> str:
+    def product(self, x: str, name: str, *, bias: bool, columns: Columns = slice(None), out: str = "") -> str:
         """A linear layer, or some columns of it, with its bias or without.  out: its name, if not the layer's"""
         out = out or f"{name}.out"
         weight = self.weights[f"{name}.weight"][columns].T  # (inputs, outputs)

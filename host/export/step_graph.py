@@ -6,6 +6,7 @@ cached rows, N: rows of the pass, T = S + N, C: rows that a cache has room for, 
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto
 
 from host.export.graph_builder import Value
@@ -97,14 +98,18 @@ def prefill_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelPr
     return g.model([(name, "int32", (1, "rows")) for name in ("tokens", "positions")], made, contrib=True)
 
 
-def draft_graph(model: Denoiser, quantization: Quantization = None) -> onnx.ModelProto:
+def draft_graph(model: Denoiser, likely: NDArray[np.int64], quantization: Quantization = None) -> onnx.ModelProto:
     """The chain drafter, all its drafts; each is the arg max of score · inverse_temperature + noise among the top_k.
+
+    likely (F,): ids that a draft can be. The head is most of a draft's cost, and rare tokens are seldom drafted right
+    (after FR-Spec, Zhao et al., arXiv 2502.14856).
 
     state float32 (1, D): of the last kept row; token int32 (1,): drawn from it; noise float32 (drafts, V),
     inverse_temperature float32 (), top_k int64 (1,) → drafts int32 (drafts,). Temperature 0 is top_k 1.
     """
     g, config = RowBuilder(model, quantization), model.config
     g.constant("axis_0", np.array([0]))
+    ids_of = g.constant("likely", likely)
     state, token, drafts = "state", "token", []
     for i in range(config.draft_depth):
         b = f"drafter.depths.{i}"
@@ -113,12 +118,13 @@ def draft_graph(model: Denoiser, quantization: Quantization = None) -> onnx.Mode
         up = g.product(both, f"{b}.up", bias=False)
         up = g.op("BiasGelu", f"{b}.gelu", up, g.weight(f"{b}.up.bias"), domain=MICROSOFT)
         state = g.op("Add", f"{b}.state", state, g.product(up, f"{b}.down", bias=True))
-        g.op("TopK", f"{b}.best", g.scores(state, f"{b}."), "top_k", outputs=2, axis=-1)
+        g.op("TopK", f"{b}.best", g.scores(state, f"{b}.", likely), "top_k", outputs=2, axis=-1)
+        ids = g.op("Gather", f"{b}.ids", ids_of, f"{b}.best.1")
         own_noise = g.op("Gather", f"{b}.own_noise", "noise", g.constant(f"{b}.number", np.array([i])))
-        noise = g.op("GatherElements", f"{b}.noise", own_noise, f"{b}.best.1", axis=-1)
+        noise = g.op("GatherElements", f"{b}.noise", own_noise, ids, axis=-1)
         warm = g.op("Mul", f"{b}.warm", f"{b}.best.0", "inverse_temperature")
         winner = g.op("ArgMax", f"{b}.winner", g.op("Add", f"{b}.noisy", warm, noise), axis=-1, keepdims=1)
-        drawn = g.op("GatherElements", f"{b}.drawn", f"{b}.best.1", winner, axis=-1)
+        drawn = g.op("GatherElements", f"{b}.drawn", ids, winner, axis=-1)
         token = g.op("Cast", f"{b}.draft", g.op("Squeeze", f"{b}.drawn.flat", drawn, "axis_0"), to=TensorProto.INT32)
         drafts.append(token)
     g.op("Concat", "drafts", *drafts, axis=0)

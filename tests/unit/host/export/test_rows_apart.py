@@ -9,7 +9,7 @@ import pytest
 from edge.config import default_bundle
 from host.evaluate.row_graphs import RowGraphs
 from host.evaluate.scorers import load_graph
-from host.export.blocks_pipeline import untested_int8
+from host.export.blocks_pipeline import untested_blocks
 from host.export.random_weights import untrained
 from host.export.row_builder import Ranges
 from host.export.step_graph import step_graph
@@ -24,14 +24,14 @@ MODEL = untrained(CONFIG)[0]
 
 
 def test_rows_draw_the_same_tokens_alone_and_among_others() -> None:
-    (step,) = untested_int8(MODEL, ["ar"])
+    (step,) = untested_blocks(MODEL, ["ar"], int8=True)
     assert tokens_that_differ(RowGraphs(step.model), CONFIG.vocab_size, range(40), PASSES) == 0
 
 
 def test_rows_alone_score_the_same_to_the_bit() -> None:
     """A pass of one row would sum attention in another order; `RowGraphs` gives it twice, as every reader has to."""
     wide = replace(CONFIGS["tiny"], vocab_size=512, time_input=False)  # a small one rounds nothing otherwise
-    (step,) = untested_int8(untrained(wide)[0], ["ar"])
+    (step,) = untested_blocks(untrained(wide)[0], ["ar"], int8=True)
     graphs, rng, n = RowGraphs(step.model), np.random.default_rng(0), 160
     text = [BOS, *rng.integers(4, wide.vocab_size, n - 1).tolist()]
     together, _ = graphs.append(graphs.empty(n), text, range(n), range(n))
@@ -47,7 +47,7 @@ def test_rows_would_not_with_scales_of_each_pass() -> None:
 
 
 def test_rows_that_are_rejected_do_not_change_the_scores_before_them() -> None:
-    (step,) = untested_int8(MODEL, ["ar"])
+    (step,) = untested_blocks(MODEL, ["ar"], int8=True)
     graphs, rng = RowGraphs(step.model), np.random.default_rng(0)
     text = [BOS, *rng.integers(4, CONFIG.vocab_size, 9).tolist()]
     found = []
