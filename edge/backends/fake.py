@@ -16,6 +16,7 @@ class FakeBackend:
 
     def __init__(self, manifest: Manifest, step_ms: float = 0.0) -> None:
         self.lanes = 8
+        self.fills_gaps = True
         self.depth = 0 if manifest.blocks is None else manifest.blocks.window
         self._capacity = manifest.model.canvas_len + MAX_SEGMENTS
         self._step_s = step_ms / 1e3

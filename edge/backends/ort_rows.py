@@ -18,8 +18,11 @@ from edge.system.locked import Locked
 from shared.errors import BundleError, one_line
 from shared.manifest import Manifest, Role, find_graph, has_role, verified_bytes
 from shared.messages import MAX_SEGMENTS
+from shared.tokens import BOS
 
 ROLES: Final[tuple[Role, ...]] = ("step", "prefill", "draft")
+STEP_INPUTS: Final = ("tokens", "positions", "key_positions", "last", "total", "scored")
+DRAFT_INPUTS: Final = ("state", "token", "noise", "inverse_temperature", "top_k")
 
 
 @dataclass
@@ -38,20 +41,56 @@ class OrtRows:
         self.lanes = self._threads = threads or len(os.sched_getaffinity(0))
         self.capacity = model.canvas_len + MAX_SEGMENTS  # a gap adds a copy of its left neighbour
         self._shape = (1, model.heads, self.capacity, model.d_model // model.heads)
-        self._layers = model.layers
-        self._graphs: dict[str, tuple[Path, bytes]] = {}
+        self._cache = [f"{kind}.{layer}" for layer in range(model.layers) for kind in ("keys", "values")]
+        self._graphs: dict[Role, tuple[Path, bytes]] = {}
         for role in ROLES:
-            if has_role(manifest, "cpu", role):
+            if role == "step" or has_role(manifest, "cpu", role):
                 graph = find_graph(folder, manifest, "cpu", role)
                 self._graphs[role] = folder / graph.file, verified_bytes(folder, graph.file, graph.sha256)
         self.depth = manifest.blocks.window if manifest.blocks is not None and "draft" in self._graphs else 0
-        self._sessions: Locked[dict[tuple[str, int], Any]] = Locked({})  # by role and threads; they open when needed
-        self._open("step", self._threads)
+        self.fills_gaps = "prefill" in self._graphs
+        self._sessions: Locked[dict[tuple[Role, int], Any]] = Locked({})  # by role and threads; more open when needed
+        for role, (file, _) in self._graphs.items():
+            try:
+                self._check(role, manifest)
+            except BundleError:
+                raise
+            except Exception as error:  # onnxruntime raises types of its own that share no public base
+                raise BundleError(f"{file} does not run: {one_line(str(error))}") from None
+
+    def _check(self, role: Role, manifest: Manifest) -> None:
+        """Check what a graph reads and makes, and run it, with the last token and position. Raises BundleError."""
+        model, file = manifest.model, self._graphs[role][0]
+        session = self._open(role, self._threads if role == "step" else 1)
+        cache = set(self._cache)
+        new = {f"new_{name}" for name in cache}
+        needed = {
+            "step": ({*STEP_INPUTS, *cache}, {*RowScores._fields, *new}),
+            "prefill": ({*STEP_INPUTS[:2]}, new),
+            "draft": ({*DRAFT_INPUTS}, {"drafts"}),
+        }[role]
+        found = tuple({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
+        if found != needed:
+            shown, wanted = ("; ".join(", ".join(sorted(names)) for names in sides) for sides in (found, needed))
+            raise BundleError(f"{file} has inputs and outputs {shown}, not {wanted}")
+        tokens, positions = np.array([[BOS, model.vocab_size - 1], [0, model.canvas_len - 1]], np.int32)
+        made: list[tuple[int, ...]] = []
+        expected = made
+        if role == "step":
+            made = [array.shape for array in self.rows(self.open_slot(), tokens, positions=positions, scored=2)]
+            expected = [(2, manifest.top_k), (2, manifest.top_k), (2, model.d_model)]
+        elif role == "prefill":
+            self.prefill(self.open_slot(), tokens, positions)
+        else:
+            state, noise = np.zeros(model.d_model, np.float32), np.zeros((self.depth, model.vocab_size), np.float32)
+            made = [self.draft(state, model.vocab_size - 1, noise, Law(0, 1.0, manifest.top_k, 1.0, 0)).shape]
+            expected = [(self.depth,)]
+        if made != expected:
+            raise BundleError(f"{file} gives arrays of shapes {made}, not {expected}")
 
     def open_slot(self) -> Slot:
         """See `edge.decoding.blocks.RowsBackend`."""
-        names = [f"{kind}.{layer}" for layer in range(self._layers) for kind in ("keys", "values")]
-        arrays = {name: np.zeros(self._shape, np.float32) for name in names}
+        arrays = {name: np.zeros(self._shape, np.float32) for name in self._cache}
         return Slot(np.zeros(self.capacity, np.int32), _Memory(arrays, {}))
 
     def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
@@ -114,7 +153,7 @@ class OrtRows:
                 bindings[size].bind_ortvalue_output(f"new_{name}", value)
         return bindings[size]
 
-    def _open(self, role: str, threads: int) -> Any:
+    def _open(self, role: Role, threads: int) -> Any:
         with self._sessions as sessions:
             if (role, threads) not in sessions:
                 file, graph = self._graphs[role]

@@ -58,6 +58,9 @@ class RowsBackend(Protocol):
     lanes: int
     """How many threads may call it at once, each with a slot of its own."""
 
+    fills_gaps: bool
+    """Whether it has `prefill`."""
+
     def open_slot(self) -> Slot:
         """An empty slot."""
 

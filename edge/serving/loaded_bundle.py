@@ -92,9 +92,13 @@ class LoadedBundle:
 
     def _decoder(self, request: GenerateRequest) -> Decoder:
         """What a request asks for, by name or by a field that only one has; else the default. Raises RequestError."""
-        wanted = request.decoder or self.decoders[0]
-        if wanted not in self.decoders:
-            has = " and ".join(self.decoders)
+        fills_gaps = self.rows is not None and self.rows.fills_gaps
+        able = [d for d in self.decoders if d == "canvas" or request.prompt is not None or fills_gaps]
+        if not able:
+            raise RequestError("bad_request", "`segments`: this bundle on this device continues prompts alone")
+        wanted = request.decoder or able[0]
+        if wanted not in able:
+            has = " and ".join(able) + " for gaps" * (able != list(self.decoders))
             named = "`decode`" if request.decode else "a field of its own"
             raise RequestError("bad_request", f"{named} asks for {wanted}; this bundle on this device has {has} alone")
         if request.window is not None and self.manifest.blocks is not None:

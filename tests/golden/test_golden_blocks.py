@@ -44,6 +44,7 @@ class TorchRows:
 
     depth = DEPTH
     lanes = 1
+    fills_gaps = True
 
     def __init__(self, model: Denoiser) -> None:
         self.model = model
