@@ -27,6 +27,7 @@ from edge.decoding.canvas import wanted
 from edge.decoding.types import AnyBackend, LoopBackend, Positions, Row, Sampling
 from edge.measure.blocks import Blocks, measure_blocks, print_blocks
 from edge.measure.clients import measure, print_clients, serving
+from edge.measure.peers import measure_peers, packages, print_peers
 from edge.measure.roofline import BOARDS, floor
 from edge.serving.loaded_bundle import LoadedBundle
 from shared.errors import ConfigError, command_name
@@ -44,6 +45,7 @@ MAX_CLIENTS: Final = 24
 EPILOG: Final = """examples:
   python -m edge.bench --bundle bundles/mine --json
   python -m edge.bench --clients 1,2,4,8
+  python -m edge.bench --peers
   python -m edge.bench --roofline orin-nano-15w"""
 
 
@@ -277,6 +279,7 @@ def main() -> None:
     add("--threads", type=int, default=cores, metavar="N", help="of the CPU runtime (default: all, %(default)s here)")
     add("--steps", type=int, nargs="+", default=STEP_COUNTS, metavar="N", help="steps per text (default: 8 to 128)")
     add("--clients", metavar="N,N", help="only measure these numbers of concurrent clients")
+    add("--peers", action="store_true", help="only measure blocks beside llama.cpp (needs the extra `peers`)")
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--roofline", metavar="BOARD", help=f"only estimate the roofline floor on {', '.join(BOARDS)}")
     args = parser.parse_args()
@@ -294,7 +297,16 @@ def main() -> None:
         else:
             print_clients(crowd)
         return
+    if args.peers:
+        packages()  # refuses before the bundle is loaded
     loaded = LoadedBundle.load(args.bundle, args.backend, args.threads)
+    if args.peers:
+        beside = measure_peers(loaded, str(args.bundle), args.threads)
+        if args.json:
+            print(msgspec.json.encode(beside).decode())
+        else:
+            print_peers(beside)
+        return
     row = half_masked(loaded)
     step_ms = median_step_ms(loaded, np.flatnonzero(row.fill))
     share = reduction_share(args.bundle, args.threads) if args.backend == "ort" else None

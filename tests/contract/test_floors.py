@@ -37,7 +37,9 @@ HEAVY: Final[dict[str, str]] = {
     # Packages that a function may import by itself, with the reason; all others belong at a module's top.
     "cuda": "a device has one runtime: only the backend in use loads its own",
     "datasets": "seconds to load, and an unchanged rerun of host.data does without",
+    "gguf": "optional extra",
     "huggingface_hub": "only a download needs it",
+    "llama_cpp": "optional extra",
     "matplotlib": "most commands draw nothing",
     "onnxruntime": "a device has one runtime: only the backend in use loads its own",
     "pyarrow": "only parquet files need it",

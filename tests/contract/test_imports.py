@@ -26,6 +26,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
             "tensorrt",
             "cuda",
             "pycuda",
+            "gguf",
+            "llama_cpp",
         }
     ),
 }
@@ -33,6 +35,9 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
 
 RUNTIMES: Final = frozenset({"onnxruntime", "tensorrt", "cuda", "pycuda"})
 """A device has one of them: each is imported by the function that needs it, never by a module as it loads."""
+
+PEERS: Final = frozenset({"gguf", "llama_cpp"})
+"""What `edge.bench --peers` measures beside ours: of that one file, and late."""
 
 HOST_ONLY: Final = ("host", "torch", "onnx", "onnx_graphsurgeon", "datasets", "pyarrow", "safetensors", "matplotlib")
 
@@ -88,9 +93,15 @@ def test_imports_of_a_runtime_are_late() -> None:
         f"{path.relative_to(ROOT)}:{line} imports {name} as it loads"
         for path in modules_of("edge")
         for name, line in imports_at_load(ast.parse(path.read_text("utf-8")))
-        if name in RUNTIMES
+        if name in RUNTIMES | PEERS
     ]
     assert broken == []
+
+
+def test_imports_of_peers_are_of_their_benchmark_alone() -> None:
+    files = modules_of("edge")
+    importers = {p.name for p in files for name, _ in imports(ast.parse(p.read_text("utf-8"))) if name in PEERS}
+    assert importers == {"peers.py"}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +142,7 @@ def test_imports_of_edge_modules_need_neither_host_nor_runtime() -> None:
     ]
     assert "edge.serving.loaded_bundle" in names
     script = "import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
-    done = run_without((*HOST_ONLY, *RUNTIMES), script, *names)
+    done = run_without((*HOST_ONLY, *RUNTIMES, *PEERS), script, *names)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
