@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -26,14 +27,17 @@ from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_devic
 from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
 from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
+from edge.serving.loaded_bundle import LoadedBundle
 from edge.system.bundle_store import check_files
 from edge.transports.mqtt.login import try_login
 from edge.transports.peer_credentials import user_id
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
-from shared.manifest import Manifest, Target, find_graph, read_manifest
+from shared.manifest import ROLE_OF, Manifest, Target, find_graph, read_manifest
+from shared.messages import GenerateRequest
 
 MIN_DISK_MIB: Final = 64
 MIN_MEMORY_MIB: Final = 256
+BLOCKS_TEST: Final = GenerateRequest(prompt="", seed=1, max_tokens=16, window=0)
 JETPACKS: Final = {36: 6, 38: 7, 39: 7}
 """Major version of Jetson Linux → of JetPack."""
 NODES: Final = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dri/renderD128")
@@ -131,13 +135,22 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
 
 
 def self_test(folder: Path, manifest: Manifest, profiles: list[tuple[int, int]]) -> list[Finding]:
-    """Steps on the CPU; and every profile of the engine, compared with the CPU from the same canvases."""
+    """Blocks and canvas on the CPU; and every profile of the engine, compared with the CPU from the same canvases."""
     with ExitStack() as stack:
-        cpu = load_backend("ort", folder, manifest, 0)
-        stack.callback(cpu.close)
+        loaded = LoadedBundle.load(folder, "ort")
+        stack.callback(loaded.close)
+        found, cpu = list[Finding](), loaded.backend
+        if loaded.rows is not None:
+            plan, started_s = loaded.prepare(BLOCKS_TEST), time.perf_counter()
+            steps = loaded.run(plan).steps
+            found.append(
+                Finding("blocks on the cpu", f"{(time.perf_counter() - started_s) * 1e3 / steps:.2f} ms a pass")
+            )
+        if cpu is None:
+            return found
         rows = [open_row(manifest, manifest.model.canvas_len, seed=1)]
         cpu_ms = statistics.median(step_ms(cpu, manifest, rows) for _ in range(STEPS))
-        found = [Finding("step on the cpu", f"{cpu_ms:.2f} ms")]
+        found.append(Finding("step on the cpu", f"{cpu_ms:.2f} ms"))
         if not profiles:
             return found
         gpu = load_backend("trt", folder, manifest, 0)
@@ -156,10 +169,11 @@ def serves_from_gpu(config: Config, has_gpu: bool) -> bool:
 
 
 def whole_bundle(folder: Path, target: Target) -> Finding:
-    """Whether the bundle can be read, has a graph for the target, and all files match their hashes."""
+    """Whether the bundle can be read, has the graphs for the target, and all files match their hashes."""
     try:
         manifest = read_manifest(folder)
-        find_graph(folder, manifest, target)
+        for decoder in manifest.decoders if target == "cpu" else ("canvas",):  # a GPU serves canvases alone
+            find_graph(folder, manifest, target, ROLE_OF[decoder])
         check_files(folder)
     except DiffusionLLMError as error:
         return Finding("bundle", "unusable", str(error))

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a real bundle of the debug configuration, untrained."""
 
 import os
+import shutil
 import signal
 from collections import Counter
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Final
 
 import hypothesis
+import msgspec
 import pytest
 import torch
+from msgspec.structs import replace
 
 from host.export.__main__ import export_untrained
 from host.export.bundle_writer import BundleGraph, write_bundle
@@ -20,7 +23,7 @@ from host.export.pipeline import Wanted
 from host.export.random_weights import untrained
 from host.model.network import Denoiser, config_named
 from host.sampling.reference import TOP_K
-from shared.manifest import SamplingDefaults
+from shared.manifest import MANIFEST, SamplingDefaults, read_manifest
 from tests.support.emulator import Emulator, build
 
 torch.set_num_threads(1)  # debug networks are too small to share, and tests run in parallel
@@ -73,6 +76,18 @@ def blocks_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every graph for the CPU, blocks first."""
     folder = tmp_path_factory.mktemp("bundles") / "blocks"
     export_untrained("debug", folder, Wanted(cpu_fp32=True), SamplingDefaults())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blocks_alone(blocks_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a canvas."""
+    folder = tmp_path_factory.mktemp("bundles") / "blocks-alone"
+    manifest = read_manifest(blocks_bundle)
+    graphs = tuple(graph for graph in manifest.graphs if graph.role != "canvas")
+    shutil.copytree(blocks_bundle, folder, ignore=shutil.ignore_patterns("canvas.*"))
+    content = msgspec.json.encode(replace(manifest, decoders=("blocks",), graphs=graphs))
+    (folder / MANIFEST).write_bytes(content)
     return folder
 
 

@@ -51,6 +51,8 @@ def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) ->
 def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
     from edge.backends.trt import backend as trt
 
+    if "canvas" not in manifest.decoders:
+        raise ConfigError(f"backend 'trt' decodes by canvas alone, and bundle {folder} by blocks alone")
     return Chosen(trt.load(folder, manifest, argument), "trt")
 
 

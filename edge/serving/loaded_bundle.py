@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from tokenizers import Tokenizer
 
@@ -15,6 +16,9 @@ from edge.serving.slots import Slots
 from shared.errors import BundleError, RequestError
 from shared.manifest import TOKENIZER, Decoder, Manifest, bundle_digest, read_manifest, verified_bytes
 from shared.messages import GenerateRequest
+
+LEAST_TOP_P: Final = 1e-30
+"""The likeliest token alone; below it a float32 is 0, and would leave none."""
 
 
 class LoadedBundle:
@@ -60,6 +64,8 @@ class LoadedBundle:
             raise RequestError("bad_request", f"`top_k` {request.top_k} is above the bundle's {manifest.top_k}")
         seed = secrets.randbits(53) if request.seed is None else request.seed  # 53 bits: exact in any JSON reader
         top_k = request.top_k or manifest.top_k
+        default_p = manifest.blocks.top_p if decoder == "blocks" and manifest.blocks is not None else defaults.top_p
+        top_p = max(request.top_p or default_p, LEAST_TOP_P)
         if decoder == "blocks":
             assert manifest.blocks is not None
             return Plan(
@@ -68,7 +74,7 @@ class LoadedBundle:
                     seed=seed,
                     temperature=manifest.blocks.temperature if request.temperature is None else request.temperature,
                     top_k=top_k,
-                    top_p=request.top_p or manifest.blocks.top_p,
+                    top_p=top_p,
                     window=manifest.blocks.window if request.window is None else request.window,
                 ),
             )
@@ -79,7 +85,7 @@ class LoadedBundle:
             selection=request.selection or defaults.selection,
             temperature=defaults.temperature if request.temperature is None else request.temperature,
             top_k=top_k,
-            top_p=request.top_p or defaults.top_p,
+            top_p=top_p,
             threshold=request.threshold,
             entropy_bound=request.entropy_bound,
         )

@@ -60,7 +60,7 @@ def test_bundle_install_keeps_the_previous_bundle_for_a_rollback(debug_bundle: P
 
     listed = bundle_command(store, "list").stdout.splitlines()
     assert [line.split()[:2] for line in listed] == [["previous", second], ["current", third]]
-    assert "fp32 cpu, fp16 cuda" in listed[0]
+    assert "fp32 cpu canvas, fp16 cuda canvas" in listed[0]
 
     assert bundle_command(store, "rollback").returncode == 0
     assert links(store) == (second, third)
@@ -178,3 +178,8 @@ def test_bundle_install_with_a_key_takes_signed_bundles_only(
 def test_bundle_verify_with_a_missing_key_file_is_refused(debug_bundle: Path, tmp_path: Path) -> None:
     done = bundle_command(tmp_path / "store", "verify", debug_bundle, "--key", tmp_path / "none.pub")
     assert done.returncode == 78 and "none.pub" in done.stderr
+
+
+@pytest.mark.slow
+def test_bundle_install_takes_one_that_decodes_by_blocks_alone(blocks_alone: Path, tmp_path: Path) -> None:
+    assert install(tmp_path / "store", blocks_alone).startswith("blocks-")

@@ -90,7 +90,7 @@ def info(health: Health, loaded: LoadedBundle, queue_size: int) -> Info:
         message_bytes=MAX_MESSAGE_BYTES,
         canvas_tokens=manifest.model.canvas_len,
         steps=MAX_STEPS,
-        window=0 if manifest.blocks is None else manifest.blocks.window,
+        window=0 if loaded.rows is None or manifest.blocks is None else manifest.blocks.window,
         top_k=manifest.top_k,
         queue_size=queue_size,
     )

@@ -66,6 +66,14 @@ def test_doctor_of_a_device_without_a_gpu_finds_nothing_to_fix(debug_bundle: Pat
 
 
 @pytest.mark.skipif(is_gpu_device(), reason="this machine has a GPU")
+def test_doctor_runs_blocks_too_and_needs_no_canvas(blocks_bundle: Path, blocks_alone: Path, report: Report) -> None:
+    for bundle, by_canvas in ((blocks_bundle, True), (blocks_alone, False)):
+        code, found, fix = report(bundle)
+        assert (code, fix) == (0, None)
+        assert found["blocks on the cpu"].endswith(" ms a pass") and ("step on the cpu" in found) == by_canvas
+
+
+@pytest.mark.skipif(is_gpu_device(), reason="this machine has a GPU")
 def test_doctor_of_a_device_that_is_to_serve_from_a_gpu_says_what_it_lacks(
     debug_bundle: Path, report: Report, settings: Callable[..., None]
 ) -> None:

@@ -9,7 +9,9 @@ from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import whole_characters
 from edge.serving.scheduler import Scheduler
 from edge.serving.slots import Slots
-from shared.errors import RequestError
+from edge.transports.mqtt.status import info
+from shared.errors import ConfigError, RequestError
+from shared.manifest import Decoder
 from shared.messages import Gap, GenerateRequest, Part, Partial
 from tests.support.mailbox import submit
 
@@ -94,3 +96,26 @@ def test_decoder_follows_from_a_field_of_its_own(loaded: LoadedBundle) -> None:
 def test_whole_characters_leaves_out_halves() -> None:
     half = "\N{REPLACEMENT CHARACTER}"
     assert whole_characters([Part(f"Zo{half}"), Part(f"{half} and", draft=True)]) == [Part("Zo"), Part(" and", True)]
+
+
+@pytest.mark.parametrize("decode", ["blocks", "canvas"])
+def test_top_p_next_to_nothing_takes_the_likeliest(blocks_bundle: Path, decode: Decoder) -> None:
+    by_ort = LoadedBundle.load(blocks_bundle, "ort", threads=1)
+    base = GenerateRequest(prompt="abc", max_tokens=20, decode=decode, seed=1)
+    texts = [by_ort.run(by_ort.prepare(r)).text for r in (replace(base, top_k=1), replace(base, top_p=5e-324))]
+    assert texts[0] == texts[1]
+
+
+def test_info_of_a_device_without_blocks_has_no_window(loaded: LoadedBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    health = Scheduler(loaded, queue_size=1).health()
+    assert info(health, loaded, 1).limits.window == 3
+    monkeypatch.setattr(loaded, "rows", None)
+    told = info(health, loaded, 1)
+    assert (told.decoders, told.limits.window) == (["canvas"], 0)
+    with pytest.raises(RequestError, match="asks for blocks; this bundle on this device has canvas alone"):
+        loaded.prepare(GenerateRequest(prompt="abc", window=1))
+
+
+def test_trt_of_a_bundle_without_a_canvas_is_refused(blocks_alone: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'trt' decodes by canvas alone, and bundle .* by blocks alone"):
+        LoadedBundle.load(blocks_alone, "trt")
