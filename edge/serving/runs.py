@@ -180,8 +180,8 @@ class BlocksRun:
     def _appended(self) -> str | None:
         if not self.plan.layout.open_end:
             return None
-        text = self._text()
-        new, self._sent = text[len(self._sent) :], text
+        new = self._text()[len(self._sent) :]
+        self._sent += new
         return new
 
     def _shown(self, drafts: Sequence[int]) -> list[Part]:

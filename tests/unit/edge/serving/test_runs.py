@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from edge.serving.loaded_bundle import LoadedBundle
-from edge.serving.runs import whole_characters
+from edge.serving.runs import Snapshot, whole_characters
 from edge.serving.scheduler import Scheduler
 from edge.serving.slots import Slots
 from edge.transports.mqtt.status import info
@@ -65,6 +65,18 @@ def test_blocks_snapshots_add_up_to_the_text(loaded: LoadedBundle) -> None:
     text = box.response().text
     grown = "abc" + "".join(reply.appended or "" for reply in box.replies if isinstance(reply, Partial))
     assert text is not None and text.startswith(grown)
+
+
+@pytest.mark.parametrize("prompt", ["abc\ufffd", "\ufffd", "abc ", "Zo\u00eb"])
+def test_blocks_appended_after_any_prompt_adds_up_to_the_text(loaded: LoadedBundle, prompt: str) -> None:
+    for seed in range(20):
+        grown = [prompt]
+
+        def grow(snapshot: Snapshot, grown: list[str] = grown) -> None:
+            grown.append(snapshot.appended() or "")
+
+        request = GenerateRequest(prompt=prompt, max_tokens=20, seed=seed, temperature=10.0)
+        assert loaded.run(loaded.prepare(request), grow).text.startswith("".join(grown)) and len(grown) > 2
 
 
 def test_slots_are_bounded_and_come_back(loaded: LoadedBundle) -> None:
