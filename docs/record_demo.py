@@ -11,26 +11,32 @@ from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from edge.config import default_bundle
-from edge.demo import PROMPT, SELECTION, STEPS, TEMPERATURE
-from edge.serving.loaded_bundle import LoadedBundle, Snapshot
-from shared.messages import OPEN_POSITION, GenerateRequest
+from edge.demo import PROMPT, best_settings
+from edge.serving.loaded_bundle import LoadedBundle
+from edge.serving.runs import Snapshot
+from shared.messages import GenerateRequest, Part
 
 COLUMNS, ROWS, FONT_PX = 88, 15, 15
+MOST_FRAMES = 80
 BACKGROUND, TEXT, OPEN, STATUS = "#11151c", "#e6e6e6", "#7c8da6", "#7fb069"
-EVERY = 4  # of so many passes one is shown
 
 
-def frame(text: str, status: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One picture of the terminal."""
+def frame(parts: list[Part], status: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """One picture of the terminal: committed text firm, drafts pale."""
+    text = "".join(part.text for part in parts)
+    pale = [part.draft for part in parts for _ in part.text]
     width = int(font.getlength("m"))
     line_px = FONT_PX + 5
     image = Image.new("RGB", (width * (COLUMNS + 2), line_px * (ROWS + 2)), BACKGROUND)
     draw = ImageDraw.Draw(image)
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, COLUMNS) or [""]]
+    at = 0
     for row, line in enumerate(lines[:ROWS]):
         for column, letter in enumerate(line):
+            at = text.index(letter, at)  # wrapping leaves out spaces and line breaks
             place = (width * (column + 1), line_px * row + FONT_PX // 2)
-            draw.text(place, letter, font=font, fill=OPEN if letter == OPEN_POSITION else TEXT)
+            draw.text(place, letter, font=font, fill=OPEN if pale[at] else TEXT)
+            at += 1
     draw.text((width, line_px * ROWS + FONT_PX // 2), status, font=font, fill=STATUS)
     return image
 
@@ -45,12 +51,12 @@ def main() -> None:
     frames: list[Image.Image] = []
 
     def draw(snapshot: Snapshot) -> None:
-        status = f"pass {snapshot.step} of {snapshot.steps}, {snapshot.masked} tokens still masked"
-        frames.append(frame(snapshot.text(), status, font))
+        frames.append(frame(snapshot.parts(), f"pass {snapshot.step}", font))
 
-    request = GenerateRequest(prompt=PROMPT, seed=args.seed, steps=STEPS, selection=SELECTION, temperature=TEMPERATURE)
+    request = GenerateRequest(prompt=PROMPT, seed=args.seed, **best_settings(default_bundle()))
     engine.run(engine.prepare(request), draw)
-    frames = [image.quantize(64) for image in [*frames[:-1:EVERY], frames[-1]]]
+    every = -(-len(frames) // MOST_FRAMES)
+    frames = [image.quantize(64) for image in [*frames[:-1:every], frames[-1]]]
     durations = [110] * (len(frames) - 1) + [5000]  # milliseconds: slower than life, so that it can be followed
     frames[0].save(
         Path(__file__).parent / "demo.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0

@@ -93,7 +93,7 @@ def _tell_story(socket: Path, bundle: Path) -> None:
     if connection is None:
         raise ConfigError(f"the daemon said it was ready, but nothing listens at {socket}")
     with connection, View(sys.stdout) as view:
-        request = GenerateRequest(prompt=PROMPT, stream=True, **_best_settings(bundle))
+        request = GenerateRequest(prompt=PROMPT, stream=True, **best_settings(bundle))
         response = ask_daemon(connection, request, view.show)
     seconds = time.monotonic() - started_s
     text = unwrap(response)
@@ -107,12 +107,12 @@ def _tell_story(socket: Path, bundle: Path) -> None:
 def command_to_repeat(bundle: Path, seed: int) -> str:
     """The command that writes the same text again, in a shell in this folder with any active environment."""
     command = [_short(Path(sys.executable)), "-m", "edge.generate", PROMPT, "--bundle", _short(bundle), "--stream"]
-    for name, value in {**_best_settings(bundle), "seed": seed}.items():
+    for name, value in {**best_settings(bundle), "seed": seed}.items():
         command += [f"--{name}", str(value)]
     return shlex.join(command)
 
 
-def _best_settings(bundle: Path) -> dict[str, Any]:
+def best_settings(bundle: Path) -> dict[str, Any]:
     """By blocks the defaults. By canvas one step a token: something to see, and varied text (docs/quality.md)."""
     if read_manifest(bundle).decoders[0] == "blocks":
         return {}
