@@ -64,9 +64,9 @@ def test_shipped_bundle_passed_the_gate_and_quality_states_its_figures() -> None
     manifest = read_manifest(default_bundle())
     assert manifest.parity and all(passes(parity) for parity in manifest.parity)
     page = (ROOT / "docs" / "quality.md").read_text("utf-8").partition("## Records")[0]
-    for decoder, measured in (("canvas", manifest.evaluations), ("step", manifest.laws)):
-        graph = find_graph(default_bundle(), manifest, "cpu", decoder).file
-        assert {figures.graph for figures in measured} == {"torch fp32", graph}
+    assert {e.graph for e in manifest.evaluations} == {"torch fp32", find_graph(default_bundle(), manifest, "cpu").file}
+    step = find_graph(default_bundle(), manifest, "cpu", "step").file
+    assert {law.graph for law in manifest.laws} == {"torch fp32", step}
     for law in manifest.laws:
         for figure in (
             law.left_to_right_nats_per_token,
