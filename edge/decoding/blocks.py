@@ -169,6 +169,8 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     places = np.arange(first, first + tokens.size, dtype=np.int32)
     ids, scores, states = backend.rows(slot, tokens, positions=places, scored=scored, under_way=under_way)
     drawn = draw(ids, scores, w.noise.of(w.position + 1, scored), law).tolist()
+    if max(drawn) >= w.vocab_size:
+        raise RuntimeError("the step graph gives scores that are not numbers")
     agreed = 0
     while agreed < len(w.drafts) and w.drafts[agreed] == drawn[agreed]:
         agreed += 1

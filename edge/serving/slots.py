@@ -30,8 +30,9 @@ class Slots:
                 return pool.free.pop()
             if not pool.left:
                 return None
+            slot = self._backend.open_slot()
             pool.left -= 1
-        return self._backend.open_slot()
+            return slot
 
     def give_back(self, slot: Slot) -> None:
         """The request is done, or given up; what it kept is overwritten by the next."""

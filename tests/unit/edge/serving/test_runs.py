@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from edge.backends.fake import FakeBackend
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Snapshot, whole_characters
 from edge.serving.scheduler import Scheduler
@@ -77,6 +79,14 @@ def test_blocks_appended_after_any_prompt_adds_up_to_the_text(loaded: LoadedBund
 
         request = GenerateRequest(prompt=prompt, max_tokens=20, seed=seed, temperature=10.0)
         assert loaded.run(loaded.prepare(request), grow).text.startswith("".join(grown)) and len(grown) > 2
+
+
+def test_blocks_scores_that_are_not_numbers_fail_the_request(blocks_bundle: Path) -> None:
+    fake = LoadedBundle.load(blocks_bundle, "fake")
+    assert isinstance(fake.rows, FakeBackend)
+    fake.rows._logp = np.full_like(fake.rows._logp, np.nan)
+    with pytest.raises(RuntimeError, match="not numbers"):
+        fake.run(fake.prepare(GenerateRequest(prompt="abc", seed=1)))
 
 
 def test_slots_are_bounded_and_come_back(loaded: LoadedBundle) -> None:
