@@ -33,6 +33,12 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+def test_rows_of_a_request_by_itself_have_one_thread_or_all(blocks_bundle: Path) -> None:
+    rows = OrtRows(blocks_bundle, read_manifest(blocks_bundle), threads=2)
+    assert rows._alone in (1, 2)
+    assert OrtRows(blocks_bundle, read_manifest(blocks_bundle), threads=1)._alone == 1
+
+
 def states(rows: OrtRows, size: int, under_way: int) -> Floats:
     """Of a text's rows in passes of `size`.  → (ROWS, D)"""
     slot, made = rows.open_slot(), list[Floats]()
