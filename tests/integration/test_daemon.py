@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from edge.serving.request_table import ACTIVE
 from tests.integration.harness import TIMEOUT_S, Daemon, Line, clean_environment, run_module, until
 
 STORY = {"prompt": "Once upon a time"}
@@ -67,13 +68,13 @@ def test_daemon_stop_finishes_accepted_requests_and_refuses_new_ones(start_daemo
 
 def test_daemon_drain_beyond_its_limit_ends_in_typed_errors(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(backend="fake:50", DRAIN_S="0.1")
-    running, waiting = begin_story(daemon), daemon.line()
-    waiting.send(STORY)
-    until(lambda: daemon.line().ask({"type": "health"})["queued"] == 1, "the second story to wait")
+    running, others, health = begin_story(daemon), daemon.line(), daemon.line()
+    others.send(*[STORY] * ACTIVE)  # with the first, one more than take turns
+    until(lambda: health.ask({"type": "health"})["queued"] == 1, "the last story to wait")
     daemon.signal(signal.SIGTERM)
 
     assert final(running)["error"]["code"] == "draining"
-    assert final(waiting)["error"]["code"] == "draining"
+    assert {final(others)["error"]["code"] for _ in range(ACTIVE)} == {"draining"}
     assert daemon.exit_code() == 0
 
 
