@@ -4,8 +4,6 @@ Several requests in one pass would cost as much as a pass each (docs/log.md): th
 """
 
 import os
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +22,8 @@ from shared.tokens import BOS
 
 ROLES: Final[tuple[Role, ...]] = ("step", "prefill", "draft")
 STEP_INPUTS: Final = ("tokens", "positions", "key_positions", "last", "total", "scored")
-TRIALS: Final = 9
+NARROW: Final = 256
+"""Up to this width a request by itself has one thread, too: its rows are done before a second one has woken up."""
 DRAFT_INPUTS: Final = ("state", "token", "noise", "inverse_temperature", "top_k")
 
 
@@ -41,7 +40,8 @@ class OrtRows:
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
         model = manifest.model
-        self.lanes = self._threads = self._alone = threads or len(os.sched_getaffinity(0))
+        self.lanes = self._threads = threads or len(os.sched_getaffinity(0))
+        self._alone = self._threads if model.d_model > NARROW else 1
         self.capacity = model.canvas_len + MAX_SEGMENTS  # a gap adds a copy of its left neighbour
         self._shape = (1, model.heads, self.capacity, model.d_model // model.heads)
         self._cache = [f"{kind}.{layer}" for layer in range(model.layers) for kind in ("keys", "values")]
@@ -60,31 +60,11 @@ class OrtRows:
                 raise
             except Exception as error:  # onnxruntime raises types of its own that share no public base
                 raise BundleError(f"{file} does not run: {one_line(str(error))}") from None
-        self._alone = self._faster()
-
-    def _faster(self) -> int:
-        """How many threads a request by itself gets: one or all, whichever takes a pass of four rows sooner here.
-
-        A small network's rows are done before a second thread has woken up.
-        """
-        slot, tokens, places = self.open_slot(), np.full(4, BOS, np.int32), np.arange(4, dtype=np.int32)
-        times = {threads: list[float]() for threads in (1, self._threads)}
-        for _ in range(TRIALS):
-            for threads, taken in times.items():
-                self._alone = threads
-                started_s = time.perf_counter()
-                self.rows(slot, tokens, positions=places, scored=4)
-                taken.append(time.perf_counter() - started_s)
-        faster = min(times, key=lambda threads: statistics.median(times[threads]))
-        with self._sessions as sessions:
-            for threads in times.keys() - {faster}:
-                del sessions["step", threads]
-        return faster
 
     def _check(self, role: Role, manifest: Manifest) -> None:
         """Check what a graph reads and makes, and run it, with the last token and position. Raises BundleError."""
         model, file = manifest.model, self._graphs[role][0]
-        session = self._open(role, self._threads if role == "step" else 1)
+        session = self._open(role, self._alone if role == "step" else 1)
         cache = set(self._cache)
         new = {f"new_{name}" for name in cache}
         needed = {
