@@ -47,14 +47,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans Mono"), FONT_PX)
-    engine = LoadedBundle.load(default_bundle())
+    loaded = LoadedBundle.load(default_bundle())
     frames: list[Image.Image] = []
 
     def draw(snapshot: Snapshot) -> None:
         frames.append(frame(snapshot.parts(), f"pass {snapshot.step}", font))
 
     request = GenerateRequest(prompt=PROMPT, seed=args.seed, **best_settings(default_bundle()))
-    engine.run(engine.prepare(request), draw)
+    loaded.run(loaded.prepare(request), draw)
     every = -(-len(frames) // MOST_FRAMES)
     frames = [image.quantize(64) for image in [*frames[:-1:every], frames[-1]]]
     durations = [110] * (len(frames) - 1) + [5000]  # milliseconds: slower than life, so that it can be followed

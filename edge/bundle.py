@@ -64,9 +64,8 @@ def self_test(folder: Path, config: Config) -> None:
         try:
             for decoder in loaded.decoders:
                 first, second = (loaded.run(loaded.prepare(replace(TEST, decode=decoder))) for _ in range(2))
-                if (
-                    not 1 <= first.steps <= TOKENS + 1 or first.text != second.text
-                ):  # an end left of text takes one more
+                most = TOKENS + 1  # an end left of text takes one more
+                if not 1 <= first.steps <= most or first.text != second.text:
                     what = f"two runs of one request by {decoder} differ, or take {first.steps} steps"
                     raise BundleError(what)
         finally:

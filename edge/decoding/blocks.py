@@ -80,15 +80,17 @@ class RowsBackend(Protocol):
 
 
 class Noise:
-    """The noise of a seed, position after position; made ahead for a few of them."""
+    """The noise of a law's seed, position after position; made ahead for a few of them. None at temperature 0."""
 
-    def __init__(self, seed: int, vocab_size: int) -> None:
-        self._seed, self._vocab_size = seed, vocab_size
+    def __init__(self, law: Law, vocab_size: int) -> None:
+        self._seed, self._vocab_size, self._none = law.seed, vocab_size, law.temperature == 0
         self._first = 0
         self._made: Floats = np.empty((0, vocab_size), np.float32)
 
     def of(self, position: int, count: int) -> Floats:
         """(count, V), from `position` on."""
+        if self._none:
+            return np.zeros((count, self._vocab_size), np.float32)
         end = self._first + len(self._made)
         if not self._first <= position <= end:
             self._first, self._made, end = position, self._made[:0], position
@@ -131,7 +133,7 @@ class Writing:
     def __post_init__(self) -> None:
         edges = np.flatnonzero(np.diff(np.concatenate([[False], self.fill, [False]]).astype(np.int8)))
         self.gaps = [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
-        self.noise = Noise(self.law.seed, self.vocab_size)
+        self.noise = Noise(self.law, self.vocab_size)
         given = np.flatnonzero(~self.fill & (self.canvas != MASK) & (self.canvas != PAD)).astype(np.int32)
         first, last = self.gaps[0][0], self.gaps[-1][1]
         if self.open_end:
@@ -146,9 +148,7 @@ class Writing:
     @property
     def left(self) -> int:
         """Positions of open gaps that hold no token yet."""
-        return sum(last - first + 1 for first, last in self.gaps) - (
-            self.position - self.gaps[0][0] + 1 if self.gaps else 0
-        )
+        return sum(last - max(first - 1, self.position) for first, last in self.gaps)
 
     @property
     def cost(self) -> int:

@@ -35,24 +35,24 @@ REQUEST: Final = GenerateRequest(
 QUANTIZATIONS: Final = ("Q8_0", "Q4_0")
 BASE: Final = "llama.cpp Q8_0"
 REST_S: Final = 0.1
-"""Before a text, so that no thread of the other engine still spins."""
+"""Before a text, so that no thread of the other runtime still spins."""
 SILENT: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 """llama.cpp's log goes there for as long as the process lives."""
 
-Engine = Callable[[int, int, int], None]
+Writer = Callable[[int, int, int], None]
 """Writes a text. Arguments: tokens of the prompt, tokens to write, seed."""
 
 
 class Speed(Struct):
-    """An engine's medians over turns. ratio: its tokens/s over llama.cpp's with Q8_0 in the same turn."""
+    """A runtime's medians over turns. ratio: its tokens/s over llama.cpp's with Q8_0 in the same turn."""
 
-    engine: str
+    runtime: str
     tokens_per_s: float
     ratio: float
 
 
 class Turn(NamedTuple):
-    """One seed's texts. rates: tokens/s by engine."""
+    """One seed's texts. rates: tokens/s by runtime."""
 
     tokens: int
     same_text: bool
@@ -119,7 +119,7 @@ def write_gguf(gguf: Any, file: Path, model: ModelSpec, quantization: str) -> No
     writer.close()
 
 
-def llama_engine(llama: Any, file: Path, *, manifest: Manifest, threads: int, closing: ExitStack) -> Engine:
+def llama_writer(llama: Any, file: Path, *, manifest: Manifest, threads: int, closing: ExitStack) -> Writer:
     """llama.cpp by its C functions, without the costs of its Python class. `closing` frees it."""
     model_settings, settings = llama.llama_model_default_params(), llama.llama_context_default_params()
     model_settings.n_gpu_layers = 0
@@ -150,8 +150,8 @@ def llama_engine(llama: Any, file: Path, *, manifest: Manifest, threads: int, cl
     return write
 
 
-def one_turn(loaded: LoadedBundle, windows: Mapping[str, int | None], theirs: Mapping[str, Engine], seed: int) -> Turn:
-    """A text by each engine, ours first: it says how many tokens there are."""
+def one_turn(loaded: LoadedBundle, windows: Mapping[str, int | None], theirs: Mapping[str, Writer], seed: int) -> Turn:
+    """A text by each runtime, ours first: it says how many tokens there are."""
     texts, rates = list[Completion](), dict[str, float]()
     for name, window in windows.items():
         time.sleep(REST_S)
@@ -176,11 +176,11 @@ def measure_peers(loaded: LoadedBundle, bundle: str, threads: int) -> Peers:
     llama, gguf = packages()
     windows = {"ours, drafting off": 0} | ({"ours, drafting on": None} if manifest.blocks.window else {})
     with tempfile.TemporaryDirectory() as folder, ExitStack() as closing:
-        theirs = dict[str, Engine]()
+        theirs = dict[str, Writer]()
         for name in QUANTIZATIONS:
             file = Path(folder) / f"{name}.gguf"
             write_gguf(gguf, file, manifest.model, name)
-            theirs[f"llama.cpp {name}"] = llama_engine(llama, file, manifest=manifest, threads=threads, closing=closing)
+            theirs[f"llama.cpp {name}"] = llama_writer(llama, file, manifest=manifest, threads=threads, closing=closing)
         turns = [one_turn(loaded, windows, theirs, seed) for seed in range(TURNS + 1)][1:]
     speeds = []
     for name in (*windows, *theirs):
@@ -196,4 +196,4 @@ def print_peers(peers: Peers) -> None:
     print(f"drafting on and off: the same text in {peers.same_texts} of {peers.turns} turns")
     print(f"{'':20} {'tokens/s':>9} {'of llama.cpp Q8_0':>18}")
     for s in peers.speeds:
-        print(f"{s.engine:20} {s.tokens_per_s:9.0f} {s.ratio:18.2f}")
+        print(f"{s.runtime:20} {s.tokens_per_s:9.0f} {s.ratio:18.2f}")

@@ -1,6 +1,5 @@
 """Two implementations, one text: the torch reference of blocks and the edge's loop draw the same tokens."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,11 @@ import torch
 
 from edge.decoding.blocks import Law, RowScores, Slot, Writing, advance
 from edge.decoding.types import Floats, Ids
-from host.model.network import NO_PADDING, Cache, Denoiser, config_named
+from host.model.network import NO_PADDING, Cache, Denoiser
 from host.sampling.blocks import Template, write
 from host.sampling.reference import Settings
-from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK
+from shared.tokens import BOS, FIRST_TEXT_ID, MASK
+from tests.support.decided import decided_network
 
 LENGTH, VOCAB, DEPTH = 48, 40, 3
 TOLERANCE = 1e-4
@@ -28,15 +28,7 @@ TEMPLATES: list[tuple[Template, bool]] = [
 
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
-    """Decided enough that some drafts are kept: the drafter reads the same state."""
-    torch.manual_seed(2)
-    shape = replace(config_named("debug"), vocab_size=VOCAB, canvas_len=LENGTH, time_input=False, draft_depth=DEPTH)
-    network = Denoiser(shape).eval()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-        network.head.bias[EOS] -= 1.0
-    return network
+    return decided_network(VOCAB, LENGTH, depth=DEPTH)
 
 
 class TorchRows:

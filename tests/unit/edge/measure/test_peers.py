@@ -73,13 +73,13 @@ def test_peers_width_that_cannot_be_quantized_is_refused(blocks_bundle: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (find_spec("gguf") and find_spec("llama_cpp")), reason=REASON)
-def test_peers_json_has_every_engine(blocks_bundle: Path) -> None:
+def test_peers_json_has_every_runtime(blocks_bundle: Path) -> None:
     command = [sys.executable, "-m", "edge.bench", "--bundle", str(blocks_bundle), "--threads", "1", "--peers"]
     done = subprocess.run([*command, "--json"], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     peers = msgspec.json.decode(done.stdout, type=Peers)
     names = ["ours, drafting off", "ours, drafting on", "llama.cpp Q8_0", "llama.cpp Q4_0"]
-    assert [speed.engine for speed in peers.speeds] == names
+    assert [speed.runtime for speed in peers.speeds] == names
     assert min(min(speed.tokens_per_s, speed.ratio) for speed in peers.speeds) > 0
     assert peers.speeds[2].ratio == 1
     assert (peers.threads, peers.turns) == (1, TURNS)

@@ -1,17 +1,16 @@
 """The reference of block decoding: the law's own text, whatever drafts it, and the laws of rooms that it stands on."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from host.model.layouts import Gap, causal, evidence
-from host.model.network import NO_PADDING, Denoiser, config_named
+from host.model.network import NO_PADDING, Denoiser
 from host.sampling.blocks import Template, write
 from host.sampling.many import sample_autoregressive
 from host.sampling.reference import Settings, drawn
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
+from tests.support.decided import decided_network
 
 LENGTH, VOCAB = 48, 40
 
@@ -31,15 +30,7 @@ TEMPLATES: list[tuple[Template, bool]] = [
 
 @pytest.fixture(scope="module")
 def model() -> Denoiser:
-    """Decided enough that some drafts are kept: the drafter reads the same state."""
-    torch.manual_seed(2)
-    shape = replace(config_named("debug"), vocab_size=VOCAB, canvas_len=LENGTH, time_input=False, draft_depth=3)
-    network = Denoiser(shape).eval()
-    with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-        network.head.bias[EOS] -= 1.0
-    return network
+    return decided_network(VOCAB, LENGTH, depth=3)
 
 
 def by_definition(model: Denoiser, template: Template, settings: Settings, open_end: bool) -> list[list[int]]:
