@@ -35,6 +35,7 @@ EDGE_ROOMS_OF_THE_HOST: Final = frozenset({"edge.decoding"})
 
 HEAVY: Final[dict[str, str]] = {
     # Packages that a function may import by itself, with the reason; all others belong at a module's top.
+    "PIL": "optional extra, and a daemon that is sent no picture pays nothing for it",
     "cuda": "a device has one runtime: only the backend in use loads its own",
     "datasets": "seconds to load, and an unchanged rerun of host.data does without",
     "gguf": "optional extra",

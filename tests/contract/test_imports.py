@@ -28,6 +28,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
             "pycuda",
             "gguf",
             "llama_cpp",
+            "PIL",
         }
     ),
 }
@@ -38,6 +39,9 @@ RUNTIMES: Final = frozenset({"onnxruntime", "tensorrt", "cuda", "pycuda"})
 
 PEERS: Final = frozenset({"gguf", "llama_cpp"})
 """What `edge.bench --peers` measures beside ours: of that one file, and late."""
+
+PICTURES: Final = frozenset({"PIL"})
+"""Loads with the first picture, in the one file that decodes them."""
 
 HOST_ONLY: Final = ("host", "torch", "onnx", "onnx_graphsurgeon", "datasets", "pyarrow", "safetensors", "matplotlib")
 
@@ -93,15 +97,16 @@ def test_imports_of_a_runtime_are_late() -> None:
         f"{path.relative_to(ROOT)}:{line} imports {name} as it loads"
         for path in modules_of("edge")
         for name, line in imports_at_load(ast.parse(path.read_text("utf-8")))
-        if name in RUNTIMES | PEERS
+        if name in RUNTIMES | PEERS | PICTURES
     ]
     assert broken == []
 
 
-def test_imports_of_peers_are_of_their_benchmark_alone() -> None:
+@pytest.mark.parametrize(("packages", "file"), [(PEERS, "peers.py"), (PICTURES, "pictures.py")], ids=str)
+def test_imports_of_an_optional_package_are_of_one_file_alone(packages: frozenset[str], file: str) -> None:
     files = modules_of("edge")
-    importers = {p.name for p in files for name, _ in imports(ast.parse(p.read_text("utf-8"))) if name in PEERS}
-    assert importers == {"peers.py"}
+    importers = {p.name for p in files for name, _ in imports(ast.parse(p.read_text("utf-8"))) if name in packages}
+    assert importers == {file}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ def test_imports_of_edge_modules_need_neither_host_nor_runtime() -> None:
     ]
     assert "edge.serving.loaded_bundle" in names
     script = "import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
-    done = run_without((*HOST_ONLY, *RUNTIMES, *PEERS), script, *names)
+    done = run_without((*HOST_ONLY, *RUNTIMES, *PEERS, *PICTURES), script, *names)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
