@@ -28,7 +28,9 @@ from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
 from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
 from edge.serving.loaded_bundle import LoadedBundle
+from edge.system.board import SYS, read_rails, read_zones
 from edge.system.bundle_store import check_files
+from edge.system.memory import available_mb
 from edge.transports.mqtt.login import try_login
 from edge.transports.peer_credentials import user_id
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
@@ -89,22 +91,14 @@ def device_nodes(nodes: list[Path]) -> list[Finding]:
     return [Finding("device nodes", f"{len(closed)} of {len(present)} are closed", fix)]
 
 
-def watts(hwmon: Path = Path("/sys/class/hwmon")) -> Finding:
-    """Power of each rail of an INA3221 sensor, found by label: the order differs between boards."""
-    for chip in sorted(hwmon.glob("hwmon*")):
-        try:
-            if (chip / "name").read_text().strip() != "ina3221":
-                continue
-            rails = {}
-            for label in sorted(chip.glob("in*_label")):
-                n = label.name.removeprefix("in").removesuffix("_label")
-                if (chip / f"curr{n}_input").is_file():
-                    mv, ma = (int((chip / f"{kind}{n}_input").read_text()) for kind in ("in", "curr"))
-                    rails[label.read_text().strip()] = mv * ma / 1e6
-        except (OSError, ValueError) as error:
-            return Finding("power", f"{chip} cannot be read: {error}")
-        return Finding("power", ", ".join(f"{name} {value:.2f} W" for name, value in rails.items()))
-    return Finding("power", "no INA3221 sensor")
+def sensors(root: Path = SYS) -> list[Finding]:
+    """Power of each rail and temperature of each zone, where the board tells."""
+    rails = [f"{name} {value:.2f} W" for name, value in read_rails(root).items()]
+    zones = [f"{name} {value:.0f} °C" for name, value in read_zones(root).items()]
+    return [
+        Finding("power", ", ".join(rails) or "no INA3221 sensor"),
+        Finding("temperature", ", ".join(zones) or "no thermal zone"),
+    ]
 
 
 def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], list[tuple[int, int]]]:
@@ -209,8 +203,9 @@ def surroundings(config: Config, on_gpu: bool) -> list[Finding]:
     for folder in (config.state, *engines.cache_folders()[: 1 if on_gpu else 0]):
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         found.append(_room("disk", f"for {folder}", shutil.disk_usage(place).free >> 20, MIN_DISK_MIB))
-    available = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return [*found, *([_room("memory", "available", int(available[1]) >> 10, MIN_MEMORY_MIB)] if available else [])]
+    if (free_mb := available_mb()) is not None:
+        found.append(_room("memory", "available", int(free_mb * 1e6) >> 20, MIN_MEMORY_MIB))
+    return found
 
 
 def _room(name: str, what: str, mib: int, least_mib: int) -> Finding:
@@ -234,7 +229,7 @@ def examine(config: Config) -> list[Finding]:
             found += self_test(config.bundle, manifest, profiles if on_gpu else [])
         except DiffusionLLMError as error:
             found.append(Finding("self-test", "failed", str(error)))
-    return [*found, watts(), *surroundings(config, on_gpu)]
+    return [*found, *sensors(), *surroundings(config, on_gpu)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -183,29 +183,6 @@ class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=
     failure: str | None = None
 
 
-class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="metrics"):
-    """Counters since the daemon started; answered: by "ok" or error code, refusals included.
-
-    active: requests that are being computed. resident_mb: megabytes of memory, 10^6 bytes each. backend and
-    failure: as in Health. Over MQTT, dropped: replies not sent, because of the limits on their number and rate;
-    undeliverable: answers given up because the broker refused them.
-    """
-
-    v: int = PROTOCOL_VERSION
-    uptime_s: float
-    accepted: int
-    answered: dict[str, int]
-    generated_tokens: int
-    steps: int
-    active: int
-    queued: int
-    resident_mb: float
-    dropped: int = 0
-    undeliverable: int = 0
-    backend: str
-    failure: str | None = None
-
-
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """What a request must keep within. canvas_tokens: prompt and text together, and two more."""
 

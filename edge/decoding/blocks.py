@@ -118,6 +118,10 @@ class Writing:
     vocab_size: int
     slot: Slot | None = None
     passes: int = 0
+    tried: list[int] = field(init=False)
+    """tried[n]: passes that held n drafts."""
+    kept: list[int] = field(init=False)
+    """kept[n]: passes that kept n of them."""
     done: bool = False
     drafts: list[int] = field(default_factory=list)
     """For the positions after `position`."""
@@ -134,6 +138,7 @@ class Writing:
         edges = np.flatnonzero(np.diff(np.concatenate([[False], self.fill, [False]]).astype(np.int8)))
         self.gaps = [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
         self.noise = Noise(self.law, self.vocab_size)
+        self.tried, self.kept = [0] * (self.law.window + 1), [0] * (self.law.window + 1)
         given = np.flatnonzero(~self.fill & (self.canvas != MASK) & (self.canvas != PAD)).astype(np.int32)
         first, last = self.gaps[0][0], self.gaps[-1][1]
         if self.open_end:
@@ -177,6 +182,8 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     slot.cached += len(w.pending) + agreed
     new = drawn[: agreed + 1]
     w.passes += 1
+    w.tried[len(w.drafts)] += 1
+    w.kept[agreed] += 1
     if _commit(w, new):
         room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
         w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))

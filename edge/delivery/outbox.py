@@ -59,9 +59,7 @@ class Outbox:
         send: Send,
         show: Callable[[str, str, bytes | None, Partial], None],
     ) -> None:
-        self.limits = ReplyLimits()
-        self.undeliverable = 0
-        """Answers that were given up."""
+        self.limits = ReplyLimits(on_drop=lambda: scheduler.requests.note_lost(dropped=1))
         self._journal = journal
         self._scheduler = scheduler
         self._show = show
@@ -304,7 +302,7 @@ class Outbox:
             log.warning("%d answers wait to be stored: %s", len(answers), error)
             return
         self._unstored = []
-        self.undeliverable += len(outcomes.given_up)
+        self._scheduler.requests.note_lost(undeliverable=len(outcomes.given_up))
         self._publisher.outcomes = Outcomes()
         for seq, _, _ in answers:
             self._open.remove(seq)

@@ -2,6 +2,7 @@
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,7 +23,6 @@ MAX_CLIENTS: Final = 256
 class _Spent:
     """The replies so far. clients: client → (replies counted against its rate, when)."""
 
-    dropped: int = 0
     under_way: int = 0
     clients: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
 
@@ -39,16 +39,11 @@ class _Spent:
 
 
 class ReplyLimits:
-    """Decides which replies are sent. Thread-safe."""
+    """Decides which replies are sent. Thread-safe. on_drop: called for each that is not."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_drop: Callable[[], None]) -> None:
+        self._on_drop = on_drop
         self._spent = Locked(_Spent())
-
-    @property
-    def dropped(self) -> int:
-        """Replies that were not sent."""
-        with self._spent as spent:
-            return spent.dropped
 
     def take(self, client: str, reliable: bool) -> bool:
         """Whether another reply may be sent; `give_back` ends it.
@@ -61,13 +56,13 @@ class ReplyLimits:
             else:
                 allowed = spent.under_way < MAX_REPLIES and spent.within_rate(client)
             spent.under_way += allowed
-            spent.dropped += not allowed
-            return allowed
+        if not allowed:
+            self._on_drop()
+        return allowed
 
     def drop(self) -> None:
         """Count a message that cannot be replied to at all."""
-        with self._spent as spent:
-            spent.dropped += 1
+        self._on_drop()
 
     def give_back(self) -> None:
         """A reply was delivered or lost."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edge.serving.counters import Served
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Run
 from shared.errors import RequestError
@@ -34,6 +35,8 @@ class Job:
     first_token_s: float | None = None
     compute_s: float = 0.0
     alone: bool = False
+    served: Served | None = None
+    """What it came to, once `answer` was called."""
     partials: int = 0
     last_partial_s: float = float("-inf")
 
@@ -72,6 +75,16 @@ class Job:
         """The reply to a finished request."""
         completion, plan, now = self.run.completion(), self.run.plan, time.monotonic()
         times = (self.started_s or now, self.first_token_s or now, now)
+        self.served = Served(
+            decoder=plan.decoder,
+            prompt_tokens=plan.prompt_tokens,
+            tokens=completion.generated_tokens,
+            passes=completion.steps,
+            first_token_s=times[1] - self.accepted_s,
+            total_s=now - self.accepted_s,
+            tried=completion.tried,
+            kept=completion.kept,
+        )
         return Response(
             id=self.request.id,
             status="ok",

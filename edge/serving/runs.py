@@ -1,7 +1,7 @@
 """A checked request on its way to its text, by either decoder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from edge.decoding.canvas import advance, bucket
 from edge.decoding.layout_text import Layout, Texts
 from edge.decoding.types import AnyBackend, Ids, Row, Sampling
 from edge.serving.slots import Slots
-from shared.manifest import Manifest
+from shared.manifest import Decoder, Manifest
 from shared.messages import Part
 from shared.tokens import MASK, PAD
 
@@ -23,6 +23,11 @@ class Plan:
 
     layout: Layout
     sampling: Sampling | Law
+
+    @property
+    def decoder(self) -> Decoder:
+        """Which of the two."""
+        return "blocks" if isinstance(self.sampling, Law) else "canvas"
 
     @property
     def seed(self) -> int:
@@ -53,12 +58,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a plan. canvas (L,): the final ids."""
+    """What came of a plan. canvas (L,): the final ids. tried[n], kept[n]: how many passes of blocks held n drafts, and
+    kept n of them.
+    """
 
     text: str
     canvas: Ids
     generated_tokens: int
     steps: int
+    tried: Sequence[int] = ()
+    kept: Sequence[int] = ()
 
 
 class Run(Protocol):
@@ -163,7 +172,8 @@ class BlocksRun:
 
     def completion(self) -> Completion:
         """See `Run`."""
-        return completion_of(self.plan, self._texts, self.writing.canvas, self.writing.passes)
+        w = self.writing
+        return replace(completion_of(self.plan, self._texts, w.canvas, w.passes), tried=w.tried, kept=w.kept)
 
     def close(self) -> None:
         """See `Run`."""

@@ -8,11 +8,9 @@ Every request that `submit` accepts gets exactly one terminal reply.
 """
 
 import logging
-import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final
 
 from edge.serving.job import Job
@@ -20,9 +18,12 @@ from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.request_log import RequestLog
 from edge.serving.request_table import RequestTable
 from edge.serving.runs import Plan
+from edge.system.board import Board
 from edge.system.installed import version
+from edge.system.memory import available_mb, resident_mb
 from shared.errors import RequestError
-from shared.messages import GenerateRequest, Health, Metrics, Reply, Response, State, error_response
+from shared.messages import GenerateRequest, Health, Reply, Response, State, error_response
+from shared.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Scheduler:
     def __init__(self, loaded: LoadedBundle, queue_size: int) -> None:
         self.on_failure: Callable[[], None] = lambda: None
         self.requests = RequestLog()
+        self._board = Board()
         self._table = RequestTable(loaded, size=queue_size + 1)
         self._started_s = time.monotonic()
         self._version = version()
@@ -112,21 +114,23 @@ class Scheduler:
         )
 
     def metrics(self) -> Metrics:
-        """Counters since the start."""
-        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-        answered, tokens = self.requests.counts()
-        counts, loaded = self._table.counts(), self.loaded
-        return Metrics(
+        """Counters since the start, and what the board tells."""
+        health, counts, board = self.health(), self._table.counts(), self._board.read()
+        return self.requests.metrics(
+            version=health.version,
+            model=health.model,
+            backend=health.backend,
+            state=health.state,
+            failure=health.failure,
             uptime_s=round(time.monotonic() - self._started_s, 3),
             accepted=counts.accepted,
-            answered=answered,
-            generated_tokens=tokens,
-            steps=counts.steps,
             active=counts.load - counts.waiting,
             queued=counts.waiting,
-            resident_mb=round(resident_pages * mmap.PAGESIZE / 1e6, 1),
-            backend=loaded.backend_name,
-            failure=self.failure or loaded.degraded,
+            steps=counts.steps,
+            resident_mb=resident_mb(),
+            available_mb=available_mb(),
+            watts=board.watts,
+            celsius=board.celsius,
         )
 
     def submit(
@@ -241,8 +245,8 @@ class Scheduler:
             id=job.request.id,
             client=job.client,
             prompt_tokens=job.run.plan.prompt_tokens,
-            tokens=0 if response.usage is None else response.usage.generated_tokens,
             ms=(time.monotonic() - job.accepted_s) * 1e3,
+            served=job.served,
         )
         self._table.remove(job, service_ms=job.compute_s * 1e3 if response.error is None else None)
         _deliver(job.reply, response)

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from shared import messages
+from shared import messages, metrics
 from shared.messages import (
     CancelRequest,
     ErrorInfo,
@@ -17,7 +17,6 @@ from shared.messages import (
     HealthRequest,
     Info,
     Limits,
-    Metrics,
     Part,
     Partial,
     Reply,
@@ -26,6 +25,7 @@ from shared.messages import (
     Usage,
     encode,
 )
+from shared.metrics import Decoded, Drafts, Histogram, Metrics
 
 EXAMPLES: tuple[Struct, ...] = (
     Gap(4),
@@ -76,19 +76,34 @@ EXAMPLES: tuple[Struct, ...] = (
     Part(text=" upon", draft=True),
     Metrics(
         v=2,
+        version="0.1.0",
+        model="tinystories@01",
+        state="busy",
         uptime_s=60.5,
         accepted=3,
         answered={"ok": 2, "timeout": 1},
+        latency=Histogram((0.1, 1.0), (0, 1, 1), 3.5),
+        first_token=Histogram((0.1, 1.0), (2, 0, 0), 0.125),
+        prompt_tokens=8,
         generated_tokens=400,
+        tokens_per_s=6.667,
+        decoded={"blocks": Decoded(400, 200, 2.0), "canvas": Decoded(0, 0, None)},
+        drafts=[Drafts(1, 198, 150), Drafts(2, 190, 50)],
         steps=96,
         active=1,
         queued=2,
         backend="ort",
         resident_mb=92.5,
+        available_mb=4096.0,
+        watts={"VDD_IN": 5.25},
+        celsius={"cpu-thermal": 48.5},
         dropped=3,
         undeliverable=1,
         failure="cuEventSynchronize failed",
     ),
+    Decoded(tokens=4, passes=2, tokens_per_pass=2.0),
+    Drafts(depth=1, drafted=3, kept=2),
+    Histogram(bounds_s=(0.1,), counts=(1, 2), sum_s=1.5),
     Limits(message_bytes=65536, canvas_tokens=256, steps=1024, window=3, top_k=64, queue_size=32),
     Info(
         v=2,
@@ -106,8 +121,9 @@ EXAMPLES: tuple[Struct, ...] = (
 
 CLASSES = [
     kind
-    for name, kind in inspect.getmembers(messages, inspect.isclass)
-    if issubclass(kind, Struct) and kind.__module__ == messages.__name__ and not name.startswith("_")
+    for module in (messages, metrics)
+    for name, kind in inspect.getmembers(module, inspect.isclass)
+    if issubclass(kind, Struct) and kind.__module__ == module.__name__ and not name.startswith("_")
 ]
 
 

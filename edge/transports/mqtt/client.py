@@ -61,7 +61,7 @@ class MqttTransport:
             events=self,
         )
         self._outbox = Outbox(Journal(config.state), scheduler, self._send, self._show)
-        self._status = Status(scheduler, self._outbox, config.queue_size, self._publish)
+        self._status = Status(scheduler, config.queue_size, self._publish)
 
     @property
     def broker(self) -> str:

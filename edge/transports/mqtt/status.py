@@ -5,14 +5,12 @@ import time
 from typing import Any, Final, Protocol
 
 import msgspec
-from msgspec.structs import replace
 
-from edge.delivery.outbox import Outbox
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Heartbeat
 from shared.manifest import MAX_STEPS
-from shared.messages import MAX_MESSAGE_BYTES, CancelRequest, GenerateRequest, Health, Info, Limits, Metrics, encode
+from shared.messages import MAX_MESSAGE_BYTES, CancelRequest, GenerateRequest, Health, Info, Limits, encode
 
 LOOK_S: Final = 0.5
 METRICS_S: Final = 60.0
@@ -27,9 +25,8 @@ class Publish(Protocol):
 class Status:
     """Checks the scheduler twice a second and publishes changes; counters once a minute, and at the end."""
 
-    def __init__(self, scheduler: Scheduler, outbox: Outbox, queue_size: int, publish: Publish) -> None:
+    def __init__(self, scheduler: Scheduler, queue_size: int, publish: Publish) -> None:
         self._scheduler = scheduler
-        self._outbox = outbox
         self._queue_size = queue_size
         self._publish = publish
         self._published: Health | None = None
@@ -63,14 +60,9 @@ class Status:
                     self._publish_changes()
                     if stopping or time.monotonic() - metrics_s >= METRICS_S:
                         metrics_s = time.monotonic()
-                        self._publish("metrics", encode(self._metrics()), qos=0)
+                        self._publish("metrics", encode(self._scheduler.metrics()), qos=0)
             if stopping:
                 return
-
-    def _metrics(self) -> Metrics:
-        outbox = self._outbox
-        counted = self._scheduler.metrics()
-        return replace(counted, dropped=outbox.limits.dropped, undeliverable=outbox.undeliverable)
 
     def _publish_changes(self) -> None:
         health = self._scheduler.health()

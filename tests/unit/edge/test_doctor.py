@@ -22,6 +22,7 @@ from edge.serving.scheduler import Scheduler
 from edge.transports.unix_socket import SocketServer
 from shared.errors import ConfigError, DeviceError
 from shared.manifest import find_graph, read_manifest
+from tests.support.board import write_sensor, write_zone
 from tests.support.emulator import Emulator
 from tests.support.emulator.fakes import FakeDriver, array_at
 
@@ -142,17 +143,11 @@ def test_doctor_of_a_broken_bundle_names_it_first(tmp_path: Path, capsys: pytest
     assert "is not a bundle" in err
 
 
-def test_watts_are_found_by_label(tmp_path: Path) -> None:
-    assert doctor.watts(tmp_path).value == "no INA3221 sensor"
-    chip = tmp_path / "hwmon3"
-    chip.mkdir()
-    rails = {"1": ("VDD_IN", 5000, 900), "2": ("VDD_CPU_GPU_CV", 5000, 200)}
-    (chip / "name").write_text("ina3221\n")
-    for n, (label, millivolts, milliamperes) in rails.items():
-        (chip / f"in{n}_label").write_text(label)
-        (chip / f"in{n}_input").write_text(str(millivolts))
-        (chip / f"curr{n}_input").write_text(str(milliamperes))
-    assert doctor.watts(tmp_path).value == "VDD_IN 4.50 W, VDD_CPU_GPU_CV 1.00 W"
+def test_doctor_tells_what_the_board_measures(tmp_path: Path) -> None:
+    assert [finding.value for finding in doctor.sensors(tmp_path)] == ["no INA3221 sensor", "no thermal zone"]
+    write_sensor(tmp_path, "VDD_IN", 1, millivolts=5000, milliamperes=900)
+    write_zone(tmp_path, 0, "cpu-thermal", "48500\n")
+    assert [finding.value for finding in doctor.sensors(tmp_path)] == ["VDD_IN 4.50 W", "cpu-thermal 48 °C"]
 
 
 def test_roofline_counts_the_products_of_the_graph(debug_bundle: Path) -> None:
