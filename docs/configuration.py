@@ -9,10 +9,11 @@ from pathlib import Path
 
 import msgspec.inspect
 
-from edge.config import LEVELS, LOG_VARIABLE, VARIABLES, Config, MqttConfig
+from edge.config import LEVELS, LOG_VARIABLE, VARIABLES, Config, HttpConfig, MqttConfig
 from edge.daemon import RELOADED
 from shared.validation import takes
 
+SECTIONS: dict[str, type[msgspec.Struct]] = {"mqtt": MqttConfig, "http": HttpConfig}
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration of the daemon
 
@@ -20,7 +21,7 @@ Written by `python docs/configuration.py` from the structs in `edge/config.py`; 
 
 Every setting has a default. A TOML file overrides it (`--config FILE`, or `EDGELM_CONFIG=FILE`; `deploy/edgelm.toml` is
 one with every key in it), an environment variable overrides the file, and a flag (`--bundle`, `--socket`, `--backend`,
-`--mqtt HOST[:PORT]`) overrides both. Unknown keys and variables are refused by name; an empty variable counts as unset.
+`--mqtt HOST[:PORT]`, `--http HOST:PORT`) overrides both. Unknown keys and variables are refused by name; an empty variable counts as unset.
 Relative paths in the file start at the file's folder, all others at the working directory.
 
 The service reads `/etc/edgelm/edgelm.toml`. `systemctl reload edgelm`, or SIGHUP, reads the file again and applies
@@ -53,7 +54,7 @@ def table(struct: type[msgspec.Struct], section: str = "") -> str:
     info = msgspec.inspect.type_info(struct)
     assert isinstance(info, msgspec.inspect.StructType)
     for field in info.fields:
-        if field.name == "mqtt":
+        if field.name in SECTIONS:
             continue
         variable = f"`{variables[key]}`" if (key := section + field.name) in variables else "–"
         cells = (f"`{field.name}`", texts[field.name], takes(field.type), default_of(field), variable)
@@ -65,7 +66,8 @@ def page() -> str:
     """The whole page."""
     *most, last = (f"`{key}`" for key in RELOADED)
     head = HEAD.format(reloaded=f"{', '.join(most)} and {last}", log=LOG_VARIABLE, levels=", ".join(LEVELS))
-    return f"{head}\n## Top level\n\n{table(Config)}\n\n## `[mqtt]`\n\n{table(MqttConfig, 'mqtt.')}\n"
+    sections = "".join(f"\n## `[{name}]`\n\n{table(struct, f'{name}.')}\n" for name, struct in SECTIONS.items())
+    return f"{head}\n## Top level\n\n{table(Config)}\n{sections}"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ VARIABLES: Final[dict[str, str]] = {
     "EDGELM_MQTT_USERNAME": "mqtt.username",
     "EDGELM_MQTT_PASSWORD_FILE": "mqtt.password_file",
     "EDGELM_MQTT_CA_FILE": "mqtt.ca_file",
+    "EDGELM_HTTP_LISTEN": "http.listen",
+    "EDGELM_HTTP_TOKEN_FILE": "http.token_file",
 }
 """Environment variable → the key it overrides. An empty variable counts as unset."""
 
@@ -53,6 +55,10 @@ _DEVICE: Final = "1 to 64 letters, digits, `.`, `_` and `-`, the first a letter 
 _PREFIX: Final = "a topic that ends in `/`, without `+`, `#` and control characters, and that does not begin with `$`"
 Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description=_DEVICE)]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
+_LISTEN: Final = "HOST:PORT, an IPv6 address in brackets, such as 127.0.0.1:8080"
+Listen = Annotated[
+    str, Meta(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]{1,253}):\d{1,5}\Z", max_length=260, description=_LISTEN)
+]
 ReplyPrefix = Annotated[str, Meta(pattern=r"^[^$/+#\x00-\x1f][^+#\x00-\x1f]*/\Z", max_length=256, description=_PREFIX)]
 
 
@@ -118,6 +124,19 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     reply_prefixes: Annotated[tuple[ReplyPrefix, ...], Meta(min_length=1)] = ("edgelm/reply/",)
 
 
+class HttpConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The HTTP server.
+
+    listen: address and port; without it HTTP is off, unless systemd passes a socket. Beyond this machine (any address
+      but a loopback one) only with a token.
+    token_file: file whose content each request must bring as `Authorization: Bearer …`; without it the service takes
+      /etc/edgelm/http.token.
+    """
+
+    listen: Listen | None = None
+    token_file: Path | None = None
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The daemon's settings.
 
@@ -132,6 +151,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     drain_s: seconds that accepted requests get to finish in after SIGTERM.
     device: this device's name in MQTT topics, `edgelm/DEVICE/…`.
     mqtt: the broker, in a section of its own.
+    http: the HTTP server, in a section of its own.
     """
 
     bundle: Path = field(default_factory=default_bundle)
@@ -144,6 +164,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     drain_s: Annotated[float, Meta(ge=0, le=600)] = 20.0
     device: Device = field(default_factory=default_device)
     mqtt: MqttConfig = field(default_factory=MqttConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
 
 
 def load_config(
@@ -198,13 +219,27 @@ def read_password(mqtt: MqttConfig) -> str | None:
 
     Without such a file, that of the credential `mqtt.password`, which systemd loads for the unit (LoadCredential=).
     """
-    file = mqtt.password_file or (credential("mqtt.password") if mqtt.username else None)
+    return _secret("mqtt.password_file", mqtt.password_file or (credential("mqtt.password") if mqtt.username else None))
+
+
+def read_token(http: HttpConfig) -> str | None:
+    """The token of the HTTP server likewise; the credential is `http.token`. Raises ConfigError."""
+    token = _secret("http.token_file", http.token_file or credential("http.token"))
+    if http.token_file is not None and token is None:
+        raise ConfigError(f"http.token_file {http.token_file} is empty: it must hold the token")
+    if token is not None and not re.fullmatch(r"[!-~]{16,512}", token):
+        raise ConfigError("the HTTP token must be 16 to 512 printable ASCII characters without spaces")
+    return token
+
+
+def _secret(key: str, file: Path | None) -> str | None:
+    """A file's content without its final line break; None if it is empty, or there is no file. Raises ConfigError."""
     if file is None:
         return None
     try:
         return file.read_text("utf-8").rstrip("\r\n") or None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"mqtt.password_file {file} cannot be read: {error}") from None
+        raise ConfigError(f"{key} {file} cannot be read: {error}") from None
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -226,8 +261,8 @@ def _override(config: Config, source: str, key: str, text: str) -> Config:
     section, _, name = key.rpartition(".")
     given = _convert({section: {name: text}} if section else {name: text}, source, Path.cwd(), strict=False)
     if section:
-        mqtt = msgspec.structs.replace(config.mqtt, **{name: getattr(given.mqtt, name)})
-        return msgspec.structs.replace(config, mqtt=mqtt)
+        changed = msgspec.structs.replace(getattr(config, section), **{name: getattr(getattr(given, section), name)})
+        return msgspec.structs.replace(config, **{section: changed})
     return msgspec.structs.replace(config, **{name: getattr(given, name)})
 
 

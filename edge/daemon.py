@@ -23,9 +23,10 @@ from edge.system.gpu_deaths import GpuDeaths
 from edge.system.heartbeat import Sign
 from edge.system.systemd import JournalFormatter
 from edge.transports.unix_socket import SocketServer
-from shared.errors import DeviceError, DiffusionLLMError, command_name
+from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name
 
 if TYPE_CHECKING:
+    from edge.transports.http.server import HttpServer
     from edge.transports.mqtt.client import MqttTransport
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ CLOSE_S: Final = 15.0
 EPILOG = """examples:
   python -m edge                                   the shipped bundle on the default socket
   python -m edge --mqtt broker.local               also through a broker
+  python -m edge --http 127.0.0.1:8080             also over HTTP, with a page at that address
   python -m edge --config /etc/edgelm/edgelm.toml  everything else is set there; deploy/edgelm.toml explains it
 
 Environment variables such as EDGELM_BUNDLE override the file, flags override both.
@@ -102,19 +104,25 @@ def serve(read_config: Callable[[], Config]) -> None:
         signals = Signals()
         worker.on_failure = signals.wake
         mqtt = _make_mqtt(config, worker)
+        http = _make_http(config, worker)
         socket = SocketServer(path, worker, inherited, config.socket_group)
         socket.start()
         stack.callback(socket.close)
         if mqtt is not None:
             mqtt.start()
             stack.callback(mqtt.close)
+        if http is not None:
+            http.start()
+            stack.callback(http.close)
         worker.start()
         stack.callback(worker.stop)
         signs: dict[str, Sign] = {"scheduler": worker.sign, "socket": socket.heartbeat}
-        watchdog = systemd.Watchdog(signs if mqtt is None else signs | mqtt.signs)
+        signs |= {} if mqtt is None else mqtt.signs
+        signs |= {} if http is None else {"http": http.sign}
+        watchdog = systemd.Watchdog(signs)
         watchdog.start()
         stack.callback(watchdog.stop)
-        print(_ready_line(path, worker, mqtt), flush=True)
+        print(_ready_line(path, worker, mqtt=mqtt, http=http), flush=True)
         systemd.ready(f"serving {worker.model}")
         while signals.wait_for_reload():
             config = _reload(config, read_config, worker)
@@ -175,9 +183,21 @@ def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
     return MqttTransport(config, worker)
 
 
-def _ready_line(path: Path, worker: Scheduler, mqtt: "MqttTransport | None") -> str:
+def _make_http(config: Config, worker: Scheduler) -> "HttpServer | None":
+    if config.http.listen is None:
+        return None
+    try:
+        from edge.transports.http.server import HttpServer  # an event loop and a parser that others need not load
+    except ModuleNotFoundError as error:
+        missing = f"HTTP needs the package {error.name}: pip install 'diffusion-llm[web]'"
+        raise ConfigError(missing) from None
+    return HttpServer(config, worker)
+
+
+def _ready_line(path: Path, worker: Scheduler, *, mqtt: "MqttTransport | None", http: "HttpServer | None") -> str:
     broker = "off" if mqtt is None else f"connecting to {mqtt.broker}"
-    line = f"ready in {seconds_since_start():.2f} s: socket {path}, mqtt {broker}, bundle {worker.model}"
+    page = "" if http is None else f", {http.url}"
+    line = f"ready in {seconds_since_start():.2f} s: socket {path}, mqtt {broker}{page}, bundle {worker.model}"
     return line if mqtt is None else f"{line}\nask it over MQTT: {mqtt.example}"
 
 
@@ -195,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and serve. Returns 0 after a drain."""
     parser = argparse.ArgumentParser(
         prog=command_name("edge"),
-        description="Serve a bundle on a Unix socket and, if a broker is configured, over MQTT.",
+        description="Serve a bundle on a Unix socket and, where configured, over MQTT and HTTP.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -204,16 +224,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--socket", metavar="PATH", help="Unix socket to listen on")
     parser.add_argument("--backend", metavar="NAME", help="what runs the model (default: auto)")
     parser.add_argument("--mqtt", metavar="HOST[:PORT]", help="broker to serve as well (default: none)")
+    parser.add_argument("--http", metavar="HOST:PORT", help="address to serve HTTP on as well (default: none)")
     args = parser.parse_args(argv)
     given = {key: value for key in ("bundle", "socket", "backend") if (value := getattr(args, key)) is not None}
-    broker = {} if args.mqtt is None else parse_broker(args.mqtt)
+    given |= {} if args.mqtt is None else parse_broker(args.mqtt)
+    given |= {} if args.http is None else {"http.listen": args.http}
     handler = logging.StreamHandler(sys.stderr)
     to_journal = systemd.on_journal()
     in_terminal = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JournalFormatter() if to_journal else in_terminal)
     logging.basicConfig(level=log_level(default="info"), handlers=[handler])
     try:
-        serve(lambda: load_config(args.config, given | broker))
+        serve(lambda: load_config(args.config, given))
     except DiffusionLLMError as error:
         if not to_journal:
             raise

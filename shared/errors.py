@@ -63,11 +63,17 @@ class DeviceError(DiffusionLLMError):
 
 ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {
     "bad_request": (400, False),
+    "unauthorized": (401, False),
     "bad_reply_topic": (403, False),
     "forbidden": (403, False),
+    "not_found": (404, False),
+    "method_not_allowed": (405, False),
+    "too_slow": (408, True),
     "conflict": (409, False),
     "too_large": (413, False),
+    "unsupported_media": (415, False),
     "queue_full": (429, True),
+    "headers_too_large": (431, False),
     "cancelled": (499, False),
     "internal": (500, False),
     "draining": (503, True),

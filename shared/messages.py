@@ -125,12 +125,13 @@ class ErrorInfo(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
 
 class Response(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="response"):
-    """The one terminal answer to a request."""
+    """The one terminal answer to a request. finish_reason: "length" where the text has used up its room, else "stop"."""
 
     v: int = PROTOCOL_VERSION
     id: str | None = None
     status: Literal["ok", "error", "cancelled"]
     text: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
     seed: int | None = None
     usage: Usage | None = None
     timing: Timing | None = None

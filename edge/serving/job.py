@@ -89,6 +89,7 @@ class Job:
             id=self.request.id,
             status="ok",
             text=completion.text,
+            finish_reason="length" if completion.full else "stop",
             seed=plan.seed,
             usage=Usage(plan.prompt_tokens, completion.generated_tokens, completion.steps),
             timing=Timing(*(round((t - self.accepted_s) * 1e3, 3) for t in times)),

@@ -14,8 +14,8 @@ from edge.decoding.types import LoopBackend, Sampling
 from edge.serving.runs import BlocksRun, CanvasRun, Completion, Plan, Run, Snapshot, step
 from edge.serving.slots import Slots
 from shared.errors import BundleError, RequestError
-from shared.manifest import TOKENIZER, Decoder, Manifest, bundle_digest, read_manifest, verified_bytes
-from shared.messages import GenerateRequest
+from shared.manifest import MAX_STEPS, TOKENIZER, Decoder, Manifest, bundle_digest, read_manifest, verified_bytes
+from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, Limits
 
 LEAST_TOP_P: Final = 1e-30
 """The likeliest token alone; below it a float32 is 0, and would leave none."""
@@ -90,6 +90,18 @@ class LoadedBundle:
             entropy_bound=request.entropy_bound,
         )
         return Plan(layout, sampling)
+
+    def limits(self, queue_size: int) -> Limits:
+        """What requests must keep within. queue_size: of the daemon."""
+        blocks = self.manifest.blocks
+        return Limits(
+            message_bytes=MAX_MESSAGE_BYTES,
+            canvas_tokens=self.manifest.model.canvas_len,
+            steps=MAX_STEPS,
+            window=0 if self.rows is None or blocks is None else blocks.window,
+            top_k=self.manifest.top_k,
+            queue_size=queue_size,
+        )
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:

@@ -58,14 +58,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a plan. canvas (L,): the final ids. tried[n], kept[n]: how many passes of blocks held n drafts, and
-    kept n of them.
+    """What came of a plan. canvas (L,): the final ids. full: whether the text fills all the room that it had.
+
+    tried[n], kept[n]: how many passes of blocks held n drafts, and kept n of them.
     """
 
     text: str
     canvas: Ids
     generated_tokens: int
     steps: int
+    full: bool
     tried: Sequence[int] = ()
     kept: Sequence[int] = ()
 
@@ -211,7 +213,8 @@ def whole_characters(parts: Sequence[Part]) -> list[Part]:
 def completion_of(plan: Plan, texts: Texts, canvas: Ids, passes: int) -> Completion:
     """A finished canvas as an answer's content."""
     generated = int(np.count_nonzero(plan.layout.fill & (canvas != PAD)))
-    return Completion(texts.read(plan.layout, canvas), canvas, generated, passes)
+    full = generated == np.count_nonzero(plan.layout.fill)
+    return Completion(texts.read(plan.layout, canvas), canvas, generated, passes, full)
 
 
 def step(

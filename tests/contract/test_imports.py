@@ -21,6 +21,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
             "msgspec",
             "tokenizers",
             "paho",
+            "h11",
             "tomli",
             "onnxruntime",
             "tensorrt",

@@ -57,6 +57,7 @@ EXAMPLES: tuple[Struct, ...] = (
         id="a-1",
         status="ok",
         text="Once upon a time there was a “fox”.\n",
+        finish_reason="stop",
         seed=7,
         usage=Usage(5, 40, 16),
         timing=Timing(0.5, 20.25, 400.0),

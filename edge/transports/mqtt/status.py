@@ -9,8 +9,7 @@ import msgspec
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Heartbeat
-from shared.manifest import MAX_STEPS
-from shared.messages import MAX_MESSAGE_BYTES, CancelRequest, GenerateRequest, Health, Info, Limits, encode
+from shared.messages import CancelRequest, GenerateRequest, Health, Info, encode
 
 LOOK_S: Final = 0.5
 METRICS_S: Final = 60.0
@@ -77,15 +76,6 @@ class Status:
 
 def info(health: Health, loaded: LoadedBundle, queue_size: int) -> Info:
     """What a client may want to know before its first request, with the JSON schemas of requests."""
-    manifest = loaded.manifest
-    limits = Limits(
-        message_bytes=MAX_MESSAGE_BYTES,
-        canvas_tokens=manifest.model.canvas_len,
-        steps=MAX_STEPS,
-        window=0 if loaded.rows is None or manifest.blocks is None else manifest.blocks.window,
-        top_k=manifest.top_k,
-        queue_size=queue_size,
-    )
     schemas = {"generate": GenerateRequest, "cancel": CancelRequest}
     return Info(
         version=health.version,
@@ -93,7 +83,7 @@ def info(health: Health, loaded: LoadedBundle, queue_size: int) -> Info:
         backend=health.backend,
         deterministic=loaded.deterministic,
         decoders=list(loaded.decoders),
-        limits=limits,
+        limits=loaded.limits(queue_size),
         schemas={name: _schema(kind) for name, kind in schemas.items()},
     )
 

@@ -45,12 +45,12 @@ def test_config_flags_override_environment_overrides_file(tmp_path: Path) -> Non
 
 
 def test_config_every_variable_reaches_its_setting() -> None:
-    values = dict.fromkeys(VARIABLES, "7")
+    values = dict.fromkeys(VARIABLES, "7") | {"EDGELM_HTTP_LISTEN": "7:7"}
     config = load_config(environ=values)
     for key in VARIABLES.values():
         section, _, name = key.rpartition(".")
-        found = getattr(config.mqtt if section else config, name)
-        assert found in (7, "7", Path.cwd() / "7"), key
+        found = getattr(getattr(config, section) if section else config, name)
+        assert found in (7, "7", Path.cwd() / "7", "7:7"), key
 
 
 def test_config_empty_variable_counts_as_unset() -> None:

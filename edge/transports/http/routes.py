@@ -1,0 +1,116 @@
+"""What is at which path."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from edge.serving.prometheus import prometheus_text
+from edge.serving.scheduler import Scheduler
+from edge.transports.http.access import Access
+from edge.transports.http.completion import Answering, label_of
+from edge.transports.http.errors import MethodError
+from edge.transports.http.exchange import Exchange, Request
+from edge.transports.http.models import model_list
+from edge.transports.http.openai_shape import CompletionRequest, decode_completion, to_generate
+from shared.errors import RequestError
+from shared.messages import encode
+
+PAGE: Final = Path(__file__).parent / "page"
+KINDS: Final[dict[str, str]] = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+}
+"""Suffix → type of the page's files."""
+PAGE_HEADERS: Final = (
+    # The page is its own files alone: nothing inline, nothing of another origin, in no frame, no form that leaves.
+    (
+        "content-security-policy",
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    ("referrer-policy", "no-referrer"),
+)
+METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+Handler = Callable[[Request, Exchange], None]
+
+
+class Routes:
+    """Answers requests for a scheduler. device: its name in the metrics."""
+
+    def __init__(self, scheduler: Scheduler, access: Access, *, queue_size: int, device: str) -> None:
+        self._scheduler = scheduler
+        self._access = access
+        self._queue_size = queue_size
+        self._device = device
+        self._page = {f"/page/{file.name}": file for file in PAGE.iterdir() if file.suffix in KINDS}
+        self._page["/"] = PAGE / "index.html"
+        self._routes: dict[str, tuple[str, Handler]] = {
+            "/v1/completions": ("POST", self._complete),
+            "/v1/models": ("GET", self._models),
+            "/health": ("GET", self._health),
+            "/metrics": ("GET", self._metrics),
+        }
+
+    def serve(self, request: Request, exchange: Exchange) -> None:
+        """Answer a request, now or later. Raises RequestError."""
+        if request.path in self._page and request.method in ("GET", "HEAD"):
+            self._access.check_page(request.headers)
+            file = self._page[request.path]
+            exchange.answer(file.read_bytes(), kind=KINDS[file.suffix], headers=PAGE_HEADERS)
+            return
+        self._access.check(request.headers)
+        method, handler = self._routes.get(request.path, ("GET", None))
+        if request.path.startswith("/v1/models/"):
+            handler = self._model
+        if handler is None:
+            raise RequestError("not_found", f"there is nothing at {request.path}: see /v1/models, /health or /")
+        if request.method != method and (method, request.method) != ("GET", "HEAD"):
+            raise MethodError(request.path, request.method, takes=method)
+        handler(request, exchange)
+
+    def _complete(self, request: Request, exchange: Exchange) -> None:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            message = f"send JSON, with the header `Content-Type: application/json`, not {kind or 'none'!r}"
+            raise RequestError("unsupported_media", message)
+        asked = decode_completion(request.body)
+        id = self._id(request, asked)
+        answering = Answering(exchange, asked, label_of(id, self._scheduler.model))
+        self._scheduler.submit(
+            to_generate(asked, id),
+            answering.reply,
+            gone=lambda: exchange.gone,
+            client=f"http:{request.unit}",
+        )
+
+    def _id(self, request: Request, asked: CompletionRequest) -> str | None:
+        """The request's id, of its header or its body."""
+        header = request.headers.get("idempotency-key")
+        if header is not None and asked.id is not None and header != asked.id:
+            raise RequestError("bad_request", "`id` and the header Idempotency-Key differ: give one of them")
+        return asked.id if header is None else header
+
+    def _models(self, request: Request, exchange: Exchange) -> None:
+        models = model_list(self._scheduler.loaded, self._queue_size)
+        exchange.answer(msgspec.json.encode(models))
+
+    def _model(self, request: Request, exchange: Exchange) -> None:
+        (model,) = model_list(self._scheduler.loaded, self._queue_size).data
+        if request.path.removeprefix("/v1/models/") != model.id:
+            raise RequestError("not_found", f"this device has the model {model.id} alone")
+        exchange.answer(msgspec.json.encode(model))
+
+    def _health(self, request: Request, exchange: Exchange) -> None:
+        health = self._scheduler.health()
+        out_of_service = health.state in ("draining", "error")
+        exchange.answer(encode(health), status=503 if out_of_service else 200)
+
+    def _metrics(self, request: Request, exchange: Exchange) -> None:
+        text = prometheus_text(self._scheduler.metrics(), device=self._device)
+        exchange.answer(text.encode(), kind=METRICS_KIND)

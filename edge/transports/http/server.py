@@ -1,0 +1,134 @@
+"""The HTTP server: listening sockets, and a thread with the event loop that serves them."""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import threading
+from typing import Final
+
+from edge.config import Config, read_token
+from edge.serving.scheduler import Scheduler
+from edge.transports.http.access import Access
+from edge.transports.http.connection import Connection
+from edge.transports.http.exchange import Exchange, Request
+from edge.transports.http.places import MAX_CONNECTIONS, Pace, Places
+from edge.transports.http.routes import Routes
+from shared.errors import ConfigError, RequestError
+
+log = logging.getLogger(__name__)
+
+FLUSH_S: Final = 2.0
+"""How long `close` waits for clients to take their last answers."""
+BUFFER_BYTES: Final = 64 * 1024
+"""Of the kernel, for each direction of a connection."""
+
+
+class HttpServer:
+    """Serves a scheduler over HTTP. Raises ConfigError when an address cannot be taken, or would be open to strangers.
+
+    inherited: listening sockets of systemd's, served instead of `http.listen`.
+    """
+
+    def __init__(self, config: Config, scheduler: Scheduler, inherited: list[socket.socket] | None = None) -> None:
+        token = read_token(config.http)
+        self._listeners = inherited or open_listeners(config.http.listen or "")
+        for listener in self._listeners:
+            check_exposure(listener, token)
+            for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                listener.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+        self.places: Places[Connection] = Places()
+        self.pace = Pace()
+        self.closing = False
+        self.protected = token is not None
+        self._scheduler = scheduler
+        self._routes = Routes(scheduler, Access(token), queue_size=config.queue_size, device=config.device)
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._pings = self._pongs = 0
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """Of the page."""
+        host, port, *_ = self._listeners[0].getsockname()
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def sign(self) -> tuple[int, bool]:
+        """For the watchdog: turns of the event loop that it asked for, and whether one of them is overdue."""
+        overdue = self._pongs < self._pings
+        if not overdue and self._thread.is_alive():
+            self._pings += 1
+            self._loop.call_soon_threadsafe(self._pong)
+        return self._pongs, overdue or not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Send the last answers and hang up."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._loop.close()
+
+    # --- Site: what connections need ----------------------------------------------------------------------------------
+
+    def serve(self, request: Request, exchange: Exchange) -> None:
+        """Answer a request, now or later. Raises RequestError."""
+        self._routes.serve(request, exchange)
+
+    def note(self, error: RequestError, unit: str) -> None:
+        """Count a refusal."""
+        self._scheduler.requests.note(code=error.code, id=None, client=f"http:{unit}")
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _pong(self) -> None:
+        self._pongs += 1
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve_until_closed())
+
+    async def _serve_until_closed(self) -> None:
+        servers = [
+            await self._loop.create_server(lambda: Connection(self), sock=listener, backlog=MAX_CONNECTIONS)
+            for listener in self._listeners
+        ]
+        await self._stop.wait()
+        self.closing = True
+        for server in servers:
+            server.close()
+        give_up_s = self._loop.time() + FLUSH_S
+        while self._loop.time() < give_up_s and not all(connection.flushed for connection in self.places):
+            await asyncio.sleep(0.02)
+        for connection in self.places:
+            connection.abort()
+        await asyncio.sleep(0)  # connections are told that they are lost
+
+
+def open_listeners(listen: str) -> list[socket.socket]:
+    """Sockets bound to each address of HOST:PORT. Raises ConfigError."""
+    host, _, port = listen.rpartition(":")
+    if int(port) > 65535:
+        raise ConfigError(f"http.listen {listen}: a port is at most 65535")
+    listeners: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            listeners.append(socket.create_server(address[:2], family=family))
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise ConfigError(f"http.listen {listen} cannot be opened: {error.strerror or error}") from None
+    return listeners
+
+
+def check_exposure(listener: socket.socket, token: str | None) -> None:
+    """Raise ConfigError for an address that others can reach, unless there is a token."""
+    host = listener.getsockname()[0]
+    if token is None and not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        raise ConfigError(
+            f"http.listen {host}: others can reach this address, so `http.token_file` must name a file with a token"
+        )
