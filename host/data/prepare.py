@@ -6,7 +6,6 @@ Text is streamed twice, to sample text for the tokenizer and to encode it; memor
 import argparse
 import hashlib
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,9 @@ from host.data.tokenizer import (
     MIN_VOCAB_SIZE,
     encode_stories,
     head,
+    identity_of,
     load_tokenizer,
+    plain_tokenizer,
     token_byte_lengths,
     train_tokenizer,
 )
@@ -161,7 +162,7 @@ def prepare(
     reused = None if tokenizer_of is None else given_tokenizer(tokenizer_of)
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise ConfigError(f"--vocab-size must be {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE}, not {vocab_size}")
-    fingerprint = input_fingerprint(sources, vocab_size if reused is None else sha256_of(reused))
+    fingerprint = input_fingerprint(sources, vocab_size if reused is None else identity_of(reused))
     if is_up_to_date(out, fingerprint):
         print(f"{out} is up to date")
         return load_data(out).meta
@@ -171,7 +172,7 @@ def prepare(
             learned = learn_tokenizer(corpus, vocab_size)
             (folder / TOKENIZER).write_text(learned.to_str(pretty=True), encoding="utf-8")
         else:
-            shutil.copyfile(reused, folder / TOKENIZER)
+            (folder / TOKENIZER).write_bytes(plain_tokenizer(reused))
         tokenizer = load_tokenizer(folder / TOKENIZER)
         meta = DataMeta(
             format_version=FORMAT_VERSION,

@@ -1,5 +1,6 @@
 """Byte-level BPE, and stories as canvases: BOS, text, EOS, PAD to the end; a story cut at the end has no EOS."""
 
+import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,14 @@ from shared.tokens import BOS, CANVAS_LEN, EOS, FIRST_TEXT_ID, PAD, SPECIAL_TOKE
 MIN_VOCAB_SIZE: Final = FIRST_TEXT_ID + 256  # control tokens and every byte
 MAX_VOCAB_SIZE: Final = 1 << 16  # ids are stored as uint16
 MAX_TOKEN_BYTES: Final = 32
+NO_TEMPLATE: Final = b'"post_processor": null'
+BOS_TEMPLATE: Final = (
+    b'"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<BOS>", "type_id": 0}}, '
+    b'{"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, '
+    b'{"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<BOS>": {"id": "<BOS>", "ids": [1], '
+    b'"tokens": ["<BOS>"]}}}'
+)
+"""What makes the Hugging Face libraries begin a text with BOS; here whoever encodes a text lays it out himself."""
 
 
 def head(text: str, canvas_len: int = CANVAS_LEN) -> str:
@@ -55,6 +64,26 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"{path} does not have the control tokens {' '.join(SPECIAL_TOKENS)} at its first ids")
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def tokenizer_with_bos(plain: bytes) -> bytes:
+    """A tokenizer.json that begins every text with BOS; DataError when it has a template of its own."""
+    if plain.count(NO_TEMPLATE) != 1:
+        raise DataError("the tokenizer has a post-processor of its own: it cannot be given one that begins with BOS")
+    return plain.replace(NO_TEMPLATE, BOS_TEMPLATE)
+
+
+def plain_tokenizer(file: Path) -> bytes:
+    """The tokenizer.json that a run was trained with, also of a published folder; DataError when it cannot be read."""
+    try:
+        return file.read_bytes().replace(BOS_TEMPLATE, NO_TEMPLATE)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as a tokenizer: {error.strerror}") from None
+
+
+def identity_of(file: Path) -> str:
+    """SHA-256 of the tokenizer that `file` holds, the same before and after it was published."""
+    return hashlib.sha256(plain_tokenizer(file)).hexdigest()
 
 
 def encode_stories(tokenizer: Tokenizer, texts: Sequence[str], canvas_len: int = CANVAS_LEN) -> np.ndarray:

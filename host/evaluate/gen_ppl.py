@@ -17,7 +17,7 @@ from msgspec import Struct
 from tokenizers import Tokenizer
 
 from host.data.shards import DataFolder, SplitName
-from host.data.tokenizer import load_tokenizer
+from host.data.tokenizer import identity_of, load_tokenizer
 from host.device import mixed_precision_dtype
 from host.evaluate.likelihood import held_out_files, held_out_split, ratio, story_nats
 from host.model.diffusion import counted_tokens
@@ -28,7 +28,7 @@ from host.sampling.reference import TOP_K, Settings
 from host.train.checkpoint import BEST, LAST
 from host.train.run_folder import data_of, load_run
 from shared.errors import ConfigError, DataError
-from shared.manifest import TOKENIZER, Figure, SamplingDefaults, sha256_of
+from shared.manifest import TOKENIZER, Figure, SamplingDefaults
 from shared.tokens import EOS, FIRST_TEXT_ID
 
 COUNT: Final = 200  # texts of a setting
@@ -90,7 +90,7 @@ class SampleScorer:
             raise ConfigError(
                 f"{run} cannot score texts: it did not learn the objective ar (host.train --objectives ar)"
             )
-        if sha256_of(tokenizer) != sha256_of(run / TOKENIZER):
+        if identity_of(tokenizer) != identity_of(run / TOKENIZER):
             raise DataError(f"{run} cannot score these samples: its tokenizer is another one than {tokenizer}")
         data = data_of(run)
         return cls(model, run / TOKENIZER, data, training_words(data))

@@ -7,21 +7,32 @@ no flag   FP32 graphs for the CPU
           the parity gate is kept; for CUDA explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the
           gate stay in float.
 --fp16    FP16 graph for CUDA; goes with --int8 or alone
+--hf OUT  the weights as a folder that the Hugging Face libraries load, which host.train --init also takes; alone, or
+          with --out, --int8 or --fp16 beside a bundle
 """
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 
 from host.evaluate.laws import law_figures, print_law_figures
-from host.evaluate.likelihood import STORIES, evaluate, held_out_files, held_out_split, print_table
+from host.evaluate.likelihood import STORIES, HeldOut, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
 from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
+from host.export.hub.publish import (
+    Dtype,
+    check_publishable,
+    figures_of_bundle,
+    measured_figures,
+    publish,
+    training_of,
+)
 from host.export.law_parity import graph_laws
 from host.export.parity import dropped_mass
 from host.export.pipeline import Wanted, build, build_untrained
@@ -55,6 +66,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--int8", action="store_true", help="INT8 graphs for the CPU and for CUDA")
     parser.add_argument("--fp16", action="store_true", help="FP16 graph for CUDA")
     parser.add_argument("--fp32-norms", action="store_true", help="compute LayerNorm in float32 in the CUDA graphs")
+    parser.add_argument("--hf", type=Path, metavar="OUT", help="write a folder for the Hugging Face libraries")
+    parser.add_argument(
+        "--hf-dtype", choices=get_args(Dtype), help="of the weights there (default: float32; float16 takes half)"
+    )
+    parser.add_argument(
+        "--hf-figures",
+        type=Path,
+        metavar="BUNDLE",
+        help="bundle of the run that has its figures (default: measure)",
+    )
     parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
     parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
     parser.add_argument(
@@ -98,6 +119,7 @@ def wanted_graphs(args: argparse.Namespace) -> Wanted:
 def main() -> None:
     """Export a run, or an untrained network."""
     args = parse_arguments()
+    check_published(args)
     wanted = wanted_graphs(args)
     if not 1 <= args.steps <= MAX_STEPS or args.stories < 1:
         raise ConfigError(f"--stories must be at least 1, --steps from 1 to {MAX_STEPS}")
@@ -112,17 +134,67 @@ def main() -> None:
         export_untrained(args.untrained, out, wanted, defaults)
         return
     run = args.run or newest_run()
-    out = args.out or Path("bundles") / run.resolve().name
-    check_replaceable(out)
-    export_run(
-        run,
-        out,
-        wanted=wanted,
-        defaults=defaults,
-        source=args.source,
-        stories=args.stories,
-        report=args.report,
-    )
+    figures: Path | None = args.hf_figures
+    if args.hf:
+        check_publishable(args.hf)
+        training = training_of(run, load_run(run)[1])
+        if figures:
+            figures_of_bundle(training, figures)
+    if args.hf is None or wants_bundle(args):
+        out = figures = args.out or Path("bundles") / run.resolve().name
+        check_replaceable(out)
+        export_run(
+            run,
+            out,
+            wanted=wanted,
+            defaults=defaults,
+            source=args.source,
+            stories=args.stories,
+            report=args.report,
+        )
+    if args.hf:
+        held_out = partial(held_out_of, run, args.source, args.stories)
+        publish_run(run, args.hf, defaults=defaults, dtype=args.hf_dtype, figures=figures, held_out=held_out)
+
+
+def wants_bundle(args: argparse.Namespace) -> bool:
+    """Whether a flag beside --hf is about a bundle."""
+    return any((args.out, args.int8, args.fp16, args.target, args.report))
+
+
+def check_published(args: argparse.Namespace) -> None:
+    """ConfigError when flags do not go with or without --hf."""
+    for name in ("hf_dtype", "hf_figures"):
+        if getattr(args, name) and args.hf is None:
+            raise ConfigError(f"--{name.replace('_', '-')} needs --hf OUT")
+    if args.hf and args.untrained:
+        raise ConfigError("--hf publishes a trained network: not with --untrained")
+    if args.hf_figures and (wants_bundle(args) or args.source or args.stories != STORIES):
+        raise ConfigError("--hf-figures says where the figures are: not with a bundle to export, --source or --stories")
+
+
+def held_out_of(run: Path, source: Path | None, stories: int) -> HeldOut:
+    """The text to measure a run on."""
+    return held_out_files(source, run / TOKENIZER, stories) if source else held_out_split(data_of(run), stories)
+
+
+def publish_run(
+    run: Path,
+    out: Path,
+    *,
+    defaults: SamplingDefaults,
+    dtype: Dtype | None,
+    figures: Path | None,
+    held_out: Callable[[], HeldOut],
+) -> None:
+    """A run for the hub, with the figures of that bundle, or else with what it measures on the held-out text."""
+    model, progress = load_run(run)
+    training = training_of(run, progress)
+    if figures is not None:
+        training = figures_of_bundle(training, figures)
+    else:
+        training = measured_figures(training, model, held_out())
+    publish(out, model, training=training, tokenizer=run / TOKENIZER, dtype=dtype or "float32", defaults=defaults)
 
 
 def export_run(
@@ -140,7 +212,7 @@ def export_run(
     learned = progress.objectives
     check_learned(run, learned, wanted)
     tokenizer = run / TOKENIZER
-    held_out = held_out_files(source, tokenizer, stories) if source else held_out_split(data_of(run), stories)
+    held_out = held_out_of(run, source, stories)
     stages = Stages(stage_costs(wanted, learned, stories=len(held_out.canvases), report=report))
     blocks = Blocks([])
     text = held_out.canvases

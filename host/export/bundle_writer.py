@@ -1,7 +1,6 @@
 """Write a bundle: graphs, tokenizer and manifest, in a temporary folder that takes its place when it is whole."""
 
 import platform
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import msgspec
 import onnx
 
+from host.data.tokenizer import plain_tokenizer
 from host.files import swapped_in
 from host.model.network import Denoiser, ModelConfig, count_parameters
 from host.train.checkpoint import Progress
@@ -126,7 +126,7 @@ def write_bundle(
     window = model.config.draft_depth if "draft" in roles else 0
     blocks = BlocksDefaults(window=window, temperature=defaults.temperature, top_p=defaults.top_p)
     with swapped_in(out) as folder:
-        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        (folder / TOKENIZER).write_bytes(plain_tokenizer(tokenizer))
         for graph in graphs:
             onnx.save(graph.model, folder / graph.file)
         manifest = Manifest(

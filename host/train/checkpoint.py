@@ -14,6 +14,7 @@ from torch import Tensor
 
 from host.model.network import Denoiser, ModelConfig
 from host.train.optim import Ema
+from host.train.published import WEIGHTS, Published, is_published, read_published
 from shared.errors import DataError, DiffusionLLMError
 from shared.schedule import ScheduleName
 
@@ -79,10 +80,14 @@ def save_checkpoint(
 
 
 def find_checkpoint(run: Path, file: str = BEST) -> Path:
-    """A run's checkpoint, the best or else the last; DataError when there is none."""
+    """A run's checkpoint, the best or else the last, or the weights of a published folder; DataError without any."""
     for path in (run / file, run / LAST):
         if path.is_file():
             return path
+    if is_published(run):
+        if file != LAST:
+            return run / WEIGHTS
+        raise DataError(f"{run} is a published model, with no state to resume: start a run from it with --init {run}")
     raise DataError(f"{run} holds no checkpoint: train one with `python -m host.train --out {run}`")
 
 
@@ -103,7 +108,9 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def read_progress(path: Path) -> Progress:
-    """The progress stored in a checkpoint; DataError when the file is damaged or not one of ours."""
+    """The progress stored in a checkpoint or beside published weights; DataError when it is damaged or not ours."""
+    if path.name == WEIGHTS:
+        return _published_progress(read_published(path.parent))
     stored = _metadata(path).get("progress")
     if stored is None:
         raise DataError(f"{path} is not a checkpoint of this project: its header has no progress")
@@ -111,6 +118,29 @@ def read_progress(path: Path) -> Progress:
         return msgspec.json.decode(stored, type=Progress)
     except msgspec.DecodeError as error:
         raise DataError(f"{path} is not a checkpoint of this project: {error}") from None
+
+
+def _published_progress(published: Published) -> Progress:
+    training = published.training
+    return Progress(
+        model=published.model,
+        objectives=training.objectives,
+        schedule=training.schedule,
+        tokens_seen=training.tokens,
+        compute_seconds=training.compute_seconds,
+        tokenizer_sha256=training.tokenizer_sha256,
+        data_source=training.data_source,
+        data_licence=training.data_licence,
+        data_stories=training.data_stories,
+    )
+
+
+def ema_tensors(path: Path) -> dict[str, Tensor]:
+    """The EMA weights of a checkpoint in float32, or published weights; DataError when the file is damaged."""
+    try:
+        return {name: t.float() for name, t in _tensors(path, "" if path.name == WEIGHTS else "ema.").items()}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -122,24 +152,24 @@ def load_model(path: Path) -> tuple[Denoiser, Progress]:
     """The network of a checkpoint with its EMA weights, ready to score."""
     progress = read_progress(path)
     model = Denoiser(progress.model)
-    _load_weights(model, path, "ema.")
+    _load_weights(model, path, ema_tensors(path))
     return model.eval(), progress
 
 
-def _load_weights(model: Denoiser, path: Path, prefix: str) -> None:
+def _load_weights(model: Denoiser, path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        model.load_state_dict(_tensors(path, prefix))
+        model.load_state_dict(tensors)
     except RuntimeError:
         raise DataError(f"{path} does not hold the weights that its header promises") from None
 
 
 def init_from(model: Denoiser, path: Path) -> None:
-    """Start `model` from another run's EMA weights.
+    """Start `model` from the EMA weights of another run, or from published ones.
 
     Raises DataError when a tensor is missing or shaped differently; a time input or a drafter that the other lacks
     starts fresh.
     """
-    theirs = _tensors(path, "ema.")
+    theirs = ema_tensors(path)
     for name, parameter in model.named_parameters():
         if name not in theirs and name.startswith(("time_mlp.", "drafter.")):
             continue
@@ -160,7 +190,7 @@ def restore(
     progress = read_progress(path)
     if progress.model != model.config:
         raise DataError(f"{path} was trained as {progress.model}, not as {model.config}")
-    _load_weights(model, path, "model.")
+    _load_weights(model, path, _tensors(path, "model."))
     ema.shadow = {name: t.to(ema.shadow[name].device) for name, t in _tensors(path, "ema.").items()}
     for i, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Tensor]] = {}

@@ -14,6 +14,7 @@ import torch
 
 from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.data.shards import DataFolder, load_data
+from host.data.tokenizer import identity_of
 from host.files import locked
 from host.model.diffusion import Weighting
 from host.model.drafter import DEPTH
@@ -21,8 +22,9 @@ from host.model.network import Denoiser, ModelConfig, config_named
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, load_model, read_progress
 from host.train.logging import LOG_FILE, read_log
 from host.train.optim import PEAK_RATES, WEIGHT_DECAY, OptimizerName
+from host.train.published import is_published, read_published
 from shared.errors import ConfigError, DataError
-from shared.manifest import TOKENIZER, TrainingStage, sha256_of
+from shared.manifest import TOKENIZER, TrainingStage
 
 CONFIG_FILE = "config.json"
 VALIDATION_SEED = 0x5EED
@@ -69,6 +71,7 @@ class TrainConfig:
     stage: Stage = "body"
     init: Path | None = None  # the run whose weights it started from
     init_work: Work | None = None  # cost of those weights
+    init_stages: tuple[TrainingStage, ...] = ()  # what they went through, oldest first
     data_sha256: str = ""  # DataMeta.sha256 of what `data` held
 
 
@@ -88,18 +91,26 @@ def validation_due(config: TrainConfig, before: Progress, after: Progress) -> bo
 
 
 def work_behind(run: Path) -> Work:
-    """Cost of the weights that `run` holds; DataError when it holds none."""
+    """Cost of the weights that a run or a published folder holds; DataError when it holds none."""
+    if is_published(run):
+        training = read_published(run).training
+        return Work(training.compute_seconds, training.tokens)
     progress, before = read_progress(find_checkpoint(run)), work_before(read_config(run))
     return Work(before.compute_seconds + progress.compute_seconds, before.tokens + progress.tokens_seen)
 
 
 def training_stages(run: Path) -> tuple[TrainingStage, ...]:
-    """The runs that a run's weights went through, oldest first; those of an earlier run that is gone count as one."""
+    """The runs that a run's weights went through, oldest first.
+
+    Runs of before their names were kept count as one, if the run that this one started from is gone.
+    """
+    if is_published(run):
+        return read_published(run).training.stages
     config, progress = read_config(run), read_progress(find_checkpoint(run))
-    before: tuple[TrainingStage, ...] = ()
-    if config.init is not None and config.init.is_dir():
+    before = config.init_stages
+    if not before and config.init is not None and config.init.is_dir():
         before = training_stages(config.init)
-    elif config.init_work is not None:
+    elif not before and config.init_work is not None:
         before = (
             TrainingStage(
                 name=config.init.name if config.init else "earlier", objectives=(), tokens=config.init_work.tokens
@@ -198,6 +209,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         stage=args.stage,
         init=args.init,
         init_work=work_behind(args.init) if args.init else None,
+        init_stages=training_stages(args.init) if args.init else (),
         data_sha256=data.meta.sha256,
     )
     model = replace(config_named(args.config), vocab_size=data.meta.vocab_size, time_input=args.time_input)
@@ -258,13 +270,15 @@ def load_run(run: Path) -> tuple[Denoiser, Progress]:
     """A run's network with EMA weights; DataError when its tokenizer is not the one it was trained with."""
     model, progress = load_model(find_checkpoint(run))
     file = run / TOKENIZER
-    if not file.is_file() or sha256_of(file) != progress.tokenizer_sha256:
+    if not file.is_file() or identity_of(file) != progress.tokenizer_sha256:
         raise DataError(f"{file} is missing, or not the tokenizer that the run was trained with")
     return model, progress
 
 
 def data_of(run: Path, verify: bool = False) -> DataFolder:
-    """The data a run was trained on; DataError when its data folder has changed."""
+    """The data a run was trained on; DataError when its data folder has changed, or nothing says where it lies."""
+    if is_published(run):
+        raise DataError(f"{run} does not say where the data of its training lies: name text files with --source")
     config = read_config(run)
     data = load_data(config.data, verify)
     if config.data_sha256 not in ("", data.meta.sha256):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from host.data.prepare import prepare
+from host.export import __main__ as export
 from host.train import trainer as train
-from tests.support.commands import call
+from tests.support.commands import call, small
 
 NAMES = ("Tom", "Anna", "Ben", "Lily")
 THINGS = ("ball", "dog", "cake", "tree")
@@ -44,4 +45,22 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--config", "debug", "--data", data, "--out", out, "--steps", 60),
         *("--batch-size", 16, "--valid-every", 30, "--lr", 3e-3),
     )
+    return out
+
+
+@pytest.fixture(scope="session")
+def joint_runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of all laws and that of its drafter; read them, do not write into them."""
+    folder = tmp_path_factory.mktemp("joint")
+    a, b = folder / "a", folder / "b"
+    call(train.main, *small(data, a, "--objectives", "ar=2,infill,canvas", "--steps", 12, "--lr", 3e-3))
+    call(train.main, "--data", data, "--out", b, "--batch-size", 8, "--stage", "drafter", "--init", a, "--steps", 4)
+    return a, b
+
+
+@pytest.fixture(scope="session")
+def published(joint_runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second of them as a folder for the Hugging Face libraries."""
+    out = tmp_path_factory.mktemp("published") / "stories"
+    call(export.main, "--run", joint_runs[1], "--hf", out, "--stories", 4)
     return out

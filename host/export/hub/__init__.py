@@ -1,0 +1,1 @@
+"""A trained network as a folder that the Hugging Face libraries load: weights, modeling file, tokenizer, model card."""
