@@ -21,8 +21,8 @@ Written by `python docs/configuration.py` from the structs in `edge/config.py`; 
 
 Every setting has a default. A TOML file overrides it (`--config FILE`, or `EDGELM_CONFIG=FILE`; `deploy/edgelm.toml` is
 one with every key in it), an environment variable overrides the file, and a flag (`--bundle`, `--socket`, `--backend`,
-`--mqtt HOST[:PORT]`, `--http HOST:PORT`) overrides both. Unknown keys and variables are refused by name; an empty variable counts as unset.
-Relative paths in the file start at the file's folder, all others at the working directory.
+`--mqtt HOST[:PORT]`, `--http HOST:PORT`) overrides both. Unknown keys and variables are refused by name; an empty
+variable counts as unset. Relative paths in the file start at the file's folder, all others at the working directory.
 
 The service reads `/etc/edgelm/edgelm.toml`. `systemctl reload edgelm`, or SIGHUP, reads the file again and applies
 {reloaded}; the rest takes effect at the next start.

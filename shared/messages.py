@@ -125,7 +125,7 @@ class ErrorInfo(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
 
 class Response(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="response"):
-    """The one terminal answer to a request. finish_reason: "length" where the text has used up its room, else "stop"."""
+    """The one terminal answer to a request. finish_reason: "length" where the text has no room left, else "stop"."""
 
     v: int = PROTOCOL_VERSION
     id: str | None = None

@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DEFAULT_OUT, help=f"data folder (default: {DEFAULT_OUT})")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own settings")
-    parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of another run or published folder")
+    parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of a run or published folder")
     parser.add_argument(
         "--stage",
         choices=["body", "drafter"],
