@@ -39,6 +39,9 @@ VARIABLES: Final[dict[str, str]] = {
     "EDGELM_MQTT_USERNAME": "mqtt.username",
     "EDGELM_MQTT_PASSWORD_FILE": "mqtt.password_file",
     "EDGELM_MQTT_CA_FILE": "mqtt.ca_file",
+    "EDGELM_MQTT_TLS_CERT": "mqtt.tls_cert",
+    "EDGELM_MQTT_TLS_KEY": "mqtt.tls_key",
+    "EDGELM_MQTT_BASE_TOPIC": "mqtt.base_topic",
     "EDGELM_HTTP_LISTEN": "http.listen",
     "EDGELM_HTTP_TOKEN_FILE": "http.token_file",
 }
@@ -53,8 +56,11 @@ STORE: Final = Path("/opt/edgelm/bundles")
 
 _DEVICE: Final = "1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit"
 _PREFIX: Final = "a topic that ends in `/`, without `+`, `#` and control characters, and that does not begin with `$`"
+_BASE: Final = "topic levels such as `home/edgelm`, without `+`, `#` and control characters, that do not begin with `$`"
 Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description=_DEVICE)]
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
+_LEVEL: Final = r"[^/+#\x00-\x1f\x7f-\x9f]+"
+BaseTopic = Annotated[str, Meta(pattern=rf"^(?!\$){_LEVEL}(/{_LEVEL})*\Z", max_length=64, description=_BASE)]
 _LISTEN: Final = "HOST:PORT, an IPv6 address in brackets, such as 127.0.0.1:8080"
 Listen = Annotated[
     str, Meta(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]{1,253}):\d{1,5}\Z", max_length=260, description=_LISTEN)
@@ -113,7 +119,11 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     username: login name, if the broker asks for one.
     password_file: file whose content is the password; without it the service takes /etc/edgelm/mqtt.password.
     ca_file: PEM certificates to trust; turns TLS on.
-    reply_prefixes: a request's `response_topic` must begin with one of these.
+    tls_cert: PEM certificate that shows the broker who this device is, and those that signed it, if it asks for them;
+      without it the service takes /etc/edgelm/mqtt.cert.
+    tls_key: its private key, without a passphrase; goes with `tls_cert`. The service takes /etc/edgelm/mqtt.key.
+    base_topic: what all topics begin with, BASE/DEVICE/….
+    reply_prefixes: a request's `response_topic` must begin with one of these; without any, with BASE/reply/.
     """
 
     host: Text | None = None
@@ -121,7 +131,10 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     username: Text | None = None
     password_file: Path | None = None
     ca_file: Path | None = None
-    reply_prefixes: Annotated[tuple[ReplyPrefix, ...], Meta(min_length=1)] = ("edgelm/reply/",)
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    base_topic: BaseTopic = "edgelm"
+    reply_prefixes: tuple[ReplyPrefix, ...] = ()
 
 
 class HttpConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -149,7 +162,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     threads: of the CPU runtime; 0 takes every processor that this process may use.
     queue_size: requests that may wait while others are computed; more are refused as `queue_full`.
     drain_s: seconds that accepted requests get to finish in after SIGTERM.
-    device: this device's name in MQTT topics, `edgelm/DEVICE/…`.
+    device: this device's name in MQTT topics, BASE/DEVICE/….
     mqtt: the broker, in a section of its own.
     http: the HTTP server, in a section of its own.
     """
@@ -189,6 +202,10 @@ def load_config(
         config = _override(config, f"--{key.partition('.')[0]}", key, text)
     if config.mqtt.password_file and not config.mqtt.username:
         raise ConfigError("mqtt.password_file needs mqtt.username: a password is sent only with a user name")
+    if (config.mqtt.tls_cert is None) != (config.mqtt.tls_key is None):
+        raise ConfigError("mqtt.tls_cert and mqtt.tls_key go together: give both or neither")
+    if config.mqtt.tls_cert is not None and config.mqtt.ca_file is None:
+        raise ConfigError("mqtt.tls_cert needs mqtt.ca_file, which turns TLS on")
     return config
 
 

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from edge.config import MqttConfig
 from edge.transports.mqtt.login import try_login
 from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, run_module, until
+from tests.support.certificates import make_authority, make_certificate
 
 SHIPPED = ROOT / "deploy" / "mosquitto"
 USERS = ("edge01", "edge02", "alice", "bob", "monitor")
@@ -21,20 +22,12 @@ USERS = ("edge01", "edge02", "alice", "bob", "monitor")
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
 
-def openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the README of deploy/mosquitto makes them."""
     folder = tmp_path_factory.mktemp("certs")
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")  # quicker to make than RSA
-    openssl(folder, "req", "-x509", *key, "-subj", "/CN=edgelm CA", "-keyout", "ca.key", "-out", "ca.pem")
-    openssl(folder, "req", *key, "-subj", "/CN=localhost", "-keyout", "broker.key", "-out", "broker.csr")
-    (folder / "san.cnf").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-    signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san.cnf", "-out", "broker.pem")
-    openssl(folder, "x509", "-req", "-in", "broker.csr", *signed)
+    make_authority(folder, "ca")
+    make_certificate(folder, "broker", "localhost", authority="ca", names="DNS:localhost,IP:127.0.0.1")
     return folder
 
 

@@ -76,7 +76,7 @@ def fuzz_decoders(inputs: int, luck: random.Random) -> Outcomes:
 def fuzz_with_hypothesis(inputs: int, luck: random.Random) -> Outcomes:
     """Bytes and JSON of all kinds for the decoders, text for the topics that answers may go to."""
     counts: Outcomes = Counter()
-    topics = Topics("dev", ("edgelm/reply/",))
+    topics = Topics("edgelm", "dev", ("edgelm/reply/",))
 
     @hypothesis.seed(luck.randrange(2**32))
     @hypothesis.settings(

@@ -1,4 +1,4 @@
-"""MQTT: the same messages as on the Unix socket, below `edgelm/<device>/`.
+"""MQTT: the same messages as on the Unix socket, below BASE/DEVICE/, by default edgelm/DEVICE/.
 
     request/generate[/CLIENT]   in   QoS 1   a JSON object, or plain UTF-8 text, which is the prompt
     request/cancel[/CLIENT]     in   QoS 0   {"id"}: stops that request; QoS 1 would wait for room in a full window
@@ -52,7 +52,7 @@ class MqttTransport:
     def __init__(self, config: Config, scheduler: Scheduler) -> None:
         self._config = config.mqtt
         self._scheduler = scheduler
-        self._topics = topics = Topics(config.device, config.mqtt.reply_prefixes)
+        self._topics = topics = Topics.of(config)
         self._link = Link(
             config.mqtt,
             config.device,
@@ -194,7 +194,7 @@ class MqttTransport:
         if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
             limit = f"correlation data may have {MAX_CORRELATION_BYTES} bytes; this message has {len(correlation)}"
             correlation, refusal = None, RequestError("too_large", limit)
-        name = "/".join(address.split("/")[:3]) if client is None else client
+        name = self._topics.sender(address) if client is None else client
         return Sender(name, address, correlation, message.qos > 0, acknowledge), refusal
 
     def _send(self, connection: int, message: Message) -> int | None:

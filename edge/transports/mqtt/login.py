@@ -2,12 +2,14 @@
 
 import queue
 import ssl
+from pathlib import Path
 from typing import Final
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge.config import MqttConfig, read_password
+from edge.system.systemd import credential
 from shared.errors import ConfigError
 
 LOGIN_S: Final = 5.0
@@ -16,13 +18,45 @@ HANGS_UP: Final = "it hangs up"
 
 
 def give_credentials(client: Client, config: MqttConfig, password: str | None) -> None:
-    """Set user, password and trusted certificates. Raises ConfigError for a file that cannot be used."""
+    """Set user, password and certificates. Raises ConfigError for a file that cannot be used."""
     client.username_pw_set(config.username, password)
-    if config.ca_file is not None:
+    if config.ca_file is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the broker's certificate and its name
+    try:
+        context.load_verify_locations(config.ca_file)
+    except OSError as error:
+        raise ConfigError(f"mqtt.ca_file {config.ca_file} cannot be used: {error}") from None
+    if (pair := client_certificate(config)) is not None:
+        _show(context, *pair)
+    client.tls_set_context(context)
+
+
+def client_certificate(config: MqttConfig) -> tuple[Path, Path] | None:
+    """The files that show the broker who we are: those named, else the service's credentials, if it was given any."""
+    if config.tls_cert is not None and config.tls_key is not None:
+        return config.tls_cert, config.tls_key
+    pair = credential("mqtt.cert"), credential("mqtt.key")
+    cert, key = (file if file is not None and file.read_bytes().strip() else None for file in pair)
+    if (cert is None) != (key is None):
+        raise ConfigError("/etc/edgelm/mqtt.cert and /etc/edgelm/mqtt.key go together: one of them is missing or empty")
+    return None if cert is None or key is None else (cert, key)
+
+
+def _show(context: ssl.SSLContext, cert: Path, key: Path) -> None:
+    """Load a certificate with its key. OpenSSL names neither the file nor what is wrong with it."""
+    for name, file in (("mqtt.tls_cert", cert), ("mqtt.tls_key", key)):
         try:
-            client.tls_set(ca_certs=str(config.ca_file))
+            text = file.read_bytes()
         except OSError as error:
-            raise ConfigError(f"mqtt.ca_file {config.ca_file} cannot be used: {error}") from None
+            raise ConfigError(f"{name} {file} cannot be read: {error.strerror}") from None
+        if b"ENCRYPTED" in text:
+            raise ConfigError(f"{name} {file} is encrypted: a daemon has nobody to ask for the passphrase")
+    try:
+        context.load_cert_chain(cert, key, password="")  # else OpenSSL would ask on the terminal
+    except ssl.SSLError as error:
+        pair = f"mqtt.tls_cert {cert} and mqtt.tls_key {key}"
+        raise ConfigError(f"{pair} are no certificate with its private key in PEM: {error.reason or error}") from None
 
 
 def try_login(config: MqttConfig, client_id: str) -> str | None:
@@ -36,11 +70,15 @@ def try_login(config: MqttConfig, client_id: str) -> str | None:
         return str(error)
     except ssl.SSLError as error:
         why = getattr(error, "verify_message", None) or error.reason or error
-        return f"TLS with the broker {broker} fails ({why}): mend `mqtt.ca_file`, `mqtt.host` or `mqtt.port`"
+        mend = "mend `mqtt.ca_file`, `mqtt.host` or `mqtt.port`, or `mqtt.tls_cert` where it asks for one"
+        return f"TLS with the broker {broker} fails ({why}): {mend}"
     except OSError as error:
         return f"the broker {broker} cannot be reached ({error.strerror or error}): start it, or mend `mqtt.host`"
-    if reason == HANGS_UP and config.ca_file is None:
-        return f"what listens on {broker} hangs up: if it is a broker with TLS, set `mqtt.ca_file`"
+    if reason == HANGS_UP:
+        asks = "is a broker with TLS, set `mqtt.ca_file`"
+        if config.ca_file is not None:
+            asks = "asks for a client certificate, mend `mqtt.tls_cert` and `mqtt.tls_key`"
+        return f"what listens on {broker} hangs up: if it {asks}"
     if reason is not None:
         user = "without a user name" if config.username is None else f"of user {config.username!r}"
         remedy = "mend `mqtt.username` and its password"

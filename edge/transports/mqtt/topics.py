@@ -1,9 +1,10 @@
-"""Topics below `edgelm/<device>/`: parsing, permitted reply topics, and the payload of requests."""
+"""Topics below BASE/DEVICE/: parsing, permitted reply topics, and the payload of requests."""
 
 import re
 from dataclasses import dataclass
 from typing import Final, Literal, cast
 
+from edge.config import Config
 from shared.errors import RequestError
 from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, decode_request
 
@@ -24,15 +25,26 @@ class Topics:
 
     A request on `request/KIND/CLIENT` belongs to CLIENT, and everything about it stays below CLIENT's topics: where the
     broker lets each user write only to its own request topics, clients are isolated. The plain `request/KIND` does not
-    distinguish clients. reply_prefixes: where answers may be sent, beside `response`.
+    distinguish clients. base: one level or several. reply_prefixes: where answers may be sent, beside `response`.
     """
 
+    base: str
     device: str
     reply_prefixes: tuple[str, ...]
 
+    @classmethod
+    def of(cls, config: Config) -> "Topics":
+        """Those of the settings."""
+        mqtt = config.mqtt
+        return cls(mqtt.base_topic, config.device, mqtt.reply_prefixes or (f"{mqtt.base_topic}/reply/",))
+
     def own(self, *levels: str | None) -> str:
-        """edgelm/<device>/<levels>; levels that are None or not valid in a topic are left out."""
-        return "/".join(["edgelm", self.device, *(v for v in levels if v is not None and not UNSENDABLE.search(v))])
+        """BASE/DEVICE/LEVELS; levels that are None or not valid in a topic are left out."""
+        return "/".join([self.base, self.device, *(v for v in levels if v is not None and not UNSENDABLE.search(v))])
+
+    def sender(self, address: str) -> str:
+        """Who asks on a plain topic, by where the answer goes: BASE and two more levels. With a `/`, so no client."""
+        return "/".join(address.split("/")[: self.base.count("/") + 3])
 
     def parse(self, topic: str) -> tuple[RequestKind, str | None] | None:
         """The kind and client of a request's topic; None if the client's name is not valid."""
@@ -45,7 +57,8 @@ class Topics:
         """Whether a client may have answers sent there: anywhere else it would publish with the daemon's rights."""
         levels = topic.split("/")
         if client is None:
-            own = topic == self.own("response") or (topic.startswith(self.own("response/")) and len(levels) == 4)
+            below = topic.removeprefix(self.own("response/"))
+            own = topic == self.own("response") or (below != topic and "/" not in below)
             allowed = own or topic.startswith(self.reply_prefixes)
         else:
             roots = (self.own("response", client), *(f"{prefix}{client}" for prefix in self.reply_prefixes))

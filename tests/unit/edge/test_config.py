@@ -90,7 +90,7 @@ def test_config_page_is_what_the_structs_say() -> None:
 
 def test_config_example_comments_the_defaults(tmp_path: Path) -> None:
     example = (Path(__file__).parents[3] / "deploy" / "edgelm.toml").read_text()
-    stated = ("backend", "threads", "queue_size", "drain_s", "port", "reply_prefixes")
+    stated = ("backend", "threads", "queue_size", "drain_s", "port", "base_topic")
     lines = [line.removeprefix("# ") for line in example.splitlines()]
     kept = "\n".join(line for line in lines if line == "[mqtt]" or line.partition(" = ")[0] in stated)
     assert kept.count(" = ") == len(stated)
@@ -109,6 +109,12 @@ BAD_FILES = {
     "not for topics": ('device = "a/b"', "`device` must be 1 to 64 letters, digits, `.`, `_` and `-`"),
     "unknown name": ('sokcet = "/s"', "unknown field `sokcet`: known are `bundle`, `socket`"),
     "line break in a name": ('device = "a\\n"', "`device`"),
+    "wildcard in the base": ('[mqtt]\nbase_topic = "home/+"', "`mqtt.base_topic` must be topic levels"),
+    "base ends in a slash": ('[mqtt]\nbase_topic = "home/"', "`mqtt.base_topic`"),
+    "base of the broker's own": ('[mqtt]\nbase_topic = "$SYS"', "`mqtt.base_topic`"),
+    "certificate without its key": ('[mqtt]\nca_file = "c"\ntls_cert = "c"', "mqtt.tls_key go together"),
+    "key without its certificate": ('[mqtt]\nca_file = "c"\ntls_key = "k"', "give both or neither"),
+    "certificate without TLS": ('[mqtt]\ntls_cert = "c"\ntls_key = "k"', "mqtt.tls_cert needs mqtt.ca_file"),
     "wildcard": ('[mqtt]\nreply_prefixes = ["#"]', "`mqtt.reply_prefixes[0]`"),
     "password without a name": ('[mqtt]\npassword_file = "p"', "mqtt.username"),
     "no TOML": ("socket: /s", "line 1"),
@@ -120,7 +126,7 @@ def test_config_bad_setting_is_named_with_its_file(tmp_path: Path, text: str, na
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text), environ={})
     assert named in str(caught.value)
-    assert "password" in str(caught.value) or str(tmp_path / "edgelm.toml") in str(caught.value)
+    assert str(caught.value).startswith("mqtt.") or str(tmp_path / "edgelm.toml") in str(caught.value)
     assert caught.value.exit_code == 78
 
 
