@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from shared import tokens
+from shared.conditions import Conditions
 from shared.errors import BundleError
+from shared.figures import Figure, Frozen, Positive
 from shared.schedule import ScheduleName
 
 FORMAT_VERSION: Final = 2
@@ -19,7 +21,6 @@ MANIFEST: Final = "manifest.json"
 TOKENIZER: Final = "tokenizer.json"
 MAX_MANIFEST_BYTES: Final = 1 << 20
 
-Positive = Annotated[int, Meta(ge=1)]
 MAX_STEPS: Final = 1024
 MAX_WINDOW: Final = 8
 """Drafts in a pass of blocks."""
@@ -27,17 +28,26 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Precision = Literal["fp32", "fp16", "int8"]
 Target = Literal["cpu", "cuda"]
-Role = Literal["canvas", "step", "prefill", "draft"]
+Role = Literal[
+    "canvas",
+    "step",
+    "prefill",
+    "draft",
+    "encode.text",
+    "encode.image",
+    "step.conditioned",
+    "prefill.conditioned",
+    "step.guided",
+]
 """What a graph computes: scores of a canvas; scores of causal rows over cached ones; keys and values of rows that all
-see each other; drafts of the chain drafter."""
+see each other; drafts of the chain drafter. For conditions: the memory of words, and of pictures; step and prefill of
+rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md)."""
 Decoder = Literal["blocks", "canvas"]
 ROLE_OF: Final[dict[Decoder, Role]] = {"blocks": "step", "canvas": "canvas"}
 """The graph that a decoder cannot do without."""
+CONDITIONED_ROLES: Final[tuple[Role, ...]] = ("encode.text", "encode.image", "step.conditioned", "step.guided")
+"""The graphs that conditions cannot do without."""
 Selection = Literal["confidence", "random", "margin", "entropy"]
-
-
-class Frozen(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every manifest part: immutable, unknown fields refused by name."""
 
 
 class ModelSpec(Frozen, frozen=True):
@@ -80,13 +90,6 @@ class Graph(Frozen, frozen=True):
     target: Target
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-
-
-class Figure(Frozen, frozen=True):
-    """A measured value and its standard error."""
-
-    value: float
-    stderr: float
 
 
 class Evaluation(Frozen, frozen=True):
@@ -202,6 +205,7 @@ class Manifest(Frozen, frozen=True):
     calibration: str
     data: TrainingData
     made_with: dict[str, str]
+    conditions: Conditions | None = None
 
 
 def sha256_of(path: Path) -> str:
@@ -258,6 +262,11 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "defaults of `blocks`, but not that decoder"
     if manifest.blocks is not None and manifest.blocks.window and "draft" not in roles:
         return f"the window {manifest.blocks.window}, but no graph of the role draft"
+    missing = [role for role in CONDITIONED_ROLES if role not in roles]
+    if manifest.conditions is not None and missing:
+        return f"conditions, but no graph of the role {missing[0]}"
+    if manifest.conditions is None and len(missing) < len(CONDITIONED_ROLES):
+        return "graphs that take conditions, but no `conditions`"
     return None
 
 

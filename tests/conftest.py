@@ -75,7 +75,7 @@ def exported_int8(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def blocks_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every graph for the CPU, blocks first."""
     folder = tmp_path_factory.mktemp("bundles") / "blocks"
-    export_untrained("debug", folder, Wanted(cpu_fp32=True), SamplingDefaults())
+    export_untrained("debug", folder, wanted=Wanted(cpu_fp32=True), defaults=SamplingDefaults())
     return folder
 
 

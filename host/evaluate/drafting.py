@@ -18,7 +18,7 @@ from host.model.layouts import causal
 from host.model.network import NO_PADDING, Denoiser
 from host.sampling.many import sample_autoregressive
 from host.sampling.reference import TOP_K, Settings, drawn
-from shared.manifest import Figure
+from shared.figures import Figure
 from shared.tokens import PAD
 
 TEMPERATURES: Final = (0.0, 0.7, 0.8, 1.0)
@@ -61,7 +61,7 @@ def evaluate_drafting(
     measured = []
     for temperature in temperatures:
         settings = [Settings(seed, temperature=temperature, top_k=top_k) for seed in range(len(prompts))]
-        texts = sample_autoregressive(model, settings, dtype, prompts)
+        texts = sample_autoregressive(model, settings, dtype=dtype, prompts=prompts)
         drafted = [agreement(model, text, PROMPT_TOKENS + 1, one) for text, one in zip(texts, settings, strict=True)]
         measured += [_summary(drafted, temperature, window) for window in range(1, depth + 1)]
     return measured

@@ -28,7 +28,8 @@ from host.sampling.reference import TOP_K, Settings
 from host.train.checkpoint import BEST, LAST
 from host.train.run_folder import data_of, load_run
 from shared.errors import ConfigError, DataError
-from shared.manifest import TOKENIZER, Figure, SamplingDefaults
+from shared.figures import Figure
+from shared.manifest import TOKENIZER, SamplingDefaults
 from shared.tokens import EOS, FIRST_TEXT_ID
 
 COUNT: Final = 200  # texts of a setting
@@ -178,7 +179,7 @@ def canvases_of(samples: Path, scorer: SampleScorer, count: int) -> tuple[str, n
         Settings(seed, usual.steps, usual.selection, usual.temperature, top_k, usual.top_p) for seed in range(count)
     ]
     if "ar" in state.objectives:
-        return f"{samples.name}, sampled", sample_autoregressive(model, settings, dtype).numpy()
+        return f"{samples.name}, sampled", sample_autoregressive(model, settings, dtype=dtype).numpy()
     sampled = sample_many(model, state.schedule, settings, dtype)
     return f"{samples.name}, sampled", torch.stack([one.canvas for one in sampled]).numpy()
 

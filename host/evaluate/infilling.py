@@ -20,7 +20,7 @@ from host.model.network import NO_PADDING, Denoiser
 from host.train.objectives import Example
 from host.train.objectives.example import story
 from host.train.objectives.infill import gapped
-from shared.manifest import Figure
+from shared.figures import Figure
 from shared.tokens import MASK, PAD
 
 GAPS: Final = 3  # at most, of 1 to 64 tokens each

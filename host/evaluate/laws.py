@@ -15,7 +15,8 @@ from host.evaluate.scorers import TorchScorer
 from host.model.network import Denoiser
 from host.train.checkpoint import Progress
 from shared.errors import ConfigError
-from shared.manifest import Evaluation, Figure, LawFigures
+from shared.figures import Figure
+from shared.manifest import Evaluation, LawFigures
 
 DRAFTED_STORIES: Final = 64
 

@@ -18,7 +18,8 @@ from host.model.diffusion import Corrupted, autoregressive_sums, corrupt, counte
 from host.model.network import Denoiser
 from host.progress import progress
 from shared.errors import DataError
-from shared.manifest import Evaluation, Figure
+from shared.figures import Figure
+from shared.manifest import Evaluation
 from shared.schedule import ScheduleName, loss_weight, mask_prob, time_of_masked_fraction
 from shared.tokens import PAD
 

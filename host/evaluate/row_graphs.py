@@ -1,6 +1,6 @@
 """The graphs of blocks as a model under evaluation: rows of one text behind a cache, run by ONNX Runtime."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from host.evaluate.likelihood import HeldOut
 from host.evaluate.scorers import session_of
+from host.model.conditions import Condition, Given
 from host.train.objectives import Example, Settings, ar
 from shared.tokens import EOS
 
@@ -19,30 +20,57 @@ LOGITS = "head.scores"  # inside a step graph: of the whole vocabulary
 
 @dataclass
 class Rows:
-    """Cached rows of one text: arrays by the names of the step graph's inputs, the first len(positions) rows filled."""
+    """Cached rows of one text: arrays by the names of the step graph's inputs, the first len(positions) rows filled.
+
+    memory: what the rows read of the text's condition, by the names of the inputs.
+    """
 
     arrays: dict[str, NDArray[np.float32]]
+    memory: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     positions: list[int] = field(default_factory=list)
 
 
 class RowGraphs:
-    """A step graph, and the prefill graph that goes with it."""
+    """A step graph, and the prefill graph that goes with it; of conditioned ones also the encoders, by their roles."""
 
-    def __init__(self, step: onnx.ModelProto, prefill: onnx.ModelProto | None = None) -> None:
+    def __init__(
+        self,
+        step: onnx.ModelProto,
+        prefill: onnx.ModelProto | None = None,
+        encoders: Mapping[str, onnx.ModelProto] | None = None,
+    ) -> None:
         caches = [value for value in step.graph.input if value.name.startswith(("keys.", "values."))]
         self._shapes = {c.name: [d.dim_value for d in c.type.tensor_type.shape.dim] for c in caches}
         made = {LOGITS: np.float32, "states": np.float32} | {f"new_{name}": np.float32 for name in self._shapes}
         self._step = session_of(step, made)
         self._prefill = session_of(prefill) if prefill is not None else None
+        self._encoders = {role: session_of(graph) for role, graph in (encoders or {}).items()}
 
-    def empty(self, room: int) -> Rows:
+    def empty(self, room: int, condition: Condition | None = None) -> Rows:
         """No rows yet."""
-        return Rows({name: np.zeros((1, h, room + 1, d), np.float32) for name, (_, h, _, d) in self._shapes.items()})
+        arrays = {name: np.zeros((1, h, room + 1, d), np.float32) for name, (_, h, _, d) in self._shapes.items()}
+        return Rows(arrays, {} if condition is None else self._remember(condition))
+
+    def _remember(self, condition: Condition) -> dict[str, NDArray[np.float32]]:
+        """A condition's memory: of its words, then of its pictures."""
+        given, parts = Given.of([condition]), list[dict[str, NDArray[np.float32]]]()
+        feeds = {
+            "encode.text": {name: getattr(given, name).numpy().astype(np.int32) for name in given._fields[:3]},
+            "encode.image": {"pixels": given.pixels.numpy()},
+        }
+        for role, empty in (("encode.text", not condition.words), ("encode.image", not len(given.pixels))):
+            if not empty:
+                session = self._encoders[role]
+                names = [value.name for value in session.get_outputs()]
+                parts.append(dict(zip(names, session.run(names, feeds[role]), strict=True)))
+        return {name: np.concatenate([part[name] for part in parts], 2) for name in parts[0]}
 
     def read_evidence(self, rows: Rows, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Fill an empty cache with rows that all see each other."""
         assert self._prefill is not None
-        made = self._prefill.run(None, {"tokens": _row(tokens), "positions": _row(positions)})
+        read = {value.name for value in self._prefill.get_inputs()}
+        memory = {name: array for name, array in rows.memory.items() if name in read}
+        made = self._prefill.run(None, {"tokens": _row(tokens), "positions": _row(positions)} | memory)
         for value, array in zip(self._prefill.get_outputs(), made, strict=True):
             rows.arrays[value.name.removeprefix("new_")][:, :, : len(tokens)] = array
         rows.positions = list(positions)
@@ -63,7 +91,7 @@ class RowGraphs:
             "total": np.array(total, np.int32),
             "scored": np.array(scored, np.int32),
         }
-        logits, states, *made = self._step.run(None, feed | rows.arrays)
+        logits, states, *made = self._step.run(None, feed | rows.memory | rows.arrays)
         rows.arrays = dict(zip(self._shapes, made, strict=True))
         return logits, states
 
@@ -71,15 +99,15 @@ class RowGraphs:
         """Negative log-likelihood of an example's targets; rows before its first scored one are evidence, if any."""
         given = int(example.at[0])
         tokens, positions = (part[0].tolist() for part in example.rows[:2])
-        rows = self.empty(len(tokens))
+        rows = self.empty(len(tokens), example.condition)
         if given:
             self.read_evidence(rows, tokens[:given], positions[:given])
         logits, _ = self.append(rows, tokens[given:], positions[given:], range(len(tokens) - given))
         return float(F.cross_entropy(torch.from_numpy(logits), example.target, reduction="sum"))
 
-    def greedy(self, prompt: Sequence[int], length: int) -> list[int]:
+    def greedy(self, prompt: Sequence[int], length: int, condition: Condition | None = None) -> list[int]:
         """The likeliest token after the likeliest, from a prompt to an EOS, or up to `length` tokens."""
-        rows, text, new = self.empty(length), list(prompt), list(prompt)
+        rows, text, new = self.empty(length, condition), list(prompt), list(prompt)
         while len(text) < length and text[-1] != EOS:
             positions = range(len(text) - len(new), len(text))
             logits, _ = self.append(rows, new, positions, [len(new) - 1])

@@ -25,6 +25,7 @@ from host.evaluate.likelihood import STORIES, HeldOut, evaluate, held_out_files,
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
 from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
+from host.export.conditions_pipeline import conditions_spec
 from host.export.hub.publish import (
     Dtype,
     check_publishable,
@@ -62,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--untrained", choices=list(CONFIGS), help="random weights of this shape instead, for measuring and testing"
     )
+    parser.add_argument("--conditions", action="store_true", help="with --untrained: also take words and pictures")
     parser.add_argument("--out", type=Path, help="bundle folder (default: bundles/NAME-OF-RUN)")
     parser.add_argument("--int8", action="store_true", help="INT8 graphs for the CPU and for CUDA")
     parser.add_argument("--fp16", action="store_true", help="FP16 graph for CUDA")
@@ -131,8 +133,10 @@ def main() -> None:
             raise ConfigError("--report, --source and --stories measure a trained network: not with --untrained")
         out = args.out or Path("bundles") / f"untrained-{args.untrained}"
         check_replaceable(out)
-        export_untrained(args.untrained, out, wanted, defaults)
+        export_untrained(args.untrained, out, wanted=wanted, defaults=defaults, conditions=args.conditions)
         return
+    if args.conditions:
+        raise ConfigError("--conditions is for --untrained: a run that learned conditions is exported with them")
     run = args.run or newest_run()
     figures: Path | None = args.hf_figures
     if args.hf:
@@ -302,13 +306,25 @@ def stage_costs(wanted: Wanted, learned: Collection[str], *, stories: int, repor
     return costs | ({REPORT: 600} if report and canvas else {})
 
 
-def export_untrained(config: str, out: Path, wanted: Wanted, defaults: SamplingDefaults) -> None:
+def export_untrained(
+    config: str, out: Path, *, wanted: Wanted, defaults: SamplingDefaults, conditions: bool = False
+) -> None:
     """A bundle of random weights with a tokenizer of random words."""
-    model, progress, tokenizer = untrained(replace(config_named(config), draft_depth=DEPTH))
+    shape = replace(config_named(config), draft_depth=DEPTH, conditions=conditions)
+    model, progress, tokenizer = untrained(shape)
     graphs = build_untrained(wanted, model, progress.objectives)
     with tokenizer as path:
         top_k = min(TOP_K, model.config.vocab_size)
-        write_bundle(out, model, progress=progress, tokenizer=path, graphs=graphs, top_k=top_k, defaults=defaults)
+        write_bundle(
+            out,
+            model,
+            progress=progress,
+            tokenizer=path,
+            graphs=graphs,
+            top_k=top_k,
+            defaults=defaults,
+            conditions=conditions_spec() if any(graph.role == "step.conditioned" for graph in graphs) else None,
+        )
     say_what_was_written(out, graphs)
 
 

@@ -14,6 +14,7 @@ from host.data.tokenizer import plain_tokenizer
 from host.files import swapped_in
 from host.model.network import Denoiser, ModelConfig, count_parameters
 from host.train.checkpoint import Progress
+from shared.conditions import Conditions
 from shared.errors import ConfigError, DiffusionLLMError
 from shared.manifest import (
     FORMAT_VERSION,
@@ -112,6 +113,7 @@ def write_bundle(
     law_parity: Sequence[LawParity] = (),
     calibration: str = "none",
     defaults: SamplingDefaults | None = None,
+    conditions: Conditions | None = None,
 ) -> Manifest:
     """Write everything beside `out`, then swap it in; an older bundle there is replaced only when the new one is whole.
 
@@ -158,6 +160,7 @@ def write_bundle(
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("diffusion-llm", "torch", "onnx", "onnxruntime", "tokenizers")},
             },
+            conditions=conditions,
         )
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
         read_manifest(folder)

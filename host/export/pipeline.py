@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from host.evaluate.scorers import GraphScorer, session_of, step_feed
 from host.export.blocks_pipeline import untested_blocks
 from host.export.bundle_writer import BundleGraph
+from host.export.conditions_pipeline import untested_conditions
 from host.export.cpu_graph import cpu_graph
 from host.export.cpu_int8 import SCHEMES, Scheme, quantize
 from host.export.cuda_graph import cuda_graph
@@ -173,9 +174,11 @@ def build_untrained(wanted: Wanted, model: Denoiser, learned: Collection[str]) -
     graphs = []
     if wanted.cpu_int8:
         graphs += untested_blocks(model, learned, int8=True)
+        graphs += untested_conditions(model, learned, int8=True) if model.conditions is not None else []
         graphs.append(BundleGraph(quantize(cpu_graph(model, top_k), "dynamic", []), "canvas", "int8", "cpu"))
     if wanted.cpu_fp32:
         graphs += untested_blocks(model, learned, int8=False)
+        graphs += untested_conditions(model, learned, int8=False) if model.conditions is not None else []
         graphs.append(BundleGraph(cpu_graph(model, top_k), "canvas", "fp32", "cpu"))
     if wanted.cuda_fp16:
         graphs.append(BundleGraph(fp16, "canvas", "fp16", "cuda"))

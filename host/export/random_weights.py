@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from host.data.tokenizer import train_tokenizer
+from host.model.conditions import PICTURE_SIZE, PICTURES, Condition
 from host.model.network import Denoiser, ModelConfig
 from host.train.checkpoint import Progress
 from shared.manifest import TOKENIZER
+from shared.tokens import FIRST_TEXT_ID
 
 
 def untrained(config: ModelConfig, seed: int = 0) -> tuple[Denoiser, Progress, AbstractContextManager[Path]]:
@@ -28,6 +30,18 @@ def untrained(config: ModelConfig, seed: int = 0) -> tuple[Denoiser, Progress, A
         data_source="none: random weights",
     )
     return model, progress, _random_tokenizer(config.vocab_size, seed)
+
+
+def random_conditions(vocab_size: int, count: int, seed: int = 0) -> list[Condition]:
+    """Words of random tokens and pictures of noise, by turns."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        n = 1 + i // 2 % PICTURES
+        words = [rng.integers(FIRST_TEXT_ID, vocab_size, 1 + k).tolist() for k in range(n)]
+        pictures = torch.from_numpy(rng.random((n, 3, PICTURE_SIZE, PICTURE_SIZE), np.float32))
+        made.append(Condition(pictures=pictures) if i % 2 else Condition(words))
+    return made
 
 
 @contextmanager

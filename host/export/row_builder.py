@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from host.export.graph_builder import NEVER, StepBuilder
+from host.export.graph_builder import NEVER, StepBuilder, Value
 from host.model.network import Denoiser
 from shared.tokens import BOS, MASK, PAD
 
@@ -71,12 +71,24 @@ class RowBuilder(StepBuilder):
         self.op("Split", f"{block}.qkv3", product, outputs=3, axis=-1, num_outputs=3)
         return f"{block}.qkv3.0", f"{block}.qkv3.1", f"{block}.qkv3.2"
 
-    def rest_of_block(self, x: str, mixed: str, block: str, next_norm: str) -> tuple[str, str]:
+    def heads_apart(self, keys: str, values: str, layer: int, prefix: str = "new_") -> list[Value]:
+        """Keys and values (1, N, D) as outputs of the graph, each (1, H, N, D/H)."""
+        heads, made = self.config.heads, list[Value]()
+        width = self.config.d_model // heads
+        apart = self.constant("heads_apart", np.array([0, 0, heads, width]))
+        for name, value in ((f"{prefix}keys.{layer}", keys), (f"{prefix}values.{layer}", values)):
+            self.op("Transpose", name, self.op("Reshape", f"{name}.apart", value, apart), perm=[0, 2, 1, 3])
+            made.append((name, "float32", (1, heads, "rows", width)))
+        return made
+
+    def rest_of_block(self, x: str, mixed: str, *, block: str, next_norm: str, more: str = "") -> tuple[str, str]:
         """From attention's result on; the LayerNorm that follows the block is made here, with its last addition.
 
-        → rows after the LayerNorm, residual stream
+        more: what else is added to the residual stream → rows after the LayerNorm, residual stream
         """
         out = self.product(mixed, f"{block}.attention_out", bias=False)
+        if more:
+            out = self.op("Add", f"{block}.attention_and_more", out, more)
         h, x = self._add_and_norm(out, x, f"{block}.attention_out", f"{block}.norm2")
         up = self.product(h, f"{block}.up", bias=False)
         up = self.op("BiasGelu", f"{block}.gelu", up, self.weight(f"{block}.up.bias"), domain=MICROSOFT)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from host.export.row_builder import LEVELS_U8, Ranges, activation_scale
+from host.model.conditions import Given
 from host.model.network import Denoiser
 from host.train.objectives import Example, Settings, ar, infill
 
@@ -35,7 +36,7 @@ def calibration_rows(stories: NDArray[np.uint16], learned: Collection[str], seed
 
 @torch.no_grad()
 def observe(model: Denoiser, rows: Sequence[Example]) -> dict[str, Observed]:
-    """What each linear layer of the blocks and the LM head reads.  → by the layer's name"""
+    """What each linear layer of the blocks, the LM head and the conditions reads.  → by the layer's name"""
     found: dict[str, Observed] = {}
 
     def remember(name: str, x: Tensor) -> None:
@@ -46,10 +47,11 @@ def observe(model: Denoiser, rows: Sequence[Example]) -> dict[str, Observed]:
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: remember(name, inputs[0]))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(("blocks.", "head"))
+        if isinstance(module, nn.Linear) and name.startswith(("blocks.", "head", "conditions."))
     ]
     for example in rows:
-        model.head(model(*example.rows)[0, example.at])
+        memory = None if example.condition is None else model.remember(Given.of([example.condition]))
+        model.head(model(*example.rows, memory=memory)[0, example.at])
     for handle in handles:
         handle.remove()
     return found

@@ -4,6 +4,9 @@ One request a pass (batch 1): on a CPU, passes of several requests gain nothing 
 cached rows, N: rows of the pass, T = S + N, C: rows that a cache has room for, M: scored rows, K: candidates, D: width.
 """
 
+from collections.abc import Sequence
+from typing import Final
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -12,6 +15,17 @@ from onnx import TensorProto
 from host.export.graph_builder import Value
 from host.export.row_builder import MICROSOFT, Quantization, Ranges, RowBuilder
 from host.model.network import Denoiser
+
+CacheValue = tuple[Value, Value]
+"""An input of cached rows, with the output that it becomes."""
+ROWS: Final[tuple[Value, ...]] = (
+    *((name, "int32", (1, "rows")) for name in ("tokens", "positions")),
+    ("key_positions", "int32", ("keys",)),
+    ("last", "int32", (1,)),
+    ("total", "int32", ()),
+    ("scored", "int32", ("scored",)),
+)
+"""What step graphs read beside the caches."""
 
 
 def step_graph(model: Denoiser, top_k: int, ranges: Ranges | None = None) -> onnx.ModelProto:
@@ -32,41 +46,47 @@ def step_graph(model: Denoiser, top_k: int, ranges: Ranges | None = None) -> onn
     x = g.embed_rows()
     bias = g.distance_bias("key_positions")
     h = g.norm(x, "blocks.0.norm1")
-    cache: list[tuple[Value, Value]] = []
+    cache: list[CacheValue] = []
     for i in range(config.layers):
         b = f"blocks.{i}"
-        mixed, layer_cache = _cached_attention(g, h, i, bias)
+        mixed, layer_cache = cached_attention(g, g.qkv(h, b), layer=i, bias=bias)
         cache += layer_cache
         if i == config.layers - 1:  # the rows that nobody scores are done: their keys and values are made
             x, mixed = (g.op("Gather", f"{name}.scored", name, "scored", axis=1) for name in (x, mixed))
-        h, x = g.rest_of_block(x, mixed, b, f"blocks.{i + 1}.norm1" if i < config.layers - 1 else "norm")
+        following = f"blocks.{i + 1}.norm1" if i < config.layers - 1 else "norm"
+        h, x = g.rest_of_block(x, mixed, block=b, next_norm=following)
+    candidates(g, h, top_k)
+    made = scored_rows(top_k, config.d_model)
+    return g.model([*ROWS, *(old for old, _ in cache)], made + [new for _, new in cache], contrib=True)
+
+
+def candidates(g: RowBuilder, h: str, top_k: int) -> None:
+    """The outputs `ids`, `scores` and `states` of rows after the last LayerNorm (1, M, D)."""
     g.op("Squeeze", "states", h, "axis_0")
     best = g.op("TopK", "best", g.scores("states"), g.constant("k", np.array([top_k])), outputs=2, axis=-1)
     g.op("Identity", "scores", f"{best}.0")
     g.op("Cast", "ids", f"{best}.1", to=TensorProto.INT32)
-    read: list[Value] = [
-        *((name, "int32", (1, "rows")) for name in ("tokens", "positions")),
-        ("key_positions", "int32", ("keys",)),
-        ("last", "int32", (1,)),
-        ("total", "int32", ()),
-        ("scored", "int32", ("scored",)),
-    ]
-    made: list[Value] = [
+
+
+def scored_rows(top_k: int, d_model: int) -> list[Value]:
+    """What step graphs return beside the caches."""
+    return [
         ("ids", "int32", ("scored", top_k)),
         ("scores", "float32", ("scored", top_k)),
-        ("states", "float32", ("scored", config.d_model)),
+        ("states", "float32", ("scored", d_model)),
     ]
-    return g.model(read + [old for old, _ in cache], made + [new for _, new in cache], contrib=True)
 
 
-def _cached_attention(g: RowBuilder, h: str, layer: int, bias: str) -> tuple[str, list[tuple[Value, Value]]]:
-    """→ attention's result (1, N, D), and the cache's inputs, each with the output that it becomes"""
-    b, heads = f"blocks.{layer}", g.config.heads
-    old, new = ([f"{age}{kind}.{layer}" for kind in ("keys", "values")] for age in ("", "new_"))
-    inputs = [*g.qkv(h, b), *old, "last", "total", "", "", "", bias]  # no rotary tables, no position ids
-    g.fused("GroupQueryAttention", inputs, [f"{b}.mixed", *new], num_heads=heads, kv_num_heads=heads)
+def cached_attention(
+    g: RowBuilder, qkv: Sequence[str], *, layer: int, bias: str, kind: str = ""
+) -> tuple[str, list[CacheValue]]:
+    """qkv: each (1, N, D). kind: before the names of these rows' caches → attention's result (1, N, D), the caches"""
+    heads = g.config.heads
+    old, new = ([f"{age}{kind}{part}.{layer}" for part in ("keys", "values")] for age in ("", "new_"))
+    inputs, mixed = [*qkv, *old, "last", "total", "", "", "", bias], f"blocks.{layer}.{kind}mixed"  # no rotary tables
+    g.fused("GroupQueryAttention", inputs, [mixed, *new], num_heads=heads, kv_num_heads=heads)
     shape = (1, heads, "room", g.config.d_model // heads)
-    return f"{b}.mixed", [((a, "float32", shape), (z, "float32", shape)) for a, z in zip(old, new, strict=True)]
+    return mixed, [((a, "float32", shape), (z, "float32", shape)) for a, z in zip(old, new, strict=True)]
 
 
 def prefill_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelProto:
@@ -75,27 +95,28 @@ def prefill_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelPr
     tokens, positions int32 (1, N) → new_keys.i, new_values.i float32 (1, H, N, D/H), of each layer
     """
     g, config = RowBuilder(model, ranges), model.config
-    width = config.d_model // config.heads
     x = g.embed_rows()
     bias = g.distance_bias("positions")
     h = g.norm(x, "blocks.0.norm1")
-    apart = g.constant("heads_apart", np.array([0, 0, config.heads, width]))
     made: list[Value] = []
     for i in range(config.layers):
         b = f"blocks.{i}"
         if i == config.layers - 1:
-            kv = g.product(h, f"{b}.qkv", columns=slice(config.d_model, 3 * config.d_model), bias=True)
-            g.op("Split", f"{b}.kv2", kv, outputs=2, axis=-1, num_outputs=2)
-            k, v = f"{b}.kv2.0", f"{b}.kv2.1"
+            k, v = last_keys_and_values(g, h, b)
         else:
             q, k, v = g.qkv(h, b)
             inputs = [q, k, v, "", "", bias]
             g.fused("MultiHeadAttention", inputs, [f"{b}.mixed"], num_heads=config.heads)
-            h, x = g.rest_of_block(x, f"{b}.mixed", b, f"blocks.{i + 1}.norm1")
-        for name, value in ((f"new_keys.{i}", k), (f"new_values.{i}", v)):
-            g.op("Transpose", name, g.op("Reshape", f"{name}.apart", value, apart), perm=[0, 2, 1, 3])
-            made.append((name, "float32", (1, config.heads, "rows", width)))
-    return g.model([(name, "int32", (1, "rows")) for name in ("tokens", "positions")], made, contrib=True)
+            h, x = g.rest_of_block(x, f"{b}.mixed", block=b, next_norm=f"blocks.{i + 1}.norm1")
+        made += g.heads_apart(k, v, i)
+    return g.model(list(ROWS[:2]), made, contrib=True)
+
+
+def last_keys_and_values(g: RowBuilder, h: str, block: str) -> tuple[str, str]:
+    """Of rows that nothing more is asked of.  → twice (1, N, D)"""
+    kv = g.product(h, f"{block}.qkv", columns=slice(g.config.d_model, 3 * g.config.d_model), bias=True)
+    g.op("Split", f"{block}.kv2", kv, outputs=2, axis=-1, num_outputs=2)
+    return f"{block}.kv2.0", f"{block}.kv2.1"
 
 
 def draft_graph(model: Denoiser, likely: NDArray[np.int64], quantization: Quantization = None) -> onnx.ModelProto:

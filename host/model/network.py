@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from host.model.block import Block
+from host.model.conditions import Conditions, Given, Memory
 from host.model.drafter import Chain
 from host.model.layouts import canvas as canvas_layout
 from shared.errors import ConfigError
@@ -38,6 +39,7 @@ class ModelConfig:
     canvas_len: int = CANVAS_LEN
     time_input: bool = True
     draft_depth: int = 0  # drafts of the chain drafter; 0: there is none
+    conditions: bool = False  # whether it takes words and pictures
 
 
 CONFIGS: Final = {
@@ -86,18 +88,6 @@ def first_relative_bias(config: ModelConfig) -> Tensor:
     return -slope[:, None] * distance / RELATIVE_UNIT
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Scaled dot-product attention.  q, k, v (B, H, L, D/H), bias (B or 1, H, L, L), added to scores → (B, H, L, D/H)
-
-    On a CPU in bf16, plain matrix products take half the time of torch's kernel, forward and backward.
-    """
-    if q.device.type != "cpu" or q.dtype is not torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias  # (B, H, L, L)
-    mixed: Tensor = scores.softmax(-1) @ v
-    return mixed
-
-
 @dataclass
 class Cache:
     """Keys and values of the kept rows of each layer, and of the last pass until `keep` is called.
@@ -131,38 +121,6 @@ class Cache:
         self.fresh, self.fresh_positions = [], None
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each after a LayerNorm and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d = config.d_model
-        self.heads = config.heads
-        self.dropout: float = 0.0  # of what is added to the residual stream, in training
-        self.norm1 = nn.LayerNorm(d)
-        self.qkv = nn.Linear(d, 3 * d)
-        self.attention_out = nn.Linear(d, d)
-        self.norm2 = nn.LayerNorm(d)
-        self.up = nn.Linear(d, 4 * d)
-        self.down = nn.Linear(4 * d, d)
-
-    def forward(
-        self, x: Tensor, bias: Tensor, *, at: Tensor | None = None, cache: Cache | None = None, layer: int = 0
-    ) -> Tensor:
-        """x (B, N, D), bias (B or 1, H, N, S + N) → (B, N, D), or (M, D) for rows `at` (M,), counted over the batch."""
-        b, n, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            cache.fresh.append((k, v))
-            k, v = torch.cat([cache.keys[layer], k], 2), torch.cat([cache.values[layer], v], 2)
-        mixed = attend(q, k, v, bias).transpose(1, 2).reshape(b, n, d)
-        if at is not None:
-            x, mixed = x.view(-1, d).index_select(0, at), mixed.view(-1, d).index_select(0, at)
-        x = x + F.dropout(self.attention_out(mixed), self.dropout, self.training)
-        hidden = self.down(F.gelu(self.up(self.norm2(x))))
-        return x + F.dropout(hidden, self.dropout, self.training)
-
-
 class Denoiser(nn.Module):
     """Scores, for each row, the token of the next position."""
 
@@ -174,10 +132,11 @@ class Denoiser(nn.Module):
         self.position_embedding = nn.Embedding(config.canvas_len, d)
         self.relative_bias = nn.Parameter(first_relative_bias(config))
         self.time_mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d)) if config.time_input else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.vocab_size)
         self.drafter = Chain(d, config.draft_depth) if config.draft_depth else None
+        self.conditions = Conditions(d, config.heads, config.layers) if config.conditions else None
         never_control = torch.zeros(3, FIRST_TEXT_ID, dtype=torch.bool)  # by ANY_END, NO_END, NO_PADDING
         never_control[:, [MASK, BOS]] = True
         never_control[NO_END, [EOS, PAD]] = True
@@ -188,12 +147,14 @@ class Denoiser(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention_out.weight", "down.weight")):  # two a block end in the residual stream
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.layers))
+        if self.conditions is not None:
+            self.conditions.start_silent()
 
     @staticmethod
     def _init(module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def set_dropout(self, probability: float) -> None:
@@ -211,12 +172,13 @@ class Denoiser(nn.Module):
         *,
         at: Tensor | None = None,
         t: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
         """What `logits` reads the token of each row's next position from.
 
         tokens (B, N), positions (B or 1, N), visible (B or 1, N, S + N) bool, the cached rows first; a row that sees
         nothing gets NaN. at (M,): only these rows, counted over the batch. t (B,): diffusion time, if conditioned on
-        it. → (B, N, D), or (M, D)
+        it. memory: what `remember` made of the texts' conditions. → (B, N, D), or (M, D)
 
         The LM head is shifted: the row at position p scores the token of position p + 1, in every layout.
         """
@@ -227,9 +189,22 @@ class Denoiser(nn.Module):
             cache.fresh, cache.fresh_positions = [], positions.expand(tokens.shape[0], -1)
         bias = self.attention_bias(positions, visible, None if cache is None else cache.positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, bias, at=at if layer == len(self.blocks) - 1 else None, cache=cache, layer=layer)
+            x, fresh = block(
+                x,
+                bias,
+                at=at if layer == len(self.blocks) - 1 else None,
+                cached=None if cache is None else (cache.keys[layer], cache.values[layer]),
+                read=None if memory is None or self.conditions is None else self.conditions.reader(memory, layer),
+            )
+            if cache is not None:
+                cache.fresh.append(fresh)
         states: Tensor = self.norm(x)
         return states
+
+    def remember(self, given: Given) -> Memory:
+        """What the blocks read of conditions, each text's words and pictures; once a text."""
+        assert self.conditions is not None
+        return self.conditions.remember(given, self.token_embedding(given.tokens))
 
     def attention_bias(self, positions: Tensor, visible: Tensor, cached: Tensor | None = None) -> Tensor:
         """Relative position bias plus mask (−inf at invisible keys), in the autocast dtype.

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from host.model.conditions import Condition, Given, Memory
 from host.model.layouts import causal, evidence
 from host.model.network import NO_PADDING, Cache, Denoiser
-from host.sampling.reference import Settings, drawn
+from host.sampling.reference import TOP_K, Settings, drawn, guided
 from shared.tokens import BOS, EOS
 
 Template = Sequence[list[int] | int]
@@ -62,33 +63,67 @@ def lay_out(template: Template, open_end: bool, length: int) -> Layout:
 
 
 @torch.no_grad()
-def write(model: Denoiser, template: Template, *, settings: Settings, open_end: bool, window: int = 0) -> Written:
+def write(
+    model: Denoiser,
+    template: Template,
+    *,
+    settings: Settings,
+    open_end: bool,
+    window: int = 0,
+    condition: Condition | None = None,
+    guidance: float = 0.0,
+) -> Written:
     """Fill a template's gaps from the left, then the open end, each until EOS or until it is full.
 
-    window: drafts in a pass, of the chain drafter. A prompt with an open end alone is laid out causally.
+    window: drafts in a pass, of the chain drafter. A prompt with an open end alone is laid out causally. guidance: of
+    a condition; the drafter reads the states of the rows that read it.
     """
     layout = lay_out(template, open_end, model.config.canvas_len)
-    writer = _Writer(model, settings, window, Cache.empty(model.config), Written())
+    memory = None if condition is None else model.remember(Given.of([condition]))
+    streams = [_Stream(model, memory, Cache.empty(model.config))]
+    if guidance:
+        streams.append(_Stream(model, None, Cache.empty(model.config)))
+    writer = _Writer(model, settings, window, guidance, streams, Written())
     if layout.open_alone:
         rows, given = causal(torch.tensor([layout.tokens[:-1]])), len(layout.tokens) - 1
     else:
         rows, given = evidence(layout.tokens, layout.positions, []), len(layout.tokens)
     if given:
-        model(*rows, writer.cache)
-        writer.cache.keep(torch.arange(given))
+        for stream in streams:
+            stream.states(*rows)
+            stream.cache.keep(torch.arange(given))
     for first, last, before in layout.gaps:
         writer.written.gaps.append(writer.fill(first, last, before))
     return writer.written
 
 
 @dataclass(frozen=True)
+class _Stream:
+    """Rows of a text that read a memory, or none. cache: of the rows committed so far."""
+
+    model: Denoiser
+    memory: Memory | None
+    cache: Cache
+
+    def states(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """→ (N, D)"""
+        states: Tensor = self.model(tokens, positions, visible, self.cache, memory=self.memory)[0]
+        return states
+
+    def log_probabilities(self, states: Tensor) -> Tensor:
+        """→ (N, V)"""
+        return self.model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1)
+
+
+@dataclass(frozen=True)
 class _Writer:
-    """One text being written. cache: of the rows committed so far."""
+    """One text being written. streams: the rows that are written by, and with guidance the same without a memory."""
 
     model: Denoiser
     settings: Settings
     window: int
-    cache: Cache
+    guidance: float
+    streams: list[_Stream]
     written: Written
 
     def fill(self, first: int, last: int, token: int) -> list[int]:
@@ -100,14 +135,17 @@ class _Writer:
             tokens = torch.tensor([[token, *drafts]])
             n = tokens.shape[1]
             places = torch.arange(position, position + n)[None]
-            visible = torch.cat([torch.ones(1, n, len(self.cache)), torch.ones(1, n, n).tril()], 2).bool()
-            states = self.model(tokens, places, visible, self.cache)[0]
-            logp = self.model.logits(states, torch.full((n,), NO_PADDING)).log_softmax(-1)
+            kept = len(self.streams[0].cache)
+            visible = torch.cat([torch.ones(1, n, kept), torch.ones(1, n, n).tril()], 2).bool()
+            states = [stream.states(tokens, places, visible) for stream in self.streams]
+            laws = [stream.log_probabilities(own) for stream, own in zip(self.streams, states, strict=True)]
+            logp = guided(laws[0], laws[-1], self.guidance, min(TOP_K, laws[0].shape[1])) if self.guidance else laws[0]
             own, margin = drawn(logp, places[0] + 1, self.settings)
             agreed = 0
             while agreed < len(drafts) and drafts[agreed] == int(own[agreed]):
                 agreed += 1
-            self.cache.keep(torch.arange(agreed + 1))
+            for stream in self.streams:
+                stream.cache.keep(torch.arange(agreed + 1))
             new = own[: agreed + 1].tolist()
             self.written.margin = min(self.written.margin, float(margin[: agreed + 1].min()))
             self.written.kept.append(len(new))
@@ -115,7 +153,7 @@ class _Writer:
             filled += [one for one in new if one != EOS]
             if token == EOS or position == last:
                 return filled
-            drafts = self.drafts(states[agreed], token, position + 1, min(self.window, last - position - 1))
+            drafts = self.drafts(states[0][agreed], token, position + 1, min(self.window, last - position - 1))
 
     def drafts(self, state: Tensor, token: int, position: int, count: int) -> list[int]:
         """Up to `count` drafts from `position` on, none from an EOS on.

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from host.model.conditions import Condition, Given, Memory
 from host.model.layouts import causal, first_end
 from host.model.network import NO_PADDING, Cache, Denoiser, ends_impossible
-from host.sampling.reference import Sampled, Settings, commit_pass, drawn
+from host.sampling.reference import TOP_K, Sampled, Settings, commit_pass, drawn, guided
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, EOS, MASK, PAD
 
@@ -67,12 +68,15 @@ def _scores(
 def sample_autoregressive(
     model: Denoiser,
     settings: Sequence[Settings],
+    *,
     dtype: torch.dtype | None = None,
     prompts: Tensor | None = None,
+    conditions: Sequence[Condition] = (),
+    guidance: float = 0.0,
 ) -> Tensor:
     """One canvas for each of `settings`, equal to those of `host.sampling.blocks.write` up to rounding.
 
-    prompts (len(settings), P) → (len(settings), L)
+    prompts (len(settings), P), conditions: of each, or none at all → (len(settings), L)
     """
     length, n = model.config.canvas_len, len(settings)
     given = torch.full((n, 1), BOS) if prompts is None else F.pad(prompts, (1, 0), value=BOS)
@@ -80,22 +84,46 @@ def sample_autoregressive(
     canvases[:, : given.shape[1]] = given
     for start in range(0, n, TEXTS):
         here = slice(start, start + TEXTS)
-        _continue(model, canvases[here], start=given.shape[1], settings=settings[here], dtype=dtype)
+        memory = model.remember(Given.of(conditions[here])) if conditions else None
+        memories = [memory, None] if guidance else [memory]
+        _continue(
+            model,
+            canvases[here],
+            start=given.shape[1],
+            settings=settings[here],
+            dtype=dtype,
+            memories=memories,
+            guidance=guidance,
+        )
     return canvases
 
 
 def _continue(
-    model: Denoiser, canvases: Tensor, *, start: int, settings: Sequence[Settings], dtype: torch.dtype | None
+    model: Denoiser,
+    canvases: Tensor,
+    *,
+    start: int,
+    settings: Sequence[Settings],
+    dtype: torch.dtype | None,
+    memories: Sequence[Memory | None],
+    guidance: float,
 ) -> None:
-    """Fill canvases (B, L) in place from position `start` on, a token of each in a pass."""
-    cache, going = Cache.empty(model.config, len(canvases)), torch.ones(len(canvases), dtype=torch.bool)
+    """Fill canvases (B, L) in place from position `start` on, a token of each in a pass.
+
+    memories: of the rows that are written by; with guidance also that of the others, which is none.
+    """
+    caches = [Cache.empty(model.config, len(canvases)) for _ in memories]
+    going = torch.ones(len(canvases), dtype=torch.bool)
     for i in range(start, canvases.shape[1]):
         rows = causal(canvases[:, :i])
-        new = torch.arange(len(cache), i)
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            states = model(rows.tokens[:, new], rows.positions[:, new], rows.visible[:, new], cache)[:, -1]
-            logp = model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1)
-        cache.keep(torch.arange(len(new)))
+        new, laws = torch.arange(len(caches[0]), i), []
+        for cache, memory in zip(caches, memories, strict=True):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                fresh = rows.tokens[:, new], rows.positions[:, new], rows.visible[:, new]
+                states = model(*fresh, cache, memory=memory)[:, -1]
+                laws.append(model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1))
+            cache.keep(torch.arange(len(new)))
+        logp = guided(laws[0], laws[-1], guidance, min(TOP_K, laws[0].shape[1])) if guidance else laws[0]
         for row in going.nonzero()[:, 0].tolist():
             canvases[row, i] = drawn(logp[row : row + 1], torch.tensor([i]), settings[row])[0]
         going &= canvases[:, i] != EOS

@@ -162,6 +162,18 @@ def drawn(logp: Tensor, position: Tensor, settings: Settings) -> tuple[Tensor, T
     return token, gap
 
 
+def guided(conditioned: Tensor, plain: Tensor, guidance: float, candidates: int) -> Tensor:
+    """The law that a condition and its guidance w give: among the K likeliest tokens given the condition,
+    (1 + w) · log p(token | condition) − w · log p(token), others never (Ho and Salimans, arXiv 2207.12598).
+
+    Temperature, top-k and top-p are applied after it. Only the K: far down in both laws their ratio says nothing.
+    conditioned, plain: log-probabilities (M, V), candidates: K → unnormalized (M, V)
+    """
+    best, ids = _best(conditioned, candidates)
+    scores = ((1 + guidance) * best - guidance * plain.gather(-1, ids)).where(best.isfinite(), -torch.inf)
+    return torch.full_like(conditioned, -torch.inf).scatter(-1, ids, scores)
+
+
 def _order_score(
     logp: Tensor, position: Tensor, *, entropy: Tensor, confidence: Tensor, step: int, s: Settings
 ) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from host.data.shards import Split
+from host.model.conditions import Given
 from host.model.layouts import Rows, stack
 from host.train.objectives import OBJECTIVES, Example, Settings, shares_of_batch
 from shared.tokens import FIRST_TEXT_ID
@@ -30,12 +31,14 @@ class MicroBatch:
     target: Tensor  # (M,) int64
     weight: Tensor  # (M,) float32
     ends: Tensor  # (M,) int64, see `Denoiser.logits`
+    given: Given | None = None  # the conditions of the B sequences, if they have any
 
     @classmethod
     def of(cls, examples: Sequence[Example], multiple: int = 1) -> "MicroBatch":
         """The number of rows is rounded up to a multiple."""
         rows = stack([one.rows for one in examples], multiple)
         n = rows.tokens.shape[1]
+        conditions = [one.condition for one in examples if one.condition is not None]
         return cls(
             rows=rows,
             lengths=torch.tensor([one.rows.tokens.shape[1] for one in examples]),
@@ -44,6 +47,7 @@ class MicroBatch:
             target=torch.cat([one.target for one in examples]),
             weight=torch.cat([one.weight for one in examples]),
             ends=torch.cat([one.ends for one in examples]),
+            given=Given.of(conditions) if conditions else None,
         )
 
     def on(self, device: torch.device) -> "MicroBatch":
@@ -66,8 +70,9 @@ class MicroBatch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        changed = {name: change(value) for name, value in vars(self).items() if name != "rows"}
-        return replace(self, rows=Rows(*map(change, self.rows)), **changed)
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        given = None if self.given is None else Given(*map(change, self.given))
+        return replace(self, rows=Rows(*map(change, self.rows)), given=given, **changed)
 
 
 @dataclass(frozen=True)

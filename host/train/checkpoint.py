@@ -166,12 +166,12 @@ def _load_weights(model: Denoiser, path: Path, tensors: dict[str, Tensor]) -> No
 def init_from(model: Denoiser, path: Path) -> None:
     """Start `model` from the EMA weights of another run, or from published ones.
 
-    Raises DataError when a tensor is missing or shaped differently; a time input or a drafter that the other lacks
-    starts fresh.
+    Raises DataError when a tensor is missing or shaped differently; a time input, a drafter or conditions that the
+    other lacks start fresh.
     """
     theirs = ema_tensors(path)
     for name, parameter in model.named_parameters():
-        if name not in theirs and name.startswith(("time_mlp.", "drafter.")):
+        if name not in theirs and name.startswith(("time_mlp.", "drafter.", "conditions.")):
             continue
         if name not in theirs or theirs[name].shape != parameter.shape:
             raise DataError(f"{path} cannot start this model: {name} is missing or has another shape")

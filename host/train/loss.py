@@ -32,7 +32,8 @@ class WeightedLoss(nn.Module):
         if self.fused and torch.is_autocast_enabled("cpu"):
             batch = batch.padded(SCORED_ALIGNED)
         timed = self.model.config.time_input
-        hidden = self.model(*batch.rows, at=batch.at, t=batch.t if timed else None)  # (M, D)
+        memory = None if batch.given is None else self.model.remember(batch.given)
+        hidden = self.model(*batch.rows, at=batch.at, t=batch.t if timed else None, memory=memory)  # (M, D)
         if self.fused and torch.is_grad_enabled():
             head = self.model.head
             loss: Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
@@ -71,9 +72,11 @@ class HeadLoss(torch.autograd.Function):
             logp = part.log_softmax(-1)
             loss -= (logp.gather(1, target) * row_weight).sum()
             scores[here] = logp.exp_().mul_(row_weight).scatter_add_(1, target, -row_weight)
-        ctx.save_for_backward(scores @ weight, scores.T @ hidden, scores.sum(0))
+        frozen = not ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+        ctx.save_for_backward(scores @ weight, *(() if frozen else (scores.T @ hidden, scores.sum(0))))
         return loss
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(saved.float() * grad for saved in ctx.saved_tensors), None, None  # type: ignore[attr-defined]
+        made = [saved.float() * grad for saved in ctx.saved_tensors]  # type: ignore[attr-defined]
+        return *made, *[None] * (5 - len(made))

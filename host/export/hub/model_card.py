@@ -7,7 +7,7 @@ from host.data.sources import UNKNOWN_LICENCE
 from host.evaluate.laws import DRAFTED_STORIES
 from host.model.network import count_parameters
 from host.train.published import Published
-from shared.manifest import Figure
+from shared.figures import Figure
 
 CARD: Final = "README.md"
 USE: Final = """```python

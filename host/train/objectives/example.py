@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from host.model.conditions import Condition
 from host.model.diffusion import Weighting
 from host.model.layouts import Rows
 from shared.schedule import ScheduleName
@@ -30,6 +31,7 @@ class Example:
     ends: Tensor  # (M,) int64, see `Denoiser.logits`
     tokens: int  # for the loss per token
     t: float = 1.0  # diffusion time
+    condition: Condition | None = None
 
 
 def story(canvas: Tensor) -> Tensor:

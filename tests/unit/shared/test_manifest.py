@@ -10,12 +10,12 @@ import pytest
 from msgspec import structs
 
 from shared.errors import BundleError
+from shared.figures import Figure
 from shared.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     BlocksDefaults,
     Evaluation,
-    Figure,
     Graph,
     LawFigures,
     LawParity,

@@ -29,7 +29,7 @@ ROWS: Final = 60
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "rows"
     wanted = Wanted(cpu_fp32=True) if request.param == "fp32" else Wanted(cpu_int8=True)
-    export_untrained("debug", folder, wanted, SamplingDefaults())
+    export_untrained("debug", folder, wanted=wanted, defaults=SamplingDefaults())
     return folder
 
 

@@ -28,7 +28,8 @@ from host.train import trainer as train
 from host.train.checkpoint import find_checkpoint, load_model
 from host.train.run_folder import load_run
 from shared.errors import ConfigError
-from shared.manifest import TOKENIZER, Figure, SamplingDefaults
+from shared.figures import Figure
+from shared.manifest import TOKENIZER, SamplingDefaults
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
 from tests.support.commands import call, refusal, small
 from tests.support.networks import assert_sound
@@ -158,7 +159,7 @@ def test_sample_autoregressive_takes_the_settings_of_a_bundle(scorer_run: Path) 
     model, _ = load_run(scorer_run)
     dtype = mixed_precision_dtype(torch.device("cpu"))
     usual, warmer = (
-        sample_autoregressive(model, [Settings(seed, temperature=degrees) for seed in range(2)], dtype).numpy()
+        sample_autoregressive(model, [Settings(seed, temperature=degrees) for seed in range(2)], dtype=dtype).numpy()
         for degrees in (SamplingDefaults().temperature, 1.0)
     )
     assert np.array_equal(drawn, usual) and not np.array_equal(drawn, warmer)

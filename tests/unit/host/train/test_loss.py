@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import host.model.network
+import host.model.block
 from host.data.shards import Split
+from host.model.block import attend
 from host.model.diffusion import Weighting, autoregressive_sums, corrupt, token_weight
-from host.model.network import RELATIVE_UNIT, Denoiser, attend, config_named, first_relative_bias
+from host.model.network import RELATIVE_UNIT, Denoiser, config_named, first_relative_bias
 from host.train import batches
 from host.train.batches import Batch, make_batch, story_indices
 from host.train.loss import WeightedLoss
@@ -206,7 +207,7 @@ def test_bf16_gradients_are_as_exact_as_those_of_the_standard_kernels(
     with torch.autocast("cpu", torch.bfloat16):
         ours, our_gradients = loss_and_gradients(model, made, fused=True)
         monkeypatch.setattr(
-            host.model.network,
+            host.model.block,
             "attend",
             lambda q, k, v, bias: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias),
         )

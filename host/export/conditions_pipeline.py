@@ -1,0 +1,118 @@
+"""The graphs of conditions that ship: in INT8 only if the law given a condition passes the gate."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import onnx
+import torch
+
+from host.evaluate.row_graphs import RowGraphs
+from host.export.blocks_pipeline import SCHEME, Blocks, say
+from host.export.bundle_writer import BundleGraph
+from host.export.conditioned_graphs import (
+    conditioned_prefill_graph,
+    conditioned_step_graph,
+    encode_image_graph,
+    encode_text_graph,
+)
+from host.export.law_parity import GATE, passes_law, total_nats
+from host.export.random_weights import random_conditions
+from host.export.row_builder import Ranges
+from host.export.row_ranges import best_ranges, observe
+from host.model.conditions import PICTURE_ROWS, PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS
+from host.model.network import Denoiser
+from host.sampling.reference import TOP_K
+from host.train.objectives import Example, Settings, ar
+from shared.conditions import Conditions
+from shared.errors import BundleError
+from shared.manifest import LawParity, Precision, Role
+from shared.tokens import FIRST_TEXT_ID
+
+PROMPT_TOKENS: Final = 4
+
+
+def conditions_spec(guidance: float = 0.0) -> Conditions:
+    """What a bundle's manifest says of conditions, without figures."""
+    return Conditions(
+        words=WORDS,
+        word_tokens=WORD_TOKENS,
+        pictures=PICTURES,
+        picture_size=PICTURE_SIZE,
+        picture_rows=PICTURE_ROWS,
+        guidance=guidance,
+    )
+
+
+def conditioned_graphs(model: Denoiser, learned: Collection[str], ranges: Ranges | None = None) -> list[BundleGraph]:
+    """Encoders and step graphs; prefill with infill. ranges: for INT8."""
+    precision: Precision = "fp32" if ranges is None else "int8"
+    top_k = min(TOP_K, model.config.vocab_size)
+    graphs: dict[Role, onnx.ModelProto] = {
+        "encode.text": encode_text_graph(model, ranges),
+        "encode.image": encode_image_graph(model, ranges),
+        "step.conditioned": conditioned_step_graph(model, top_k, ranges),
+        "step.guided": conditioned_step_graph(model, top_k, ranges, guided=True),
+    }
+    if "infill" in learned:
+        graphs["prefill.conditioned"] = conditioned_prefill_graph(model, ranges)
+    return [BundleGraph(graph, role, precision, "cpu") for role, graph in graphs.items()]
+
+
+def untested_conditions(model: Denoiser, learned: Collection[str], int8: bool) -> list[BundleGraph]:
+    """Graphs of random weights: scales of random text and conditions, nothing measured."""
+    if not int8:
+        return conditioned_graphs(model, learned)
+    shape = (8, model.config.canvas_len)
+    text = np.random.default_rng(0).integers(FIRST_TEXT_ID, model.config.vocab_size, shape)
+    rows = ar.examples(torch.from_numpy(text), np.random.default_rng(0), Settings())
+    conditions = random_conditions(model.config.vocab_size, len(rows))
+    rows += [replace(row, condition=one) for row, one in zip(rows, conditions, strict=True)]
+    return conditioned_graphs(model, learned, best_ranges(model, observe(model, rows))[0])
+
+
+def conditions_int8(
+    model: Denoiser, learned: Collection[str], *, held_out: Sequence[Example], calibration: Sequence[Example]
+) -> Blocks:
+    """INT8 graphs that pass the gate, as `host.export.blocks_pipeline.blocks_int8` makes those of blocks.
+
+    held_out: stories left to right, each with a condition, of which the law is measured; calibration: of training, some
+    with a condition and some without, which choose the scales.
+    """
+    exact = _row_graphs(conditioned_graphs(model, learned))
+    nats, texts = total_nats(exact, held_out), _greedy(exact, held_out)
+    ranges, worst_first = best_ranges(model, observe(model, calibration))
+    kept: list[str] = []
+    while True:
+        graphs = conditioned_graphs(model, learned, {name: ranges[name] for name in ranges if name not in kept})
+        measured = _row_graphs(graphs)
+        same = [a == b for a, b in zip(_greedy(measured, held_out), texts, strict=True)]
+        parity = LawParity(
+            graph=next(graph.file for graph in graphs if graph.role == "step.conditioned"),
+            scheme=SCHEME,
+            law_ratio=total_nats(measured, held_out) / nats,
+            infilling_ratio=None,
+            texts_agreeing=sum(same) / len(same),
+            kept_float=tuple(kept),
+        )
+        say(parity)
+        if passes_law(parity):
+            record = f"{parity.graph}: {len(calibration)} stories of training with and without conditions, {SCHEME}"
+            return Blocks(graphs, (parity,), record)
+        count = 2 * len(kept) or 1
+        if count > len(worst_first) // 2:
+            raise BundleError(f"INT8 for conditions misses its gate ({GATE}); nothing was written: leave out --int8")
+        kept = worst_first[:count]
+
+
+def _row_graphs(graphs: Sequence[BundleGraph]) -> RowGraphs:
+    by_role = {graph.role: graph.model for graph in graphs}
+    encoders = {role: by_role[role] for role in ("encode.text", "encode.image")}
+    return RowGraphs(by_role["step.conditioned"], encoders=encoders)
+
+
+def _greedy(graphs: RowGraphs, held_out: Sequence[Example]) -> list[list[int]]:
+    """What graphs write after the first tokens of each story, given its condition."""
+    beginnings = [(one.rows.tokens[0, :PROMPT_TOKENS].tolist(), one) for one in held_out]
+    return [graphs.greedy(first, one.rows.tokens.shape[1], one.condition) for first, one in beginnings]

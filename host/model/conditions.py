@@ -1,0 +1,196 @@
+"""Conditions: words and pictures, encoded into a memory that every block reads by cross-attention.
+
+Rows that see nothing of it are scored as before, to the bit: what a block reads is added to its attention's result, and
+starts at zero. Queries are made of the same normed rows as those of self-attention, so that both are one product.
+B: texts, R: word tokens, n: pictures, M: memory rows, D: width, H: heads.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from host.model.block import Block, attend
+from shared.tokens import PAD
+
+WORDS: Final = 3  # of a text at most
+WORD_TOKENS: Final = 8  # of a word at most
+PICTURES: Final = 3  # of a text at most
+PICTURE_SIZE: Final = 64  # pixels on each side
+PICTURE_ROWS: Final = 16  # memory rows of a picture
+DEPTH: Final = 2  # blocks of an encoder
+STEM: Final = (32, 128)  # channels between the pixels and the width of the network
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one text is to tell of: at least a word or a picture."""
+
+    words: Sequence[Sequence[int]] = ()  # tokens of each
+    pictures: Tensor = field(default_factory=lambda: torch.zeros(0, 3, PICTURE_SIZE, PICTURE_SIZE))
+    """(n, 3, 64, 64) float32, RGB in 0 … 1."""
+
+
+class Given(NamedTuple):
+    """The conditions of B texts.
+
+    Their words: tokens, place of each token in its word, number of its word. Their pictures, of all texts one after
+    another, RGB in 0 … 1, and where each belongs: text · PICTURES + number.
+    """
+
+    tokens: Tensor  # (B, R) int64, PAD after the last
+    places: Tensor  # (B, R) int64
+    words: Tensor  # (B, R) int64
+    pixels: Tensor  # (n, 3, 64, 64) float32
+    pictures: Tensor  # (n,) int64
+
+    @classmethod
+    def of(cls, conditions: Sequence[Condition]) -> "Given":
+        """B = len(conditions)"""
+        tokens = [[t for word in one.words for t in word] for one in conditions]
+        places = [[i for word in one.words for i in range(len(word))] for one in conditions]
+        words = [[i for i, word in enumerate(one.words) for _ in word] for one in conditions]
+        longest = max(map(len, tokens))
+        rows = [torch.tensor([one + [PAD] * (longest - len(one)) for one in part]) for part in (tokens, places, words)]
+        pixels = torch.cat([one.pictures for one in conditions])
+        where = [b * PICTURES + i for b, one in enumerate(conditions) for i in range(len(one.pictures))]
+        return cls(rows[0].long(), rows[1].long(), rows[2].long(), pixels, torch.tensor(where, dtype=torch.long))
+
+
+class Memory(NamedTuple):
+    """Keys and values of each layer (B, H, M, D/H); bias (B, 1, 1, M): −inf at rows that a text does not have."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    bias: Tensor | None
+
+
+class WordEncoder(nn.Module):
+    """Tokens of words through two bidirectional blocks; a learned row stands before them.
+
+    A word of one token alone would be read with the same weight at every place of the text, as softmax over one row
+    is 1; with the row beside it, it need not be read.
+    """
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.place_embedding = nn.Embedding(WORD_TOKENS, d_model)
+        self.word_embedding = nn.Embedding(WORDS, d_model)
+        self.nothing = nn.Parameter(0.02 * torch.randn(1, d_model))
+        self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, embedded: Tensor, places: Tensor, words: Tensor, bias: Tensor | None = None) -> Tensor:
+        """embedded (B, R, D), places, words (B, R), bias (B, 1, 1, 1 + R) → (B, 1 + R, D)"""
+        x = embedded + self.place_embedding(places) + self.word_embedding(words)
+        x = torch.cat([self.nothing.expand(len(x), 1, -1).to(x.dtype), x], 1)
+        for block in self.blocks:
+            x, _ = block(x, bias)
+        memory: Tensor = self.norm(x)
+        return memory
+
+
+class PictureEncoder(nn.Module):
+    """Patches of 4 × 4 pixels, two convolutions that halve the grid, then 4 × 4 rows through two blocks."""
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, STEM[0], 4, stride=4)
+        self.halves = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in (STEM, (STEM[1], d_model)))
+        self.position_embedding = nn.Embedding(PICTURE_ROWS, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels (n, 3, 64, 64) in 0 … 1 → (n, PICTURE_ROWS, D)"""
+        x = self.patches(2 * pixels - 1)
+        for half in self.halves:
+            x = half(F.gelu(x))
+        x = x.flatten(2).transpose(1, 2) + self.position_embedding.weight
+        for block in self.blocks:
+            x, _ = block(x, None)
+        memory: Tensor = self.norm(x)
+        return memory
+
+
+class Read(nn.Module):
+    """A block's cross-attention: queries of the rows, keys and values of the memory."""
+
+    def __init__(self, d_model: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(d_model, d_model)
+        self.kv = nn.Linear(d_model, 2 * d_model)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def remembered(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, D) → keys and values (B, H, M, D/H)"""
+        b, m, d = memory.shape
+        keys, values = self.kv(memory).view(b, m, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        return keys, values
+
+    def forward(self, normed: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """normed (B, N, D) → (B, N, D)"""
+        b, n, d = normed.shape
+        q = self.q(normed).view(b, n, self.heads, d // self.heads).transpose(1, 2)
+        change: Tensor = self.out(attend(q, keys, values, bias).transpose(1, 2).reshape(b, n, d))
+        return change
+
+
+class Conditions(nn.Module):
+    """Both encoders, and a reading for each block."""
+
+    def __init__(self, d_model: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.words = WordEncoder(d_model, heads)
+        self.pictures = PictureEncoder(d_model, heads)
+        self.reads = nn.ModuleList(Read(d_model, heads) for _ in range(layers))
+
+    def start_silent(self) -> None:
+        """What blocks read starts at zero."""
+        for read in self.reads:
+            nn.init.zeros_(read.get_parameter("out.weight"))
+
+    def encode(self, given: Given, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """embedded (B, R, D): of the words' tokens → memory (B, M, D), which of it a text has (B, M) bool
+
+        A text's words come first, then its pictures.
+        """
+        has = given.tokens != PAD
+        parts, present = [], []
+        if has.any():
+            has = torch.cat([has.any(1, keepdim=True), has], 1)  # the row before the words goes with them
+            seen = has | (torch.arange(has.shape[1], device=has.device) == 0)  # also where a text has no words at all
+            parts.append(self.words(embedded, given.places, given.words, _hidden(~seen)))
+            present.append(has)
+        if len(given.pixels):
+            rows, b = self.pictures(given.pixels), len(given.tokens)
+            text, number = given.pictures // PICTURES, given.pictures % PICTURES
+            most = int(number.max()) + 1
+            slot = text * most + number
+            parts.append(rows.new_zeros(b * most, *rows.shape[1:]).index_copy(0, slot, rows).view(b, -1, rows.shape[2]))
+            mine = torch.zeros(b * most, dtype=torch.bool, device=rows.device).index_fill(0, slot, True)
+            present.append(mine.view(b, most).repeat_interleave(PICTURE_ROWS, 1))
+        return torch.cat(parts, 1), torch.cat(present, 1)
+
+    def remember(self, given: Given, embedded: Tensor) -> Memory:
+        """What every block reads of the conditions; each text has one at least."""
+        memory, present = self.encode(given, embedded)
+        pairs = [read.remembered(memory) for read in self.reads]  # type: ignore[operator]
+        bias = None if present.all() else _hidden(~present)
+        return Memory([keys for keys, _ in pairs], [values for _, values in pairs], bias)
+
+    def reader(self, memory: Memory, layer: int) -> Callable[[Tensor], Tensor]:
+        """What a layer's block reads, as `Block.forward` takes it."""
+        read = self.reads[layer]
+        return lambda normed: read(normed, memory.keys[layer], memory.values[layer], memory.bias)
+
+
+def _hidden(rows: Tensor) -> Tensor:
+    """−inf at these rows (B, M), in the autocast dtype.  → (B, 1, 1, M)"""
+    device = rows.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return torch.zeros_like(rows, dtype=dtype).masked_fill(rows, -torch.inf)[:, None, None]
