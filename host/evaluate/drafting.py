@@ -73,7 +73,7 @@ def agreement(model: Denoiser, text: Tensor, first: int, settings: Settings) -> 
     assert model.drafter is not None
     n = int((text != PAD).sum())
     states = model(*causal(text[None, : n - 1]))[0]  # row i scores token i + 1
-    law = _log_probabilities(model, states)
+    law = model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1)
     depth = len(model.drafter.depths)
     same, accepted = np.zeros((n, depth), bool), np.zeros((n, depth))
     state = states
@@ -82,16 +82,13 @@ def agreement(model: Denoiser, text: Tensor, first: int, settings: Settings) -> 
         if rows <= 0:
             break
         state = step(state[:rows], model.token_embedding(text[k + 1 : k + 1 + rows]))
-        draft, place = _log_probabilities(model, state), torch.arange(rows) + k + 2
+        draft = model.draft_logits(state, torch.full((rows,), NO_PADDING)).log_softmax(-1)
+        place = torch.arange(rows) + k + 2
         token = text[place]
         same[:rows, k] = (drawn(draft, place, settings)[0] == token).numpy()
         p, q = _filtered(law[place - 1], token, settings), _filtered(draft, token, settings)
         accepted[:rows, k] = (q / p).clamp(max=1.0).numpy()
     return Agreement(same, accepted, first, n)
-
-
-def _log_probabilities(model: Denoiser, states: Tensor) -> Tensor:
-    return model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1)
 
 
 def _filtered(logp: Tensor, token: Tensor, settings: Settings) -> Tensor:

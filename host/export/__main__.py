@@ -227,7 +227,7 @@ def export_run(
         stages.begin(BLOCKS)
         blocks = blocks_int8(model, learned, held_out=held_out, text=text)
     elif wanted.cpu_fp32:
-        blocks = Blocks(blocks_graphs(model, learned, text))
+        blocks = Blocks(blocks_graphs(model, learned))
     top_k = min(TOP_K, model.config.vocab_size)
     graphs, parities, calibration = blocks.graphs, list[Parity](), blocks.calibration
     reference, canvases = None, list[BundleGraph]()

@@ -22,11 +22,10 @@ from host.model.network import Denoiser
 from host.sampling.reference import TOP_K
 from shared.errors import BundleError
 from shared.manifest import LawParity, Precision
-from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
+from shared.tokens import FIRST_TEXT_ID
 
 TEXT_STORIES: Final = 4096
 CALIBRATION_STORIES: Final = 64
-DRAFT_VOCABULARY: Final = 1024
 PARITY_STORIES: Final = 64
 SCHEME: Final = "static, least squares"
 PASS_ROWS: Final = (1, 4, 16)
@@ -42,13 +41,8 @@ class Blocks:
     calibration: str = ""
 
 
-def blocks_graphs(
-    model: Denoiser, learned: Collection[str], text: NDArray[np.uint16], ranges: Ranges | None = None
-) -> list[BundleGraph]:
-    """None without the objective ar; prefill with infill, draft with a drafter. ranges: for INT8.
-
-    text: stories (n, L) whose most frequent tokens can be drafts.
-    """
+def blocks_graphs(model: Denoiser, learned: Collection[str], ranges: Ranges | None = None) -> list[BundleGraph]:
+    """None without the objective ar; prefill with infill, draft with a drafter. ranges: for INT8."""
     if "ar" not in learned:
         return []
     precision: Precision = "fp32" if ranges is None else "int8"
@@ -57,17 +51,9 @@ def blocks_graphs(
     if "infill" in learned:
         graphs.append(BundleGraph(prefill_graph(model, ranges), "prefill", precision, "cpu"))
     if model.drafter is not None:
-        likely = frequent_tokens(text, model.config.vocab_size)
-        draft = draft_graph(model, likely, None if ranges is None else "dynamic")
+        draft = draft_graph(model, None if ranges is None else "dynamic")
         graphs.append(BundleGraph(draft, "draft", precision, "cpu"))
     return graphs
-
-
-def frequent_tokens(text: NDArray[np.uint16], vocab_size: int) -> NDArray[np.int64]:
-    """The ids that drafts are drawn among, ascending: those that text (n, L) has most often, control tokens last."""
-    counts = np.bincount(text.ravel(), minlength=vocab_size)
-    counts[[PAD, BOS, MASK]] = -1
-    return np.sort(np.argsort(-counts, kind="stable")[:DRAFT_VOCABULARY])
 
 
 def untested_blocks(model: Denoiser, learned: Collection[str], int8: bool) -> list[BundleGraph]:
@@ -75,7 +61,7 @@ def untested_blocks(model: Denoiser, learned: Collection[str], int8: bool) -> li
     shape = (4, model.config.canvas_len)
     text = np.random.default_rng(0).integers(FIRST_TEXT_ID, model.config.vocab_size, shape, np.uint16)
     ranges = best_ranges(model, observe(model, calibration_rows(text, learned)))[0] if int8 else None
-    return blocks_graphs(model, learned, text, ranges)
+    return blocks_graphs(model, learned, ranges)
 
 
 def blocks_int8(model: Denoiser, learned: Collection[str], *, held_out: HeldOut, text: NDArray[np.uint16]) -> Blocks:
@@ -84,7 +70,7 @@ def blocks_int8(model: Denoiser, learned: Collection[str], *, held_out: HeldOut,
     text: stories (n, L), of which the first choose the scales. BundleError when half of the layers in float32 do not
     help.
     """
-    exact, calibration = blocks_graphs(model, learned, text), text[:CALIBRATION_STORIES]
+    exact, calibration = blocks_graphs(model, learned), text[:CALIBRATION_STORIES]
     print_speed(exact[0])
     few = replace(held_out, canvases=held_out.canvases[:PARITY_STORIES])
     reference = LawReference(row_graphs(exact), few, fills_gaps="infill" in learned)
@@ -92,7 +78,7 @@ def blocks_int8(model: Denoiser, learned: Collection[str], *, held_out: HeldOut,
     kept: list[str] = []
     while True:
         chosen = {name: bounds for name, bounds in ranges.items() if name not in kept}
-        graphs = blocks_graphs(model, learned, text, chosen)
+        graphs = blocks_graphs(model, learned, chosen)
         parity = measure_law(reference, graphs, SCHEME, kept)
         say(parity)
         if passes_law(parity):

@@ -9,7 +9,6 @@ from typing import Final
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from host.export.graph_builder import Value
@@ -119,17 +118,16 @@ def last_keys_and_values(g: RowBuilder, h: str, block: str) -> tuple[str, str]:
     return f"{block}.kv2.0", f"{block}.kv2.1"
 
 
-def draft_graph(model: Denoiser, likely: NDArray[np.int64], quantization: Quantization = None) -> onnx.ModelProto:
+def draft_graph(model: Denoiser, quantization: Quantization = None) -> onnx.ModelProto:
     """The chain drafter, all its drafts; each is the arg max of score · inverse_temperature + noise among the top_k.
-
-    likely (F,): ids that a draft can be. The head is most of a draft's cost, and rare tokens are seldom drafted right
-    (after FR-Spec, Zhao et al., arXiv 2502.14856).
 
     state float32 (1, D): of the last kept row; token int32 (1,): drawn from it; noise float32 (drafts, V),
     inverse_temperature float32 (), top_k int64 (1,) → drafts int32 (drafts,). Temperature 0 is top_k 1.
     """
     g, config = RowBuilder(model, quantization), model.config
     g.constant("axis_0", np.array([0]))
+    assert model.drafter is not None
+    likely = model.drafter.likely.cpu().numpy()
     ids_of = g.constant("likely", likely)
     state, token, drafts = "state", "token", []
     for i in range(config.draft_depth):

@@ -135,7 +135,7 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.vocab_size)
-        self.drafter = Chain(d, config.draft_depth) if config.draft_depth else None
+        self.drafter = Chain(d, config.vocab_size, config.draft_depth) if config.draft_depth else None
         self.conditions = Conditions(d, config.heads, config.layers) if config.conditions else None
         never_control = torch.zeros(3, FIRST_TEXT_ID, dtype=torch.bool)  # by ANY_END, NO_END, NO_PADDING
         never_control[:, [MASK, BOS]] = True
@@ -242,6 +242,12 @@ class Denoiser(nn.Module):
         control, text = self.head(hidden).float().tensor_split([FIRST_TEXT_ID], dim=1)
         never = self.never_control[ends.long()]  # (N, FIRST_TEXT_ID)
         return torch.cat([control.masked_fill(never, -torch.inf), text], dim=1)
+
+    def draft_logits(self, state: Tensor, ends: Tensor) -> Tensor:
+        """Scores of a draft, as `logits`, −inf at tokens that cannot be one.  state (N, D), ends (N,) → (N, V)"""
+        assert self.drafter is not None
+        scores, likely = self.logits(state, ends), self.drafter.likely
+        return torch.full_like(scores, -torch.inf).index_copy(1, likely, scores[:, likely])
 
 
 def count_parameters(config: ModelConfig) -> int:

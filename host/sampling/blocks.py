@@ -165,7 +165,7 @@ class _Writer:
             return drafts
         for step in list(self.model.drafter.depths)[:count]:
             state = step(state[None], self.model.token_embedding(torch.tensor([token])))[0]
-            logp = self.model.logits(state[None], torch.tensor([NO_PADDING])).log_softmax(-1)
+            logp = self.model.draft_logits(state[None], torch.tensor([NO_PADDING])).log_softmax(-1)
             token = int(drawn(logp, torch.tensor([position + len(drafts)]), self.settings)[0])
             if token == EOS:  # the law draws it by itself after the drafts before
                 break

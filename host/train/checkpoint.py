@@ -53,7 +53,7 @@ def save_checkpoint(
 
     Raises DiffusionLLMError when the disk refuses; the old file stays.
     """
-    tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"model.{n}": t for n, t in model.state_dict().items()}
     tensors |= {f"ema.{n}": p for n, p in ema.shadow.items()}
     for i, optimizer in enumerate(optimizers):
         for slot, state in optimizer.state_dict()["state"].items():
@@ -138,9 +138,10 @@ def _published_progress(published: Published) -> Progress:
 def ema_tensors(path: Path) -> dict[str, Tensor]:
     """The EMA weights of a checkpoint in float32, or published weights; DataError when the file is damaged."""
     try:
-        return {name: t.float() for name, t in _tensors(path, "" if path.name == WEIGHTS else "ema.").items()}
+        stored = _tensors(path, "" if path.name == WEIGHTS else "ema.")
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
+    return {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}
 
 
 def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -170,12 +171,12 @@ def init_from(model: Denoiser, path: Path) -> None:
     other lacks start fresh.
     """
     theirs = ema_tensors(path)
-    for name, parameter in model.named_parameters():
+    for name, ours in model.state_dict().items():
         if name not in theirs and name.startswith(("time_mlp.", "drafter.", "conditions.")):
             continue
-        if name not in theirs or theirs[name].shape != parameter.shape:
+        if name not in theirs or theirs[name].shape != ours.shape:
             raise DataError(f"{path} cannot start this model: {name} is missing or has another shape")
-        parameter.data.copy_(theirs[name])
+        ours.copy_(theirs[name])
 
 
 def restore(

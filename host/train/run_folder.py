@@ -1,13 +1,14 @@
 """Run folders: a run's settings on disk, the layout of a new run, the resumption of an old one."""
 
 import argparse
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 import torch
@@ -31,6 +32,7 @@ VALIDATION_SEED = 0x5EED
 VALIDATION_DRAWS = 2
 VALID_EVERY = 500  # steps
 CPU_BATCH_SIZE = 16
+LONGEST_STEP: Final = 4.0  # usual steps that one step counts for at most
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,16 @@ def fraction_done(config: TrainConfig, progress: Progress) -> float:
     if config.minutes is not None:
         return min(1.0, progress.seconds / (60 * config.minutes))
     return min(1.0, progress.step / config.steps)
+
+
+def counted_seconds(elapsed: float, usual: float) -> tuple[float, float]:
+    """Seconds that a step counts towards --minutes, and the new usual: a running mean of them.
+
+    A step that waited for a suspended or suddenly busy machine counts like a few usual ones, so that the learning rate
+    does not fall by the wait.
+    """
+    counted = min(elapsed, LONGEST_STEP * usual)
+    return counted, counted if usual == math.inf else 0.9 * usual + 0.1 * counted
 
 
 def validation_due(config: TrainConfig, before: Progress, after: Progress) -> bool:

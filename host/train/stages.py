@@ -5,22 +5,36 @@ are.
 """
 
 from collections.abc import Mapping
+from typing import Final
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from host.data.shards import Split
+from host.model.drafter import frequent_tokens
 from host.model.network import Denoiser
 from host.train.distributed import Ranks
 from host.train.draft_loss import ChainLoss
 from host.train.loss import WeightedLoss
 from host.train.run_folder import Stage
 
+COUNTED_STORIES: Final = 20_000
+
 
 def freeze(model: Denoiser, stage: Stage) -> None:
     """Turn gradients off for all that the stage does not train."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("drafter.") == (stage == "drafter"))
+
+
+def choose_drafts(model: Denoiser, text: Split) -> None:
+    """Let the most frequent tokens of the first stories be what a draft can be."""
+    assert model.drafter is not None
+    few = text.take(np.arange(min(len(text), COUNTED_STORIES)))
+    counts = np.bincount(few.ravel(), minlength=model.config.vocab_size)
+    model.drafter.likely.copy_(frequent_tokens(torch.from_numpy(counts)))
 
 
 def trained_mixture(stage: Stage, learned: Mapping[str, float]) -> dict[str, float]:

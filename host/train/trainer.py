@@ -33,15 +33,15 @@ from host.train.run_folder import (
     VALIDATION_DRAWS,
     VALIDATION_SEED,
     TrainConfig,
+    counted_seconds,
     fraction_done,
     run_laid_out,
     validation_due,
 )
-from host.train.stages import freeze, trained_mixture, training_loss
+from host.train.stages import choose_drafts, freeze, trained_mixture, training_loss
 from shared.errors import DiffusionLLMError
 
 SAVE_EVERY_S: Final = 300.0  # of training, between validations
-LONGEST_STEP: Final = 4.0  # usual steps that one step counts for at most
 ROWS_ALIGNED: Final = 16
 """In mixed precision, sequences are padded to multiples of this: CUDA attention with a bias takes multiples of 8, and
 half-precision products are fastest so. On a CPU see `host.train.loss.SCORED_ALIGNED`."""
@@ -100,6 +100,8 @@ class Trainer:
     def start_from(self, run: Path) -> None:
         """Start from another run's EMA weights; `host.train.run_folder.check_start` has checked them."""
         init_from(self.model, find_checkpoint(run))
+        if self.config.stage == "drafter":
+            choose_drafts(self.model, self.data.train)
         self.ema = Ema(self.model, self.config.ema_decay)
 
     def batch_at(self, split: Split, seed: int, step: int, size: int) -> Batch:
@@ -181,7 +183,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Nats per token of the EMA weights on two samples of validation stories, with the same noise every time."""
-        raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        raw = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.ema.shadow)
         self.model.eval()  # no dropout
         n = min(self.config.valid_stories, len(self.data.valid))
@@ -288,16 +290,6 @@ class Trainer:
             self.progress = replace(self.progress, best_nats=valid)
             self.save(BEST)
         return valid
-
-
-def counted_seconds(elapsed: float, usual: float) -> tuple[float, float]:
-    """Seconds that a step counts towards --minutes, and the new usual: a running mean of them.
-
-    A step that waited for a suspended or suddenly busy machine counts like a few usual ones, so that the learning rate
-    does not fall by the wait.
-    """
-    counted = min(elapsed, LONGEST_STEP * usual)
-    return counted, counted if usual == math.inf else 0.9 * usual + 0.1 * counted
 
 
 @contextlib.contextmanager

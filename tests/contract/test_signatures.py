@@ -20,7 +20,6 @@ EXCEPTIONS: Final = {
     "edge/transports/mqtt/link.py:Link._on_disconnect": CALLED_BY_PAHO,
     "edge/transports/mqtt/link.py:Link._on_publish": CALLED_BY_PAHO,
     "host/model/network.py:Denoiser.forward": "model(*rows, cache): the three tensors of a layout, then the cache",
-    "host/train/draft_loss.py:DraftLoss.forward": CALLED_BY_AUTOGRAD,
     "host/train/loss.py:HeadLoss.forward": CALLED_BY_AUTOGRAD,
 }
 """FILE:QUALIFIED NAME → the reason."""

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 PAD, BOS, EOS, MASK, FIRST_TEXT_ID = 0, 1, 2, 3, 4
 RELATIVE_UNIT, BIAS_FLOOR = 10.0, -60.0  # scores per unit of the stored bias; the least bias, in scores
 DRAFT_HIDDEN = 512
+DRAFT_TOKENS = 1024  # that a draft is one of
 NEVER_NEXT = (True, True, False, True)  # PAD, BOS, EOS, MASK: what left to right cannot come next
 NEVER_MASKED = (False, True, False, True)  # what no masked position can hold
 
@@ -93,10 +94,12 @@ class DraftStep(nn.Module):
 
 
 class Chain(nn.Module):
-    """The drafter: a step for each depth."""
+    """The drafter: a step for each depth. likely (F,): ids that a draft can be."""
 
-    def __init__(self, d: int, depth: int) -> None:
+    def __init__(self, d: int, depth: int, vocab_size: int) -> None:
         super().__init__()
+        self.likely: Tensor
+        self.register_buffer("likely", torch.arange(max(0, vocab_size - DRAFT_TOKENS), vocab_size))
         self.depths = nn.ModuleList(DraftStep(d) for _ in range(depth))
 
 
@@ -117,7 +120,7 @@ class DiffusionLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.blocks = nn.ModuleList(Block(d, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.vocab_size)
-        self.drafter = Chain(d, config.draft_depth) if config.draft_depth else None
+        self.drafter = Chain(d, config.draft_depth, config.vocab_size) if config.draft_depth else None
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -192,7 +195,8 @@ class DiffusionLLMForCausalLM(PreTrainedModel, GenerationMixin):
         token, drafts = input_ids[:, -1], []
         for step in self.drafter.depths:
             state = step(state, self.token_embedding(token))
-            token = self._logits(state, torch.tensor(NEVER_NEXT)).argmax(-1)
+            scores = self._logits(state, torch.tensor(NEVER_NEXT))
+            token = self.drafter.likely[scores[:, self.drafter.likely].argmax(-1)]
             drafts.append(token)
         return torch.stack(drafts, 1)
 

@@ -148,7 +148,9 @@ def publish(
     }
     card = model_card(out.name, published, dtype=dtype, temperature=defaults.temperature)
     with swapped_in(out) as folder:
-        weights = {name: p.detach().to(getattr(torch, dtype)).contiguous() for name, p in model.named_parameters()}
+        kind: torch.dtype = getattr(torch, dtype)
+        values = model.state_dict().items()
+        weights = {name: (v.to(kind) if v.is_floating_point() else v).contiguous() for name, v in values}
         try:
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:

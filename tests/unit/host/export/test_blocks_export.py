@@ -9,7 +9,7 @@ import torch
 from host.evaluate.laws import law_figures
 from host.evaluate.likelihood import held_out_split
 from host.export import __main__ as export
-from host.export.blocks_pipeline import DRAFT_VOCABULARY, blocks_int8, frequent_tokens
+from host.export.blocks_pipeline import blocks_int8
 from host.export.law_parity import passes_law
 from host.export.random_weights import untrained
 from host.export.row_builder import LEVELS_U8, activation_scale
@@ -19,7 +19,6 @@ from host.train import trainer as train
 from host.train.run_folder import data_of, load_run
 from shared.errors import BundleError
 from shared.manifest import BlocksDefaults, LawParity, TrainingStage, read_manifest
-from shared.tokens import BOS, MASK, PAD
 from tests.support.commands import call, refusal, small
 
 
@@ -119,18 +118,6 @@ def test_best_ranges_clip_what_is_rare_and_put_the_worst_layer_first() -> None:
     inputs = torch.from_numpy(skewed).float()
     best, whole = (rounding_errors(inputs, *bounds) for bounds in (ranges["blocks.1.up"], (-5.0, 60.0)))
     assert best.square().sum() < 0.5 * whole.square().sum()
-
-
-def test_frequent_tokens_are_those_of_the_text_and_never_padding() -> None:
-    text = np.full((30, 256), PAD, np.uint16)
-    text[:, 0], text[:, 1:3] = BOS, 5000
-    text[:, 3:101] = np.arange(30)[:, None] * 98 + np.arange(98) + 2000
-    found = frequent_tokens(text, 8192)
-    assert len(found) == DRAFT_VOCABULARY and (np.diff(found) > 0).all()
-    assert 5000 in found and not np.isin([PAD, BOS, MASK], found).any()
-    assert ((found == 5000) | ((found >= 2000) & (found < 4940))).all()
-    assert frequent_tokens(text[:, :2], 5001).tolist()[-1] == 5000
-    assert frequent_tokens(text[:0], 300).tolist() == list(range(300))  # a small vocabulary is whole
 
 
 def test_activation_scale_keeps_zero_exact_and_covers_the_range() -> None:

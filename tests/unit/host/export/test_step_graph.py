@@ -145,15 +145,13 @@ def test_step_graph_after_prefill_is_the_evidence_layout(passes: list[int]) -> N
 
 
 @torch.no_grad()
-def chain(state: torch.Tensor, token: int, *, noise: torch.Tensor, temperature: float, likely: Any) -> list[int]:
+def chain(state: torch.Tensor, token: int, *, noise: torch.Tensor, temperature: float) -> list[int]:
     """The chain's drafts: each the likeliest, noise added, of the K best scores of likely tokens."""
-    unlikely = torch.ones(CONFIG.vocab_size, dtype=torch.bool)
-    unlikely[likely] = False
     assert MODEL.drafter is not None
     drafts: list[int] = []
     for depth, step in enumerate(MODEL.drafter.depths):
         state = step(state, MODEL.token_embedding(torch.tensor([token])))
-        scores = MODEL.logits(state, torch.tensor([NO_PADDING]))[0].masked_fill(unlikely, -torch.inf)
+        scores = MODEL.draft_logits(state, torch.tensor([NO_PADDING]))[0]
         best = scores.topk(K if temperature else 1)
         noisy = best.values / (temperature or 1) + noise[depth, best.indices]
         token = int(best.indices[noisy.argmax()])
@@ -163,8 +161,12 @@ def chain(state: torch.Tensor, token: int, *, noise: torch.Tensor, temperature: 
 
 @pytest.mark.parametrize("likely", [np.arange(CONFIG.vocab_size), np.arange(EOS, CONFIG.vocab_size, 3)], ids=len)
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 1.3])
-def test_draft_graph_draws_the_drafts_of_the_chain(temperature: float, likely: NDArray[np.int64]) -> None:
-    graph, rng = session(draft_graph(MODEL, likely)), np.random.default_rng(1)
+def test_draft_graph_draws_the_drafts_of_the_chain(
+    temperature: float, likely: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert MODEL.drafter is not None
+    monkeypatch.setitem(MODEL.drafter._buffers, "likely", torch.from_numpy(likely))
+    graph, rng = session(draft_graph(MODEL)), np.random.default_rng(1)
     for token in range(EOS, EOS + 60):
         state = rng.normal(size=(1, CONFIG.d_model)).astype(np.float32)
         noise = rng.gumbel(size=(CONFIG.draft_depth, CONFIG.vocab_size)).astype(np.float32)
@@ -177,7 +179,5 @@ def test_draft_graph_draws_the_drafts_of_the_chain(temperature: float, likely: N
         }
         (drafts,) = graph.run(None, feed)
         assert drafts.dtype == np.int32
-        wanted = chain(
-            torch.from_numpy(state), token, noise=torch.from_numpy(noise), temperature=temperature, likely=likely
-        )
+        wanted = chain(torch.from_numpy(state), token, noise=torch.from_numpy(noise), temperature=temperature)
         assert drafts.tolist() == wanted

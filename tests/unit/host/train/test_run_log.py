@@ -21,8 +21,7 @@ from host.train import trainer as train
 from host.train.checkpoint import Progress
 from host.train.logging import LOG_FILE, LogRow, open_log, progress_bar, read_log
 from host.train.plots import plot_curves
-from host.train.run_folder import TrainConfig, fraction_done, validation_due
-from host.train.trainer import counted_seconds
+from host.train.run_folder import TrainConfig, counted_seconds, fraction_done, validation_due
 from tests.support.commands import call, small
 
 PLAIN = LogRow(step=0, tokens=0, seconds=0, loss=1, valid=None, lr=1e-3, grad_norm=1, tokens_per_s=100, compute_s=0)
