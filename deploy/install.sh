@@ -243,10 +243,31 @@ remove() {
     done
 }
 
+# Home Assistant keeps a device that was announced to it; the daemon takes that back when it starts without the option.
+withdraw_from_home_assistant() {
+    local told=/var/lib/edgelm/homeassistant topic
+    local drop_in=/run/systemd/system/edgelm.service.d/90-uninstall.conf
+    [[ -e $told ]] || return 0
+    say "removing this device from Home Assistant"
+    run install -D -m 644 <(printf '[Service]\nEnvironment=EDGELM_HOMEASSISTANT_DISCOVERY=false\n') "$drop_in"
+    run systemctl daemon-reload
+    run systemctl restart edgelm.service || true
+    for _ in {1..20}; do
+        [[ ! $dry && -e $told ]] || break
+        sleep 0.5
+    done
+    run rm -f "$drop_in"
+    [[ ! $dry && -e $told ]] || return 0
+    while read -r topic; do
+        say "the broker was not reached: mosquitto_pub -r -n -t '$topic' removes the device"
+    done <"$told"
+}
+
 uninstall_it() {
     local path kept=''
     [[ $dry ]] || ((EUID == 0)) || fail "this needs root: sudo $0 --uninstall"
     if [[ -e $UNITS/edgelm.service || -e $UNITS/edgelm.socket ]]; then
+        withdraw_from_home_assistant
         say "stopping and disabling edgelm.service and edgelm.socket"
         run systemctl disable --quiet --now edgelm.socket edgelm.service || true
         remove "$UNITS"/edgelm.{service,socket} "$UNITS"/edgelm.service.d/{10-jetson,20-lan}.conf

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import msgspec.inspect
 
-from edge.config import LEVELS, LOG_VARIABLE, VARIABLES, Config, HttpConfig, MqttConfig
+from edge.config import LEVELS, LOG_VARIABLE, VARIABLES, Config, HomeAssistantConfig, HttpConfig, MqttConfig
 from edge.daemon import RELOADED
 from shared.validation import takes
 
-SECTIONS: dict[str, type[msgspec.Struct]] = {"mqtt": MqttConfig, "http": HttpConfig}
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "mqtt": MqttConfig,
+    "homeassistant": HomeAssistantConfig,
+    "http": HttpConfig,
+}
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration of the daemon
 

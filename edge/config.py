@@ -42,6 +42,8 @@ VARIABLES: Final[dict[str, str]] = {
     "EDGELM_MQTT_TLS_CERT": "mqtt.tls_cert",
     "EDGELM_MQTT_TLS_KEY": "mqtt.tls_key",
     "EDGELM_MQTT_BASE_TOPIC": "mqtt.base_topic",
+    "EDGELM_HOMEASSISTANT_DISCOVERY": "homeassistant.discovery",
+    "EDGELM_HOMEASSISTANT_PREFIX": "homeassistant.prefix",
     "EDGELM_HTTP_LISTEN": "http.listen",
     "EDGELM_HTTP_TOKEN_FILE": "http.token_file",
 }
@@ -137,6 +139,17 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     reply_prefixes: tuple[ReplyPrefix, ...] = ()
 
 
+class HomeAssistantConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Whether Home Assistant finds this device, through the broker.
+
+    discovery: announce the device and its entities; turned off again, they are removed at the next start.
+    prefix: what Home Assistant's own topics begin with.
+    """
+
+    discovery: bool = False
+    prefix: BaseTopic = "homeassistant"
+
+
 class HttpConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The HTTP server.
 
@@ -164,6 +177,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     drain_s: seconds that accepted requests get to finish in after SIGTERM.
     device: this device's name in MQTT topics, BASE/DEVICE/….
     mqtt: the broker, in a section of its own.
+    homeassistant: discovery by Home Assistant, in a section of its own.
     http: the HTTP server, in a section of its own.
     """
 
@@ -177,6 +191,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     drain_s: Annotated[float, Meta(ge=0, le=600)] = 20.0
     device: Device = field(default_factory=default_device)
     mqtt: MqttConfig = field(default_factory=MqttConfig)
+    homeassistant: HomeAssistantConfig = field(default_factory=HomeAssistantConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
 
 

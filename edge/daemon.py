@@ -177,6 +177,8 @@ def _reload(config: Config, read_config: Callable[[], Config], worker: Scheduler
 
 def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
     if config.mqtt.host is None:
+        if config.homeassistant.discovery:
+            raise ConfigError("homeassistant.discovery needs mqtt.host: Home Assistant finds devices through a broker")
         return None
     from edge.transports.mqtt.client import MqttTransport  # saves 60 ms and 12 MB without a broker
 

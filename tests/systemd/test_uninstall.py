@@ -1,5 +1,7 @@
 """deploy/install.sh --uninstall. The last of the tests that need the service, by its name."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.systemd.device import INSTALL, OFFLINE, SHIPPED_MODEL, current, served
@@ -21,6 +23,20 @@ def test_uninstall_dry_run_lists_files_and_removes_nothing(device: Machine) -> N
     said = device.run(INSTALL, "--uninstall", "--purge", "--dry-run").stdout
     assert "would run: rm -rf /opt/edgelm" in said and "would run: groupdel edgelm" in said
     assert left(device) == before and served(device) == SHIPPED_MODEL
+
+
+def test_uninstall_removes_the_device_from_home_assistant(device: Machine, on_mqtt: Path) -> None:
+    on_mqtt.write_text(on_mqtt.read_text().replace("# discovery = false", "discovery = true"))
+    device.run("systemctl", "restart", "edgelm.service")
+    told = device.root / "var/lib/private/edgelm/homeassistant"
+    device.until(told.exists, "the announcement")
+    heard = ["mosquitto_sub", "-t", "homeassistant/#", "-W", "2", "-F", "%t %l"]
+    config = "homeassistant/device/edgelm_edge01/config"
+    assert device.run(*heard, check=False).stdout.startswith(f"{config} ")
+    said = device.run(INSTALL, "--uninstall").stdout
+    assert "removing this device from Home Assistant" in said and "was not reached" not in said
+    assert device.run(*heard, check=False).stdout == "" and not told.exists()
+    device.run(INSTALL, environment=OFFLINE)
 
 
 def test_uninstall_keeps_settings_and_state_for_the_next_installation(device: Machine) -> None:

@@ -10,6 +10,8 @@
     info                        out  QoS 1   retained: version, bundle, limits, JSON schema of the requests
     metrics                     out  QoS 0   counters, every minute
 
+With `homeassistant.discovery`, also PREFIX/device/edgelm_DEVICE/config (out, retained) and PREFIX/status (in).
+
 Snapshots never share a topic with the answer, because clients such as mosquitto_rr take the first message for it.
 With CLIENT, everything about a request stays below CLIENT's topics, which a broker can restrict to that user. Without a
 broker the daemon serves its socket and keeps trying to connect. A request is acknowledged once it is in the journal, a
@@ -31,6 +33,7 @@ from edge.delivery.outbox import Outbox
 from edge.delivery.publisher import Message, MessageTooLargeError
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Sign
+from edge.transports.mqtt.homeassistant import Discovery
 from edge.transports.mqtt.link import Link
 from edge.transports.mqtt.properties import answer_properties, json_properties, partial_properties, sent_with
 from edge.transports.mqtt.status import Status
@@ -42,6 +45,8 @@ log = logging.getLogger(__name__)
 
 MAX_CORRELATION_BYTES: Final = 1024
 CLOSE_S: Final = 2.0
+TAKEN_S: Final = 5.0
+"""How long the broker may take to acknowledge a message that is waited for."""
 KINDS: Final = (("generate", 1), ("cancel", 0), ("health", 0))
 """Of requests, with the QoS of their subscription."""
 
@@ -53,15 +58,19 @@ class MqttTransport:
         self._config = config.mqtt
         self._scheduler = scheduler
         self._topics = topics = Topics.of(config)
+        self._discovery = Discovery(config, topics, self._retain)
         self._link = Link(
             config.mqtt,
             config.device,
-            topics=[(topics.own("request", kind) + end, qos) for kind, qos in KINDS for end in ("", "/+")],
+            topics=[
+                *((topics.own("request", kind) + end, qos) for kind, qos in KINDS for end in ("", "/+")),
+                *self._discovery.subscriptions,
+            ],
             availability=topics.own("availability"),
             events=self,
         )
         self._outbox = Outbox(Journal(config.state), scheduler, self._send, self._show)
-        self._status = Status(scheduler, config.queue_size, self._publish)
+        self._status = Status(scheduler, config.queue_size, publish=self._publish, announce=self._discovery.announce)
 
     @property
     def broker(self) -> str:
@@ -115,6 +124,11 @@ class MqttTransport:
     def on_message(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
         """Serve a request."""
         try:
+            if self._discovery.is_birth(message.topic):
+                if message.payload == b"online":
+                    self._status.publish_all()
+                acknowledge()
+                return
             if message.retain:  # would come again at every connection
                 log.warning("ignored a retained request on %s", message.topic)
                 acknowledge()
@@ -207,6 +221,9 @@ class MqttTransport:
             carried = partial_properties(partial.seq, correlation)
             with suppress(MessageTooLargeError):
                 self._link.publish(topic, encode(partial), qos=0, carried=carried)
+
+    def _retain(self, topic: str, payload: bytes) -> bool:
+        return self._link.retain(topic, payload, TAKEN_S)
 
     def _publish(self, kind: str, payload: bytes, qos: int = 1, retain: bool = False) -> None:
         try:

@@ -136,15 +136,25 @@ class Link:
         sent = client.publish(topic, payload, qos, retain, carried)
         return sent.mid if sent.rc in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN) else None
 
+    def retain(self, topic: str, payload: bytes, timeout_s: float) -> bool:
+        """Publish a retained message and wait for the broker.  → whether it was acknowledged in time"""
+        client = self._client
+        if client is None:
+            return False
+        try:
+            sent = client.publish(topic, payload, qos=1, retain=True)
+            sent.wait_for_publish(timeout_s)
+            return sent.is_published()
+        except (RuntimeError, ValueError) as error:  # the connection broke just now
+            log.warning("%s", error)
+            return False
+
     def close(self, last_availability: bytes, timeout_s: float) -> None:
         """Publish a last availability and disconnect; the broker keeps undelivered messages."""
         self._stopping.set()
         client = self._client
         if client is not None:
-            try:
-                client.publish(self._availability, last_availability, qos=1, retain=True).wait_for_publish(timeout_s)
-            except (RuntimeError, ValueError) as error:  # the connection broke just now: the last will follows
-                log.warning("%s", error)
+            self.retain(self._availability, last_availability, timeout_s)  # or else the last will follows
             client.disconnect()
         else:
             self._over.set()
@@ -245,10 +255,11 @@ class Link:
         self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], carried: Properties | None
     ) -> None:
         # Only now: a client that sees `online` may rely on the subscription.
-        refused = next((reason for reason in reasons if reason.is_failure), None)
+        topics = (topic for topic, _ in self._topics)
+        refused = next(((t, reason) for t, reason in zip(topics, reasons, strict=False) if reason.is_failure), None)
         if refused is not None:
-            self._complain(f"broker {self.broker} refuses to hand on {self._topics[0][0]}: {refused}")
-            self._end(str(refused))
+            self._complain(f"broker {self.broker} refuses to hand on {refused[0]}: {refused[1]}")
+            self._end(str(refused[1]))
         elif not self._stopping.is_set():
             self._silenced = False
             log.info("mqtt connected to %s as %s", self.broker, self.client_id)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -22,9 +23,15 @@ class Publish(Protocol):
 
 
 class Status:
-    """Checks the scheduler twice a second and publishes changes; counters once a minute, and at the end."""
+    """Checks the scheduler twice a second and publishes changes; counters once a minute, and at the end.
 
-    def __init__(self, scheduler: Scheduler, queue_size: int, publish: Publish) -> None:
+    announce: called before everything is published.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, queue_size: int, *, publish: Publish, announce: Callable[[], None]
+    ) -> None:
+        self._announce = announce
         self._scheduler = scheduler
         self._queue_size = queue_size
         self._publish = publish
@@ -54,6 +61,8 @@ class Status:
             stopping = self._stop.wait(LOOK_S)
             if self._all:
                 self._all, self._published, connected, metrics_s = False, None, True, float("-inf")
+                with self.heartbeat:
+                    self._announce()
             if connected:
                 with self.heartbeat:
                     self._publish_changes()

@@ -12,6 +12,7 @@ import edge.config
 from edge.config import (
     VARIABLES,
     Config,
+    HomeAssistantConfig,
     MqttConfig,
     default_device,
     default_socket,
@@ -45,12 +46,12 @@ def test_config_flags_override_environment_overrides_file(tmp_path: Path) -> Non
 
 
 def test_config_every_variable_reaches_its_setting() -> None:
-    values = dict.fromkeys(VARIABLES, "7") | {"EDGELM_HTTP_LISTEN": "7:7"}
+    values = dict.fromkeys(VARIABLES, "7") | {"EDGELM_HTTP_LISTEN": "7:7", "EDGELM_HOMEASSISTANT_DISCOVERY": "true"}
     config = load_config(environ=values)
     for key in VARIABLES.values():
         section, _, name = key.rpartition(".")
         found = getattr(getattr(config, section) if section else config, name)
-        assert found in (7, "7", Path.cwd() / "7", "7:7"), key
+        assert found in (7, "7", Path.cwd() / "7", "7:7", True), key
 
 
 def test_config_empty_variable_counts_as_unset() -> None:
@@ -74,7 +75,7 @@ def test_config_example_is_valid_and_names_every_key() -> None:
     config = load_config(example, environ={})
     assert config == Config()
     text = example.read_text()
-    for key in (*Config.__struct_fields__, *MqttConfig.__struct_fields__):
+    for key in (*Config.__struct_fields__, *MqttConfig.__struct_fields__, *HomeAssistantConfig.__struct_fields__):
         assert f"\n# {key} = " in text or f"\n[{key}]\n" in text, key
     for variable in VARIABLES:
         assert variable in text
@@ -109,6 +110,7 @@ BAD_FILES = {
     "not for topics": ('device = "a/b"', "`device` must be 1 to 64 letters, digits, `.`, `_` and `-`"),
     "unknown name": ('sokcet = "/s"', "unknown field `sokcet`: known are `bundle`, `socket`"),
     "line break in a name": ('device = "a\\n"', "`device`"),
+    "discovery that is no boolean": ('[homeassistant]\ndiscovery = "yes"', "`homeassistant.discovery`"),
     "wildcard in the base": ('[mqtt]\nbase_topic = "home/+"', "`mqtt.base_topic` must be topic levels"),
     "base ends in a slash": ('[mqtt]\nbase_topic = "home/"', "`mqtt.base_topic`"),
     "base of the broker's own": ('[mqtt]\nbase_topic = "$SYS"', "`mqtt.base_topic`"),
