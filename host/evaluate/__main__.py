@@ -5,6 +5,9 @@ byte, masked cross-entropy, with standard errors. --run names another run; every
 the exact likelihood of the autoregressive law, nats per gap token of the infilling law, and with --drafts the tokens
 per pass of its drafter. With --scorer and --samples or --sweep, texts are scored instead: generative perplexity,
 entropy, distinct n-grams, repetition, lengths and non-words, beside as many stories of the data.
+
+--bundle BUNDLE --drafts writes texts by the graphs that ship, each with drafting on and off: tokens per pass on
+prompts, and with --scorer the same figures as above of texts without a prompt, by the bundle's defaults.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from typing import get_args
 import msgspec
 
 from host.data.shards import SplitName
+from host.evaluate.bundle_drafting import measure_drafting, print_bundle_drafting
 from host.evaluate.gen_ppl import COUNT, print_scored, score_samples
 from host.evaluate.laws import measure_laws, print_laws
 from host.evaluate.likelihood import DRAWS, STORIES, evaluate, held_out_files, held_out_split, print_table
@@ -37,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
-    what.add_argument("--bundle", type=Path, help="measure the CPU graph of this bundle, as it ships")
+    what.add_argument("--bundle", type=Path, help="measure the CPU graphs of this bundle, as they ship")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--source", type=Path, help="text files to measure on, instead of the data of the run")
     text.add_argument(
@@ -55,12 +59,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help=f"texts to score, of each setting (default: {COUNT})")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument(
-        "--drafts", action="store_true", help="also measure the drafter: tokens per pass, on texts that the run writes"
+        "--drafts",
+        action="store_true",
+        help="also measure the drafter: tokens per pass, on texts that the run, or the bundle, writes",
     )
     args = parser.parse_args()
     check_numbers(args, dict.fromkeys(("stories", "draws", "count"), math.inf))
-    if args.drafts and (args.bundle or args.samples or args.sweep):
-        raise ConfigError("--drafts is about a run: it cannot be combined with --bundle, --samples or --sweep")
+    if args.drafts and (args.samples or args.sweep):
+        raise ConfigError("--drafts is about a run or a bundle: it cannot be combined with --samples or --sweep")
+    if args.drafts and args.bundle:
+        if args.draws or args.stories:
+            raise ConfigError("--draws and --stories are about likelihoods: the number of texts is --count")
+        if not (args.source or args.scorer):
+            raise ConfigError("--bundle --drafts needs prompts: name --source FILES, or --scorer AR_RUN with its data")
+        return args
     if not (args.samples or args.sweep):
         if args.scorer or args.count:
             raise ConfigError("--scorer and --count need --samples or --sweep")
@@ -113,6 +125,9 @@ def main() -> None:
     count = args.count or COUNT
     if args.sweep:
         sweep(args.run or newest_run(), args.scorer, source=args.source, split=args.split, count=count)
+    elif args.bundle and args.drafts:
+        found = measure_drafting(args.bundle, args.scorer, source=args.source, split=args.split, count=count)
+        print(msgspec.json.encode(found).decode()) if args.json else print_bundle_drafting(found)
     elif args.samples:
         rows = score_samples(args.samples, args.scorer, source=args.source, split=args.split, count=count)
         if args.json:

@@ -30,8 +30,9 @@ FLOORS: Final[dict[str, tuple[str, ...]]] = {
     "host 5": ("host.experiments", "host.generate"),
     "host 6": ("host.baseline", "host.bench", "host.compare"),
 }
-EDGE_ROOMS_OF_THE_HOST: Final = frozenset({"edge.decoding"})
-"""All that the training host may import of the edge: the layout of texts, which both read and write."""
+EDGE_ROOMS_OF_THE_HOST: Final = frozenset({"edge.decoding", "edge.backends"})
+"""All that the training host may import of the edge: the layout of texts and the loop, which both read and write; its
+backends, for the figures of a bundle as it ships."""
 
 HEAVY: Final[dict[str, str]] = {
     # Packages that a function may import by itself, with the reason; all others belong at a module's top.
