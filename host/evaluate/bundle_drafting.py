@@ -19,7 +19,8 @@ from host.evaluate.gen_ppl import SampleScorer, Scored, print_scored
 from host.evaluate.likelihood import HeldOut, held_out_files, held_out_split, ratio
 from host.progress import progress
 from shared.errors import ConfigError, DataError
-from shared.manifest import TOKENIZER, Figure, Manifest, bundle_digest, read_manifest, verified_bytes
+from shared.figures import Figure
+from shared.manifest import TOKENIZER, Manifest, bundle_digest, read_manifest, verified_bytes
 from shared.tokens import BOS, MASK, PAD
 
 TEMPERATURES: Final = (0.0, 0.8, 1.0)

@@ -58,6 +58,8 @@ def training_of(run: Path, progress: Progress) -> Training:
     """What made a run's weights, nothing measured yet; ConfigError when they cannot write left to right."""
     if "ar" not in progress.objectives:
         raise ConfigError(f"{run} did not learn the objective ar, by which a published model writes")
+    if progress.model.conditions:
+        raise ConfigError(f"{run} reads words and pictures, which --hf cannot write: publish the run it started from")
     return Training(
         config=progress.model.name,
         objectives=progress.objectives,
