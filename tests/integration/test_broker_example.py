@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, run_modul
 from tests.support.certificates import make_authority, make_certificate
 
 SHIPPED = ROOT / "deploy" / "mosquitto"
-USERS = ("edge01", "edge02", "alice", "bob", "monitor")
+USERS = ("edge01", "edge02", "alice", "bob", "monitor", "homeassistant")
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -145,6 +146,29 @@ def test_broker_example_shows_counters_to_the_monitor_alone(broker: Broker, cert
     daemon.signal(signal.SIGTERM)  # the last thing it says
     heard = {user: said(process) for user, process in watching.items()}
     assert "edgelm/edge01/metrics" in heard["monitor"] and "edgelm/edge01/metrics" not in heard["alice"]
+
+
+def test_broker_example_lets_home_assistant_find_and_ask_a_device(
+    broker: Broker, certificates: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text("edge01-pw\n")
+    login = {"MQTT_USERNAME": "edge01", "MQTT_PASSWORD_FILE": str(tmp_path / "password")}
+    login |= {"MQTT_CA_FILE": str(certificates / "ca.pem"), "DEVICE": "edge01", "HOMEASSISTANT_DISCOVERY": "true"}
+    start_daemon("--mqtt", broker.address, **login)
+    until(lambda: (tmp_path / "homeassistant").exists(), "the announcement")
+    heard = {
+        user: tool(broker, certificates, "mosquitto_sub", user, "-t", "homeassistant/#", "-C", "1", "-W", "3")
+        for user in ("homeassistant", "alice")
+    }
+    told = json.loads(said(heard["homeassistant"]))["components"]
+    assert "components" not in said(heard["alice"])
+    topics = ["-t", told["prompt"]["command_topic"], "-e", told["story"]["state_topic"], "-W", "5", "-m", "Once"]
+    assert json.loads(said(tool(broker, certificates, "mosquitto_rr", "homeassistant", *topics)))["status"] == "ok"
+    watching = tool(broker, certificates, "mosquitto_sub", "homeassistant", "-t", "edgelm/edge01/metrics", "-W", "5")
+    time.sleep(0.5)
+    birth = ["-t", "homeassistant/status", "-m", "online"]
+    said(tool(broker, certificates, "mosquitto_pub", "homeassistant", *birth))
+    assert '"type":"metrics"' in said(watching)
 
 
 def test_broker_example_lets_no_device_speak_for_another(broker: Broker, certificates: Path, daemon: Daemon) -> None:
