@@ -20,7 +20,7 @@ class FakeBackend:
         self.depth = 0 if manifest.blocks is None else manifest.blocks.window
         self._capacity = manifest.model.canvas_len + MAX_SEGMENTS
         self._step_s = step_ms / 1e3
-        self._text_ids = manifest.model.vocab_size - FIRST_TEXT_ID
+        self._vocab_size, self._text_ids = manifest.model.vocab_size, manifest.model.vocab_size - FIRST_TEXT_ID
         self._rank = np.arange(manifest.top_k)
         p = np.exp(-self._rank) / np.exp(-self._rank).sum()
         self._logp = np.log(p).astype(np.float32)
@@ -44,13 +44,16 @@ class FakeBackend:
         """The state of a row is its position."""
         time.sleep(self._step_s)
         places = positions[-scored:]
-        ids = self._best(places.astype(np.intp) + 1)
-        return RowScores(ids, np.broadcast_to(self._logp, ids.shape), places[:, None].astype(np.float32))
+        return RowScores(self._scores(places.astype(np.intp) + 1), places[:, None].astype(np.float32))
 
-    def draft(self, state: Floats, token: int, noise: Floats, law: Law) -> Ids:
+    def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         """What the law will draw."""
-        ids = self._best(int(state[0]) + 2 + np.arange(self.depth))
-        return draw(ids, np.broadcast_to(self._logp, ids.shape), noise, law)
+        return draw(self._scores(int(state[0]) + 2 + np.arange(self.depth)), noise, law)
+
+    def _scores(self, positions: Positions) -> Floats:
+        scores = np.full((positions.size, self._vocab_size), -np.inf, np.float32)
+        np.put_along_axis(scores, self._best(positions), self._logp, 1)
+        return scores
 
     def _best(self, positions: Positions) -> Ids:
         ids = FIRST_TEXT_ID + (31 * positions[:, None] + self._rank) % self._text_ids

@@ -4,11 +4,14 @@ Several requests in one pass would cost as much as a pass each (docs/log.md): th
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.backends.ort import pool_size
 from edge.backends.ort_session import open_session
@@ -24,15 +27,25 @@ ROLES: Final[tuple[Role, ...]] = ("step", "prefill", "draft")
 STEP_INPUTS: Final = ("tokens", "positions", "key_positions", "last", "total", "scored")
 NARROW: Final = 256
 """Up to this width a request by itself has one thread, too: its rows are done before a second one has woken up."""
-DRAFT_INPUTS: Final = ("state", "token", "noise", "inverse_temperature", "top_k")
+DRAFT_INPUTS: Final = ("state", "token", "noise", "temperature")
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Inputs and outputs of one shape, bound to memory that is written and read in one run after another."""
+
+    binding: Any
+    inputs: dict[str, NDArray[Any]]
+    outputs: dict[str, NDArray[Any]]
 
 
 @dataclass
 class _Memory:
-    """arrays: keys and values of each layer (1, H, C, D/H), by input name. bindings: of a session of each pool size."""
+    """cache: keys and values of each layer (1, H, C, D/H), by input name. passes: by threads, rows and scored rows."""
 
-    arrays: dict[str, Floats]
-    bindings: dict[int, Any]
+    cache: dict[str, Floats]
+    passes: dict[tuple[int, int, int], _Bound] = field(default_factory=dict)
+    drafting: _Bound | None = None
 
 
 class OrtRows:
@@ -44,6 +57,7 @@ class OrtRows:
         self._alone = self._threads if model.d_model > NARROW else 1
         self.capacity = model.canvas_len + MAX_SEGMENTS  # a gap adds a copy of its left neighbour
         self._shape = (1, model.heads, self.capacity, model.d_model // model.heads)
+        self._widths = {"scores": model.vocab_size, "states": model.d_model}
         self._cache = [f"{kind}.{layer}" for layer in range(model.layers) for kind in ("keys", "values")]
         self._graphs: dict[Role, tuple[Path, bytes]] = {}
         for role in ROLES:
@@ -81,12 +95,13 @@ class OrtRows:
         expected = made
         if role == "step":
             made = [array.shape for array in self.rows(self.open_slot(), tokens, positions=positions, scored=2)]
-            expected = [(2, manifest.top_k), (2, manifest.top_k), (2, model.d_model)]
+            expected = [(2, width) for width in self._widths.values()]
         elif role == "prefill":
             self.prefill(self.open_slot(), tokens, positions)
         else:
             state, noise = np.zeros(model.d_model, np.float32), np.zeros((self.depth, model.vocab_size), np.float32)
-            made = [self.draft(state, model.vocab_size - 1, noise, Law(0, 1.0, manifest.top_k, 1.0, 0)).shape]
+            law = Law(0, 1.0, manifest.top_k, 1.0, 0)
+            made = [self.draft(self.open_slot(), state, token=model.vocab_size - 1, noise=noise, law=law).shape]
             expected = [(self.depth,)]
         if made != expected:
             raise BundleError(f"{file} gives arrays of shapes {made}, not {expected}")
@@ -94,67 +109,60 @@ class OrtRows:
     def open_slot(self) -> Slot:
         """See `edge.decoding.blocks.RowsBackend`."""
         arrays = {name: np.zeros(self._shape, np.float32) for name in self._cache}
-        return Slot(np.zeros(self.capacity, np.int32), _Memory(arrays, {}))
+        return Slot(np.zeros(self.capacity, np.int32), _Memory(arrays))
 
     def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
         """See `edge.decoding.blocks.RowsBackend`."""
         session = self._open("prefill", 1)
         made = session.run(None, {"tokens": tokens[None], "positions": positions[None]})
         for name, rows in zip((output.name for output in session.get_outputs()), made, strict=True):
-            slot.memory.arrays[name.removeprefix("new_")][:, :, : tokens.size] = rows
+            slot.memory.cache[name.removeprefix("new_")][:, :, : tokens.size] = rows
         slot.positions[: tokens.size] = positions
         slot.cached = tokens.size
 
     def rows(self, slot: Slot, tokens: Ids, *, positions: Ids, scored: int, under_way: int = 1) -> RowScores:
         """See `edge.decoding.blocks.RowsBackend`."""
         size = self._alone if under_way == 1 else pool_size(self._threads, under_way)
-        session = self._open("step", size)
-        last = tokens.size
-        if last == 1:  # ONNX Runtime sums a lone row in another order: given twice, it is equal to the bit to any other
-            tokens, positions = tokens.repeat(2), positions.repeat(2)
-        end = slot.cached + tokens.size
+        shape = size, tokens.size, scored
+        session, bound = self._open("step", size), slot.memory.passes.get(shape)
+        if bound is None:
+            bound = self._bind_pass(session, slot, tokens.size, scored)
+            if tokens.size <= self.depth + 1:  # those of prompts are seldom of one shape
+                slot.memory.passes[shape] = bound
+        given, rows = bound.inputs, bound.inputs["tokens"].size
+        end = slot.cached + rows
         slot.positions[slot.cached : end] = positions
-        small = {
-            "tokens": tokens[None],
-            "positions": positions[None],
-            "key_positions": slot.positions[:end],
-            "last": np.array([end - 1], np.int32),
-            "total": np.array(end, np.int32),
-            "scored": np.arange(last - scored, last, dtype=np.int32),
-        }
-        binding = self._binding(slot, session, size)
-        for name, value in small.items():
-            binding.bind_cpu_input(name, value)
-        for name in RowScores._fields:
-            binding.bind_output(name)
-        session.run_with_iobinding(binding)
-        return RowScores(*(value.numpy() for value in binding.get_outputs()[-len(RowScores._fields) :]))
+        given["tokens"][:], given["positions"][:], given["last"][:], given["total"][:] = tokens, positions, end - 1, end
+        session.run_with_iobinding(bound.binding)
+        return RowScores(**bound.outputs)
 
-    def draft(self, state: Floats, token: int, noise: Floats, law: Law) -> Ids:
+    def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         """See `edge.decoding.blocks.RowsBackend`."""
-        greedy = law.temperature == 0
-        feed = {
-            "state": state[None],
-            "token": np.array([token], np.int32),
-            "noise": noise,
-            "inverse_temperature": np.array(1.0 if greedy else 1 / max(law.temperature, 1e-30), np.float32),
-            "top_k": np.array([1 if greedy else law.top_k], np.int64),
-        }
-        drafts: Ids = self._open("draft", 1).run(None, feed)[0]
+        session, bound = self._open("draft", 1), slot.memory.drafting
+        if bound is None:
+            given = {
+                "state": np.empty((1, state.size), np.float32),
+                "token": np.empty(1, np.int32),
+                "temperature": np.empty((), np.float32),
+            }
+            bound = slot.memory.drafting = _bound(session, given, {"drafts": np.empty(self.depth, np.int32)})
+        bound.inputs["state"][:], bound.inputs["token"][:] = state, token
+        bound.inputs["temperature"][...] = 0 if law.top_k == 1 else law.temperature
+        bound.binding.bind_cpu_input("noise", noise)
+        session.run_with_iobinding(bound.binding)
+        drafts: Ids = bound.outputs["drafts"]
         return drafts
 
-    def _binding(self, slot: Slot, session: Any, size: int) -> Any:
-        """The session's reading and writing of a slot's keys and values where they lie."""
-        bindings: dict[int, Any] = slot.memory.bindings
-        if size not in bindings:
-            import onnxruntime as ort  # loaded already, by the session
-
-            bindings[size] = session.io_binding()
-            for name, array in slot.memory.arrays.items():
-                value = ort.OrtValue.ortvalue_from_numpy(array)  # the same memory
-                bindings[size].bind_ortvalue_input(name, value)
-                bindings[size].bind_ortvalue_output(f"new_{name}", value)
-        return bindings[size]
+    def _bind_pass(self, session: Any, slot: Slot, rows: int, scored: int) -> _Bound:
+        """Keys and values are read and written where they lie."""
+        # ONNX Runtime sums a lone row in another order: given twice, it is equal to the bit to any other.
+        given: dict[str, NDArray[Any]] = {
+            name: np.empty((1, max(2, rows)), np.int32) for name in ("tokens", "positions")
+        }
+        given |= {name: np.empty(1, np.int32) for name in ("last", "total")}
+        given |= {"key_positions": slot.positions, "scored": np.arange(rows - scored, rows, dtype=np.int32)}
+        made = {name: np.empty((scored, width), np.float32) for name, width in self._widths.items()}
+        return _bound(session, given, made, slot.memory.cache)
 
     def _open(self, role: Role, threads: int) -> Any:
         with self._sessions as sessions:
@@ -170,3 +178,20 @@ class OrtRows:
         """Drop the sessions and their memory."""
         with self._sessions as sessions:
             sessions.clear()
+
+
+def _bound(
+    session: Any,
+    given: dict[str, NDArray[Any]],
+    made: dict[str, NDArray[Any]],
+    in_place: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+) -> _Bound:
+    """in_place: inputs NAME whose output new_NAME is the same memory."""
+    import onnxruntime as ort  # loaded already, by the session
+
+    binding, value = session.io_binding(), ort.OrtValue.ortvalue_from_numpy
+    for name, array in (given | {**in_place}).items():
+        binding.bind_ortvalue_input(name, value(array))
+    for name, array in (made | {f"new_{name}": array for name, array in in_place.items()}).items():
+        binding.bind_ortvalue_output(name, value(array))
+    return _Bound(binding, given, made)

@@ -4,7 +4,7 @@ Backend-blind. The token of position p is the arg max of the filtered scores of 
 (seed, p, token); a draft for p is the arg max of the drafter's plus the same noise. So drafts change how many passes a
 text takes, never the text (Daliri et al., arXiv 2408.07978). `host.sampling.blocks` says the same in torch; a golden
 test holds the two together.
-L: canvas length, N: rows of a pass, M: scored rows, K: candidates of each, V: vocabulary, C: rows that a slot holds.
+L: canvas length, N: rows of a pass, M: scored rows, V: vocabulary, C: rows that a slot holds.
 """
 
 from dataclasses import dataclass, field
@@ -33,11 +33,10 @@ class Law:
 
 
 class RowScores(NamedTuple):
-    """The K best tokens of each scored row, best first, ties by the lower id, and the state that they are read from."""
+    """Of each scored row. They hold until the slot's next pass."""
 
-    ids: Ids  # (M, K)
-    scores: Floats  # (M, K), before the softmax
-    states: Floats  # (M, D)
+    scores: Floats  # (M, V), before the softmax
+    states: Floats  # (M, D), that they are read from
 
 
 @dataclass(eq=False)
@@ -72,8 +71,11 @@ class RowsBackend(Protocol):
         are scored. Keeps none of them: who adds to `slot.cached` does. under_way: requests that share the threads.
         """
 
-    def draft(self, state: Floats, token: int, noise: Floats, law: Law) -> Ids:
-        """Drafts (depth,) for the positions after `token`'s.  state (D,) of the row that drew it, noise (depth, V)"""
+    def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
+        """Drafts (depth,) for the positions after `token`'s.  state (D,) of the row that drew it, noise (depth, V)
+
+        They hold until the slot's next drafts.
+        """
 
     def close(self) -> None:
         """Free what it holds."""
@@ -172,10 +174,8 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     first = w.position - len(w.pending) + 1
     scored = len(w.drafts) + 1
     places = np.arange(first, first + tokens.size, dtype=np.int32)
-    ids, scores, states = backend.rows(slot, tokens, positions=places, scored=scored, under_way=under_way)
-    drawn = draw(ids, scores, w.noise.of(w.position + 1, scored), law).tolist()
-    if max(drawn) >= w.vocab_size:
-        raise RuntimeError("the step graph gives scores that are not numbers")
+    scores, states = backend.rows(slot, tokens, positions=places, scored=scored, under_way=under_way)
+    drawn = draw(scores, w.noise.of(w.position + 1, scored), law).tolist()
     agreed = 0
     while agreed < len(w.drafts) and w.drafts[agreed] == drawn[agreed]:
         agreed += 1
@@ -189,19 +189,39 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
         w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))
 
 
-def draw(ids: Ids, scores: Floats, noise: Floats, law: Law) -> Ids:
-    """The token of each row (M,), after temperature, top-k and top-p, with its position's noise (M, V)."""
+def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
+    """The token of each row (M,), after temperature, top-k and top-p, with its position's noise. Ties: the lower id.
+
+    scores, noise (M, V). Of all tokens the one with the best noisy score is the draw if top-k and top-p keep it, and
+    they mostly do; only in other rows are they sought. RuntimeError for scores that are not numbers.
+    """
     if law.temperature == 0:
-        return ids[:, 0]
-    ids, scaled = ids[:, : law.top_k], scores[:, : law.top_k] / np.float32(max(law.temperature, COLDEST))
-    noisy = scaled + np.take_along_axis(noise, ids, 1)
-    if law.top_p < 1:
-        p = np.exp(scaled - scaled[:, :1])
-        p /= p.sum(1, keepdims=True)
-        noisy[np.cumsum(p, 1) - p >= law.top_p] = -np.inf  # keeps the first candidate to reach top_p
-    best = noisy.max(1, keepdims=True)
-    token: Ids = np.where(noisy == best, ids, np.iinfo(np.int32).max).min(1)
+        noisy = scaled = scores
+    else:
+        scaled = scores / np.float32(max(law.temperature, COLDEST))
+        noisy = scaled + noise
+    token: Ids = noisy.argmax(1).astype(np.int32)
+    own = scores[np.arange(len(token)), token, None]  # argmax takes what is not a number for the best
+    if not np.isfinite(own).all():
+        raise RuntimeError("the step graph gives scores that are not numbers")
+    as_good = scores >= own
+    if law.temperature == 0 or (law.top_p == 1 and np.count_nonzero(as_good) <= law.top_k):
+        return token
+    for row, rank in enumerate(np.count_nonzero(as_good, axis=1).tolist()):
+        if rank > (law.top_k if law.top_p == 1 else 1):  # the best token is kept always
+            token[row] = _filtered(scaled[row], noisy[row], law)
     return token
+
+
+def _filtered(scaled: Floats, noisy: Floats, law: Law) -> int:
+    """One row's token (V,) among those that top-k and top-p keep, sought."""
+    least = np.partition(scaled, scaled.size - law.top_k)[scaled.size - law.top_k]
+    ids = np.flatnonzero(scaled >= least)
+    ids = ids[np.argsort(-scaled[ids], kind="stable")][: law.top_k]
+    p = np.exp(scaled[ids] - scaled[ids[0]])
+    p /= p.sum()
+    ids = ids[np.cumsum(p) - p < law.top_p]  # keeps the first candidate to reach top_p
+    return int(ids[noisy[ids] == noisy[ids].max()].min())
 
 
 def _commit(w: Writing, new: list[int]) -> bool:
@@ -229,5 +249,6 @@ def _drafts(backend: RowsBackend, w: Writing, state: Floats, count: int) -> list
     if count <= 0:
         return []
     noise = w.noise.of(w.position + 1, backend.depth)
-    drafts: list[int] = backend.draft(state, w.pending[-1], noise, w.law)[:count].tolist()
+    assert w.slot is not None
+    drafts: list[int] = backend.draft(w.slot, state, token=w.pending[-1], noise=noise, law=w.law)[:count].tolist()
     return drafts[: drafts.index(EOS)] if EOS in drafts else drafts

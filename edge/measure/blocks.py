@@ -72,10 +72,10 @@ def draft_cost(loaded: LoadedBundle, rows: RowsBackend) -> float:
     model = loaded.manifest.model
     law = Law(seed=0, temperature=1.0, top_k=loaded.manifest.top_k, top_p=1.0, window=rows.depth)
     state, noise = np.zeros(model.d_model, np.float32), np.zeros((rows.depth, model.vocab_size), np.float32)
-    times = []
+    slot, times = rows.open_slot(), []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        rows.draft(state, FIRST_TEXT_ID, noise, law)
+        rows.draft(slot, state, token=FIRST_TEXT_ID, noise=noise, law=law)
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)
 

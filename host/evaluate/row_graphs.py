@@ -15,8 +15,6 @@ from host.model.conditions import Condition, Given
 from host.train.objectives import Example, Settings, ar
 from shared.tokens import EOS
 
-LOGITS = "head.scores"  # inside a step graph: of the whole vocabulary
-
 
 @dataclass
 class Rows:
@@ -41,8 +39,7 @@ class RowGraphs:
     ) -> None:
         caches = [value for value in step.graph.input if value.name.startswith(("keys.", "values."))]
         self._shapes = {c.name: [d.dim_value for d in c.type.tensor_type.shape.dim] for c in caches}
-        made = {LOGITS: np.float32, "states": np.float32} | {f"new_{name}": np.float32 for name in self._shapes}
-        self._step = session_of(step, made)
+        self._step = session_of(step)
         self._prefill = session_of(prefill) if prefill is not None else None
         self._encoders = {role: session_of(graph) for role, graph in (encoders or {}).items()}
 
@@ -88,7 +85,7 @@ class RowGraphs:
             "positions": _row(positions),
             "key_positions": np.array([*rows.positions[:first], *positions], np.int32),
             "last": np.array([total - 1], np.int32),
-            "total": np.array(total, np.int32),
+            "total": np.array([total], np.int32),
             "scored": np.array(scored, np.int32),
         }
         logits, states, *made = self._step.run(None, feed | rows.memory | rows.arrays)

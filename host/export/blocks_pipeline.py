@@ -19,7 +19,6 @@ from host.export.row_builder import Ranges
 from host.export.row_ranges import best_ranges, calibration_rows, observe
 from host.export.step_graph import draft_graph, prefill_graph, step_graph
 from host.model.network import Denoiser
-from host.sampling.reference import TOP_K
 from shared.errors import BundleError
 from shared.manifest import LawParity, Precision
 from shared.tokens import FIRST_TEXT_ID
@@ -46,7 +45,7 @@ def blocks_graphs(model: Denoiser, learned: Collection[str], ranges: Ranges | No
     if "ar" not in learned:
         return []
     precision: Precision = "fp32" if ranges is None else "int8"
-    step = step_graph(model, min(TOP_K, model.config.vocab_size), ranges)
+    step = step_graph(model, ranges)
     graphs = [BundleGraph(step, "step", precision, "cpu")]
     if "infill" in learned:
         graphs.append(BundleGraph(prefill_graph(model, ranges), "prefill", precision, "cpu"))
@@ -119,7 +118,7 @@ def pass_ms(step: onnx.ModelProto, rows: int) -> float:
         "positions": np.arange(PASS_CACHE, total, dtype=np.int32)[None],
         "key_positions": np.arange(total, dtype=np.int32),
         "last": np.array([total - 1], np.int32),
-        "total": np.array(total, np.int32),
+        "total": np.array([total], np.int32),
         "scored": np.arange(rows, dtype=np.int32),
     }
     binding = session.io_binding()
@@ -131,7 +130,7 @@ def pass_ms(step: onnx.ModelProto, rows: int) -> float:
             cache = ort.OrtValue.ortvalue_from_numpy(np.ones(shape, np.float32))
             binding.bind_ortvalue_input(value.name, cache)
             binding.bind_ortvalue_output(f"new_{value.name}", cache)
-    for name in ("ids", "scores", "states"):
+    for name in ("scores", "states"):
         binding.bind_output(name)
     times = []
     for _ in range(60):

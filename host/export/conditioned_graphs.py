@@ -11,15 +11,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from host.export.graph_builder import Value
+from host.export.graph_builder import NEVER, Value
 from host.export.row_builder import Ranges, RowBuilder
 from host.export.step_graph import (
     ROWS,
     CacheValue,
     cached_attention,
-    candidates,
     last_keys_and_values,
     scored_rows,
+    seen_bias,
 )
 from host.model.conditions import DEPTH, PICTURE_SIZE
 from host.model.network import Denoiser
@@ -70,12 +70,12 @@ def conditioned_step_graph(
     """`step_graph` with rows that read a memory: memory_keys.i, memory_values.i float32 (1, H, R, D/H), of each layer.
 
     guided: the same rows run a second time, without the memory, in the same pass, over caches of their own:
-    plain_keys.i and plain_values.i, which become new_plain_…; guidance float32 (): w. The candidates are the K best of
-    the rows that read; their scores become (1 + w) · s − w · s of the plain row, and they are sorted by these
-    (classifier-free guidance, Ho and Salimans, arXiv 2207.12598). states: of the rows that read.
+    plain_keys.i and plain_values.i, which become new_plain_…; guidance float32 (): w. The scores of the K best tokens
+    of a row that reads become (1 + w) · s − w · s of the plain row, all others NEVER (classifier-free guidance, Ho and
+    Salimans, arXiv 2207.12598). states: of the rows that read.
     """
     g, config = ReadingBuilder(model, ranges), model.config
-    x, bias, scored = g.embed_rows(), g.distance_bias("key_positions"), "scored"
+    x, bias, scored = g.embed_rows(), seen_bias(g), "scored"
     if guided:
         count = g.op("Cast", "rows.count", g.op("Shape", "rows.shape", "positions", start=1), to=TensorProto.INT32)
         scored = g.op("Concat", "scored.both", "scored", g.op("Add", "scored.plain", "scored", count), axis=0)
@@ -106,28 +106,26 @@ def conditioned_step_graph(
         following = "norm" if last else f"blocks.{i + 1}.norm1"
         h, x = g.rest_of_block(x, mixed, block=b, next_norm=following, more=read)
     if guided:
-        _guided_candidates(g, h, top_k)
+        _guided_scores(g, h, top_k)
     else:
-        candidates(g, h, top_k)
+        g.scores(g.op("Squeeze", "states", h, "axis_0"), out="scores")
     read_values = [*ROWS, *g.memory(config.layers), *[("guidance", "float32", ())] * guided]
-    made = scored_rows(top_k, config.d_model)
+    made = scored_rows(config)
     return g.model(read_values + [old for old, _ in cache], made + [new for _, new in cache], contrib=True)
 
 
-def _guided_candidates(g: RowBuilder, h: str, top_k: int) -> None:
+def _guided_scores(g: RowBuilder, h: str, top_k: int) -> None:
     """Of the rows that read and then the plain ones.  h (1, 2·M, D)"""
     g.op("Squeeze", "states.both", h, "axis_0")
-    g.op("Split", "scores.both", g.scores("states.both"), outputs=2, axis=0, num_outputs=2)
+    g.op("Split", "scores.both", g.scores("states.both", out="head.scores"), outputs=2, axis=0, num_outputs=2)
     g.op("Split", "states.apart", "states.both", outputs=2, axis=0, num_outputs=2)
     g.op("Identity", "states", "states.apart.0")
-    k = g.constant("k", np.array([top_k]))
-    g.op("TopK", "best", "scores.both.0", k, outputs=2, axis=-1)
-    plain = g.op("GatherElements", "scores.plain", "scores.both.1", "best.1", axis=-1)
-    gained = g.op("Mul", "scores.gained", g.op("Sub", "scores.apart", "best.0", plain), "guidance")
-    g.op("TopK", "guided", g.op("Add", "scores.guided", "best.0", gained), k, outputs=2, axis=-1)
-    g.op("Identity", "scores", "guided.0")
-    ids = g.op("GatherElements", "ids.guided", "best.1", "guided.1", axis=-1)
-    g.op("Cast", "ids", ids, to=TensorProto.INT32)
+    g.op("TopK", "best", "scores.both.0", g.constant("k", np.array([top_k])), outputs=2, axis=-1)
+    least = g.op("Gather", "best.least", "best.0", g.constant("last_of_best", np.array([top_k - 1])), axis=1)
+    apart = g.op("Mul", "scores.gained", g.op("Sub", "scores.apart", "scores.both.0", "scores.both.1"), "guidance")
+    kept = g.op("GreaterOrEqual", "scores.kept", "scores.both.0", least)
+    never = g.constant("never", np.array(NEVER, np.float32))
+    g.op("Where", "scores", kept, g.op("Add", "scores.guided", "scores.both.0", apart), never)
 
 
 def conditioned_prefill_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelProto:

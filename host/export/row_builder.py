@@ -30,8 +30,8 @@ Quantization = Ranges | Literal["dynamic"] | None
 class RowBuilder(StepBuilder):
     """Rows (1, N, D) through blocks. Activation scales are constants: a row's result does not depend on its neighbours.
 
-    ONNX Runtime's fused operators: SkipLayerNormalization adds a bias and the residual stream, and BiasGelu is that by
-    erf.
+    A product adds its own bias, and BiasGelu is a bias and GELU by erf. Not SkipLayerNormalization: at one to four rows
+    it takes 1.5 to 2.5 times as long as Add and LayerNormalization.
     """
 
     def __init__(self, model: Denoiser, quantization: Quantization) -> None:
@@ -55,6 +55,14 @@ class RowBuilder(StepBuilder):
         rows = self.op("Gather", f"{name}.int8", self.constant("token_embedding.int8", whole), ids)
         scales = self.op("Gather", f"{name}.scale", self.constant("token_embedding.scale", scale), ids)
         return self.op("Mul", name, self.op("Cast", f"{name}.whole", rows, to=TensorProto.FLOAT), scales)
+
+    def table_rows(self, name: str, table: NDArray[np.float32], rows: str) -> str:
+        """Rows of a table (n, D): in a quantized graph INT8 with one scale a column."""
+        if self._quantization is None:
+            return self.op("Gather", name, self.constant(f"{name}.table", table), rows)
+        whole, scale = int8_rows(table.T)
+        picked = self.op("Gather", f"{name}.picked", self.constant(f"{name}.int8", whole.T), rows)
+        return self.op("DequantizeLinear", name, picked, self.constant(f"{name}.scale", scale[:, 0]), axis=-1)
 
     def distance_bias(self, key_positions: str) -> str:
         """What attention adds to a score, by the distance of key and row alone.  → (1, H, N, T)"""
@@ -86,29 +94,34 @@ class RowBuilder(StepBuilder):
 
         more: what else is added to the residual stream → rows after the LayerNorm, residual stream
         """
-        out = self.product(mixed, f"{block}.attention_out", bias=False)
+        x = self.op("Add", f"{block}.x1", x, self.product(mixed, f"{block}.attention_out", bias=True))
         if more:
-            out = self.op("Add", f"{block}.attention_and_more", out, more)
-        h, x = self._add_and_norm(out, x, f"{block}.attention_out", f"{block}.norm2")
-        up = self.product(h, f"{block}.up", bias=False)
+            x = self.op("Add", f"{block}.x1.and_more", x, more)
+        up = self.product(self.norm(x, f"{block}.norm2"), f"{block}.up", bias=False)
         up = self.op("BiasGelu", f"{block}.gelu", up, self.weight(f"{block}.up.bias"), domain=MICROSOFT)
-        return self._add_and_norm(self.product(up, f"{block}.down", bias=False), x, f"{block}.down", next_norm)
+        x = self.op("Add", f"{block}.x2", x, self.product(up, f"{block}.down", bias=True))
+        return self.norm(x, next_norm), x
 
-    def _add_and_norm(self, change: str, x: str, layer: str, norm: str) -> tuple[str, str]:
-        """→ LayerNorm of the sum, and the sum: the change, the residual stream and the layer's bias"""
-        parts = [self.weight(name) for name in (f"{norm}.weight", f"{norm}.bias", f"{layer}.bias")]
-        inputs, outputs = [change, x, *parts], [f"{norm}.out", "", "", f"{layer}.sum"]
-        self.fused("SkipLayerNormalization", inputs, outputs, epsilon=1e-5)
-        return outputs[0], outputs[3]
-
-    def scores(self, states: str, prefix: str = "", tokens: Columns = slice(None)) -> str:
+    def scores(self, states: str, out: str, tokens: Columns = slice(None)) -> str:
         """The LM head, of all tokens or of some.  (M, D) → (M, V)"""
-        return self.product(states, "head", bias=True, columns=tokens, out=f"{prefix}head.scores")
+        return self.product(states, "head", bias=True, columns=tokens, out=out)
 
-    def product(self, x: str, name: str, *, bias: bool, columns: Columns = slice(None), out: str = "") -> str:
-        """A linear layer, or some columns of it, with its bias or without.  out: its name, if not the layer's"""
+    def product(
+        self,
+        x: str,
+        name: str,
+        *,
+        bias: bool,
+        columns: Columns = slice(None),
+        inputs: slice = slice(None),
+        out: str = "",
+    ) -> str:
+        """A linear layer, or some columns of it, or of some of its inputs, with its bias or without.
+
+        out: its name, if not the layer's
+        """
         out = out or f"{name}.out"
-        weight = self.weights[f"{name}.weight"][columns].T  # (inputs, outputs)
+        weight = self.weights[f"{name}.weight"][columns, inputs].T  # (inputs, outputs)
         shift = self.constant(f"{name}.bias", self.weights[f"{name}.bias"][columns]) if bias else ""
         ranges = self._quantization
         if ranges is None or (ranges != "dynamic" and name not in ranges):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from edge.decoding.blocks import Law, RowScores, Slot, Writing, advance
+from edge.decoding.blocks import Law, RowScores, Slot, Writing, advance, draw
 from edge.decoding.types import Floats, Ids
+from host.export.graph_builder import NEVER
 from host.model.network import NO_PADDING, Cache, Denoiser
 from host.sampling.blocks import Template, write
 from host.sampling.reference import Settings
-from shared.tokens import BOS, FIRST_TEXT_ID, MASK
+from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 from tests.support.decided import decided_network
 
 LENGTH, VOCAB, DEPTH = 48, 40, 3
@@ -57,18 +58,16 @@ class TorchRows:
         n = tokens.size
         visible = torch.cat([torch.ones(1, n, len(cache)), torch.ones(1, n, n).tril()], 2).bool()
         states = self._run(slot, tokens, positions, visible)[-scored:]
-        return RowScores(*self._best(states), states.numpy())
+        return RowScores(self._scores(states), states.numpy())
 
-    def draft(self, state: Floats, token: int, noise: Floats, law: Law) -> Ids:
+    def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         drafts: list[int] = []
         at = torch.from_numpy(state)[None]
         assert self.model.drafter is not None
         for k, depth in enumerate(self.model.drafter.depths):
             with torch.no_grad():
                 at = depth(at, self.model.token_embedding(torch.tensor([token])))
-            ids, scores = self._best(at)
-            noisy = scores / (law.temperature or 1) + noise[k][ids] * (law.temperature > 0)
-            token = int(ids[0, noisy[0, : law.top_k].argmax()])
+            token = int(draw(self._scores(at), noise[k : k + 1], law)[0])
             drafts.append(token)
         return np.array(drafts, np.int32)
 
@@ -81,11 +80,11 @@ class TorchRows:
             states: torch.Tensor = self.model(*rows, visible, slot.memory)[0]
         return states
 
-    def _best(self, states: torch.Tensor) -> tuple[Ids, Floats]:
+    def _scores(self, states: torch.Tensor) -> Floats:
         with torch.no_grad():
-            scores = self.model.logits(states, torch.full((len(states),), NO_PADDING)).numpy()
-        order: Any = np.argsort(-scores, axis=1, kind="stable")[:, : VOCAB - 3]
-        return order.astype(np.int32), np.take_along_axis(scores, order, 1)
+            scores: Floats = self.model.logits(states, torch.full((len(states),), NO_PADDING)).numpy()
+        scores[:, [PAD, BOS, MASK]] = NEVER
+        return scores
 
 
 def writing_of(template: Template, open_end: bool, law: Law) -> Writing:

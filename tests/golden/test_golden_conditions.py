@@ -69,7 +69,7 @@ def step_feed(graph: onnx.ModelProto, tokens: torch.Tensor) -> Feed:
         "positions": places[None],
         "key_positions": places,
         "last": np.array([ROWS - 1], np.int32),
-        "total": np.array(ROWS, np.int32),
+        "total": np.array([ROWS], np.int32),
         "scored": places[-SCORED:],
     }
 
@@ -99,8 +99,9 @@ def test_conditioned_graphs_are_the_network(model: Denoiser, condition: Conditio
             graph, step_feed(graph, tokens) | feed | ({"guidance": np.array(GUIDANCE, np.float32)} if is_guided else {})
         )
         expected = law.sort(descending=True, stable=True)
-        assert made["ids"].tolist() == expected.indices[:, :K].tolist()
-        close(torch.from_numpy(made["scores"]).log_softmax(-1), expected.values[:, :K].log_softmax(-1))
+        best = torch.from_numpy(made["scores"]).sort(descending=True, stable=True)
+        assert best.indices[:, :K].tolist() == expected.indices[:, :K].tolist()
+        close(best.values[:, :K].log_softmax(-1), expected.values[:, :K].log_softmax(-1))
         close(made["states"], states[0])
         for prefix, cache in zip(("", "plain_"), caches[: 1 + is_guided], strict=False):
             for i in range(SHAPE.layers):
@@ -136,6 +137,6 @@ def test_conditioned_int8_graphs_are_near_the_network_and_a_row_is_the_same_in_a
         made = run(graphs[role], whole)
         part = whole | {name: whole[name][:, : ROWS - 1] for name in ("tokens", "positions")}
         part |= {"key_positions": whole["key_positions"][:-1], "scored": whole["scored"][:-1]}
-        part |= {"last": np.array([ROWS - 2], np.int32), "total": np.array(ROWS - 1, np.int32)}
+        part |= {"last": np.array([ROWS - 2], np.int32), "total": np.array([ROWS - 1], np.int32)}
         fewer = run(graphs[role], part)
-        assert np.array_equal(made["scores"][:-1], fewer["scores"]) and np.array_equal(made["ids"][:-1], fewer["ids"])
+        assert np.array_equal(made["scores"][:-1], fewer["scores"])

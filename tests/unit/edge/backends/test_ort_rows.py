@@ -47,7 +47,7 @@ def states(rows: OrtRows, size: int, under_way: int) -> Floats:
     for start in range(0, ROWS, size):
         part = text[start : start + size]
         places = np.arange(start, start + part.size, dtype=np.int32)
-        made.append(rows.rows(slot, part, positions=places, scored=part.size, under_way=under_way).states)
+        made.append(rows.rows(slot, part, positions=places, scored=part.size, under_way=under_way).states.copy())
         slot.cached += part.size
     return np.concatenate(made)
 
@@ -120,19 +120,9 @@ def other_window(manifest: Manifest) -> Manifest:
     return replace(manifest, blocks=replace(manifest.blocks, window=2))
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (other_window, r"draft\.cpu\.fp32\.onnx (does not run|gives arrays of shapes)"),
-        (lambda m: replace(m, top_k=m.top_k - 1), r"step\.cpu\.fp32\.onnx gives arrays of shapes"),
-    ],
-    ids=["window", "top_k"],
-)
-def test_rows_graph_that_contradicts_the_manifest_is_refused_at_load(
-    blocks_bundle: Path, tmp_path: Path, change: Callable[[Manifest], Manifest], sentence: str
-) -> None:
-    folder = changed(blocks_bundle, tmp_path / "b", lambda m: replace(change(m), decoders=("blocks",)))
-    with pytest.raises(BundleError, match=sentence):
+def test_rows_draft_graph_that_contradicts_the_manifest_is_refused_at_load(blocks_bundle: Path, tmp_path: Path) -> None:
+    folder = changed(blocks_bundle, tmp_path / "b", lambda m: replace(other_window(m), decoders=("blocks",)))
+    with pytest.raises(BundleError, match=r"draft\.cpu\.fp32\.onnx (does not run|gives arrays of shapes)"):
         LoadedBundle.load(folder, "ort", threads=1)
 
 

@@ -42,7 +42,7 @@ def test_rows_alone_score_the_same_to_the_bit() -> None:
 
 def test_rows_would_not_with_scales_of_each_pass() -> None:
     """What the test above would find."""
-    dynamic = RowGraphs(step_graph(MODEL, 64, cast(Ranges, "dynamic")))
+    dynamic = RowGraphs(step_graph(MODEL, cast(Ranges, "dynamic")))
     assert tokens_that_differ(dynamic, CONFIG.vocab_size, range(4), PASSES) > 0
 
 
