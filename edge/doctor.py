@@ -200,6 +200,7 @@ def surroundings(config: Config, on_gpu: bool) -> list[Finding]:
     else:
         broker, fix = f"{config.mqtt.host}:{config.mqtt.port}", try_login(config.mqtt, f"edgelm-{config.device}-doctor")
         found.append(Finding("broker", broker if fix else f"{broker} accepts our login", fix))
+        found.append(Finding("topics", f"{config.mqtt.base_topic}/{config.device}/…"))
     for folder in (config.state, *engines.cache_folders()[: 1 if on_gpu else 0]):
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         found.append(_room("disk", f"for {folder}", shutil.disk_usage(place).free >> 20, MIN_DISK_MIB))

@@ -21,6 +21,8 @@ from shared.errors import ConfigError
 log = logging.getLogger(__name__)
 
 FIRST_FD: Final = 3
+CREDENTIALS: Final = Path("/etc/edgelm")
+"""Where the unit loads its credentials from."""
 CHECKS: Final = 4
 """Checks per watchdog interval: a step may take three quarters of it."""
 
@@ -144,6 +146,8 @@ class JournalFormatter(logging.Formatter):
 
 
 def credential(name: str) -> Path | None:
-    """The file of a credential that the unit loads, if it does."""
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    return Path(folder) / name if folder and (Path(folder) / name).is_file() else None
+    """The file of a credential that the unit loads, if it does; outside of the service the file that it is loaded from,
+    if this user may read it, so that root's `edgelm doctor` logs in as the daemon does.
+    """
+    file = Path(os.environ.get("CREDENTIALS_DIRECTORY") or CREDENTIALS) / name
+    return file if os.access(file, os.R_OK) and file.is_file() else None

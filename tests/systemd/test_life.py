@@ -1,12 +1,14 @@
 """The installed service: answers, restarts, reloads and drains."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.certificates import make_authority, make_certificate
 from tests.systemd.device import (
     PYTHON,
     SHIPPED_MODEL,
@@ -101,6 +103,35 @@ def test_life_stop_finishes_accepted_requests(device: Machine) -> None:
     assert replies[-1]["type"] == "response" and replies[-1]["status"] == "ok"
     assert device.show("Result") == "success"
     device.run("systemctl", "start", "edgelm.service")
+
+
+def test_life_certificate_reaches_the_daemon_as_a_credential(device: Machine, on_mqtt: Path) -> None:
+    """To a broker that takes nobody without one; the doctor of root logs in with it, too."""
+    tls, etc = device.root / "srv/tls", device.root / "etc/edgelm"
+    tls.mkdir()
+    make_authority(tls, "ca")
+    make_certificate(tls, "broker", "localhost", authority="ca", names="DNS:localhost,IP:127.0.0.1")
+    make_certificate(tls, "edge01", "edge01", authority="ca")
+    files = [f"{key} /srv/tls/{file}" for key, file in (("cafile", "ca.pem"), ("certfile", "broker.pem"))]
+    asking = ["require_certificate true", "use_identity_as_username true", "user root"]
+    device.write("/srv/asking.conf", ["listener 1885 127.0.0.1", *files, "keyfile /srv/tls/broker.key", *asking])
+    device.run("systemd-run", "--unit=asking", "mosquitto", "-c", "/srv/asking.conf")
+    for file, name, mode in (
+        ("ca.pem", "ca.pem", 0o644),
+        ("edge01.pem", "mqtt.cert", 0o644),
+        ("edge01.key", "mqtt.key", 0o600),
+    ):
+        shutil.copy(tls / file, etc / name)
+        (etc / name).chmod(mode)
+    on_mqtt.write_text(on_mqtt.read_text().replace("# port = 1883", 'port = 1885\nca_file = "/etc/edgelm/ca.pem"'))
+    try:
+        device.run("systemctl", "restart", "edgelm.service")
+        device.until(lambda: any("connected to 127.0.0.1:1885" in line for line in device.journal()), "the login")
+        assert "127.0.0.1:1885 accepts our login" in device.run("edgelm", "doctor", check=False).stdout
+    finally:
+        for name in ("ca.pem", "mqtt.cert", "mqtt.key"):
+            (etc / name).unlink()
+        device.run("systemctl", "stop", "asking")
 
 
 def test_life_password_reaches_the_daemon_as_a_credential(device: Machine, on_mqtt: Path) -> None:

@@ -163,6 +163,16 @@ def test_on_journal_is_true_only_for_the_stream_of_systemd(tmp_path: Path, monke
         assert not on_journal()
 
 
+def test_credential_outside_of_the_service_is_the_file_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For root's `edgelm doctor`."""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    monkeypatch.setattr(systemd, "CREDENTIALS", tmp_path)
+    assert systemd.credential("mqtt.password") is None
+    (tmp_path / "mqtt.password").write_text("s3cret\n")
+    assert read_password(MqttConfig(username="edge01")) == "s3cret"
+    assert read_password(MqttConfig()) is None
+
+
 def test_credential_is_the_password_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     login = MqttConfig(username="edge01")
