@@ -166,6 +166,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--top-p", type=float, metavar="P", help=f"sample from the likeliest tokens of this mass ({usual.top_p:g})")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (as many as the bundle has)")
     add("--max-tokens", type=int, metavar="N", help="most tokens to add to a prompt (as many as fit)")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given four times (never)")
     blocks = parser.add_argument_group("blocks", "Written from the left; the usual way where the bundle can.")
     blocks.add_argument("--window", type=int, metavar="N", help="most drafts in a pass: the speed, never the text")
     canvas = parser.add_argument_group("canvas", "Everywhere at once; any of these flags asks for it.")

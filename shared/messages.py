@@ -16,11 +16,14 @@ PROTOCOL_VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 MAX_GAP: Final = 1024
 MAX_SEGMENTS: Final = 64
+MAX_STOPS: Final = 4
 MAX_DEADLINE_MS: Final = 600_000
 
 _ID: Final = "1 to 128 characters without `/`, `+`, `#` and control characters"
 Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^/+#\x00-\x1f]+\Z", description=_ID)]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
+
+StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class Gap(Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,7 +45,7 @@ class GenerateRequest(
 
     Fields left out take the bundle's defaults. decode: "blocks" writes from the left, "canvas" everywhere at once; a
     field that one of them alone has asks for that one. window: the most drafts in a pass of blocks, which change the
-    speed and never the text. `threshold` and `entropy_bound` commit adaptively; then `steps` is the most passes to
+    speed and never the text. stop: what is written ends before the first of these. `threshold` and `entropy_bound` commit adaptively; then `steps` is the most passes to
     make. One more follows where the last one drew an end left of text.
     """
 
@@ -60,6 +63,7 @@ class GenerateRequest(
     threshold: Annotated[float, Meta(gt=0, le=1)] | None = None
     entropy_bound: Annotated[float, Meta(ge=0, le=1000)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stop: Annotated[list[StopText], Meta(min_length=1, max_length=MAX_STOPS)] | None = None
     stream: bool = False
     deadline_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
     response_topic: Annotated[str, Meta(max_length=1024)] | None = None

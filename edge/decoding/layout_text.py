@@ -1,17 +1,20 @@
 """Between a request's text and the canvas: tokens in, text out."""
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import dropwhile, groupby
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from edge.decoding.stops import begun, stop_at
 from shared.errors import RequestError
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Part
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 
+HALF: Final = "\N{REPLACEMENT CHARACTER}"
+"""What stands for bytes that only later tokens make a character of."""
 GAP_OF_CANVAS: Final = 4
 GAP_OF_BLOCKS: Final = 16
 """Tokens of a gap that names no size: a canvas fills all of them, blocks end it where they like."""
@@ -22,7 +25,7 @@ class Layout:
     """The positions of a request's segments on the canvas.
 
     parts: text to repeat verbatim, or the (first, end) positions of a gap. prompt_tokens: how many are given.
-    open_end: it is a prompt, with one gap at its end.
+    open_end: it is a prompt, with one gap at its end. stops: what is written in each gap ends before the first of them.
     """
 
     canvas: NDArray[np.int32]  # (L,)
@@ -30,6 +33,7 @@ class Layout:
     parts: tuple[str | tuple[int, int], ...]
     prompt_tokens: int
     open_end: bool
+    stops: tuple[str, ...] = ()
 
 
 class Texts:
@@ -88,7 +92,7 @@ class Texts:
             fill = canvas == MASK
         else:
             fill[len(ids) :] = False
-        return Layout(canvas, fill, tuple(parts), given, open_end)
+        return Layout(canvas, fill, tuple(parts), given, open_end, tuple(request.stop or ()))
 
     def _encode(self, text: str, before_gap: bool) -> list[int]:
         # A word's token brings its leading space, so a space before a gap belongs to the gap; `read` puts it back.
@@ -105,7 +109,11 @@ class Texts:
         """The same with what `draft` (L,) has at open positions: committed and drafted text in their order."""
         merged: list[Part] = []
         for part in layout.parts:
-            pieces = [Part(part)] if isinstance(part, str) else self._decode(canvas[slice(*part)], draft[slice(*part)])
+            if isinstance(part, str):
+                pieces = [Part(part)]
+            else:
+                pieces = self._decode(canvas[slice(*part)], draft[slice(*part)])
+                pieces = self._stopped(pieces, canvas[slice(*part)], layout.stops)
             doubled = not isinstance(part, str) and merged and merged[-1].text.endswith(" ")
             if doubled and pieces and pieces[0].text.startswith(" "):
                 pieces[0] = Part(pieces[0].text[1:], pieces[0].draft)
@@ -115,6 +123,33 @@ class Texts:
                 if piece.text:
                     merged.append(piece)
         return merged
+
+    def stopped(self, layout: Layout, canvas: NDArray[np.int32]) -> bool:
+        """Whether a stop string is in what was written, up to the first open position of a gap."""
+        if not layout.stops:
+            return False
+        gaps = (canvas[slice(*part)] for part in layout.parts if not isinstance(part, str))
+        return any(stop_at(self._committed(ids), layout.stops) is not None for ids in gaps)
+
+    def _stopped(self, pieces: list[Part], ids: NDArray[np.int32], stops: tuple[str, ...]) -> list[Part]:
+        """A gap's pieces without a stop string and what follows it, and without what may become one."""
+        committed = self._committed(ids) if stops else ""
+        if not committed:
+            return pieces
+        at = stop_at(committed, stops)
+        if at is not None:
+            return [Part(committed[:at])]
+        if not np.any(ids == MASK):
+            return pieces
+        shown = committed[: len(committed) - begun(committed, stops)]
+        return [Part(shown), *dropwhile(lambda piece: not piece.draft, pieces)]
+
+    def _committed(self, ids: NDArray[np.int32]) -> str:
+        """The text of a gap up to its first open position, in whole characters."""
+        is_open = ids == MASK
+        before = ids[: np.argmax(is_open)] if is_open.any() else ids
+        text: str = self._tokenizer.decode(before[before >= FIRST_TEXT_ID].tolist())
+        return text.rstrip(HALF) if is_open.any() else text
 
     def _decode(self, ids: NDArray[np.int32], draft: NDArray[np.int32]) -> list[Part]:
         is_open = ids == MASK

@@ -9,7 +9,7 @@ import numpy as np
 from edge.decoding import blocks
 from edge.decoding.blocks import Law, RowsBackend, Writing
 from edge.decoding.canvas import advance, bucket
-from edge.decoding.layout_text import Layout, Texts
+from edge.decoding.layout_text import HALF, Layout, Texts
 from edge.decoding.types import AnyBackend, Ids, Row, Sampling
 from edge.serving.slots import Slots
 from shared.manifest import Decoder, Manifest
@@ -151,11 +151,18 @@ class BlocksRun:
         self.writing = Writing(layout.canvas.copy(), layout.fill, layout.open_end, plan.sampling, vocab_size)
         self._most = self.writing.left
         self._sent = "".join(part for part in layout.parts if isinstance(part, str))
+        self._stopped = False
 
     @property
     def done(self) -> bool:
         """See `Run`."""
-        return self.writing.done
+        return self.writing.done or self._stopped
+
+    def advance(self, rows: RowsBackend, under_way: int) -> None:
+        """One pass. A stop string ends the text of a prompt; a gap is filled to its end, and cut there."""
+        blocks.advance(rows, self.writing, under_way)
+        layout = self.plan.layout
+        self._stopped = bool(layout.stops) and layout.open_end and self._texts.stopped(layout, self.writing.canvas)
 
     def ready(self) -> bool:
         """See `Run`."""
@@ -205,16 +212,18 @@ class BlocksRun:
 
 def whole_characters(parts: Sequence[Part]) -> list[Part]:
     """Without the bytes at the end of committed text and around drafts that only later tokens make a character of."""
-    half = "\N{REPLACEMENT CHARACTER}"
-    cut = (Part(part.text.strip(half) if part.draft else part.text.rstrip(half), part.draft) for part in parts)
+    cut = (Part(part.text.strip(HALF) if part.draft else part.text.rstrip(HALF), part.draft) for part in parts)
     return [part for part in cut if part.text]
 
 
 def completion_of(plan: Plan, texts: Texts, canvas: Ids, passes: int) -> Completion:
     """A finished canvas as an answer's content."""
-    generated = int(np.count_nonzero(plan.layout.fill & (canvas != PAD)))
-    full = generated == np.count_nonzero(plan.layout.fill)
-    return Completion(texts.read(plan.layout, canvas), canvas, generated, passes, full)
+    layout = plan.layout
+    if layout.open_end and texts.stopped(layout, canvas):
+        canvas = np.where(canvas == MASK, PAD, canvas)  # what a stop string has left unwritten
+    generated = int(np.count_nonzero(layout.fill & (canvas != PAD)))
+    full = generated == np.count_nonzero(layout.fill) and not texts.stopped(layout, canvas)
+    return Completion(texts.read(layout, canvas), canvas, generated, passes, full)
 
 
 def step(
@@ -224,7 +233,7 @@ def step(
     first = runs[0]
     if isinstance(first, BlocksRun):
         assert rows is not None and len(runs) == 1
-        blocks.advance(rows, first.writing, under_way)
+        first.advance(rows, under_way)
     else:
         assert backend is not None
         advance(backend, manifest.schedule, [run.row for run in runs if isinstance(run, CanvasRun)], under_way)

@@ -41,6 +41,7 @@ EXAMPLES: tuple[Struct, ...] = (
         top_p=0.9,
         threshold=0.8,
         seed=2**63 - 1,
+        stop=["\n", "The end"],
         stream=True,
         deadline_ms=5000,
         response_topic="edgelm/reply/me",

@@ -11,11 +11,13 @@ from shared.messages import (
     MAX_DEADLINE_MS,
     MAX_GAP,
     MAX_SEGMENTS,
+    MAX_STOPS,
     OPEN_POSITION,
     Gap,
     GenerateRequest,
     Id,
     Response,
+    StopText,
     Text,
     Timing,
 )
@@ -64,6 +66,7 @@ class CompletionRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     snapshots: bool | None = None
@@ -159,6 +162,7 @@ def _plain(body: bytes) -> object:
 def to_generate(request: CompletionRequest, id: str | None) -> GenerateRequest:
     """The same among our own messages. Raises RequestError."""
     fields = {name: getattr(request, name) for name in SHARED}
+    fields["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop or None
     if request.suffix:
         gap = Gap(fields.pop("max_tokens"))
         fields["segments"] = [fields.pop("prompt"), gap, request.suffix]

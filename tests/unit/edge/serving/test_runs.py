@@ -81,6 +81,48 @@ def test_blocks_appended_after_any_prompt_adds_up_to_the_text(loaded: LoadedBund
         assert loaded.run(loaded.prepare(request), grow).text.startswith("".join(grown)) and len(grown) > 2
 
 
+@pytest.mark.parametrize("base", [PROMPT, replace(PROMPT, decode="canvas"), GAPS], ids=["blocks", "canvas", "gaps"])
+def test_stop_ends_what_is_written_before_its_first_string(loaded: LoadedBundle, base: GenerateRequest) -> None:
+    for seed in range(8):
+        request = replace(base, seed=seed)
+        whole = loaded.run(loaded.prepare(request))
+        given = "abc" if request.prompt is not None else "abc "
+        written = whole.text.removeprefix(given)
+        for size in (1, 2, 5):
+            stop = written[6 : 6 + size]
+            cut = loaded.run(loaded.prepare(replace(request, stop=["never seen", stop])))
+            if request.prompt is not None:
+                assert cut.text == given + written[: written.index(stop)] and not cut.full
+                assert cut.steps <= whole.steps and cut.generated_tokens <= whole.generated_tokens
+            assert stop not in cut.text.removeprefix(given) or request.prompt is None
+
+
+def test_stop_spares_the_passes_after_it(blocks_bundle: Path) -> None:
+    fake = LoadedBundle.load(blocks_bundle, "fake")
+    whole = fake.run(fake.prepare(PROMPT))
+    cut = fake.run(fake.prepare(replace(PROMPT, stop=[whole.text[8:10]])))
+    assert cut.steps < whole.steps
+
+
+@pytest.mark.parametrize("decode", ["blocks", "canvas"])
+def test_stop_is_never_shown_in_part(loaded: LoadedBundle, decode: Decoder) -> None:
+    """A snapshot holds back what may become a stop string; all that was appended is a beginning of the answer."""
+    for seed in range(12):
+        request = replace(PROMPT, decode=decode, seed=seed)
+        text = loaded.run(loaded.prepare(request)).text
+        request = replace(request, stop=[text[9:14], text[12:16]])
+        shown: list[str] = []
+        appended: list[str] = []
+
+        def look(snapshot: Snapshot, shown: list[str] = shown, appended: list[str] = appended) -> None:
+            shown.append(snapshot.text().partition("░")[0])
+            appended.append(snapshot.appended() or "")
+
+        done = loaded.run(loaded.prepare(request), look).text
+        assert all(done.startswith(early) for early in shown), (shown, done)
+        assert done.startswith("abc" + "".join(appended))
+
+
 def test_blocks_scores_that_are_not_numbers_fail_the_request(blocks_bundle: Path) -> None:
     fake = LoadedBundle.load(blocks_bundle, "fake")
     assert isinstance(fake.rows, FakeBackend)
