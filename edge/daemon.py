@@ -5,6 +5,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -96,18 +97,18 @@ def serve(read_config: Callable[[], Config]) -> None:
     which may be able to use the device.
     """
     config = read_config()
-    inherited = systemd.activated_socket()
-    path = config.socket if inherited is None else Path(inherited.getsockname())
+    inherited = systemd.activated_sockets()
+    path = config.socket if inherited.unix is None else Path(inherited.unix.getsockname())
     with ExitStack() as stack:
         worker = Scheduler(_load(config), config.queue_size)
         stack.callback(lambda: worker.loaded.close())
         signals = Signals()
         worker.on_failure = signals.wake
         mqtt = _make_mqtt(config, worker)
-        http = _make_http(config, worker)
-        socket = SocketServer(path, worker, inherited, config.socket_group)
-        socket.start()
-        stack.callback(socket.close)
+        http = _make_http(config, worker, mqtt, inherited.http)
+        server = SocketServer(path, worker, inherited.unix, config.socket_group)
+        server.start()
+        stack.callback(server.close)
         if mqtt is not None:
             mqtt.start()
             stack.callback(mqtt.close)
@@ -116,9 +117,9 @@ def serve(read_config: Callable[[], Config]) -> None:
             stack.callback(http.close)
         worker.start()
         stack.callback(worker.stop)
-        signs: dict[str, Sign] = {"scheduler": worker.sign, "socket": socket.heartbeat}
+        signs: dict[str, Sign] = {"scheduler": worker.sign, "socket": server.heartbeat}
         signs |= {} if mqtt is None else mqtt.signs
-        signs |= {} if http is None else {"http": http.sign}
+        signs |= {} if http is None else http.signs
         watchdog = systemd.Watchdog(signs)
         watchdog.start()
         stack.callback(watchdog.stop)
@@ -185,15 +186,17 @@ def _make_mqtt(config: Config, worker: Scheduler) -> "MqttTransport | None":
     return MqttTransport(config, worker)
 
 
-def _make_http(config: Config, worker: Scheduler) -> "HttpServer | None":
-    if config.http.listen is None:
+def _make_http(
+    config: Config, worker: Scheduler, mqtt: "MqttTransport | None", inherited: tuple[socket.socket, ...]
+) -> "HttpServer | None":
+    if config.http.listen is None and not inherited:
         return None
     try:
         from edge.transports.http.server import HttpServer  # an event loop and a parser that others need not load
     except ModuleNotFoundError as error:
         missing = f"HTTP needs the package {error.name}: pip install 'diffusion-llm[web]'"
         raise ConfigError(missing) from None
-    return HttpServer(config, worker)
+    return HttpServer(config, worker, None if mqtt is None else mqtt.outbox, inherited)
 
 
 def _ready_line(path: Path, worker: Scheduler, *, mqtt: "MqttTransport | None", http: "HttpServer | None") -> str:

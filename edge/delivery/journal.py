@@ -1,4 +1,4 @@
-"""Accepted MQTT requests and their answers in one SQLite file, which survives crashes and power cuts.
+"""Accepted requests of MQTT, and those with an id of HTTP, and their answers: one SQLite file that survives power cuts.
 
 A request is written before it is acknowledged, its answer before it is published. It is identified by (client, reply
 address, id): sent again with the same payload it gets the stored answer, byte for byte; with another payload it is a
@@ -63,14 +63,14 @@ CREATE INDEX IF NOT EXISTS delivered ON request (delivered_s) WHERE delivered_s 
 """
 _VERSION: Final = 2
 _COLUMNS: Final = ("seq", "client", "address", "id", "payload_sha256", "request", "correlation", "bundle", "deadline_s")
-_ENTRY: Final = ", ".join([*_COLUMNS, "suspect", "attempts", "answer", "tries"])
+_ENTRY: Final = ", ".join([*_COLUMNS, "accepted_s", "suspect", "attempts", "answer", "tries"])
 _PAYLOADS: Final = ("address", "request", "correlation", "answer")
 _SIZE: Final = " + ".join([str(ROW_BYTES), *(f"coalesce(length({column}), 0)" for column in _PAYLOADS)])
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A request of the journal. deadline_s: Unix time. answer: None while it is unfinished.
+    """A request of the journal. deadline_s, accepted_s: Unix time. answer: None while it is unfinished.
 
     suspect: the process ended while computing this, perhaps beside others. attempts: how often it ended while computing
     nothing else.
@@ -85,6 +85,7 @@ class Entry:
     correlation: bytes | None
     bundle: str
     deadline_s: float | None
+    accepted_s: float
     suspect: bool
     attempts: int
     answer: bytes | None
@@ -132,13 +133,15 @@ class Journal:
         correlation: bytes | None,
         bundle: str,
         deadline_s: float | None,
+        accepted_s: float | None = None,
     ) -> int:
         """Store a request.  → its number. Raises RequestError `storage_full`.
 
-        client: counts against its share of the file.
+        client: counts against its share of the file. accepted_s: Unix time, now by default.
         """
         self._make_room(client)
-        row = (client, address, id, payload_sha256, request, correlation, bundle, time.time(), deadline_s)
+        came_s = time.time() if accepted_s is None else accepted_s
+        row = (client, address, id, payload_sha256, request, correlation, bundle, came_s, deadline_s)
         columns = "client, address, id, payload_sha256, request, correlation, bundle, accepted_s, deadline_s"
         try:
             with self._transaction() as db:

@@ -16,6 +16,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from edge.delivery.direct import DIRECT, DirectRequests
 from edge.delivery.journal import MAX_ATTEMPTS, Entry, Journal
 from edge.delivery.open_requests import OpenRequest, OpenRequests, Sender
 from edge.delivery.publisher import Message, Outcomes, Publisher, Send
@@ -49,21 +50,23 @@ SNAPSHOT_S: Final = 0.2
 class Outbox:
     """Accepts requests for a scheduler and delivers their answers.
 
-    send: see Publisher. show: publishes a snapshot (client, id, correlation data, partial). Both must return at once.
+    send: see Publisher. show: publishes a snapshot (client, id, correlation data, partial). Both must return at once;
+    they are for MQTT. direct: accepts the requests of clients that wait on a connection.
     """
 
     def __init__(
         self,
         journal: Journal,
         scheduler: Scheduler,
-        send: Send,
-        show: Callable[[str, str, bytes | None, Partial], None],
+        send: Send = lambda connection, message: None,
+        show: Callable[[str, str, bytes | None, Partial], None] = lambda client, id, correlation, partial: None,
     ) -> None:
         self.limits = ReplyLimits(on_drop=lambda: scheduler.requests.note_lost(dropped=1))
         self._journal = journal
         self._scheduler = scheduler
         self._show = show
         self._open = OpenRequests()
+        self.direct = DirectRequests(journal, scheduler, self._open, self._reply)
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._unstored: list[tuple[int, bytes]] = []  # this and all below belong to the thread
@@ -244,7 +247,11 @@ class Outbox:
         opened = self._open.get(seq)
         if opened is None:
             return
-        if isinstance(reply, Partial):
+        if opened.address == DIRECT and (
+            isinstance(reply, Partial) or (isinstance(reply, Response) and _is_draining(reply))
+        ):
+            self.direct.tell(seq, reply)
+        elif isinstance(reply, Partial):
             if opened.id is not None:
                 self._show(opened.client, opened.id, opened.correlation, reply)
         elif isinstance(reply, Response) and not _is_draining(reply):
@@ -293,20 +300,26 @@ class Outbox:
         if not self._unstored and not outcomes:
             return
         answers = []
+        direct = set()
         for seq, payload in self._unstored:
             opened = self._open.get(seq)
             answers.append((seq, payload, None if opened is None else opened.correlation))
+            if opened is not None and opened.address == DIRECT:
+                direct.add(seq)
         try:
-            self._journal.record(answers, outcomes.delivered, outcomes.tried, outcomes.given_up)
+            self._journal.record(answers, [*outcomes.delivered, *direct], outcomes.tried, outcomes.given_up)
         except sqlite3.Error as error:
             log.warning("%d answers wait to be stored: %s", len(answers), error)
             return
         self._unstored = []
         self._scheduler.requests.note_lost(undeliverable=len(outcomes.given_up))
         self._publisher.outcomes = Outcomes()
-        for seq, _, _ in answers:
+        for seq, payload, _ in answers:
             self._open.remove(seq)
-            self._publisher.add_answer(seq)
+            if seq in direct:
+                self.direct.answered(seq, payload)
+            else:
+                self._publisher.add_answer(seq)
 
 
 def _is_draining(response: Response) -> bool:

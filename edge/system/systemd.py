@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from edge.system.heartbeat import Sign
 from shared.errors import ConfigError
@@ -55,22 +55,37 @@ def stopping(within_s: float, status: str = "finishing accepted requests") -> No
     notify("STOPPING=1", f"STATUS={status}", f"EXTEND_TIMEOUT_USEC={round(within_s * 1e6)}")
 
 
-def activated_socket() -> socket.socket | None:
-    """The listening Unix socket that systemd opened for this process, if it did.
+class Activated(NamedTuple):
+    """Listening sockets that systemd opened for this process: at most one Unix socket, and any number for HTTP."""
 
-    Its path belongs to systemd and must not be removed. Raises ConfigError when systemd passed anything else.
+    unix: socket.socket | None
+    http: tuple[socket.socket, ...]
+
+
+def activated_sockets() -> Activated:
+    """The sockets that systemd passes; none without it. They belong to systemd: a path must not be removed.
+
+    Raises ConfigError when systemd passed anything else.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):
-        return None
-    if count != "1" or not stat.S_ISSOCK(os.fstat(FIRST_FD).st_mode):
-        raise ConfigError(f"systemd passed {count} file descriptors: the socket unit must open exactly one socket")
-    listener = socket.socket(fileno=FIRST_FD)
+        return Activated(None, ())
+    passed = [_listener(FIRST_FD + number) for number in range(int(count) if count.isdecimal() else 0)]
+    unix = [listener for listener in passed if listener.family == socket.AF_UNIX]
+    if len(unix) > 1:
+        raise ConfigError(f"systemd passed {len(unix)} Unix sockets: the socket units must open at most one")
+    return Activated(unix[0] if unix else None, tuple(listener for listener in passed if listener not in unix))
+
+
+def _listener(fd: int) -> socket.socket:
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        raise ConfigError("systemd passed a file that is no socket: the socket units need ListenStream= alone")
+    listener = socket.socket(fileno=fd)
     listener.set_inheritable(False)
-    listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_STREAM or not listens:
-        raise ConfigError("systemd passed another kind of socket: the socket unit needs one ListenStream=/path")
+    listens = listener.type == socket.SOCK_STREAM and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if listener.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) or not listens:
+        raise ConfigError("systemd passed another kind of socket: the socket units need ListenStream= alone")
     return listener
 
 

@@ -70,6 +70,7 @@ class Connection(asyncio.Protocol):
         self._body = bytearray()
         self._exchange: Exchange | None = None
         self._ended = False  # nothing more is read or begun
+        self._full = False  # the client must take its answers before it gets more
 
     # --- asyncio.Protocol ---------------------------------------------------------------------------------------------
 
@@ -77,6 +78,7 @@ class Connection(asyncio.Protocol):
         """A client has connected."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        transport.set_write_buffer_limits(high=MAX_UNREAD_BYTES)
         self.unit = unit(transport.get_extra_info("peername")[0])
         seated = self._site.places.enter(self)
         if seated:
@@ -102,6 +104,15 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> None:
         """The client sends no more: it has hung up, or will."""
         self._hung_up()
+
+    def pause_writing(self) -> None:
+        """The client leaves too much unread: it is served again once it has read on."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """It has read on."""
+        self._full = False
+        self._advance()
 
     def connection_lost(self, error: Exception | None) -> None:
         """The connection is gone."""
@@ -141,7 +152,7 @@ class Connection(asyncio.Protocol):
     def _advance(self) -> None:
         """Read events until a request is whole, or more bytes are needed."""
         try:
-            while not self._ended and self._exchange is None:
+            while not self._ended and not self._full and self._exchange is None:
                 event = self._http.next_event()
                 if event is h11.NEED_DATA:
                     if self._http.they_are_waiting_for_100_continue:

@@ -1,21 +1,25 @@
 """What is at which path."""
 
+import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from edge.serving.prometheus import prometheus_text
-from edge.serving.scheduler import Scheduler
+from edge.delivery.direct import DirectRequests
+from edge.serving.prometheus import CONTENT_TYPE, prometheus_text
+from edge.serving.scheduler import SNAPSHOT_S, Scheduler
 from edge.transports.http.access import Access
-from edge.transports.http.completion import Answering, label_of
+from edge.transports.http.completion import Answering
 from edge.transports.http.errors import MethodError
 from edge.transports.http.exchange import Exchange, Request
 from edge.transports.http.models import model_list
 from edge.transports.http.openai_shape import CompletionRequest, decode_completion, to_generate
 from shared.errors import RequestError
-from shared.messages import encode
+from shared.messages import Id, encode
+from shared.validation import explain
 
 PAGE: Final = Path(__file__).parent / "page"
 KINDS: Final[dict[str, str]] = {
@@ -35,16 +39,17 @@ PAGE_HEADERS: Final = (
     ),
     ("referrer-policy", "no-referrer"),
 )
-METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
-
 Handler = Callable[[Request, Exchange], None]
 
 
 class Routes:
     """Answers requests for a scheduler. device: its name in the metrics."""
 
-    def __init__(self, scheduler: Scheduler, access: Access, *, queue_size: int, device: str) -> None:
+    def __init__(
+        self, scheduler: Scheduler, direct: DirectRequests, access: Access, *, queue_size: int, device: str
+    ) -> None:
         self._scheduler = scheduler
+        self._direct = direct
         self._access = access
         self._queue_size = queue_size
         self._device = device
@@ -80,21 +85,20 @@ class Routes:
             message = f"send JSON, with the header `Content-Type: application/json`, not {kind or 'none'!r}"
             raise RequestError("unsupported_media", message)
         asked = decode_completion(request.body)
-        id = self._id(request, asked)
-        answering = Answering(exchange, asked, label_of(id, self._scheduler.model))
-        self._scheduler.submit(
-            to_generate(asked, id),
-            answering.reply,
-            gone=lambda: exchange.gone,
-            client=f"http:{request.unit}",
-        )
-
-    def _id(self, request: Request, asked: CompletionRequest) -> str | None:
-        """The request's id, of its header or its body."""
-        header = request.headers.get("idempotency-key")
-        if header is not None and asked.id is not None and header != asked.id:
-            raise RequestError("bad_request", "`id` and the header Idempotency-Key differ: give one of them")
-        return asked.id if header is None else header
+        id = _id_of(request, asked)
+        wanted = to_generate(asked, id)
+        client, now_s = f"http:{request.unit}", time.time()
+        answering = Answering(exchange, asked, id=id, model=self._scheduler.model)
+        if id is None:
+            self._scheduler.submit(
+                wanted,
+                lambda reply: answering.answer(reply, now_s),
+                gone=lambda: answering.gone,
+                client=client,
+            )
+            return
+        digest = hashlib.sha256(encode(asked)).digest()
+        self._direct.accept(wanted, answering, digest=digest, client=client, accepted_s=now_s, every_s=SNAPSHOT_S)
 
     def _models(self, request: Request, exchange: Exchange) -> None:
         models = model_list(self._scheduler.loaded, self._queue_size)
@@ -113,4 +117,17 @@ class Routes:
 
     def _metrics(self, request: Request, exchange: Exchange) -> None:
         text = prometheus_text(self._scheduler.metrics(), device=self._device)
-        exchange.answer(text.encode(), kind=METRICS_KIND)
+        exchange.answer(text.encode(), kind=CONTENT_TYPE)
+
+
+def _id_of(request: Request, asked: CompletionRequest) -> str | None:
+    """The request's id, of its header or its body. Raises RequestError."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return asked.id
+    if asked.id not in (None, key):
+        raise RequestError("bad_request", "`id` and the header Idempotency-Key differ: give one of them")
+    try:
+        return msgspec.convert(key, Id)
+    except msgspec.ValidationError as error:
+        raise RequestError("bad_request", f"Idempotency-Key: {explain(error, Id, key)}") from None

@@ -5,10 +5,14 @@ import ipaddress
 import logging
 import socket
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 from edge.config import Config, read_token
+from edge.delivery.journal import Journal
+from edge.delivery.outbox import Outbox
 from edge.serving.scheduler import Scheduler
+from edge.system.heartbeat import Sign
 from edge.transports.http.access import Access
 from edge.transports.http.connection import Connection
 from edge.transports.http.exchange import Exchange, Request
@@ -27,12 +31,19 @@ BUFFER_BYTES: Final = 64 * 1024
 class HttpServer:
     """Serves a scheduler over HTTP. Raises ConfigError when an address cannot be taken, or would be open to strangers.
 
-    inherited: listening sockets of systemd's, served instead of `http.listen`.
+    outbox: of MQTT, which has the journal; without it the server has one of its own. inherited: listening sockets of
+    systemd's, served instead of `http.listen`.
     """
 
-    def __init__(self, config: Config, scheduler: Scheduler, inherited: list[socket.socket] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        scheduler: Scheduler,
+        outbox: Outbox | None = None,
+        inherited: Sequence[socket.socket] = (),
+    ) -> None:
         token = read_token(config.http)
-        self._listeners = inherited or open_listeners(config.http.listen or "")
+        self._listeners = list(inherited) or open_listeners(config.http.listen or "")
         for listener in self._listeners:
             check_exposure(listener, token)
             for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
@@ -42,7 +53,12 @@ class HttpServer:
         self.closing = False
         self.protected = token is not None
         self._scheduler = scheduler
-        self._routes = Routes(scheduler, Access(token), queue_size=config.queue_size, device=config.device)
+        self._own_outbox = None
+        if outbox is None:
+            self._own_outbox = outbox = Outbox(Journal(config.state), scheduler)
+        self._routes = Routes(
+            scheduler, outbox.direct, Access(token), queue_size=config.queue_size, device=config.device
+        )
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._pings = self._pongs = 0
@@ -54,12 +70,20 @@ class HttpServer:
         host, port, *_ = self._listeners[0].getsockname()
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+    @property
+    def signs(self) -> dict[str, Sign]:
+        """Of its threads, for the watchdog."""
+        own = {} if self._own_outbox is None else {"outbox": self._own_outbox.heartbeat}
+        return {"http": self._sign, **own}
+
     def start(self) -> None:
-        """Begin to serve."""
+        """Resume what an earlier process left, and begin to serve."""
+        if self._own_outbox is not None:
+            self._own_outbox.start()
         self._thread.start()
 
-    def sign(self) -> tuple[int, bool]:
-        """For the watchdog: turns of the event loop that it asked for, and whether one of them is overdue."""
+    def _sign(self) -> tuple[int, bool]:
+        """Turns of the event loop that it asked for, and whether one of them is overdue."""
         overdue = self._pongs < self._pings
         if not overdue and self._thread.is_alive():
             self._pings += 1
@@ -67,7 +91,9 @@ class HttpServer:
         return self._pongs, overdue or not self._thread.is_alive()
 
     def close(self) -> None:
-        """Send the last answers and hang up."""
+        """Send the last answers and hang up; bounded in time."""
+        if self._own_outbox is not None:
+            self._own_outbox.close(FLUSH_S)
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._loop.close()

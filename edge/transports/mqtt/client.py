@@ -78,6 +78,11 @@ class MqttTransport:
         return self._link.broker
 
     @property
+    def outbox(self) -> Outbox:
+        """What holds the journal, which the daemon has once."""
+        return self._outbox
+
+    @property
     def signs(self) -> dict[str, Sign]:
         """Of its threads, for the watchdog."""
         return {"mqtt": self._link.heartbeat, "outbox": self._outbox.heartbeat, "status": self._status.heartbeat}

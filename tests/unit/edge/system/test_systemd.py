@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +17,6 @@ from edge.config import MqttConfig, read_password
 from edge.system import systemd
 from edge.system.heartbeat import Heartbeat
 from edge.system.systemd import JournalFormatter, Watchdog, on_journal, watchdog_interval_s
-from shared.errors import ConfigError
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_systemd_functions_do_nothing_without_systemd(monkeypatch: pytest.Monkey
     for name in ("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY"):
         monkeypatch.delenv(name, raising=False)
     systemd.ready("")
-    assert systemd.activated_socket() is None
+    assert systemd.activated_sockets() == (None, ())
     assert watchdog_interval_s() is None
     assert systemd.credential("mqtt.password") is None
 
@@ -80,18 +80,48 @@ def test_systemd_notify_to_a_closed_manager_is_a_warning(
     assert "READY=1" in caplog.text
 
 
-def test_activated_socket_leaves_descriptors_of_another_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activated_sockets_leave_descriptors_of_another_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid() + 1))
     monkeypatch.setenv("LISTEN_FDS", "1")
-    assert systemd.activated_socket() is None
+    assert systemd.activated_sockets() == (None, ())
 
 
-def test_activated_socket_refuses_two_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
-    monkeypatch.setenv("LISTEN_FDS", "2")
-    with pytest.raises(ConfigError, match="exactly one socket"):
-        systemd.activated_socket()
-    assert "LISTEN_FDS" not in os.environ
+PASSED = """
+import os, socket
+from edge.system import systemd
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str({count}))
+try:
+    unix, http = systemd.activated_sockets()
+    print(unix is not None, [listener.getsockname()[1] for listener in http], "LISTEN_FDS" in os.environ)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def passed(*sockets: socket.socket) -> str:
+    """What a process makes of these sockets, which it has as file descriptors 3, 4, …"""
+    fds = " ".join(f"{3 + n}<&{sock.fileno()}" for n, sock in enumerate(sockets))
+    command = ["bash", "-c", f'exec "$0" -c "$1" {fds}', sys.executable, PASSED.format(count=len(sockets))]
+    done = subprocess.run(
+        command, pass_fds=[s.fileno() for s in sockets], check=True, capture_output=True, text=True, timeout=30
+    )
+    return done.stdout.strip()
+
+
+def test_activated_sockets_are_told_apart_by_their_family(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as http, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s"))
+        unix.listen()
+        port = http.getsockname()[1]
+        assert passed(unix, http) == passed(http, unix) == f"True [{port}] False"
+        assert passed(http) == f"False [{port}] False"
+        assert "ConfigError systemd passed 2 Unix sockets" in passed(unix, unix)
+
+
+def test_activated_sockets_refuse_what_does_not_listen() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams, socket.socket() as silent:
+        assert "ConfigError systemd passed another kind of socket" in passed(datagrams)
+        assert "ConfigError systemd passed another kind of socket" in passed(silent)
 
 
 @pytest.mark.parametrize(("usec", "pid", "expected"), [("3000000", None, 3.0), ("3", "1", None), ("0", None, None)])
