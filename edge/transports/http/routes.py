@@ -17,6 +17,7 @@ from edge.transports.http.errors import MethodError
 from edge.transports.http.exchange import Exchange, Request
 from edge.transports.http.models import model_list
 from edge.transports.http.openai_shape import CompletionRequest, decode_completion, to_generate
+from edge.transports.http.openapi import openapi_document
 from shared.errors import RequestError
 from shared.messages import Id, encode
 from shared.validation import explain
@@ -60,6 +61,7 @@ class Routes:
             "/v1/models": ("GET", self._models),
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
+            "/openapi.json": ("GET", self._openapi),
         }
 
     def serve(self, request: Request, exchange: Exchange) -> None:
@@ -114,6 +116,9 @@ class Routes:
         health = self._scheduler.health()
         out_of_service = health.state in ("draining", "error")
         exchange.answer(encode(health), status=503 if out_of_service else 200)
+
+    def _openapi(self, request: Request, exchange: Exchange) -> None:
+        exchange.answer(msgspec.json.encode(openapi_document(self._scheduler.health().version)))
 
     def _metrics(self, request: Request, exchange: Exchange) -> None:
         text = prometheus_text(self._scheduler.metrics(), device=self._device)

@@ -4,12 +4,9 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from edge.config import Config, HttpConfig
-from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.transports.http import connection, places
 from edge.transports.http.server import HttpServer
@@ -18,24 +15,6 @@ TIMEOUT_S = 20.0
 CHUNKED = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-@pytest.fixture
-def server(debug_bundle: Path, tmp_path: Path) -> Iterator[HttpServer]:
-    loaded = LoadedBundle.load(debug_bundle, "fake:2")
-    worker = Scheduler(loaded, queue_size=4)
-    made = HttpServer(Config(state=tmp_path, http=HttpConfig(listen="127.0.0.1:0")), worker)
-    made.start()
-    worker.start()
-    yield made
-    worker.stop()
-    made.close()
-    loaded.close()
-
-
-@pytest.fixture
-def scheduler(server: HttpServer) -> Scheduler:
-    return server._scheduler
 
 
 @pytest.fixture
