@@ -45,8 +45,9 @@ class GenerateRequest(
 
     Fields left out take the bundle's defaults. decode: "blocks" writes from the left, "canvas" everywhere at once; a
     field that one of them alone has asks for that one. window: the most drafts in a pass of blocks, which change the
-    speed and never the text. stop: what is written ends before the first of these. `threshold` and `entropy_bound` commit adaptively; then `steps` is the most passes to
-    make. One more follows where the last one drew an end left of text.
+    speed and never the text. stop: what is written ends before the first of these. `threshold` and `entropy_bound`
+    commit adaptively; then `steps` is the most passes to make. One more follows where the last one drew an end left
+    of text.
     """
 
     id: Id | None = None
