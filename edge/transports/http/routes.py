@@ -47,7 +47,7 @@ class Routes:
     """Answers requests for a scheduler. device: its name in the metrics."""
 
     def __init__(
-        self, scheduler: Scheduler, direct: DirectRequests, access: Access, *, queue_size: int, device: str
+        self, scheduler: Scheduler, direct: DirectRequests, *, access: Access, queue_size: int, device: str
     ) -> None:
         self._scheduler = scheduler
         self._direct = direct

@@ -57,7 +57,7 @@ class HttpServer:
         if outbox is None:
             self._own_outbox = outbox = Outbox(Journal(config.state), scheduler)
         self._routes = Routes(
-            scheduler, outbox.direct, Access(token), queue_size=config.queue_size, device=config.device
+            scheduler, outbox.direct, access=Access(token), queue_size=config.queue_size, device=config.device
         )
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
