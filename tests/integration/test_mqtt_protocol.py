@@ -112,7 +112,8 @@ def test_mqtt_info_tells_what_requests_may_be(listener: Listener, debug_bundle: 
 
 
 def test_mqtt_state_follows_the_work(listener: Listener) -> None:
-    begin(listener, "s")
+    """The daemon looks twice a second: the story must take longer."""
+    listener.publish(REQUEST, STORY | {"id": "s", "steps": 200})
     while body(message := listener.next(f"{BASE}/state"))["state"] != "busy":
         pass
     while body(message := listener.next(f"{BASE}/state"))["state"] != "idle":
