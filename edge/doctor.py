@@ -26,6 +26,7 @@ from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_device, on_jetson
 from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
+from edge.measure.conditions import KINDS, measure_condition
 from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.system.board import SYS, read_rails, read_zones
@@ -139,6 +140,13 @@ def self_test(folder: Path, manifest: Manifest, profiles: list[tuple[int, int]])
             steps = loaded.run(plan).steps
             found.append(
                 Finding("blocks on the cpu", f"{(time.perf_counter() - started_s) * 1e3 / steps:.2f} ms a pass")
+            )
+        for kind in KINDS if loaded.takes_conditions else ():
+            cost = measure_condition(loaded, kind)
+            found.append(
+                Finding(
+                    f"{kind} on the cpu", f"{cost.encode_ms:.2f} ms, then {cost.passes[0].conditioned:.2f} × a pass"
+                )
             )
         if cpu is None:
             return found

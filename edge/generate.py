@@ -1,6 +1,7 @@
 """`python -m edge.generate`: ask the daemon for text, or generate in this process when none listens."""
 
 import argparse
+import base64
 import math
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final, get_args
 
 import msgspec
@@ -17,14 +19,17 @@ from edge.config import Config, default_socket, load_config, socket_candidates
 from edge.terminal_view import View, laid_out
 from shared.errors import ERROR_CODES, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
 from shared.manifest import Decoder, SamplingDefaults, Selection
-from shared.messages import GenerateRequest, Partial, Reply, Response, decode_request, encode
+from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, Partial, Reply, Response, decode_request, encode
 
+MAX_IMAGE_BYTES: Final = MAX_MESSAGE_BYTES * 3 // 4 - 1024
+"""In base64, with room for the rest of a request."""
 GAP: Final = re.compile(r"___(?::(\d+))?")
 
 EPILOG = """examples:
   python -m edge.generate "Once upon a time" --stream
   python -m edge.generate --infill "Tom had a ___ and it was ___:6." --seed 7
-  python -m edge.generate "Lily found a" --decode canvas --steps 32 --json"""
+  python -m edge.generate "Lily found a" --decode canvas --steps 32 --json
+  python -m edge.generate "Once upon a time" --word dragon --word cake --image card.png"""
 
 
 def parse_infill(text: str) -> list[Any]:
@@ -39,6 +44,18 @@ def parse_infill(text: str) -> list[Any]:
     return [segment for segment in [*segments, text[end:]] if segment != ""]
 
 
+def read_image(file: Path) -> bytes:
+    """A picture's file, which the daemon decodes. Raises RequestError when it cannot be read, or fits no message."""
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_IMAGE_BYTES + 1)
+    except OSError as error:
+        raise RequestError("bad_request", f"--image {file} cannot be read: {error.strerror}") from None
+    if len(content) > MAX_IMAGE_BYTES:
+        raise RequestError("too_large", f"--image {file} has more bytes than fit a message: make it smaller")
+    return content
+
+
 def build_request(args: argparse.Namespace) -> GenerateRequest:
     """The request that the flags describe, checked as the daemon would. Raises RequestError."""
     names = GenerateRequest.__struct_fields__
@@ -48,6 +65,8 @@ def build_request(args: argparse.Namespace) -> GenerateRequest:
             raise RequestError("bad_request", f"`{name}` must be a number, not {value}")
     if args.infill is not None:
         fields["segments"] = parse_infill(args.infill)
+    if args.images is not None:
+        fields["images"] = [base64.b64encode(read_image(file)).decode() for file in args.images]
     try:
         return decode_request(msgspec.json.encode(fields))
     except UnicodeEncodeError:
@@ -169,6 +188,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be given four times (never)")
     blocks = parser.add_argument_group("blocks", "Written from the left; the usual way where the bundle can.")
     blocks.add_argument("--window", type=int, metavar="N", help="most drafts in a pass: the speed, never the text")
+    add = blocks.add_argument
+    add("--word", action="append", dest="words", metavar="WORD", help="what the text is to tell of; may be repeated")
+    add("--image", action="append", dest="images", type=Path, metavar="FILE", help="the same, by a PNG or JPEG")
+    add("--guidance", type=float, metavar="W", help="how much more it tells of them, 0 to 5 (the bundle's)")
     canvas = parser.add_argument_group("canvas", "Everywhere at once; any of these flags asks for it.")
     add = canvas.add_argument
     add("--decode", choices=get_args(Decoder), help="one of the two ways by name (the bundle's first)")

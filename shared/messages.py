@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from shared.conditions import Guidance
 from shared.errors import ERROR_CODES, RequestError
 from shared.manifest import MAX_STEPS, MAX_WINDOW, Decoder, Selection
 from shared.validation import explain
@@ -22,6 +23,13 @@ MAX_DEADLINE_MS: Final = 600_000
 _ID: Final = "1 to 128 characters without `/`, `+`, `#` and control characters"
 Id = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^/+#\x00-\x1f]+\Z", description=_ID)]
 Text = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
+MAX_CONDITIONS: Final = 8
+"""Words of a request, and pictures of a request; a bundle takes fewer."""
+_WORD: Final = "a word: 1 to 32 letters and digits, with single spaces, `-` and `'` between them"
+Word = Annotated[str, Meta(max_length=32, pattern=r"^[^\W_]+(?:[ '’-][^\W_]+)*\Z", description=_WORD)]
+Image = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
+ATTACHMENT: Final = "attachment:"
+"""Begins an image that was sent in a message of its own, over MQTT; the name it was sent under follows."""
 
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -36,6 +44,8 @@ class Gap(Struct, frozen=True, forbid_unknown_fields=True):
 
 CANVAS_FIELDS: Final = ("steps", "selection", "threshold", "entropy_bound")
 """What only decoding by canvas has."""
+CONDITION_FIELDS: Final = ("words", "images", "guidance")
+"""What only decoding by blocks has, beside `window`."""
 
 
 class GenerateRequest(
@@ -47,7 +57,8 @@ class GenerateRequest(
     field that one of them alone has asks for that one. window: the most drafts in a pass of blocks, which change the
     speed and never the text. stop: what is written ends before the first of these. `threshold` and `entropy_bound`
     commit adaptively; then `steps` is the most passes to make. One more follows where the last one drew an end left
-    of text.
+    of text. words, images: what the text is to tell of, by blocks; a picture is a PNG or JPEG in base64. guidance: how
+    much more it does so than the network's own law.
     """
 
     id: Id | None = None
@@ -63,6 +74,9 @@ class GenerateRequest(
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     threshold: Annotated[float, Meta(gt=0, le=1)] | None = None
     entropy_bound: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    words: Annotated[list[Word], Meta(min_length=1, max_length=MAX_CONDITIONS)] | None = None
+    images: Annotated[list[Image], Meta(min_length=1, max_length=MAX_CONDITIONS)] | None = None
+    guidance: Guidance | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     stop: Annotated[list[StopText], Meta(min_length=1, max_length=MAX_STOPS)] | None = None
     stream: bool = False
@@ -75,17 +89,25 @@ class GenerateRequest(
         if self.threshold is not None and self.entropy_bound is not None:
             raise ValueError("give at most one of `threshold` and `entropy_bound`")
         by_canvas = next((name for name in CANVAS_FIELDS if getattr(self, name) is not None), None)
-        if by_canvas and self.window is not None:
-            raise ValueError(f"`{by_canvas}` is of decoding by canvas, `window` by blocks: give one of them")
+        by_blocks = next((name for name in ("window", *CONDITION_FIELDS) if getattr(self, name) is not None), None)
+        if by_canvas and by_blocks:
+            raise ValueError(f"`{by_canvas}` is of decoding by canvas, `{by_blocks}` by blocks: give one of them")
         if by_canvas and self.decode == "blocks":
             raise ValueError(f"`{by_canvas}` is of decoding by canvas: leave it out, or `decode`")
-        if self.window is not None and self.decode == "canvas":
-            raise ValueError("`window` is of decoding by blocks: leave it out, or `decode`")
+        if by_blocks and self.decode == "canvas":
+            raise ValueError(f"`{by_blocks}` is of decoding by blocks: leave it out, or `decode`")
+        if self.guidance is not None and not self.conditioned:
+            raise ValueError("`guidance` goes with `words` or `images`: give one of them, or leave it out")
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether it names what the text is to tell of."""
+        return self.words is not None or self.images is not None
 
     @property
     def decoder(self) -> Decoder | None:
         """The decoder that it asks for by name or by a field of its own; None where any will do."""
-        if self.decode is not None or self.window is not None:
+        if self.decode is not None or self.window is not None or self.conditioned:
             return self.decode or "blocks"
         return "canvas" if any(getattr(self, name) is not None for name in CANVAS_FIELDS) else None
 
@@ -190,7 +212,9 @@ class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a request must keep within. canvas_tokens: prompt and text together, and two more."""
+    """What a request must keep within. canvas_tokens: prompt and text together, and two more. words, images: 0 where
+    this bundle, or this device, takes none; image_bytes: of one, decoded from base64. guidance: its default.
+    """
 
     message_bytes: int
     canvas_tokens: int
@@ -198,6 +222,10 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     window: int
     top_k: int
     queue_size: int
+    words: int = 0
+    images: int = 0
+    image_bytes: int = 0
+    guidance: float = 0.0
 
 
 class Info(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="info"):

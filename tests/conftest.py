@@ -80,6 +80,14 @@ def blocks_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def conditioned_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, and the graphs of words and pictures."""
+    folder = tmp_path_factory.mktemp("bundles") / "conditioned"
+    export_untrained("debug", folder, wanted=Wanted(cpu_fp32=True), defaults=SamplingDefaults(), conditions=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def blocks_alone(blocks_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same without a canvas."""
     folder = tmp_path_factory.mktemp("bundles") / "blocks-alone"

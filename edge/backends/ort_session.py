@@ -2,8 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from edge.system.locked import Locked
+from shared.errors import BundleError, one_line
+from shared.manifest import Manifest, Role, find_graph, has_role, verified_bytes
 
 
 def open_session(
@@ -29,3 +34,59 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass
+class _Opened:
+    """content: of graphs that were read and verified. sessions: by role and threads."""
+
+    content: dict[Role, bytes] = field(default_factory=dict)
+    sessions: dict[tuple[Role, int], Any] = field(default_factory=dict)
+
+
+class Graphs:
+    """A bundle's graphs for the CPU: each is read, verified and opened when it is first asked for. Thread-safe."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._opened = Locked(_Opened())
+
+    def has(self, role: Role) -> bool:
+        """Whether the bundle lists a graph of that role."""
+        return has_role(self._manifest, "cpu", role)
+
+    def file(self, role: Role) -> Path:
+        """Where it is. Raises BundleError when there is none."""
+        return self._folder / find_graph(self._folder, self._manifest, "cpu", role).file
+
+    def open(self, role: Role, threads: int) -> Any:
+        """A session of so many threads. Raises BundleError."""
+        with self._opened as opened:
+            if (role, threads) not in opened.sessions:
+                if role not in opened.content:
+                    graph = find_graph(self._folder, self._manifest, "cpu", role)
+                    opened.content[role] = verified_bytes(self._folder, graph.file, graph.sha256)
+                try:
+                    opened.sessions[role, threads] = open_session(opened.content[role], threads)
+                except Exception as error:  # onnxruntime raises types of its own that share no public base
+                    message = f"{self.file(role)} cannot be loaded by ONNX Runtime: {one_line(str(error))}"
+                    raise BundleError(message) from None
+            return opened.sessions[role, threads]
+
+    def sizes(self) -> set[tuple[Role, int]]:
+        """Role and threads of every session that is open."""
+        with self._opened as opened:
+            return set(opened.sessions)
+
+    def close(self) -> None:
+        """Drop the sessions and their memory."""
+        with self._opened as opened:
+            opened.sessions.clear()
+
+
+def check_names(file: Path, session: Any, needed: tuple[set[str], set[str]]) -> None:
+    """Raise BundleError unless a graph has exactly these inputs and outputs."""
+    found = tuple({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
+    if found != needed:
+        shown, wanted = ("; ".join(", ".join(sorted(names)) for names in sides) for sides in (found, needed))
+        raise BundleError(f"{file} has inputs and outputs {shown}, not {wanted}")

@@ -8,11 +8,12 @@ L: canvas length, N: rows of a pass, M: scored rows, V: vocabulary, C: rows that
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from edge.decoding.canvas import COLDEST
+from edge.decoding.conditions import Condition
 from edge.decoding.philox import block_noise
 from edge.decoding.types import Bools, Floats, Ids
 from shared.tokens import EOS, MASK, PAD
@@ -41,11 +42,15 @@ class RowScores(NamedTuple):
 
 @dataclass(eq=False)
 class Slot:
-    """Keys and values of one request on a backend. `cached` rows are kept; what lies behind them is overwritten."""
+    """Keys and values of one request on a backend. `cached` rows are kept; what lies behind them is overwritten.
+
+    condition: what its rows read beside them; None where the text is of nothing in particular.
+    """
 
     positions: Ids  # (C,) of the rows
     memory: Any  # the backend's own
     cached: int = 0
+    condition: Any = None  # the backend's own, too
 
 
 class RowsBackend(Protocol):
@@ -81,6 +86,20 @@ class RowsBackend(Protocol):
         """Free what it holds."""
 
 
+@runtime_checkable
+class ConditionedRows(RowsBackend, Protocol):
+    """A backend of rows that can read the memory of a condition."""
+
+    fills_conditioned_gaps: bool
+    """Whether the given text around gaps can read it, too."""
+
+    def load(self, condition: Condition) -> None:
+        """Be ready for such a condition. The first of its kind may take a while: not for the thread of a lane."""
+
+    def encode(self, slot: Slot, condition: Condition) -> None:
+        """Encode it for an empty slot, whose rows read it from then on."""
+
+
 class Noise:
     """The noise of a law's seed, position after position; made ahead for a few of them. None at temperature 0."""
 
@@ -110,7 +129,8 @@ class Writing:
     """One canvas (L,) on its way, its gaps filled in place from the left. It knows nothing of its neighbours.
 
     fill (L,): the positions of the gaps, each laid out at its full size. open_end: it is a prompt, whose one gap has
-    nothing after it, and all rows are causal; else the given text is prefilled as evidence.
+    nothing after it, and all rows are causal; else the given text is prefilled as evidence. condition: to encode before
+    the first pass.
     """
 
     canvas: Ids
@@ -119,6 +139,7 @@ class Writing:
     law: Law
     vocab_size: int
     slot: Slot | None = None
+    condition: Condition | None = None
     passes: int = 0
     tried: list[int] = field(init=False)
     """tried[n]: passes that held n drafts."""
@@ -160,13 +181,18 @@ class Writing:
     @property
     def cost(self) -> int:
         """Rows of the next pass."""
-        return len(self.pending) + len(self.drafts) + (0 if self.evidence is None else self.evidence[0].size)
+        given = 0 if self.evidence is None else self.evidence[0].size
+        return len(self.pending) + len(self.drafts) + given + (0 if self.condition is None else self.condition.cost)
 
 
 def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     """One pass: commits one token and every draft that the law draws too, then drafts anew."""
     w, slot, law = writing, writing.slot, writing.law
     assert slot is not None
+    if w.condition is not None:
+        assert isinstance(backend, ConditionedRows)
+        backend.encode(slot, w.condition)
+        w.condition = None
     if w.evidence is not None:
         backend.prefill(slot, *w.evidence)
         w.evidence = None

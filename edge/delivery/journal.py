@@ -10,10 +10,11 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from edge.system.locked import Locked
@@ -55,12 +56,19 @@ CREATE TABLE IF NOT EXISTS request (
     tries INTEGER NOT NULL DEFAULT 0,       -- how often the broker refused the answer
     delivered_s REAL                        -- when the broker took it, or it was given up; the journal's own time
 );
+CREATE TABLE IF NOT EXISTS picture (sha256 BLOB PRIMARY KEY, content BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS shown (          -- the pictures of requests without an answer
+    seq INTEGER NOT NULL,
+    sha256 BLOB NOT NULL,
+    PRIMARY KEY (seq, sha256)
+) WITHOUT ROWID;
 CREATE UNIQUE INDEX IF NOT EXISTS identity ON request (client, address, id) WHERE id IS NOT NULL;
 CREATE INDEX IF NOT EXISTS open ON request (seq) WHERE answer IS NULL;
 CREATE INDEX IF NOT EXISTS undelivered ON request (seq) WHERE answer IS NOT NULL AND delivered_s IS NULL;
 CREATE INDEX IF NOT EXISTS client ON request (client);
 CREATE INDEX IF NOT EXISTS delivered ON request (delivered_s) WHERE delivered_s IS NOT NULL;
 """
+NO_PICTURES: Final[Mapping[bytes, bytes]] = MappingProxyType({})
 _VERSION: Final = 2
 _COLUMNS: Final = ("seq", "client", "address", "id", "payload_sha256", "request", "correlation", "bundle", "deadline_s")
 _ENTRY: Final = ", ".join([*_COLUMNS, "accepted_s", "suspect", "attempts", "answer", "tries"])
@@ -134,10 +142,12 @@ class Journal:
         bundle: str,
         deadline_s: float | None,
         accepted_s: float | None = None,
+        pictures: Mapping[bytes, bytes] = NO_PICTURES,
     ) -> int:
         """Store a request.  → its number. Raises RequestError `storage_full`.
 
-        client: counts against its share of the file. accepted_s: Unix time, now by default.
+        client: counts against its share of the file. accepted_s: Unix time, now by default. pictures: files by hash,
+        each kept once while requests without an answer show it.
         """
         self._make_room(client)
         came_s = time.time() if accepted_s is None else accepted_s
@@ -146,6 +156,8 @@ class Journal:
         try:
             with self._transaction() as db:
                 done = db.execute(f"INSERT INTO request ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+                db.executemany("INSERT OR IGNORE INTO picture VALUES (?, ?)", pictures.items())
+                db.executemany("INSERT INTO shown VALUES (?, ?)", [(done.lastrowid, digest) for digest in pictures])
         except sqlite3.OperationalError:  # the disk is full, or fails
             raise storage_full("the disk has no room to keep this request safe") from None
         assert done.lastrowid is not None
@@ -169,12 +181,21 @@ class Journal:
             rows = [(answer, now, correlation, seq) for seq, answer, correlation in answers]
             stores = "UPDATE request SET answer = ?, answered_s = ?, correlation = ? WHERE seq = ? AND answer IS NULL"
             db.executemany(stores, rows)
+            shown = db.executemany("DELETE FROM shown WHERE seq = ?", [(row[-1],) for row in rows])
+            if shown.rowcount > 0:
+                db.execute("DELETE FROM picture WHERE sha256 NOT IN (SELECT sha256 FROM shown)")
             db.executemany("UPDATE request SET tries = tries + 1 WHERE seq = ?", [(seq,) for seq in tried])
             numbers = [(seq,) for seq in delivered]
             db.executemany("DELETE FROM request WHERE seq = ? AND id IS NULL", numbers)
             closed = "request = x'', correlation = NULL, delivered_s = coalesce(delivered_s, ?)"
             ended = [(now, seq) for seq in (*(seq for (seq,) in numbers), *given_up)]
             db.executemany(f"UPDATE request SET {closed} WHERE seq = ?", ended)
+
+    def pictures(self, seq: int) -> dict[bytes, bytes]:
+        """The pictures of a request without an answer, by hash."""
+        query = "SELECT sha256, content FROM picture JOIN shown USING (sha256) WHERE seq = ?"
+        with self._db as db:
+            return dict(db.execute(query, (seq,)))
 
     def unfinished(self) -> list[Entry]:
         """Accepted and not answered, oldest first."""
@@ -228,8 +249,9 @@ class Journal:
 
     def _holds_more(self, client: str, most_bytes: float) -> bool:
         """Whether a client's rows hold more than `most_bytes`."""
-        held = 0
+        shown = "SELECT sum(length(content)) FROM picture JOIN shown USING (sha256) JOIN request USING (seq)"
         with self._db as db:
+            held = db.execute(f"{shown} WHERE client = ?", (client,)).fetchone()[0] or 0
             for (size,) in db.execute(f"SELECT {_SIZE} FROM request WHERE client = ?", (client,)):
                 held += size
                 if held > most_bytes:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from edge.delivery.direct import DIRECT, DirectRequests
 from edge.delivery.journal import MAX_ATTEMPTS, Entry, Journal
 from edge.delivery.open_requests import OpenRequest, OpenRequests, Sender
+from edge.delivery.pictures import put_aside, put_back
 from edge.delivery.publisher import Message, Outcomes, Publisher, Send
 from edge.delivery.reply_limits import ReplyLimits
 from edge.serving.runs import Plan
@@ -85,51 +86,73 @@ class Outbox:
         self._scheduler.watch(self._journal.computing)
         self._thread.start()
 
-    def accept(self, sender: Sender, request: GenerateRequest, within_s: float | None) -> None:
+    def accept(
+        self,
+        sender: Sender,
+        request: GenerateRequest,
+        within_s: float | None,
+        attached: Callable[[GenerateRequest], GenerateRequest] = lambda request: request,
+    ) -> None:
         """Accept or refuse a request, and acknowledge it once the broker need not keep it.
 
         While draining, a reliable request is left with the broker for the next daemon. within_s: the message's expiry,
-        beside the request's own deadline. Called from one thread only.
+        beside the request's own deadline. attached: puts attachments in place; raises RequestError. Called from one
+        thread only; a request with a condition is accepted later, in another.
         """
         if self._stopping:
             return  # the broker keeps it for the next daemon
         digest = hashlib.sha256(encode(request)).digest()
-        known = None if request.id is None else self._journal.find(sender.client, sender.address, request.id)
-        if known is not None and known.payload_sha256 != digest:
-            message = f"`id` {request.id!r} was given to another request before; each needs its own"
-            self.refuse(sender, RequestError("conflict", message), request.id)
+        opened = OpenRequest(sender.client, sender.address, request.id, sender.correlation, digest)
+        if (arriving := self._open.arrive(opened, sender.acknowledge)) is not None:
+            if arriving.payload_sha256 != digest:
+                self.refuse(sender, _conflict(request), request.id)
             return
+        try:
+            known = None if request.id is None else self._journal.find(sender.client, sender.address, request.id)
+            whole = request if known is not None else attached(request)
+        except Exception:
+            self._open.leave(opened)
+            raise
         if known is not None:
-            self._repeat(known, sender)
+            self._open.leave(opened)
+            if known.payload_sha256 != digest:
+                self.refuse(sender, _conflict(request), request.id)
+            else:
+                self._repeat(known, sender)
             return
         bounds = [s for s in (within_s, _seconds(request.deadline_ms)) if s is not None]
         deadline_s = time.time() + min(bounds) if bounds else None
-        opened = OpenRequest(sender.client, sender.address, request.id, sender.correlation)
         seq: int | None = None
 
         def commit(plan: Plan) -> int:
             nonlocal seq
+            stored, pictures = put_aside(whole)
             seq = self._journal.accept(
                 client=sender.client,
                 address=sender.address,
                 id=request.id,
                 payload_sha256=digest,
-                request=encode(replace(request, seed=plan.seed)),
+                request=encode(replace(stored, seed=plan.seed)),
                 correlation=sender.correlation,
                 bundle=self._scheduler.model,
                 deadline_s=deadline_s,
+                pictures=pictures,
             )
-            self._open.add(seq, opened)
-            sender.acknowledge()
+            for acknowledge in (sender.acknowledge, *self._open.add(seq, opened)):
+                acknowledge()
             return seq
 
         def reply(message: Reply) -> None:
             if seq is not None:
                 self._reply(seq, message)
-            elif isinstance(message, Response) and not (sender.reliable and _is_draining(message)):
-                self.reply(sender, lambda: encode(message))
+            elif isinstance(message, Response):
+                again = self._open.leave(opened)
+                if not (sender.reliable and _is_draining(message)):
+                    self.reply(sender, lambda: encode(message))
+                    for acknowledge in again:
+                        acknowledge()
 
-        self._submit(request, reply, opened=opened, commit=commit, within_s=min(bounds, default=None))
+        self._submit(whole, reply, opened=opened, commit=commit, within_s=min(bounds, default=None))
 
     def cancel(self, client: str | None, id: str, address: str | None) -> None:
         """Cancel a client's unfinished requests of that id, or only those answered at `address`.
@@ -198,7 +221,7 @@ class Outbox:
         opened = OpenRequest(entry.client, entry.address, entry.id, entry.correlation)
         self._open.add(entry.seq, opened)
         try:
-            request = decode_request(entry.request)
+            request = put_back(decode_request(entry.request), self._journal.pictures(entry.seq))
         except RequestError as error:  # written by another release
             self._reply(entry.seq, error_response(error, entry.id))
             return
@@ -320,6 +343,10 @@ class Outbox:
                 self.direct.answered(seq, payload)
             else:
                 self._publisher.add_answer(seq)
+
+
+def _conflict(request: GenerateRequest) -> RequestError:
+    return RequestError("conflict", f"`id` {request.id!r} was given to another request before; each needs its own")
 
 
 def _is_draining(response: Response) -> bool:

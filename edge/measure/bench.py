@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ from edge.decoding.canvas import wanted
 from edge.decoding.types import AnyBackend, LoopBackend, Positions, Row, Sampling
 from edge.measure.blocks import Blocks, measure_blocks, print_blocks
 from edge.measure.clients import measure, print_clients, serving
+from edge.measure.conditions import KINDS, measure_condition, print_condition
 from edge.measure.peers import measure_peers, packages, print_peers
 from edge.measure.roofline import BOARDS, floor
 from edge.serving.loaded_bundle import LoadedBundle
@@ -35,6 +36,7 @@ from shared.manifest import MAX_STEPS, find_graph, read_manifest
 from shared.messages import GenerateRequest, Response, encode
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
+T = TypeVar("T")
 STEP_COUNTS: Final = (8, 16, 32, 64, 128)
 DAEMON_STEPS: Final = 16
 SPIN_S: Final = 0.1
@@ -46,6 +48,7 @@ EPILOG: Final = """examples:
   python -m edge.bench --bundle bundles/mine --json
   python -m edge.bench --clients 1,2,4,8
   python -m edge.bench --peers
+  python -m edge.bench --condition words
   python -m edge.bench --roofline orin-nano-15w"""
 
 
@@ -265,6 +268,14 @@ def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
         print(f"{shape} {f.compute_ms:12.3f} {f.memory_ms:11.3f} {f.floor_ms:10.3f}")
 
 
+def say(measured: T, as_json: bool, show: Callable[[T], None]) -> None:
+    """Print what was measured, as JSON or as a table."""
+    if as_json:
+        print(msgspec.json.encode(measured).decode())
+    else:
+        show(measured)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -280,6 +291,7 @@ def main() -> None:
     add("--steps", type=int, nargs="+", default=STEP_COUNTS, metavar="N", help="steps per text (default: 8 to 128)")
     add("--clients", metavar="N,N", help="only measure these numbers of concurrent clients")
     add("--peers", action="store_true", help="only measure blocks beside llama.cpp (needs the extra `peers`)")
+    add("--condition", choices=KINDS, help="only measure what words or pictures cost beside the same without")
     add("--json", action="store_true", help="print JSON instead of the table")
     add("--roofline", metavar="BOARD", help=f"only estimate the roofline floor on {', '.join(BOARDS)}")
     args = parser.parse_args()
@@ -291,21 +303,17 @@ def main() -> None:
     if not all(1 <= steps <= MAX_STEPS for steps in args.steps):
         raise ConfigError(f"--steps takes numbers from 1 to {MAX_STEPS}")
     if args.clients is not None:
-        crowd = measure(args.bundle, args.backend, args.threads, parse_clients(args.clients))
-        if args.json:
-            print(msgspec.json.encode(crowd).decode())
-        else:
-            print_clients(crowd)
+        say(measure(args.bundle, args.backend, args.threads, parse_clients(args.clients)), args.json, print_clients)
         return
     if args.peers:
         packages()  # refuses before the bundle is loaded
     loaded = LoadedBundle.load(args.bundle, args.backend, args.threads)
     if args.peers:
         beside = measure_peers(loaded, str(args.bundle), args.threads)
-        if args.json:
-            print(msgspec.json.encode(beside).decode())
-        else:
-            print_peers(beside)
+        say(beside, args.json, print_peers)
+        return
+    if args.condition is not None:
+        say(measure_condition(loaded, args.condition), args.json, print_condition)
         return
     row = half_masked(loaded)
     step_ms = median_step_ms(loaded, np.flatnonzero(row.fill))
@@ -323,7 +331,4 @@ def main() -> None:
         blocks=measure_blocks(loaded),
         reference=host_reference(loaded, args.threads),
     )
-    if args.json:
-        print(msgspec.json.encode(report).decode())
-    else:
-        print_report(report)
+    say(report, args.json, print_report)

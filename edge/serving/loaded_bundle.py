@@ -8,9 +8,12 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from edge.backends import Chosen, choose_backend
-from edge.decoding.blocks import Law
+from edge.decoding.blocks import ConditionedRows, Law
+from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import GAP_OF_BLOCKS, GAP_OF_CANVAS, Texts
+from edge.decoding.pictures import MAX_PICTURE_BYTES
 from edge.decoding.types import LoopBackend, Sampling
+from edge.serving.conditions import read_condition
 from edge.serving.runs import BlocksRun, CanvasRun, Completion, Plan, Run, Snapshot, step
 from edge.serving.slots import Slots
 from shared.errors import BundleError, RequestError
@@ -56,7 +59,11 @@ class LoadedBundle:
         return f"{self.manifest.name}@{self.digest[:12]}"
 
     def prepare(self, request: GenerateRequest) -> Plan:
-        """Check a request against the bundle and fix its seed; raises RequestError."""
+        """Check a request against the bundle and fix its seed; raises RequestError.
+
+        Where it has a condition this may take a while: pictures are decoded, and the first ones load graphs.
+        """
+        rows = self._conditioned_rows(request)
         decoder = self._decoder(request)
         layout = self._texts.lay_out(request, GAP_OF_BLOCKS if decoder == "blocks" else GAP_OF_CANVAS)
         manifest, defaults = self.manifest, self.manifest.defaults
@@ -77,6 +84,7 @@ class LoadedBundle:
                     top_p=top_p,
                     window=manifest.blocks.window if request.window is None else request.window,
                 ),
+                self._condition(request, rows),
             )
         adaptive = request.threshold is not None or request.entropy_bound is not None
         sampling = Sampling(
@@ -93,7 +101,7 @@ class LoadedBundle:
 
     def limits(self, queue_size: int) -> Limits:
         """What requests must keep within. queue_size: of the daemon."""
-        blocks = self.manifest.blocks
+        blocks, takes = self.manifest.blocks, self.manifest.conditions if self.takes_conditions else None
         return Limits(
             message_bytes=MAX_MESSAGE_BYTES,
             canvas_tokens=self.manifest.model.canvas_len,
@@ -101,7 +109,37 @@ class LoadedBundle:
             window=0 if self.rows is None or blocks is None else blocks.window,
             top_k=self.manifest.top_k,
             queue_size=queue_size,
+            words=0 if takes is None else takes.words,
+            images=0 if takes is None else takes.pictures,
+            image_bytes=0 if takes is None else MAX_PICTURE_BYTES,
+            guidance=0.0 if takes is None else takes.guidance,
         )
+
+    @property
+    def takes_conditions(self) -> bool:
+        """Whether this bundle on this device takes words and pictures."""
+        return self.manifest.conditions is not None and isinstance(self.rows, ConditionedRows)
+
+    def _conditioned_rows(self, request: GenerateRequest) -> ConditionedRows | None:
+        """What runs a request with a condition; None for one without. Raises RequestError where nothing does."""
+        if not request.conditioned:
+            return None
+        rows, name = self.rows, "`words`" if request.words is not None else "`images`"
+        if self.manifest.conditions is None:
+            raise RequestError("bad_request", f"{name}: this bundle takes neither words nor pictures")
+        if not isinstance(rows, ConditionedRows):
+            why = f"conditions run on the CPU alone, and this device serves from the backend {self.backend_name}"
+            raise RequestError("bad_request", f"{name}: {why}")
+        if request.segments is not None and not rows.fills_conditioned_gaps:
+            raise RequestError("bad_request", f"{name}: this bundle fills gaps without conditions: give a `prompt`")
+        return rows
+
+    def _condition(self, request: GenerateRequest, rows: ConditionedRows | None) -> Condition | None:
+        if rows is None or self.manifest.conditions is None:
+            return None
+        condition = read_condition(request, self.manifest.conditions, self._texts)
+        rows.load(condition)
+        return condition
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 from edge.decoding import blocks
 from edge.decoding.blocks import Law, RowsBackend, Writing
 from edge.decoding.canvas import advance, bucket
+from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import HALF, Layout, Texts
 from edge.decoding.types import AnyBackend, Ids, Row, Sampling
 from edge.serving.slots import Slots
@@ -19,10 +20,14 @@ from shared.tokens import MASK, PAD
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that was checked and can no longer fail for its own fault, by canvas (`Sampling`) or blocks (`Law`)."""
+    """A request that was checked and can no longer fail for its own fault, by canvas (`Sampling`) or blocks (`Law`).
+
+    condition: of blocks alone.
+    """
 
     layout: Layout
     sampling: Sampling | Law
+    condition: Condition | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -148,7 +153,9 @@ class BlocksRun:
         assert isinstance(plan.sampling, Law)
         self.plan, self._texts, self._slots = plan, texts, slots
         layout = plan.layout
-        self.writing = Writing(layout.canvas.copy(), layout.fill, layout.open_end, plan.sampling, vocab_size)
+        self.writing = Writing(
+            layout.canvas.copy(), layout.fill, layout.open_end, plan.sampling, vocab_size, condition=plan.condition
+        )
         self._most = self.writing.left
         self._sent = "".join(part for part in layout.parts if isinstance(part, str))
         self._stopped = False

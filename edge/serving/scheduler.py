@@ -18,6 +18,7 @@ from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.request_log import RequestLog
 from edge.serving.request_table import RequestTable
 from edge.serving.runs import Plan
+from edge.serving.side_thread import SideThread
 from edge.system.board import Board
 from edge.system.installed import version
 from edge.system.memory import available_mb, resident_mb
@@ -37,8 +38,9 @@ class Scheduler:
     """Serves requests on a loaded bundle. queue_size: how many may wait while one is computed.
 
     `reply` is called from the scheduler's threads, one call at a time per request, or from the submitting thread when
-    the request is refused; it must return at once. on_failure: called when the device has failed for good: `failure`
-    says why, accepted requests get an error, and new ones are refused.
+    the request is refused; it must return at once. Requests with a condition are checked, and accepted or refused, in a
+    thread of their own: decoding pictures would delay a transport, or everybody's steps. on_failure: called when the
+    device has failed for good: `failure` says why, accepted requests get an error, and new ones are refused.
     """
 
     def __init__(self, loaded: LoadedBundle, queue_size: int) -> None:
@@ -49,6 +51,7 @@ class Scheduler:
         self._started_s = time.monotonic()
         self._version = version()
         self._threads: list[threading.Thread] = []
+        self._conditions = SideThread("conditions")
 
     def start(self) -> None:
         """Begin to serve, in as many threads as the bundle has lanes."""
@@ -156,36 +159,51 @@ class Scheduler:
         now = time.monotonic()
         if within_s is None:
             within_s = float("inf") if request.deadline_ms is None else request.deadline_ms / 1e3
-        loaded = None
         try:
             loaded, number = self._table.reserve(client, resumed)
-            plan = loaded.prepare(request)
-            tag = commit(plan)
-        except Exception as error:
-            if not isinstance(error, RequestError):
-                log.exception("a request could not be prepared")
-                error = _internal()
-            self.requests.note(code=error.code, id=request.id, client=client)
-            if loaded is not None:
-                self._table.release(client, loaded)
-            _deliver(reply, error_response(error, request.id))
+        except RequestError as error:
+            self._refuse(request, reply, client=client, error=error)
             return
-        self._table.add(
-            Job(
-                request=request,
-                reply=reply,
-                gone=gone,
-                client=client,
-                number=number,
-                tag=tag,
-                loaded=loaded,
-                run=loaded.begin(plan),
-                accepted_s=now,
-                deadline_s=now + within_s,
-                partial_every_s=partial_every_s,
-                alone=alone,
+
+        def take_in() -> None:
+            try:
+                plan = loaded.prepare(request)
+                tag = commit(plan)
+                run = loaded.begin(plan)
+            except Exception as error:
+                if not isinstance(error, RequestError):
+                    log.exception("a request could not be prepared")
+                    error = _internal()
+                self._table.release(client, loaded)
+                self._refuse(request, reply, client=client, error=error)
+                return
+            self._table.add(
+                Job(
+                    request=request,
+                    reply=reply,
+                    gone=gone,
+                    client=client,
+                    number=number,
+                    tag=tag,
+                    loaded=loaded,
+                    run=run,
+                    accepted_s=now,
+                    deadline_s=now + within_s,
+                    partial_every_s=partial_every_s,
+                    alone=alone,
+                )
             )
-        )
+
+        if request.conditioned:
+            self._conditions.put(take_in)
+        else:
+            take_in()
+
+    def _refuse(
+        self, request: GenerateRequest, reply: Callable[[Reply], None], *, client: str, error: RequestError
+    ) -> None:
+        self.requests.note(code=error.code, id=request.id, client=client)
+        _deliver(reply, error_response(error, request.id))
 
     def replace_bundle(self, loaded: LoadedBundle) -> None:
         """Accept for another bundle from now on. The old one is closed once its last request is answered."""

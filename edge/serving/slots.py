@@ -36,6 +36,6 @@ class Slots:
 
     def give_back(self, slot: Slot) -> None:
         """The request is done, or given up; what it kept is overwritten by the next."""
-        slot.cached = 0
+        slot.cached, slot.condition = 0, None
         with self._pool as pool:
             pool.free.append(slot)

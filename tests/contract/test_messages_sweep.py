@@ -48,6 +48,7 @@ EXAMPLES: tuple[Struct, ...] = (
     ),
     GenerateRequest(segments=["Tom had a ", Gap(4), " and it was ", Gap(None), "."], entropy_bound=2.5),
     GenerateRequest(prompt="", window=2),
+    GenerateRequest(prompt="", words=["dragon", "ice cream"], images=["YQ==", "attachment:card"], guidance=1.5),
     CancelRequest(id="a-1", response_topic="edgelm/reply/me"),
     HealthRequest(),
     Usage(prompt_tokens=5, generated_tokens=40, steps=16),
@@ -107,6 +108,7 @@ EXAMPLES: tuple[Struct, ...] = (
     Drafts(depth=1, drafted=3, kept=2),
     Histogram(bounds_s=(0.1,), counts=(1, 2), sum_s=1.5),
     Limits(message_bytes=65536, canvas_tokens=256, steps=1024, window=3, top_k=64, queue_size=32),
+    Limits(1, 2, 3, 4, 5, 6, words=3, images=3, image_bytes=196_608, guidance=1.5),
     Info(
         v=2,
         version="0.1.0",

@@ -5,9 +5,11 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from shared.conditions import Guidance
 from shared.errors import RequestError
 from shared.manifest import MAX_STEPS, MAX_WINDOW, Decoder, Selection
 from shared.messages import (
+    MAX_CONDITIONS,
     MAX_DEADLINE_MS,
     MAX_GAP,
     MAX_SEGMENTS,
@@ -16,10 +18,12 @@ from shared.messages import (
     Gap,
     GenerateRequest,
     Id,
+    Image,
     Response,
     StopText,
     Text,
     Timing,
+    Word,
 )
 from shared.validation import explain
 
@@ -78,6 +82,9 @@ class CompletionRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     top_k: Annotated[int, Meta(ge=1)] | None = None
     threshold: Annotated[float, Meta(gt=0, le=1)] | None = None
     entropy_bound: Annotated[float, Meta(ge=0, le=1000)] | None = None
+    words: Annotated[list[Word], Meta(min_length=1, max_length=MAX_CONDITIONS)] | None = None
+    images: Annotated[list[Image], Meta(min_length=1, max_length=MAX_CONDITIONS)] | None = None
+    guidance: Guidance | None = None
     deadline_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
     n: One = None
     best_of: One = None

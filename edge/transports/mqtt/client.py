@@ -1,6 +1,8 @@
 """MQTT: the same messages as on the Unix socket, below BASE/DEVICE/, by default edgelm/DEVICE/.
 
     request/generate[/CLIENT]   in   QoS 1   a JSON object, or plain UTF-8 text, which is the prompt
+    request/attachment[/CLIENT]/NAME  in  QoS 1  a PNG or JPEG file, for requests that name it; a refusal goes to
+                                     response[/CLIENT]/NAME
     request/cancel[/CLIENT]     in   QoS 0   {"id"}: stops that request; QoS 1 would wait for room in a full window
     request/health[/CLIENT]     in   QoS 0   anything; the answer goes to response[/CLIENT]/health
     response[/CLIENT]/<id>      out  QoS 1   the one terminal answer, unless the request names another topic
@@ -33,6 +35,7 @@ from edge.delivery.outbox import Outbox
 from edge.delivery.publisher import Message, MessageTooLargeError
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Sign
+from edge.transports.mqtt.attachments import Attachments
 from edge.transports.mqtt.homeassistant import Discovery
 from edge.transports.mqtt.link import Link
 from edge.transports.mqtt.properties import answer_properties, json_properties, partial_properties, sent_with
@@ -47,8 +50,14 @@ MAX_CORRELATION_BYTES: Final = 1024
 CLOSE_S: Final = 2.0
 TAKEN_S: Final = 5.0
 """How long the broker may take to acknowledge a message that is waited for."""
-KINDS: Final = (("generate", 1), ("cancel", 0), ("health", 0))
-"""Of requests, with the QoS of their subscription."""
+ENDS: Final = ("", "/+")
+KINDS: Final = (
+    ("generate", ENDS, 1),
+    ("attachment", ("/+", "/+/+"), 1),
+    ("cancel", ENDS, 0),
+    ("health", ENDS, 0),
+)
+"""Of requests, with what follows in their topics, and the QoS of their subscription."""
 
 
 class MqttTransport:
@@ -58,12 +67,13 @@ class MqttTransport:
         self._config = config.mqtt
         self._scheduler = scheduler
         self._topics = topics = Topics.of(config)
+        self._attachments = Attachments()
         self._discovery = Discovery(config, topics, self._retain)
         self._link = Link(
             config.mqtt,
             config.device,
             topics=[
-                *((topics.own("request", kind) + end, qos) for kind, qos in KINDS for end in ("", "/+")),
+                *((topics.own("request", kind) + end, qos) for kind, ends, qos in KINDS for end in ends),
                 *self._discovery.subscriptions,
             ],
             availability=topics.own("availability"),
@@ -144,6 +154,9 @@ class MqttTransport:
             acknowledge()
 
     def _serve(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
+        if (attachment := self._topics.parse_attachment(message.topic)) is not None:
+            self._attach(message, *attachment, acknowledge)
+            return
         parsed = self._topics.parse(message.topic)
         if parsed is None:  # no reply is possible
             self._outbox.limits.drop()
@@ -174,12 +187,26 @@ class MqttTransport:
         refusal = bad or misplaced
         if request is not None and refusal is None:
             try:
-                self._outbox.accept(sender, request, sent_with(message, "MessageExpiryInterval"))
+                expiry_s = sent_with(message, "MessageExpiryInterval")
+                self._outbox.accept(sender, request, expiry_s, lambda r: self._attachments.attached(client, r))
+            except RequestError as error:
+                refusal = error
             except Exception:  # such as a journal that cannot be read: reported to the sender
                 log.exception("a request could not be accepted")
                 refusal = RequestError("internal", "the daemon failed on this request; its log has the details")
         if refusal is not None:
             self._outbox.refuse(sender, refusal, id)
+
+    def _attach(self, message: MQTTMessage, client: str | None, name: str, acknowledge: Callable[[], None]) -> None:
+        try:
+            if not self._scheduler.loaded.takes_conditions:
+                raise RequestError("bad_request", "this device takes no pictures with the bundle that it serves")
+            self._attachments.put(client, name, bytes(message.payload))
+        except RequestError as error:
+            sender, _ = self._sender(message, client, topic=None, id=name, acknowledge=acknowledge)
+            self._outbox.refuse(sender, error, name)
+            return
+        acknowledge()
 
     def _cancel(self, message: MQTTMessage, client: str | None, acknowledge: Callable[[], None]) -> None:
         payload = bytes(message.payload)

@@ -53,6 +53,13 @@ class Topics:
             return None
         return cast(RequestKind, kind), client if slash else None
 
+    def parse_attachment(self, topic: str) -> tuple[str | None, str] | None:
+        """The client and the name of an attachment's topic; None for a topic of another kind, or names not valid."""
+        kind, _, rest = topic.removeprefix(self.own("request") + "/").partition("/")
+        *client, name = rest.split("/")
+        invalid = any(not part or len(part) > MAX_CLIENT or UNSENDABLE.search(part) for part in (*client, name))
+        return None if kind != "attachment" or invalid else (client[0] if client else None, name)
+
     def may_answer_on(self, topic: str, client: str | None) -> bool:
         """Whether a client may have answers sent there: anywhere else it would publish with the daemon's rights."""
         levels = topic.split("/")

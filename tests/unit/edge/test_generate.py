@@ -1,5 +1,6 @@
 """The client's command line: what its flags ask for."""
 
+import base64
 import os
 import socket
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_build_request_turns_infill_into_segments() -> None:
     assert request.prompt is None and request.segments == ["a ", Gap(2)] and request.stream
 
 
+def test_build_request_carries_words_and_the_files_of_pictures(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    flags = ["--word", "dragon", "--word", "ice cream", "--image", str(tmp_path / "a.png"), "--guidance", "2"]
+    request = build_request(command_line().parse_args(["Once", *flags]))
+    assert (request.words, request.guidance) == (["dragon", "ice cream"], 2)
+    assert request.images == [base64.b64encode(b"\x89PNG").decode()]
+
+
+@pytest.mark.parametrize(("size", "sentence"), [(None, "cannot be read"), (48_129, "more bytes than fit")])
+def test_build_request_refuses_a_picture_by_its_file(tmp_path: Path, size: int | None, sentence: str) -> None:
+    file = tmp_path / "a.png"
+    if size is not None:
+        file.write_bytes(b"x" * size)
+    with pytest.raises(RequestError, match=rf"--image .*a\.png .*{sentence}"):
+        build_request(command_line().parse_args(["Once", "--image", str(file)]))
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -61,6 +79,9 @@ def test_build_request_turns_infill_into_segments() -> None:
         (["x", "--top-p", "inf"], "top_p"),
         (["x", "--threshold", "1", "--entropy-bound", "1"], "entropy_bound"),
         (["--infill", "a ___:0"], "gap"),
+        (["x", "--word", ""], r"words\[0\]"),
+        (["x", "--word", "dragon", "--guidance", "6"], "guidance"),
+        (["x", "--word", "dragon", "--steps", "8"], "words"),
         (["--infill", "a ___:9999"], "gap"),
         (["\udcff"], "UTF-8"),
     ],

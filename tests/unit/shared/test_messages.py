@@ -72,6 +72,8 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
     ("top_p", [1e-6, 1], [0, 1.01]),
     ("threshold", [1e-6, 1], [0, 1.01]),
     ("entropy_bound", [0, 1000], [-1, 1001]),
+    ("words", [["dragon"], ["ice cream", "café", "l'eau", "T-shirt", "7"]], [[], "dragon", ["a"] * 9]),
+    ("images", [["YQ=="], ["attachment:card"]], [[], "YQ==", ["YQ=="] * 9]),
     ("seed", [0, 2**63 - 1], [-1, 2**63]),
     ("stream", [True, False], [1, "yes"]),
     ("deadline_ms", [1, MAX_DEADLINE_MS], [0, MAX_DEADLINE_MS + 1]),
@@ -80,7 +82,7 @@ BOUNDS: list[tuple[str, list[Any], list[Any]]] = [
 
 
 def test_bounds_table_has_every_field() -> None:
-    assert {name for name, _, _ in BOUNDS} == set(GenerateRequest.__struct_fields__) - {"segments"}
+    assert {name for name, _, _ in BOUNDS} == set(GenerateRequest.__struct_fields__) - {"segments", "guidance"}
 
 
 @pytest.mark.parametrize(("field", "inside", "outside"), BOUNDS, ids=[name for name, _, _ in BOUNDS])
@@ -91,6 +93,40 @@ def test_fields_are_bounded_and_refused_by_name(field: str, inside: list[Any], o
         error = refusal(line(**{field: value}))
         assert error.code == "bad_request"
         assert f"`{field}` must be " in str(error)
+
+
+@pytest.mark.parametrize("guidance", [-0.1, 5.1, "2"])
+def test_guidance_is_bounded(guidance: object) -> None:
+    assert decode_request(line(words=["dragon"], guidance=5)).guidance == 5
+    sentence = str(refusal(line(words=["dragon"], guidance=guidance)))
+    assert "`guidance` must be a number, at least 0 and at most 5" in sentence
+
+
+@pytest.mark.parametrize(
+    "word", ["", " ", "a ", " a", "a  b", "\n", "a\0", "...", "a,b", "-a", "_", "a" * 33, "<MASK>", "\u200b", 7]
+)
+def test_words_that_are_none_are_refused_by_their_number(word: object) -> None:
+    error = refusal(line(words=["dragon", word]))
+    assert error.code == "bad_request"
+    assert "`words[1]` must be a word: 1 to 32 letters and digits" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"words": ["dragon"], "steps": 8}, "`steps` is of decoding by canvas, `words` by blocks"),
+        ({"images": ["YQ=="], "threshold": 0.9}, "`threshold` is of decoding by canvas, `images` by blocks"),
+        ({"words": ["dragon"], "decode": "canvas"}, "`words` is of decoding by blocks: leave it out, or `decode`"),
+        ({"guidance": 1}, "`guidance` goes with `words` or `images`"),
+    ],
+)
+def test_conditions_that_contradict_the_rest_are_refused(fields: dict[str, Any], sentence: str) -> None:
+    assert sentence in str(refusal(line(**fields)))
+
+
+def test_conditions_ask_for_blocks() -> None:
+    assert decode_request(line(words=["dragon"])).decoder == "blocks"
+    assert decode_request(line(images=["YQ=="])).conditioned and not decode_request(line()).conditioned
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_rows_of_a_narrow_network_have_one_thread(blocks_bundle: Path) -> None:
     rows = OrtRows(blocks_bundle, read_manifest(blocks_bundle), threads=2)
     rows.rows(rows.open_slot(), np.full(2, FIRST_TEXT_ID, np.int32), positions=np.arange(2, dtype=np.int32), scored=1)
-    with rows._sessions as sessions:
-        assert {threads for _, threads in sessions} == {1}
+    assert {threads for _, threads in rows._graphs.sizes()} == {1}
 
 
 def states(rows: OrtRows, size: int, under_way: int) -> Floats:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,35 @@ def test_journal_keeps_an_answer_that_was_given_up(journal: Journal) -> None:
     assert journal.undelivered() == []
     found = journal.find("me", "edgelm/reply/me", "a")
     assert found is not None and found.answer == b"text" and found.tries == 2
+
+
+def contents(path: Path) -> list[tuple[bytes, bytes]]:
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute("SELECT sha256, content FROM picture ORDER BY sha256").fetchall()
+
+
+def test_journal_keeps_a_picture_once_until_its_last_request_is_answered(path: Path) -> None:
+    card, dragon = (b"c" * 32, b"card"), (b"d" * 32, b"dragon")
+    journal = Journal(path.parent)
+    first = accept(journal, "a", pictures=dict([card]))
+    second = accept(journal, "b", pictures=dict([card, dragon]))
+    third = accept(journal, "c")
+    journal.close()
+    journal = Journal(path.parent)
+    assert [journal.pictures(seq) for seq in (first, second, third)] == [dict([card]), dict([card, dragon]), {}]
+    journal.record(answers=[(second, b"{}", None), (third, b"{}", None)])
+    assert [journal.pictures(seq) for seq in (first, second)] == [dict([card]), {}]
+    journal.close()
+    assert contents(path) == [card]
+    journal = Journal(path.parent)
+    journal.record(answers=[(first, b"{}", None)])
+    journal.close()
+    assert contents(path) == []
+
+
+def test_journal_counts_pictures_against_their_client(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge.delivery.journal, "MAX_BYTES", 400_000)
+    accept(journal, "a", pictures={b"c" * 32: b"x" * 310_000})
+    with pytest.raises(RequestError, match="most of its last room is for other clients"):
+        accept(journal, "b")
+    accept(journal, "b", client="you")
