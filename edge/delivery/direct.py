@@ -10,15 +10,20 @@ from typing import Final, Protocol
 import msgspec
 
 from edge.delivery.journal import Journal
-from edge.delivery.open_requests import OpenRequest, OpenRequests
+from edge.delivery.open_requests import OpenRequest, OpenRequests, conflict
+from edge.delivery.pictures import put_aside
 from edge.serving.runs import Plan
 from edge.serving.scheduler import Scheduler
 from edge.system.locked import Locked
 from shared.errors import RequestError
-from shared.messages import GenerateRequest, Reply, Response, encode
+from shared.messages import GenerateRequest, Reply, Response
 
 DIRECT: Final = "#direct"
 """Client and address of these requests in the journal; no level of an MQTT topic has a `#`."""
+
+
+ARRIVING_MS: Final = 500
+"""When to ask again for what is being taken in: the pictures of a request may take a moment."""
 
 
 class Waiter(Protocol):
@@ -57,8 +62,7 @@ class DirectRequests:
             self._submit(request, waiter, digest=digest, client=client, accepted_s=accepted_s, every_s=every_s)
             return
         if known.payload_sha256 != digest:
-            message = f"`id` {request.id!r} was given to another request before; each needs its own"
-            raise RequestError("conflict", message)
+            raise conflict(request.id)
         if self._wait(known.seq, waiter, known.accepted_s):
             return
         entry = self._journal.entry(known.seq)  # perhaps answered since
@@ -95,21 +99,25 @@ class DirectRequests:
         self, request: GenerateRequest, waiter: Waiter, *, digest: bytes, client: str, accepted_s: float, every_s: float
     ) -> None:
         opened = OpenRequest(DIRECT, DIRECT, request.id, None)
+        if self._open.arrive(opened, lambda: None) is not None:
+            raise RequestError("queue_full", f"`id` {request.id!r} is being taken in at this moment", ARRIVING_MS)
         seq: int | None = None
 
         def commit(plan: Plan) -> int:
             nonlocal seq
+            stored, pictures = put_aside(request, plan.seed)
             within_s = None if request.deadline_ms is None else request.deadline_ms / 1e3
             seq = self._journal.accept(
                 client=DIRECT,
                 address=DIRECT,
                 id=request.id,
                 payload_sha256=digest,
-                request=encode(msgspec.structs.replace(request, seed=plan.seed)),
+                request=stored,
                 correlation=None,
                 bundle=self._scheduler.model,
                 deadline_s=None if within_s is None else accepted_s + within_s,
                 accepted_s=accepted_s,
+                pictures=pictures,
             )
             self._open.add(seq, opened)
             self._wait(seq, waiter, accepted_s)
@@ -117,6 +125,7 @@ class DirectRequests:
 
         def reply(message: Reply) -> None:
             if seq is None:  # refused
+                self._open.leave(opened)
                 waiter.answer(message, accepted_s)
             else:
                 self._answer(seq, message)

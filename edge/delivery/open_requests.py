@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge.system.locked import Locked
+from shared.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,8 @@ class OpenRequests:
             for opened in (*requests.accepted.values(), *requests.arriving):
                 sender = "/" in opened.client if client is None else opened.client == client
                 opened.cancelled |= opened.id == id and sender and address in (None, opened.address)
+
+
+def conflict(id: str | None) -> RequestError:
+    """The refusal of a request under an id that means another."""
+    return RequestError("conflict", f"`id` {id!r} was given to another request before; each needs its own")

@@ -14,11 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from msgspec.structs import replace
-
 from edge.delivery.direct import DIRECT, DirectRequests
 from edge.delivery.journal import MAX_ATTEMPTS, Entry, Journal
-from edge.delivery.open_requests import OpenRequest, OpenRequests, Sender
+from edge.delivery.open_requests import OpenRequest, OpenRequests, Sender, conflict
 from edge.delivery.pictures import put_aside, put_back
 from edge.delivery.publisher import Message, Outcomes, Publisher, Send
 from edge.delivery.reply_limits import ReplyLimits
@@ -32,7 +30,6 @@ from shared.messages import (
     Partial,
     Reply,
     Response,
-    decode_request,
     encode,
     error_response,
 )
@@ -105,7 +102,7 @@ class Outbox:
         opened = OpenRequest(sender.client, sender.address, request.id, sender.correlation, digest)
         if (arriving := self._open.arrive(opened, sender.acknowledge)) is not None:
             if arriving.payload_sha256 != digest:
-                self.refuse(sender, _conflict(request), request.id)
+                self.refuse(sender, conflict(request.id), request.id)
             return
         try:
             known = None if request.id is None else self._journal.find(sender.client, sender.address, request.id)
@@ -116,7 +113,7 @@ class Outbox:
         if known is not None:
             self._open.leave(opened)
             if known.payload_sha256 != digest:
-                self.refuse(sender, _conflict(request), request.id)
+                self.refuse(sender, conflict(request.id), request.id)
             else:
                 self._repeat(known, sender)
             return
@@ -126,13 +123,13 @@ class Outbox:
 
         def commit(plan: Plan) -> int:
             nonlocal seq
-            stored, pictures = put_aside(whole)
+            stored, pictures = put_aside(whole, plan.seed)
             seq = self._journal.accept(
                 client=sender.client,
                 address=sender.address,
                 id=request.id,
                 payload_sha256=digest,
-                request=encode(replace(stored, seed=plan.seed)),
+                request=stored,
                 correlation=sender.correlation,
                 bundle=self._scheduler.model,
                 deadline_s=deadline_s,
@@ -221,7 +218,7 @@ class Outbox:
         opened = OpenRequest(entry.client, entry.address, entry.id, entry.correlation)
         self._open.add(entry.seq, opened)
         try:
-            request = put_back(decode_request(entry.request), self._journal.pictures(entry.seq))
+            request = put_back(entry.request, self._journal.pictures(entry.seq))
         except RequestError as error:  # written by another release
             self._reply(entry.seq, error_response(error, entry.id))
             return
@@ -343,10 +340,6 @@ class Outbox:
                 self.direct.answered(seq, payload)
             else:
                 self._publisher.add_answer(seq)
-
-
-def _conflict(request: GenerateRequest) -> RequestError:
-    return RequestError("conflict", f"`id` {request.id!r} was given to another request before; each needs its own")
 
 
 def _is_draining(response: Response) -> bool:
