@@ -13,14 +13,18 @@ from typing import get_args
 import msgspec
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from edge.decoding.layout_text import Layout, Texts
+from edge.decoding.pictures import read_picture
 from host.data.tokenizer import load_tokenizer
+from host.model.conditions import PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS, Condition
 from host.model.network import Denoiser
 from host.sampling.blocks import write
 from host.sampling.reference import TOP_K, Settings, sample
 from host.train.checkpoint import newest_run
 from host.train.run_folder import load_run
+from shared.conditions import MAX_GUIDANCE
 from shared.errors import ConfigError, RequestError, run_main
 from shared.manifest import TOKENIZER, SamplingDefaults, Selection
 from shared.messages import GenerateRequest, decode_request
@@ -64,15 +68,59 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=float, default=usual.top_p, help="probability kept at each position (default: %(default)s)"
     )
+    parser.add_argument("--word", action="append", default=[], help="what the text is to tell of; up to three times")
+    parser.add_argument(
+        "--image", action="append", default=[], type=Path, help="a picture of it, PNG or JPEG; up to three times"
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=0.0, help="how hard words and pictures pull (default: %(default)s)"
+    )
     parser.add_argument("--max-tokens", type=int, help="length of a canvas's text at most (default: what fits)")
     return parser.parse_args()
 
 
-def print_written(model: Denoiser, texts: Texts, *, layout: Layout, prompt: list[int], settings: Settings) -> None:
+def condition_of(args: argparse.Namespace, model: Denoiser, tokenizer: Tokenizer) -> Condition | None:
+    """Of --word and --image; ConfigError where run or limits do not allow it, RequestError for a bad picture."""
+    if not 0 <= args.guidance <= MAX_GUIDANCE:
+        raise ConfigError(f"--guidance must be from 0 to {MAX_GUIDANCE:g}, not {args.guidance}")
+    if not args.word and not args.image:
+        if args.guidance:
+            raise ConfigError("--guidance is about --word and --image: give one")
+        return None
+    if model.conditions is None:
+        raise ConfigError("this run takes neither words nor pictures: train it with host.train --stage conditions")
+    for flag, given, most in (("--word", args.word, WORDS), ("--image", args.image, PICTURES)):
+        if len(given) > most:
+            raise ConfigError(f"{flag} is given {len(given)} times: at most {most}")
+    words = [tokenizer.encode(f" {word.strip().lower()}", add_special_tokens=False).ids for word in args.word]
+    for word, tokens in zip(args.word, words, strict=True):
+        if not word.strip() or len(tokens) > WORD_TOKENS:
+            raise ConfigError(f"--word {word!r} has {len(tokens)} tokens: it must have 1 to {WORD_TOKENS}")
+    try:
+        shown = [read_picture(path.read_bytes(), str(path), PICTURE_SIZE) for path in args.image]
+    except OSError as error:
+        raise ConfigError(f"--image {error.filename} cannot be read: {error.strerror}") from None
+    if not shown:
+        return Condition(words)
+    return Condition(words, torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 255)
+
+
+def print_written(
+    model: Denoiser,
+    texts: Texts,
+    *,
+    layout: Layout,
+    prompt: list[int],
+    settings: Settings,
+    condition: Condition | None,
+    guidance: float,
+) -> None:
     """Print the text that continues a prompt left to right, and what it cost."""
     window = 0 if model.drafter is None else len(model.drafter.depths)
     started = time.perf_counter()
-    written = write(model, [prompt], settings=settings, open_end=True, window=window)
+    written = write(
+        model, [prompt], settings=settings, open_end=True, window=window, condition=condition, guidance=guidance
+    )
     canvas = np.full(model.config.canvas_len, PAD)
     text = [BOS, *prompt, *written.gaps[0], EOS][: len(canvas)]
     canvas[: len(text)] = text
@@ -89,7 +137,9 @@ def main() -> None:
     requests = [checked_request(args, seed) for seed in args.seed]
     run = args.run or newest_run()
     model, progress = load_run(run)
-    texts = Texts(load_tokenizer(run / TOKENIZER), model.config.canvas_len)
+    tokenizer = load_tokenizer(run / TOKENIZER)
+    condition = condition_of(args, model, tokenizer)
+    texts = Texts(tokenizer, model.config.canvas_len)
     layout = texts.lay_out(requests[0])
     steps, selection = args.steps or usual.steps, args.selection or usual.selection
     top_k = min(TOP_K, model.config.vocab_size)
@@ -101,8 +151,18 @@ def main() -> None:
     if "ar" in progress.objectives and not canvas_flags:
         given = layout.canvas[1:][~layout.fill[1:]].tolist()
         for one in settings:
-            print_written(model, texts, layout=layout, prompt=given, settings=one)
+            print_written(
+                model,
+                texts,
+                layout=layout,
+                prompt=given,
+                settings=one,
+                condition=condition,
+                guidance=args.guidance,
+            )
         return
+    if condition is not None:
+        raise ConfigError("--word and --image are for text that is written left to right, not for a canvas")
     canvas, fill = torch.from_numpy(layout.canvas).long(), torch.from_numpy(layout.fill)
     for one in settings:
         started = time.perf_counter()

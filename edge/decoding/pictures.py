@@ -37,15 +37,15 @@ UPRIGHT: Final = {
 }
 
 
-def read_picture(raw: bytes, name: str, side: int) -> NDArray[np.uint8]:
+def read_picture(raw: bytes, name: str, side: int, most_bytes: int = MAX_PICTURE_BYTES) -> NDArray[np.uint8]:
     """The pixels (side, side, 3) of a PNG or JPEG, RGB; what is not square stands in the middle of white.
 
     name: for the sentences. Transparent parts are white, 16-bit grey loses its lower byte, CMYK becomes RGB, the EXIF
     orientation is undone. Raises RequestError: `too_large` above the limits, else `bad_request`: neither format,
     damaged, animated, a side below LEAST_SIDE, or no Pillow on this device.
     """
-    if len(raw) > MAX_PICTURE_BYTES:
-        raise RequestError("too_large", f"{name} has {len(raw)} bytes; a picture may have {MAX_PICTURE_BYTES}")
+    if len(raw) > most_bytes:
+        raise RequestError("too_large", f"{name} has {len(raw)} bytes; a picture may have {most_bytes}")
     try:
         from PIL import Image, PngImagePlugin, UnidentifiedImageError
     except ImportError:

@@ -15,6 +15,8 @@ from typing import Final
 import msgspec
 from tokenizers import Tokenizer
 
+from host.data.picture_sources import HUB, shown_in
+from host.data.pictures import prepare_pictures
 from host.data.shards import DATA_FILE, FORMAT_VERSION, SPLITS, DataMeta, SplitMeta, SplitName, SplitWriter, load_data
 from host.data.sources import FILE_ENDINGS, Corpus, corpus_name, open_corpus, source_identity
 from host.data.tokenizer import (
@@ -212,6 +214,17 @@ def parse_arguments() -> argparse.Namespace:
         f"text in {HOLD_OUT_OF} goes to each (default: {DEFAULT_SOURCE})",
     )
     parser.add_argument("--out", type=Path, help="data folder to make (default: data/NAME, after the source)")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="prepare pictures instead, for host.train --stage conditions: a folder with a .jsonl of pictures and words"
+        " or captions, and zip files of drawing styles if there are any; --source hub:NAME does so with an image-"
+        "caption set of the Hub",
+    )
+    parser.add_argument(
+        "--held-out-style", nargs="+", default=[], metavar="STYLE", help="of pictures: to measure on, not to train on"
+    )
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--vocab-size", type=int, default=DEFAULT_VOCAB_SIZE, help="tokens of the vocabulary (default: %(default)s)"
@@ -231,4 +244,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args = parse_arguments()
     sources = args.source or [DEFAULT_SOURCE]
+    of_hub = [source for source in args.source or () if source.startswith(HUB)]
+    if args.pictures is not None and args.source:
+        raise ConfigError("--pictures is a source by itself: it cannot be combined with --source")
+    if of_hub and len(sources) > 1:
+        raise ConfigError(f"--source {of_hub[0]} is prepared alone")
+    if args.pictures is not None or of_hub:
+        source = of_hub[0] if of_hub else str(args.pictures)
+        name = source.removeprefix(HUB) if of_hub else args.pictures.resolve().name
+        out = args.out or default_out([f"pictures-{name.replace('/', '-')}"])
+        prepare_pictures(shown_in(source), out, source=name, held_out=args.held_out_style)
+        return
+    if args.held_out_style:
+        raise ConfigError("--held-out-style is about pictures: it needs --pictures, or --source hub:NAME")
     prepare(sources, args.out or default_out(sources), args.vocab_size, args.tokenizer)

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
@@ -32,6 +32,7 @@ _TEST_NAME = re.compile(r"(^|[^a-z])test([^a-z]|$)")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 Texts = Callable[[], Iterator[str]]
+_Line = TypeVar("_Line")
 
 
 @dataclass(frozen=True)
@@ -210,14 +211,19 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 
 def _json_texts(path: Path) -> Iterator[str]:
-    decoder = msgspec.json.Decoder(_Record)
+    return (record.text for _, record in json_lines(path, _Record, '{"text": "..."}'))
+
+
+def json_lines(path: Path, kind: type[_Line], looks_like: str) -> Iterator[tuple[int, _Line]]:
+    """Each line of a file with its number, blank ones left out; DataError names the line that is not of that kind."""
+    decoder = msgspec.json.Decoder(kind)
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            yield decoder.decode(line).text
+            yield number, decoder.decode(line)
         except msgspec.ValidationError as error:
-            raise DataError(f'{path}, line {number} is not {{"text": "..."}}: {error}') from None
+            raise DataError(f"{path}, line {number} is not {looks_like}: {error}") from None
         except (msgspec.DecodeError, UnicodeError) as error:
             raise DataError(f"{path}, line {number} is not valid JSON: {error}") from None
 

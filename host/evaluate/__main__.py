@@ -16,17 +16,23 @@ from pathlib import Path
 from typing import get_args
 
 import msgspec
+import torch
 
 from host.data.shards import SplitName
+from host.device import mixed_precision_dtype
 from host.evaluate.bundle_drafting import measure_drafting, print_bundle_drafting
-from host.evaluate.gen_ppl import COUNT, print_scored, score_samples
+from host.evaluate.conditions import COUNT as CONDITIONED_TEXTS
+from host.evaluate.conditions import GUIDANCES, evaluate_conditions, print_header, print_laws_given, print_told
+from host.evaluate.gen_ppl import COUNT, SampleScorer, print_scored, score_samples
 from host.evaluate.laws import measure_laws, print_laws
 from host.evaluate.likelihood import DRAWS, STORIES, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer, load_graph
 from host.evaluate.sweep import sweep
 from host.files import check_numbers
 from host.train.checkpoint import newest_run
-from host.train.run_folder import data_of, load_run
+from host.train.conditioner import conditioner_of
+from host.train.run_folder import data_of, load_run, pictures_of
+from shared.conditions import MAX_GUIDANCE
 from shared.errors import ConfigError, run_main
 from shared.manifest import TOKENIZER, find_graph, read_manifest, verified_bytes
 
@@ -63,8 +69,30 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="also measure the drafter: tokens per pass, on texts that the run, or the bundle, writes",
     )
+    parser.add_argument(
+        "--conditions",
+        action="store_true",
+        help="measure words and pictures: what texts tell of that they were to tell of, and the law given a condition",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        nargs="+",
+        help=f"of --conditions (default: {' '.join(f'{one:g}' for one in GUIDANCES)})",
+    )
     args = parser.parse_args()
     check_numbers(args, dict.fromkeys(("stories", "draws", "count"), math.inf))
+    if args.guidance and not args.conditions:
+        raise ConfigError("--guidance is about --conditions")
+    if any(not 0 <= one <= MAX_GUIDANCE for one in args.guidance or ()):
+        raise ConfigError(f"--guidance must be from 0 to {MAX_GUIDANCE:g}")
+    if args.conditions:
+        if args.bundle or args.samples or args.sweep or args.drafts or args.draws or args.source:
+            raise ConfigError(
+                "--conditions measures a run on its own data: it goes with --split, --stories, --count, "
+                "--guidance, --scorer and --json"
+            )
+        return args
     if args.drafts and (args.samples or args.sweep):
         raise ConfigError("--drafts is about a run or a bundle: it cannot be combined with --samples or --sweep")
     if args.drafts and args.bundle:
@@ -119,9 +147,34 @@ def measure_likelihood(args: argparse.Namespace) -> None:
         print_table([result])
 
 
+def measure_conditions(args: argparse.Namespace) -> None:
+    """Print what a run makes of words and pictures."""
+    run = args.run or newest_run()
+    model, _ = load_run(run)
+    if model.conditions is None:
+        raise ConfigError(f"{run} takes no conditions: train them with host.train --stage conditions --init {run}")
+    data = data_of(run)
+    if not args.json:
+        print_header()
+    figures = evaluate_conditions(
+        model,
+        conditioner_of(data, pictures_of(run)),
+        held_out=held_out_split(data, args.stories or STORIES, args.split),
+        count=args.count or CONDITIONED_TEXTS,
+        guidances=args.guidance or GUIDANCES,
+        scorer=SampleScorer.load(args.scorer, run / TOKENIZER) if args.scorer else None,
+        dtype=mixed_precision_dtype(torch.device("cpu")),
+        on_row=(lambda row: None) if args.json else print_told,
+    )
+    print(msgspec.json.encode(figures).decode()) if args.json else print_laws_given(figures.laws)
+
+
 def main() -> None:
     """Evaluate a run, a bundle, or texts."""
     args = parse_arguments()
+    if args.conditions:
+        measure_conditions(args)
+        return
     count = args.count or COUNT
     if args.sweep:
         sweep(args.run or newest_run(), args.scorer, source=args.source, split=args.split, count=count)

@@ -111,7 +111,7 @@ class SampleScorer:
             texts=len(canvases),
             perplexity=Figure(float(np.exp(mean.value)), float(np.exp(mean.value) * mean.stderr)),
             unigram_entropy_bits=float(-(p * np.log2(p)).sum()) + 0.0,
-            distinct=(_distinct(texts, 1), _distinct(texts, 2), _distinct(texts, 3)),
+            distinct=(distinct(texts, 1), distinct(texts, 2), distinct(texts, 3)),
             repetition=_repetition(texts),
             non_words=sum(word not in self.words for word in words) / max(1, len(words)),
             lengths=tuple(np.bincount(bins, minlength=BINS).tolist()),
@@ -128,7 +128,8 @@ def _grams(text: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
 
 
-def _distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams ÷ n-grams over all texts."""
     grams = list(itertools.chain.from_iterable(_grams(text, n) for text in texts))
     return len(set(grams)) / max(1, len(grams))
 

@@ -16,16 +16,17 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final
 
 import numpy as np
 
 from host.evaluate.laws import law_figures, print_law_figures
 from host.evaluate.likelihood import STORIES, HeldOut, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
+from host.export.arguments import parse_arguments
 from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
-from host.export.conditions_pipeline import conditions_spec
+from host.export.conditions_pipeline import conditions_of_run, conditions_spec, measured_conditions
 from host.export.hub.publish import (
     Dtype,
     check_publishable,
@@ -42,61 +43,14 @@ from host.export.reference import reference_of
 from host.export.sensitivity import print_errors
 from host.export.stages import Stages
 from host.model.drafter import DEPTH
-from host.model.network import CONFIGS, config_named
+from host.model.network import config_named
 from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
-from host.train.run_folder import data_of, load_run, training_stages
+from host.train.conditioner import conditioner_of
+from host.train.run_folder import data_of, load_run, pictures_of, training_stages
+from shared.conditions import MAX_GUIDANCE
 from shared.errors import ConfigError, run_main
 from shared.manifest import MAX_STEPS, TOKENIZER, Evaluation, LawFigures, Parity, SamplingDefaults
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m host.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m host.export --int8 --fp16 --out bundles/mine",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
-    what.add_argument(
-        "--untrained", choices=list(CONFIGS), help="random weights of this shape instead, for measuring and testing"
-    )
-    parser.add_argument("--conditions", action="store_true", help="with --untrained: also take words and pictures")
-    parser.add_argument("--out", type=Path, help="bundle folder (default: bundles/NAME-OF-RUN)")
-    parser.add_argument("--int8", action="store_true", help="INT8 graphs for the CPU and for CUDA")
-    parser.add_argument("--fp16", action="store_true", help="FP16 graph for CUDA")
-    parser.add_argument("--fp32-norms", action="store_true", help="compute LayerNorm in float32 in the CUDA graphs")
-    parser.add_argument("--hf", type=Path, metavar="OUT", help="write a folder for the Hugging Face libraries")
-    parser.add_argument(
-        "--hf-dtype", choices=get_args(Dtype), help="of the weights there (default: float32; float16 takes half)"
-    )
-    parser.add_argument(
-        "--hf-figures",
-        type=Path,
-        metavar="BUNDLE",
-        help="bundle of the run that has its figures (default: measure)",
-    )
-    parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
-    parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
-    parser.add_argument(
-        "--stories", type=int, default=STORIES, help=f"evaluate on the first N stories (default: {STORIES})"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=SamplingDefaults().steps,
-        help="of a request that names none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=SamplingDefaults().temperature,
-        help="of a request that names none (default: %(default)s)",
-    )
-    parser.add_argument("--report", action="store_true", help="also print each layer's error and every graph's figures")
-    return parser.parse_args()
 
 
 def wanted_graphs(args: argparse.Namespace) -> Wanted:
@@ -125,6 +79,8 @@ def main() -> None:
     wanted = wanted_graphs(args)
     if not 1 <= args.steps <= MAX_STEPS or args.stories < 1:
         raise ConfigError(f"--stories must be at least 1, --steps from 1 to {MAX_STEPS}")
+    if not 0 <= args.guidance <= MAX_GUIDANCE:
+        raise ConfigError(f"--guidance must be a number from 0 to {MAX_GUIDANCE:g}, not {args.guidance}")
     if not 0 <= args.temperature <= 10:
         raise ConfigError(f"--temperature must be a number from 0 to 10, not {args.temperature}")
     defaults = SamplingDefaults(steps=args.steps, temperature=args.temperature)
@@ -155,6 +111,7 @@ def main() -> None:
             source=args.source,
             stories=args.stories,
             report=args.report,
+            guidance=args.guidance,
         )
     if args.hf:
         held_out = partial(held_out_of, run, args.source, args.stories)
@@ -210,6 +167,7 @@ def export_run(
     source: Path | None,
     stories: int,
     report: bool,
+    guidance: float,
 ) -> None:
     """The bundle as soon as its graphs pass the gate, then its figures, with which its manifest is written again."""
     model, progress = load_run(run)
@@ -217,7 +175,8 @@ def export_run(
     check_learned(run, learned, wanted)
     tokenizer = run / TOKENIZER
     held_out = held_out_of(run, source, stories)
-    stages = Stages(stage_costs(wanted, learned, stories=len(held_out.canvases), report=report))
+    takes = model.conditions is not None and (wanted.cpu_int8 or wanted.cpu_fp32)
+    stages = Stages(stage_costs(wanted, learned, stories=len(held_out.canvases), report=report, conditions=takes))
     blocks = Blocks([])
     text = held_out.canvases
     if not source:
@@ -228,8 +187,17 @@ def export_run(
         blocks = blocks_int8(model, learned, held_out=held_out, text=text)
     elif wanted.cpu_fp32:
         blocks = Blocks(blocks_graphs(model, learned))
+    conditioner, conditions = None, Blocks([])
+    if takes:
+        stages.begin(CONDITIONS)
+        data = data_of(run)
+        conditioner = conditioner_of(data, pictures_of(run))
+        conditions = conditions_of_run(
+            model, learned, conditioner=conditioner, train=data.train, held_out=held_out, int8=wanted.cpu_int8
+        )
     top_k = min(TOP_K, model.config.vocab_size)
-    graphs, parities, calibration = blocks.graphs, list[Parity](), blocks.calibration
+    graphs, parities = blocks.graphs + conditions.graphs, list[Parity]()
+    calibration = "; ".join(part for part in (blocks.calibration, conditions.calibration) if part)
     reference, canvases = None, list[BundleGraph]()
     if "canvas" in learned:
         stages.begin(SAMPLING)
@@ -240,6 +208,8 @@ def export_run(
         canvases, parities, of_canvases = build(wanted, reference, stages)
         graphs = graphs + canvases
         calibration = "; ".join(part for part in (calibration, of_canvases) if part)
+
+    spec = None if conditioner is None else conditions_spec(guidance)
 
     def write(evaluations: Sequence[Evaluation], laws: Sequence[LawFigures]) -> None:
         write_bundle(
@@ -253,9 +223,10 @@ def export_run(
             evaluations=evaluations,
             laws=laws,
             parity=parities,
-            law_parity=blocks.parity,
+            law_parity=blocks.parity + conditions.parity,
             calibration=calibration or "none",
             defaults=defaults,
+            conditions=spec,
         )
 
     write([], [])
@@ -265,6 +236,8 @@ def export_run(
     if blocks.graphs:
         laws = [law_figures(model, held_out, learned), graph_laws(blocks.graphs, held_out)]
         print_law_figures(laws)
+    if conditioner is not None:
+        spec = measured_conditions(model, conditioner, held_out, guidance)
     evaluations: list[Evaluation] = []
     if reference is not None:
         scorers: list[Scorer] = [TorchScorer(model)]
@@ -286,15 +259,19 @@ def check_learned(run: Path, learned: Collection[str], wanted: Wanted) -> None:
 
 
 BLOCKS: Final = "INT8 for blocks"
+CONDITIONS: Final = "graphs of conditions"
 SAMPLING: Final = "canvases that sampling visits"
 FIGURES: Final = "figures on held-out text (the bundle is there already)"
 REPORT: Final = "errors of the layers"
 
 
-def stage_costs(wanted: Wanted, learned: Collection[str], *, stories: int, report: bool) -> dict[str, float]:
+def stage_costs(
+    wanted: Wanted, learned: Collection[str], *, stories: int, report: bool, conditions: bool
+) -> dict[str, float]:
     """What each stage takes, roughly, in passes of the network over a canvas, as measured on `tiny`."""
     canvas, blocks = "canvas" in learned, "ar" in learned and (wanted.cpu_int8 or wanted.cpu_fp32)
     costs: dict[str, float] = {BLOCKS: 2000} if blocks and wanted.cpu_int8 else {}
+    costs |= {CONDITIONS: 3000} if conditions else {}
     costs |= {SAMPLING: 900} if canvas else {}
     costs |= {"INT8 for the CPU": 600} if canvas and wanted.cpu_int8 else {}
     costs |= {"FP16 for CUDA": 500} if canvas and wanted.cuda_fp16 else {}

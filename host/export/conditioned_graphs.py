@@ -37,6 +37,8 @@ class ReadingBuilder(RowBuilder):
             ranges = {**ranges, **{f"blocks.{i}.all": ranges[q] for i in layers if (q := f"blocks.{i}.qkv") in ranges}}
         super().__init__(model, ranges)
         for i in layers:
+            r = f"conditions.reads.{i}"
+            self.weights[f"{r}.out.weight"] = self.weights[f"{r}.out.weight"] + np.diag(self.weights[f"{r}.gain"])
             for kind in ("weight", "bias"):
                 parts = [self.weights[f"{name}.{kind}"] for name in (f"blocks.{i}.qkv", f"conditions.reads.{i}.q")]
                 self.weights[f"blocks.{i}.all.{kind}"] = np.concatenate(parts)
@@ -155,7 +157,9 @@ def encode_text_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.Mod
     no word, then the tokens'
     """
     g, e = RowBuilder(model, ranges), "conditions.words"
-    x = g.token_rows("embedding", "tokens")
+    tables = ("token_embedding.weight", "head.weight")
+    rows = [g.token_rows(f"tokens.{table}", "tokens", table) for table in tables]
+    x = g.product(g.op("Concat", "tokens.rows", *rows, axis=-1), f"{e}.token", bias=True)
     for kind, ids in (("place", "places"), ("word", "words")):
         more = g.op("Gather", f"{kind}.embedding", g.weight(f"{e}.{kind}_embedding.weight"), ids)
         x = g.op("Add", f"{kind}.embedded", x, more)

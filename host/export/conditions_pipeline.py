@@ -4,12 +4,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Final
 
+import msgspec
 import numpy as np
 import onnx
 import torch
 
+from host.data.shards import Split
+from host.device import mixed_precision_dtype
+from host.evaluate.conditions import evaluate_conditions, print_laws_given
+from host.evaluate.likelihood import HeldOut
 from host.evaluate.row_graphs import RowGraphs
-from host.export.blocks_pipeline import SCHEME, Blocks, say
+from host.export.blocks_pipeline import CALIBRATION_STORIES, PARITY_STORIES, SCHEME, Blocks, say
 from host.export.bundle_writer import BundleGraph
 from host.export.conditioned_graphs import (
     conditioned_prefill_graph,
@@ -20,17 +25,20 @@ from host.export.conditioned_graphs import (
 from host.export.law_parity import GATE, passes_law, total_nats
 from host.export.random_weights import random_conditions
 from host.export.row_builder import Ranges
-from host.export.row_ranges import best_ranges, observe
+from host.export.row_ranges import best_ranges, calibration_rows, observe
 from host.model.conditions import PICTURE_ROWS, PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS
 from host.model.network import Denoiser
 from host.sampling.reference import TOP_K
-from host.train.objectives import Example, Settings, ar
+from host.train.conditioner import Conditioner
+from host.train.objectives import Example, Settings, ar, conditioned
 from shared.conditions import Conditions
 from shared.errors import BundleError
 from shared.manifest import LawParity, Precision, Role
 from shared.tokens import FIRST_TEXT_ID
 
 PROMPT_TOKENS: Final = 4
+MEASURED_STORIES: Final = 128
+MEASURED_TEXTS: Final = 32
 
 
 def conditions_spec(guidance: float = 0.0) -> Conditions:
@@ -58,6 +66,41 @@ def conditioned_graphs(model: Denoiser, learned: Collection[str], ranges: Ranges
     if "infill" in learned:
         graphs["prefill.conditioned"] = conditioned_prefill_graph(model, ranges)
     return [BundleGraph(graph, role, precision, "cpu") for role, graph in graphs.items()]
+
+
+def conditions_of_run(
+    model: Denoiser, learned: Collection[str], *, conditioner: Conditioner, train: Split, held_out: HeldOut, int8: bool
+) -> Blocks:
+    """The graphs of a run; in INT8 such as pass the gate on the first held-out stories that have a condition."""
+    if not int8:
+        return Blocks(conditioned_graphs(model, learned))
+    rng, settings = np.random.default_rng(0), Settings(conditioner=conditioner)
+    few, stories = (
+        torch.from_numpy(canvases.astype(np.int64))
+        for canvases in (
+            held_out.canvases[:PARITY_STORIES],
+            train.take(np.arange(min(len(train), CALIBRATION_STORIES))),
+        )
+    )
+    calibration = calibration_rows(stories.numpy().astype(np.uint16), learned)
+    calibration += conditioned.examples(stories, rng, settings) + conditioned.examples(stories, rng, settings)
+    return conditions_int8(model, learned, held_out=conditioned.examples(few, rng, settings), calibration=calibration)
+
+
+def measured_conditions(model: Denoiser, conditioner: Conditioner, held_out: HeldOut, guidance: float) -> Conditions:
+    """What a bundle's manifest says of conditions, measured in float32 on a few held-out stories."""
+    few = replace(held_out, canvases=held_out.canvases[:MEASURED_STORIES])
+    figures = evaluate_conditions(
+        model,
+        conditioner,
+        held_out=few,
+        count=MEASURED_TEXTS,
+        guidances=(guidance,),
+        dtype=mixed_precision_dtype(torch.device("cpu")),
+    )
+    print_laws_given(figures.laws)
+    asked_for = tuple(one.asked for one in figures.told)
+    return msgspec.structs.replace(conditions_spec(guidance), asked_for=asked_for, laws=tuple(figures.laws))
 
 
 def untested_conditions(model: Denoiser, learned: Collection[str], int8: bool) -> list[BundleGraph]:

@@ -46,14 +46,15 @@ class RowBuilder(StepBuilder):
         places = self.op("Gather", "places", self.weight("position_embedding.weight"), "positions")
         return self.op("Add", "embedded", self.token_rows("embedding", "tokens"), places)
 
-    def token_rows(self, name: str, ids: str) -> str:
-        """Embeddings of tokens: in a quantized graph INT8 with one scale a row, a quarter of the bytes."""
-        table = self.weights["token_embedding.weight"]
+    def token_rows(self, name: str, ids: str, table: str = "token_embedding.weight") -> str:
+        """Rows of a table, the embedding, by tokens: in a quantized graph INT8 with one scale a row, a quarter of the
+        bytes.
+        """
         if self._quantization is None:
-            return self.op("Gather", name, self.weight("token_embedding.weight"), ids)
-        whole, scale = int8_rows(table)
-        rows = self.op("Gather", f"{name}.int8", self.constant("token_embedding.int8", whole), ids)
-        scales = self.op("Gather", f"{name}.scale", self.constant("token_embedding.scale", scale), ids)
+            return self.op("Gather", name, self.weight(table), ids)
+        (whole, scale), short = int8_rows(self.weights[table]), table.removesuffix(".weight")
+        rows = self.op("Gather", f"{name}.int8", self.constant(f"{short}.int8", whole), ids)
+        scales = self.op("Gather", f"{name}.scale", self.constant(f"{short}.scale", scale), ids)
         return self.op("Mul", name, self.op("Cast", f"{name}.whole", rows, to=TensorProto.FLOAT), scales)
 
     def table_rows(self, name: str, table: NDArray[np.float32], rows: str) -> str:

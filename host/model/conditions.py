@@ -71,21 +71,23 @@ class Memory(NamedTuple):
 class WordEncoder(nn.Module):
     """Tokens of words through two bidirectional blocks; a learned row stands before them.
 
-    A word of one token alone would be read with the same weight at every place of the text, as softmax over one row
-    is 1; with the row beside it, it need not be read.
+    Each token is its row of the body's embedding and its row of the LM head, so that whoever reads it can write the
+    direction that scores it, of rare words too. A word of one token alone would be read with the same weight at every
+    place of the text, as softmax over one row is 1; with the row beside it, it need not be read.
     """
 
     def __init__(self, d_model: int, heads: int) -> None:
         super().__init__()
         self.place_embedding = nn.Embedding(WORD_TOKENS, d_model)
         self.word_embedding = nn.Embedding(WORDS, d_model)
+        self.token = nn.Linear(2 * d_model, d_model)
         self.nothing = nn.Parameter(0.02 * torch.randn(1, d_model))
         self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(d_model)
 
-    def forward(self, embedded: Tensor, places: Tensor, words: Tensor, bias: Tensor | None = None) -> Tensor:
-        """embedded (B, R, D), places, words (B, R), bias (B, 1, 1, 1 + R) → (B, 1 + R, D)"""
-        x = embedded + self.place_embedding(places) + self.word_embedding(words)
+    def forward(self, rows: Tensor, places: Tensor, words: Tensor, bias: Tensor | None = None) -> Tensor:
+        """rows (B, R, 2·D), places, words (B, R), bias (B, 1, 1, 1 + R) → (B, 1 + R, D)"""
+        x = self.token(rows) + self.place_embedding(places) + self.word_embedding(words)
         x = torch.cat([self.nothing.expand(len(x), 1, -1).to(x.dtype), x], 1)
         for block in self.blocks:
             x, _ = block(x, bias)
@@ -117,7 +119,11 @@ class PictureEncoder(nn.Module):
 
 
 class Read(nn.Module):
-    """A block's cross-attention: queries of the rows, keys and values of the memory."""
+    """A block's cross-attention: queries of the rows, keys and values of the memory.
+
+    Values start as the memory itself, and `gain` passes them on by channel: few numbers that learn fast that what was
+    asked for is to be written, of all words at once.
+    """
 
     def __init__(self, d_model: int, heads: int) -> None:
         super().__init__()
@@ -125,6 +131,13 @@ class Read(nn.Module):
         self.q = nn.Linear(d_model, d_model)
         self.kv = nn.Linear(d_model, 2 * d_model)
         self.out = nn.Linear(d_model, d_model, bias=False)
+        self.gain = nn.Parameter(torch.zeros(d_model))
+
+    def start_silent(self) -> None:
+        """What is read starts at zero."""
+        nn.init.eye_(self.kv.weight.data[self.kv.in_features :])
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.gain)
 
     def remembered(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, D) → keys and values (B, H, M, D/H)"""
@@ -136,7 +149,8 @@ class Read(nn.Module):
         """normed (B, N, D) → (B, N, D)"""
         b, n, d = normed.shape
         q = self.q(normed).view(b, n, self.heads, d // self.heads).transpose(1, 2)
-        change: Tensor = self.out(attend(q, keys, values, bias).transpose(1, 2).reshape(b, n, d))
+        mixed = attend(q, keys, values, bias).transpose(1, 2).reshape(b, n, d)
+        change: Tensor = self.out(mixed) + self.gain * mixed
         return change
 
 
@@ -150,12 +164,13 @@ class Conditions(nn.Module):
         self.reads = nn.ModuleList(Read(d_model, heads) for _ in range(layers))
 
     def start_silent(self) -> None:
-        """What blocks read starts at zero."""
+        """What blocks read starts at zero; a word's token starts as its row of the LM head."""
+        nn.init.eye_(self.words.token.weight.data[:, self.words.token.out_features :])
         for read in self.reads:
-            nn.init.zeros_(read.get_parameter("out.weight"))
+            read.start_silent()  # type: ignore[operator]
 
-    def encode(self, given: Given, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """embedded (B, R, D): of the words' tokens → memory (B, M, D), which of it a text has (B, M) bool
+    def encode(self, given: Given, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows (B, R, 2·D): of the words' tokens → memory (B, M, D), which of it a text has (B, M) bool
 
         A text's words come first, then its pictures.
         """
@@ -164,21 +179,22 @@ class Conditions(nn.Module):
         if has.any():
             has = torch.cat([has.any(1, keepdim=True), has], 1)  # the row before the words goes with them
             seen = has | (torch.arange(has.shape[1], device=has.device) == 0)  # also where a text has no words at all
-            parts.append(self.words(embedded, given.places, given.words, _hidden(~seen)))
+            parts.append(self.words(rows, given.places, given.words, _hidden(~seen)))
             present.append(has)
         if len(given.pixels):
-            rows, b = self.pictures(given.pixels), len(given.tokens)
+            shown, b = self.pictures(given.pixels), len(given.tokens)
             text, number = given.pictures // PICTURES, given.pictures % PICTURES
             most = int(number.max()) + 1
             slot = text * most + number
-            parts.append(rows.new_zeros(b * most, *rows.shape[1:]).index_copy(0, slot, rows).view(b, -1, rows.shape[2]))
-            mine = torch.zeros(b * most, dtype=torch.bool, device=rows.device).index_fill(0, slot, True)
+            apart = shown.new_zeros(b * most, *shown.shape[1:]).index_copy(0, slot, shown)
+            parts.append(apart.view(b, -1, shown.shape[2]))
+            mine = torch.zeros(b * most, dtype=torch.bool, device=shown.device).index_fill(0, slot, True)
             present.append(mine.view(b, most).repeat_interleave(PICTURE_ROWS, 1))
         return torch.cat(parts, 1), torch.cat(present, 1)
 
-    def remember(self, given: Given, embedded: Tensor) -> Memory:
+    def remember(self, given: Given, rows: Tensor) -> Memory:
         """What every block reads of the conditions; each text has one at least."""
-        memory, present = self.encode(given, embedded)
+        memory, present = self.encode(given, rows)
         pairs = [read.remembered(memory) for read in self.reads]  # type: ignore[operator]
         bias = None if present.all() else _hidden(~present)
         return Memory([keys for keys, _ in pairs], [values for _, values in pairs], bias)

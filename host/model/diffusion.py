@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from host.model.conditions import Memory
 from host.model.layouts import causal, first_end
 from host.model.network import NO_PADDING, Denoiser, ends_impossible
 from shared.schedule import ScheduleName, loss_weight, mask_prob
@@ -70,9 +71,9 @@ def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[floa
     return F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none"), at // x0.shape[1]
 
 
-def autoregressive_sums(model: Denoiser, x0: Tensor) -> Tensor:
-    """Each row's exact negative log-likelihood under a causal mask, in nats.  → (B,)"""
+def autoregressive_sums(model: Denoiser, x0: Tensor, memory: Memory | None = None) -> Tensor:
+    """Each row's exact negative log-likelihood under a causal mask, in nats; given a memory or not.  → (B,)"""
     at = ((x0 != PAD) & (x0 != BOS)).flatten().nonzero()[:, 0]
-    logits = model.logits(model(*causal(x0), at=at - 1), torch.full_like(at, NO_PADDING))
+    logits = model.logits(model(*causal(x0), at=at - 1, memory=memory), torch.full_like(at, NO_PADDING))
     losses = F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none")
     return torch.zeros(x0.shape[0], device=x0.device).index_add(0, at // x0.shape[1], losses)

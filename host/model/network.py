@@ -204,7 +204,8 @@ class Denoiser(nn.Module):
     def remember(self, given: Given) -> Memory:
         """What the blocks read of conditions, each text's words and pictures; once a text."""
         assert self.conditions is not None
-        return self.conditions.remember(given, self.token_embedding(given.tokens))
+        rows = [self.token_embedding(given.tokens), nn.functional.embedding(given.tokens, self.head.weight)]
+        return self.conditions.remember(given, torch.cat(rows, -1))
 
     def attention_bias(self, positions: Tensor, visible: Tensor, cached: Tensor | None = None) -> Tensor:
         """Relative position bias plus mask (−inf at invisible keys), in the autocast dtype.

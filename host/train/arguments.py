@@ -3,14 +3,14 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from host.data.prepare import DEFAULT_OUT
 from host.files import check_numbers
 from host.model.network import CONFIGS
 from host.train.objectives import OBJECTIVES, parse_mixture
 from host.train.optim import PEAK_RATES
-from host.train.run_folder import CPU_BATCH_SIZE, VALID_EVERY, TrainConfig
+from host.train.run_folder import CPU_BATCH_SIZE, VALID_EVERY, Stage, TrainConfig
 from shared.errors import ConfigError
 
 AT_MOST: Final = {
@@ -39,9 +39,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of a run or published folder")
     parser.add_argument(
         "--stage",
-        choices=["body", "drafter"],
+        choices=get_args(Stage),
         default="body",
-        help="train the network, or only a drafter for the frozen network of --init (default: %(default)s)",
+        help="train the network, or for the frozen network of --init only a drafter, or only what makes it take words "
+        "and pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="DATA",
+        help="prepared pictures, for --stage conditions or objective conditioned",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
@@ -84,10 +91,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ConfigError(f"{_flag(name)} needs the objective canvas: it concerns random masks")
         if name == "input_noise" and "ar" not in args.objectives:
             raise ConfigError("--input-noise needs the objective ar: it replaces input tokens")
-        if args.stage == "drafter" and name in OF_BODY:
-            raise ConfigError(f"{_flag(name)} cannot be combined with --stage drafter: the network is that of --init")
-    if args.stage == "drafter" and args.init is None:
-        raise ConfigError("--stage drafter needs --init RUN: the run whose network the drafter is for")
+        if args.stage != "body" and name in OF_BODY:
+            raise ConfigError(f"{_flag(name)} cannot be combined with --stage {args.stage}: the network is --init's")
+    if args.stage != "body" and args.init is None:
+        raise ConfigError(f"--stage {args.stage} needs --init RUN: the run whose network stays as it is")
+    if args.pictures and args.stage != "conditions" and "conditioned" not in args.objectives:
+        raise ConfigError("--pictures needs --stage conditions, or the objective conditioned")
     if args.time_input and len(args.objectives) > 1:
         raise ConfigError("--time-input takes the objective canvas alone: other objectives have no diffusion time")
     return args

@@ -78,7 +78,8 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """One or two optimizers of all trained parameters; vectors and embeddings take no weight decay."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    body = [p for name, p in trained.items() if name.startswith(("blocks.", "drafter.")) and p.ndim == 2]
+    matrices = ("blocks.", "drafter.", "conditions.")
+    body = [p for n, p in trained.items() if n.startswith(matrices) and p.ndim == 2 and "embedding" not in n]
     in_body = {id(p) for p in body}
     others = [p for p in trained.values() if id(p) not in in_body]
     groups: list[dict[str, Any]] = [{"params": others, "weight_decay": 0.0}]

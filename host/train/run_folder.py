@@ -13,6 +13,7 @@ from typing import Final, Literal
 import msgspec
 import torch
 
+from host.data.pictures import load_pictures
 from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.data.shards import DataFolder, load_data
 from host.data.tokenizer import identity_of
@@ -43,8 +44,8 @@ class Work:
     tokens: int = 0
 
 
-Stage = Literal["body", "drafter"]
-"""What is trained: the network, or only its drafter with the network frozen."""
+Stage = Literal["body", "drafter", "conditions"]
+"""What is trained: the network, or with the network frozen its drafter, or its reading of words and pictures."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class TrainConfig:
     valid_stories: int = 256  # in each of two samples
     seed: int = 0
     stage: Stage = "body"
+    pictures: Path | None = None  # prepared, for the objective conditioned
     init: Path | None = None  # the run whose weights it started from
     init_work: Work | None = None  # cost of those weights
     init_stages: tuple[TrainingStage, ...] = ()  # what they went through, oldest first
@@ -128,7 +130,7 @@ def training_stages(run: Path) -> tuple[TrainingStage, ...]:
                 name=config.init.name if config.init else "earlier", objectives=(), tokens=config.init_work.tokens
             ),
         )
-    objectives = ("drafter",) if config.stage == "drafter" else tuple(progress.objectives)
+    objectives = tuple(progress.objectives) if config.stage == "body" else (config.stage,)
     return (*before, TrainingStage(name=run.resolve().name, objectives=objectives, tokens=progress.tokens_seen))
 
 
@@ -219,6 +221,7 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         valid_every=args.valid_every,
         seed=args.seed,
         stage=args.stage,
+        pictures=args.pictures,
         init=args.init,
         init_work=work_behind(args.init) if args.init else None,
         init_stages=training_stages(args.init) if args.init else (),
@@ -226,11 +229,16 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
     )
     model = replace(config_named(args.config), vocab_size=data.meta.vocab_size, time_input=args.time_input)
     objectives = args.objectives
-    if args.stage == "drafter":
+    if "conditioned" in objectives:
+        model = replace(model, conditions=True)
+    if args.stage != "body":
         learned = read_progress(find_checkpoint(args.init))
         if "ar" not in learned.objectives:
-            raise ConfigError(f"{args.init} did not learn the objective ar: a drafter needs a network with it")
-        model, objectives = replace(learned.model, draft_depth=DEPTH), learned.objectives
+            raise ConfigError(f"{args.init} did not learn the objective ar, which --stage {args.stage} builds on")
+        new = {"draft_depth": DEPTH} if args.stage == "drafter" else {"conditions": True}
+        model, objectives = replace(learned.model, **new), learned.objectives
+    if args.pictures is not None:
+        load_pictures(args.pictures, verify=True)
     if args.init:
         check_start(args.init, model, data)
     progress = Progress(
@@ -296,6 +304,16 @@ def data_of(run: Path, verify: bool = False) -> DataFolder:
     if config.data_sha256 not in ("", data.meta.sha256):
         raise DataError(f"{config.data} holds other data than {run} was trained on: prepare it again from that text")
     return data
+
+
+def pictures_of(run: Path) -> Path | None:
+    """The prepared pictures that a run's conditions learned from, or those of the runs that it started from."""
+    if is_published(run):
+        return None
+    config = read_config(run)
+    if config.pictures is None and config.init is not None and config.init.is_dir():
+        return pictures_of(config.init)
+    return config.pictures
 
 
 def resumed_run(args: argparse.Namespace, processes: int) -> tuple[TrainConfig, Progress]:

@@ -1,7 +1,7 @@
 """The stages of a run: which parameters are trained, on which stories, with which loss.
 
-Stage A ("body") trains the network, stage B ("drafter") the chain drafter of a frozen network, whose laws stay as they
-are.
+Stage A ("body") trains the network; "conditions" what makes a frozen network take words and pictures; stage B
+("drafter") the chain drafter of a frozen network. Laws that a stage does not train stay as they are, to the bit.
 """
 
 from collections.abc import Mapping
@@ -21,12 +21,15 @@ from host.train.loss import WeightedLoss
 from host.train.run_folder import Stage
 
 COUNTED_STORIES: Final = 20_000
+PARTS: Final = ("drafter", "conditions")
+"""Stages that train one part of the network, of this name, and freeze the rest."""
 
 
 def freeze(model: Denoiser, stage: Stage) -> None:
     """Turn gradients off for all that the stage does not train."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("drafter.") == (stage == "drafter"))
+        part = name.split(".")[0]
+        parameter.requires_grad_(part == stage if stage in PARTS else part != "drafter")
 
 
 def choose_drafts(model: Denoiser, text: Split) -> None:
@@ -41,12 +44,14 @@ def trained_mixture(stage: Stage, learned: Mapping[str, float]) -> dict[str, flo
     """Each objective's share of the stories. A drafter trains on gaps in a fifth of them, if its network infills."""
     if stage == "body":
         return dict(learned)
+    if stage == "conditions":
+        return {"conditioned": 1.0}
     return {"ar": 0.8, "infill": 0.2} if "infill" in learned else {"ar": 1.0}
 
 
 def training_loss(model: Denoiser, device: torch.device, ranks: Ranks, stage: Stage = "body") -> nn.Module:
     """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes."""
-    loss = WeightedLoss(model, fused=device.type == "cpu") if stage == "body" else ChainLoss(model)
+    loss = WeightedLoss(model, fused=device.type == "cpu") if stage != "drafter" else ChainLoss(model)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         loss.compile(dynamic=True)

@@ -24,6 +24,7 @@ from host.model.network import Denoiser
 from host.train.arguments import parse_arguments
 from host.train.batches import Batch, MicroBatch, make_batch
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, restore, save_checkpoint
+from host.train.conditioner import conditioner_of
 from host.train.distributed import Ranks, joined_ranks, leave
 from host.train.logging import LOG_FILE, LogRow, open_log, progress_bar, start_wandb
 from host.train.objectives import Settings
@@ -83,6 +84,7 @@ class Trainer:
         )
         self.model.set_dropout(config.dropout)
         self.ema = Ema(self.model, config.ema_decay)
+        self.conditioner = conditioner_of(data, config.pictures) if "conditioned" in self.mixture else None
         self.loss = training_loss(self.model, device, ranks, config.stage)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.stopping = False
@@ -106,9 +108,10 @@ class Trainer:
 
     def batch_at(self, split: Split, seed: int, step: int, size: int) -> Batch:
         """This process's share of a batch, on CUDA in pinned memory."""
-        c, p = self.config, self.progress
-        share = (self.ranks.rank, self.ranks.processes)
-        training = split is self.data.train
+        c = self.config
+        settings = Settings(self.progress.schedule, "nelbo", conditioner=self.conditioner)
+        if split is self.data.train:
+            settings = replace(settings, weighting=c.weighting, input_noise=c.input_noise)
         batch = make_batch(
             split,
             step,
@@ -116,8 +119,8 @@ class Trainer:
             batch_size=size,
             micro_size=c.micro_size,
             mixture=self.mixture,
-            settings=Settings(p.schedule, c.weighting, c.input_noise) if training else Settings(p.schedule, "nelbo"),
-            share=share,
+            settings=settings,
+            share=(self.ranks.rank, self.ranks.processes),
             length_step=ROWS_ALIGNED if self.dtype is not None else 1,
         )
         return batch if self.device.type == "cpu" else replace(batch, parts=tuple(b.pinned() for b in batch.parts))
@@ -334,8 +337,6 @@ def main() -> None:
         return
     state = f"stopped at step {trainer.progress.step}; continue with --resume {config.out}"
     best = trainer.progress.best_nats
-    print(
-        f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss "
-        f"{'not measured yet' if best is None else f'{best:.4f} nats per token'}"
-    )
+    measured = "not measured yet" if best is None else f"{best:.4f} nats per token"
+    print(f"{config.out}: {state if trainer.stopping else 'done'}; best validation loss {measured}")
     leave(ranks)

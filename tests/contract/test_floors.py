@@ -25,7 +25,10 @@ FLOORS: Final[dict[str, tuple[str, ...]]] = {
     "host 0": ("host.device", "host.files", "host.progress"),
     "host 1": ("host.data", "host.model"),
     "host 2": ("host.sampling", "host.train"),
-    "host 3": ("host.evaluate",),
+    "host 3": (
+        "host.evaluate",
+        "host.join",
+    ),
     "host 4": ("host.export",),
     "host 5": ("host.experiments", "host.generate"),
     "host 6": ("host.baseline", "host.bench", "host.compare"),

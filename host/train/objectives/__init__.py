@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
-from host.train.objectives import ar, canvas, draft, infill
+from host.train.objectives import ar, canvas, conditioned, draft, infill
 from host.train.objectives.example import Example, Settings
 from shared.errors import ConfigError
 
@@ -22,6 +22,7 @@ OBJECTIVES: Final[dict[str, Callable[[Tensor, np.random.Generator, Settings], li
     "draft": draft.examples,
     "infill": infill.examples,
     "canvas": canvas.examples,
+    "conditioned": conditioned.examples,
 }
 """Each takes canvases (n, L), a random generator and the run's settings; it may skip stories without a target."""
 

@@ -1,7 +1,9 @@
 """The rows and targets that an objective makes of a story."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from host.model.conditions import Condition
@@ -11,13 +13,24 @@ from shared.schedule import ScheduleName
 from shared.tokens import PAD
 
 
+class Drawer(Protocol):
+    """Draws conditions of stories."""
+
+    def draw(self, canvas: Tensor, rng: np.random.Generator) -> tuple[Condition, Tensor] | None:
+        """Of a story (L,), with the positions (L,) bool of what it names; None where there is nothing to name."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Of a run, for its objectives. input_noise: share of the input tokens that half of the `ar` stories lose."""
+    """Of a run, for its objectives. input_noise: share of the input tokens that half of the `ar` stories lose.
+
+    conditioner: draws what `conditioned` stories are conditioned on.
+    """
 
     schedule: ScheduleName = "linear"
     weighting: Weighting = "flat"
     input_noise: float = 0.0
+    conditioner: Drawer | None = None
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,21 @@ def test_generate_refuses_what_no_request_may_say(
     assert named in sentence
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--word", "cake"], "takes neither words nor pictures: train it with host.train --stage conditions"),
+        (["--image", "cake.png"], "takes neither words nor pictures"),
+        (["--guidance", 1], "--guidance is about --word and --image"),
+        (["--guidance", 6, "--word", "cake"], "--guidance must be from 0 to 5"),
+    ],
+)
+def test_generate_refuses_conditions_of_a_run_without_them(
+    trained: Path, capsys: pytest.CaptureFixture[str], flags: list[object], named: str
+) -> None:
+    assert named in refusal(capsys, generate.main, "the", "--run", trained, *flags)[1]
+
+
 def test_generate_refuses_a_prompt_that_is_not_text(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "not UTF-8" in refusal(capsys, generate.main, "caf\udce9", "--run", trained)[1]
 

@@ -1,0 +1,191 @@
+"""Conditions on held-out stories: whether texts tell of what they were asked to, and what the law gains by knowing it.
+
+Each figure has its control beside it: texts that were not asked, the law without a condition, and the law given the
+condition of another story.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from host.data.words import normalized, stem
+from host.evaluate.gen_ppl import SampleScorer, distinct
+from host.evaluate.likelihood import SEED, HeldOut, ratio
+from host.evaluate.scorers import TorchScorer
+from host.model.conditions import PICTURES, WORDS, Condition, Given
+from host.model.diffusion import autoregressive_sums
+from host.model.network import Denoiser
+from host.sampling.many import sample_autoregressive
+from host.sampling.reference import TOP_K, Settings
+from host.train.conditioner import Conditioner, text_of
+from shared.conditions import AskedFor, ConditionalLaw
+from shared.figures import Figure
+from shared.tokens import FIRST_TEXT_ID, PAD
+
+GUIDANCES: Final = (0.0, 1.0, 2.0)
+COUNT: Final = 64  # texts of each setting
+TEMPERATURE: Final = 0.8
+WORDS_GIVEN: Final = "words"
+
+
+class Told(msgspec.Struct, frozen=True):
+    """Texts of one setting. distinct: n-grams for n = 1, 2, 3, of these texts and of as many that were not asked.
+
+    perplexity: generative, under a scorer; None without one.
+    """
+
+    asked: AskedFor
+    distinct: tuple[float, float, float]
+    base_distinct: tuple[float, float, float]
+    perplexity: Figure | None = None
+
+
+class ConditionFigures(msgspec.Struct, frozen=True):
+    """All of them."""
+
+    source: str
+    told: list[Told]
+    laws: list[ConditionalLaw]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A condition and what a text is to have for it: stems of words, or numbers of concepts."""
+
+    condition: Condition
+    words: tuple[str, ...] = ()
+    concepts: tuple[int, ...] = ()
+
+
+def evaluate_conditions(
+    model: Denoiser,
+    conditioner: Conditioner,
+    *,
+    held_out: HeldOut,
+    count: int = COUNT,
+    guidances: Sequence[float] = GUIDANCES,
+    scorer: SampleScorer | None = None,
+    dtype: torch.dtype | None = None,
+    on_row: Callable[[Told], None] = lambda row: None,
+) -> ConditionFigures:
+    """Ask for what held-out stories tell of, drawn as in training; the law on all of `held_out`, texts for the first.
+
+    Pictures are measured by style, as they are, without the changes of training. on_row: sees each setting when done.
+    """
+    settings = [
+        Settings(seed, temperature=TEMPERATURE, top_k=min(TOP_K, model.config.vocab_size)) for seed in range(count)
+    ]
+    plain = sample_autoregressive(model, settings, dtype=dtype)
+    told, laws = [], []
+    pictures = conditioner.pictures
+    for style in (None, *(pictures.by_style if pictures is not None else ())):
+        given = WORDS_GIVEN if style is None else f"pictures, {style}"
+        if pictures is not None and style in pictures.meta.held_out:
+            given += " (held out)"
+        for number in range(1, (WORDS if style is None else PICTURES) + 1):
+            wishes = wishes_of(conditioner, held_out.canvases, number, style=style)
+            laws += [conditional_law(model, held_out, wishes, f"{number} {given}")]
+            few = [wish for wish in wishes if wish is not None][:count]
+            for guidance in guidances:
+                conditions = [wish.condition for wish in few]
+                texts = sample_autoregressive(
+                    model, settings[: len(few)], dtype=dtype, conditions=conditions, guidance=guidance
+                )
+                shares = [shares_told(conditioner, few, canvases) for canvases in (texts, plain)]
+                asked = AskedFor(
+                    given=given, number=number, guidance=guidance, texts=len(few), told=shares[0], base=shares[1]
+                )
+                counts = [_distinct(canvases) for canvases in (texts, plain[: len(few)])]
+                perplexity = None if scorer is None else scorer.score(given, texts.numpy()).perplexity
+                told.append(Told(asked, counts[0], counts[1], perplexity))
+                on_row(told[-1])
+    return ConditionFigures(held_out.name, told, laws)
+
+
+def wishes_of(conditioner: Conditioner, canvases: np.ndarray, number: int, *, style: str | None) -> list[Wish | None]:
+    """Of each story (n, L) words, or pictures of a style; None where it has fewer than `number`."""
+    rng, made = np.random.default_rng(SEED), list[Wish | None]()
+    for canvas in canvases:
+        text = text_of(conditioner.tokenizer, canvas)
+        if style is None:
+            words = conditioner.draw_words(text, number, rng)
+            wish = Wish(conditioner.condition(words, conditioner.shown((), rng)), words=tuple(map(stem, words)))
+        else:
+            concepts = conditioner.draw_concepts(text, number, rng)
+            shown = conditioner.shown(concepts, rng, style, moved=False)
+            wish = Wish(conditioner.condition((), shown), concepts=concepts)
+        whole = len(wish.condition.words) + len(wish.condition.pictures) == number
+        made.append(wish if whole else None)
+    return made
+
+
+def shares_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: Tensor) -> Figure:
+    """Share of what was asked for that occurs in the texts (n, L), the i-th wish in the i-th text."""
+    tells_of = (lambda text, concept: False) if conditioner.pictures is None else conditioner.pictures.tells_of
+    texts = [text_of(conditioner.tokenizer, canvas) for canvas in canvases.numpy()]
+    stems = [{stem(word) for word in normalized(text).split()} for text in texts]
+    told, asked = np.zeros((1, len(wishes))), np.zeros((1, len(wishes)))
+    for i, wish in enumerate(wishes):
+        asked[0, i] = len(wish.words) + len(wish.concepts)
+        told[0, i] = sum(word in stems[i] for word in wish.words)
+        told[0, i] += sum(tells_of(texts[i], concept) for concept in wish.concepts)
+    return ratio(told, asked)
+
+
+def _distinct(canvases: Tensor) -> tuple[float, float, float]:
+    texts = [[token for token in canvas if token >= FIRST_TEXT_ID] for canvas in canvases.tolist()]
+    return distinct(texts, 1), distinct(texts, 2), distinct(texts, 3)
+
+
+@torch.no_grad()
+def conditional_law(model: Denoiser, held_out: HeldOut, wishes: Sequence[Wish | None], given: str) -> ConditionalLaw:
+    """Exact bits per byte of the stories that have a condition: given it, given nothing, given the next story's."""
+    rows = np.array([i for i, wish in enumerate(wishes) if wish is not None])
+    conditions = [wish.condition for wish in wishes if wish is not None]
+    size = held_out.text_bytes[rows][None]
+    bits = []
+    for known in (conditions, None, conditions[1:] + conditions[:1]):
+        nats = np.zeros((1, len(rows)))
+        x0 = torch.from_numpy(held_out.canvases[rows].astype(np.int64))
+        lengths = (x0 != PAD).sum(1)
+        for part in lengths.argsort(stable=True).split(TorchScorer.batch_rows):
+            memory = None if known is None else model.remember(Given.of([known[i] for i in part.tolist()]))
+            sums = autoregressive_sums(model, x0[part, : int(lengths[part].max())], memory)
+            nats[0, part.numpy()] = sums.double().numpy()
+        bits.append(ratio(nats / np.log(2), size))
+    return ConditionalLaw(
+        given=given, stories=len(rows), bits_per_byte=bits[0], unconditioned=bits[1], shuffled=bits[2]
+    )
+
+
+def print_header() -> None:
+    """Of the lines of `print_told`."""
+    print(
+        f"{'given':30} {'number':>6} {'guidance':>8} {'told':>15} {'not asked':>15} {'distinct 1/2/3':>18} "
+        f"{'not asked':>18} {'gen-PPL':>14}"
+    )
+
+
+def print_told(one: Told) -> None:
+    """One line of a setting."""
+    a = one.asked
+    told, base = (f"{100 * f.value:.1f} ± {100 * f.stderr:.1f} %" for f in (a.told, a.base))
+    grams = ["/".join(f"{value:.3f}" for value in part) for part in (one.distinct, one.base_distinct)]
+    ppl = "" if one.perplexity is None else f"{one.perplexity.value:.2f} ± {one.perplexity.stderr:.2f}"
+    print(
+        f"{a.given:30} {a.number:6} {a.guidance:8g} {told:>15} {base:>15} {grams[0]:>18} {grams[1]:>18} {ppl:>14}",
+        flush=True,
+    )
+
+
+def print_laws_given(laws: Sequence[ConditionalLaw]) -> None:
+    """One line a condition."""
+    print(f"{'bits per byte given':34} {'stories':>7} {'it':>17} {'nothing':>17} {'another story’s':>17}")
+    for law in laws:
+        cells = [f"{f.value:.4f} ± {f.stderr:.4f}" for f in (law.bits_per_byte, law.unconditioned, law.shuffled)]
+        print(f"{law.given:34} {law.stories:7} {cells[0]:>17} {cells[1]:>17} {cells[2]:>17}")

@@ -1,0 +1,79 @@
+"""The command line of `host.export`."""
+
+import argparse
+from pathlib import Path
+from typing import Final, get_args
+
+from host.evaluate.likelihood import STORIES
+from host.export.hub.publish import Dtype
+from host.model.network import CONFIGS
+from shared.manifest import SamplingDefaults
+
+DESCRIPTION: Final = """
+Export a trained model as a bundle: `python -m host.export --int8` takes the newest diffusion run.
+
+Graphs of blocks (for the CPU) of a run that learned ar, of canvas (for CPU and CUDA) of one that learned canvas.
+
+no flag   FP32 graphs for the CPU
+--int8    INT8 graphs: of blocks with static scales; of canvas for the CPU every scheme is tried, the fastest to pass
+          the parity gate is kept; for CUDA explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the
+          gate stay in float.
+--fp16    FP16 graph for CUDA; goes with --int8 or alone
+--hf OUT  the weights as a folder that the Hugging Face libraries load, which host.train --init also takes; alone, or
+          with --out, --int8 or --fp16 beside a bundle
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m host.export",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m host.export --int8 --fp16 --out bundles/mine",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
+    what.add_argument(
+        "--untrained", choices=list(CONFIGS), help="random weights of this shape instead, for measuring and testing"
+    )
+    parser.add_argument("--conditions", action="store_true", help="with --untrained: also take words and pictures")
+    parser.add_argument("--out", type=Path, help="bundle folder (default: bundles/NAME-OF-RUN)")
+    parser.add_argument("--int8", action="store_true", help="INT8 graphs for the CPU and for CUDA")
+    parser.add_argument("--fp16", action="store_true", help="FP16 graph for CUDA")
+    parser.add_argument("--fp32-norms", action="store_true", help="compute LayerNorm in float32 in the CUDA graphs")
+    parser.add_argument("--hf", type=Path, metavar="OUT", help="write a folder for the Hugging Face libraries")
+    parser.add_argument(
+        "--hf-dtype", choices=get_args(Dtype), help="of the weights there (default: float32; float16 takes half)"
+    )
+    parser.add_argument(
+        "--hf-figures",
+        type=Path,
+        metavar="BUNDLE",
+        help="bundle of the run that has its figures (default: measure)",
+    )
+    parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
+    parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")
+    parser.add_argument(
+        "--stories", type=int, default=STORIES, help=f"evaluate on the first N stories (default: {STORIES})"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=SamplingDefaults().steps,
+        help="of a request that names none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=SamplingDefaults().temperature,
+        help="of a request that names none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=0.0,
+        help="of a request with a condition that names none (default: %(default)s)",
+    )
+    parser.add_argument("--report", action="store_true", help="also print each layer's error and every graph's figures")
+    return parser.parse_args()

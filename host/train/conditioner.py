@@ -1,0 +1,157 @@
+"""What a story is conditioned on: some of its content words, and pictures of some concepts that it tells of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from host.data.pictures import PictureSet, load_pictures
+from host.data.shards import DataFolder
+from host.data.tokenizer import load_tokenizer
+from host.data.words import COUNTED_STORIES, ContentWords
+from host.model.conditions import PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS, Condition
+from shared.tokens import FIRST_TEXT_ID
+
+PICTURES_ALONE: Final = 0.45  # of the stories, where there are pictures
+WORDS_ALONE: Final = 0.45  # the others have both
+SHIFT: Final = 0.12  # of half the picture
+SCALES: Final = (0.8, 1.25)  # of what is seen, against the whole
+TURN: Final = 0.2  # radians
+TINT: Final = 0.25
+Item = TypeVar("Item")
+GREY: Final = 0.05  # of the pictures lose their colours
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """Draws conditions of stories."""
+
+    tokenizer: Tokenizer
+    words: ContentWords
+    pictures: PictureSet | None
+    concept_weight: dict[int, float]
+    """By concept, one over the stories that tell of it."""
+
+    @classmethod
+    def of(cls, data: DataFolder, pictures: PictureSet | None) -> "Conditioner":
+        """Words and concepts counted in the first stories of training."""
+        tokenizer = load_tokenizer(data.tokenizer_path)
+        stories = data.train.take(np.arange(min(len(data.train), COUNTED_STORIES)))
+        texts = [text_of(tokenizer, story) for story in stories]
+        weight: dict[int, float] = {}
+        if pictures is not None:
+            found = [concept for text in texts for concept in pictures.concepts_in(text)]
+            weight = {concept: 1 / n for concept, n in zip(*np.unique(found, return_counts=True), strict=True)}
+        return cls(tokenizer, ContentWords.of(texts), pictures, weight)
+
+    def draw(self, canvas: Tensor, rng: np.random.Generator) -> tuple[Condition, Tensor] | None:
+        """Words, pictures of styles to train on, or both, of a story (L,); None where it has none of them.
+
+        → condition, and which positions of the story hold what it names (L,) bool
+        """
+        text, kind = text_of(self.tokenizer, canvas.numpy()), rng.random()
+        with_words = self.pictures is None or kind >= PICTURES_ALONE
+        with_pictures = self.pictures is not None and not PICTURES_ALONE <= kind < PICTURES_ALONE + WORDS_ALONE
+        words = self.draw_words(text, int(rng.integers(1, WORDS + 1)), rng) if with_words else ()
+        concepts = self.draw_concepts(text, int(rng.integers(1, PICTURES + 1)), rng) if with_pictures else ()
+        if not words and not concepts:
+            words = self.draw_words(text, 1, rng)
+        if not words and not concepts:
+            return None
+        forms = [form for concept in concepts for form in self.forms_of(concept)]
+        return self.condition(words, self.shown(concepts, rng)), self.places(canvas, [*words, *forms])
+
+    def forms_of(self, concept: int) -> tuple[str, ...]:
+        """The words that count as a concept."""
+        assert self.pictures is not None
+        return self.pictures.meta.concepts[concept].forms
+
+    def places(self, canvas: Tensor, words: Sequence[str]) -> Tensor:
+        """Where a story (L,) has one of these words inside a sentence.  → (L,) bool"""
+        found = torch.zeros(len(canvas), dtype=torch.bool)
+        for tokens in map(self.tokens_of, words):
+            n = len(tokens)
+            starts = (canvas.unfold(0, n, 1) == torch.tensor(tokens)).all(1).nonzero()[:, 0]
+            found[(starts[:, None] + torch.arange(n)).flatten()] = True
+        return found
+
+    def draw_words(self, text: str, count: int, rng: np.random.Generator) -> tuple[str, ...]:
+        """Up to `count` content words of a text, the rarer the likelier: by one over the stories that have a word."""
+        there = [word for word in self.words.in_text(text) if len(self.tokens_of(word)) <= WORD_TOKENS]
+        return tuple(_drawn(there, [1 / self.words.stories[word] for word in there], count, rng))
+
+    def draw_concepts(self, text: str, count: int, rng: np.random.Generator) -> tuple[int, ...]:
+        """Up to `count` concepts that a text tells of, likewise."""
+        assert self.pictures is not None
+        there = [concept for concept in self.pictures.concepts_in(text) if concept in self.concept_weight]
+        return tuple(_drawn(there, [self.concept_weight[concept] for concept in there], count, rng))
+
+    def shown(
+        self, concepts: Sequence[int], rng: np.random.Generator, style: str | None = None, moved: bool = True
+    ) -> Tensor:
+        """A random picture of each concept, slightly moved, scaled, turned and tinted, or as it is.
+
+        style: None for those to train on; a concept that the style lacks is left out. → (n, 3, 64, 64) in 0 … 1
+        """
+        assert self.pictures is not None or not concepts
+        chosen = []
+        for concept in concepts:
+            assert self.pictures is not None
+            styles = self.pictures.trained_styles if style is None else (style,)
+            there = [i for one in styles for i in self.pictures.by_style[one].get(concept, ())]
+            if there:
+                chosen.append(self.pictures.pixels[there[int(rng.integers(len(there)))]])
+        if not chosen:
+            return torch.zeros(0, 3, PICTURE_SIZE, PICTURE_SIZE)
+        pixels = torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).float() / 255
+        return moved_and_tinted(pixels, rng) if moved else pixels
+
+    def tokens_of(self, word: str) -> list[int]:
+        """A word as it stands inside a sentence."""
+        tokens: list[int] = self.tokenizer.encode(f" {word.lower()}", add_special_tokens=False).ids
+        return tokens
+
+    def condition(self, words: Sequence[str], pictures: Tensor) -> Condition:
+        """Of words as text and of pictures."""
+        return Condition([self.tokens_of(word) for word in words], pictures)
+
+
+def text_of(tokenizer: Tokenizer, canvas: np.ndarray) -> str:
+    """The text of a canvas (L,)."""
+    text: str = tokenizer.decode(canvas[canvas >= FIRST_TEXT_ID].tolist())
+    return text
+
+
+def moved_and_tinted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Each picture shifted, scaled, turned and mirrored a little by chance, its colours mixed a little; on white."""
+    n = len(pixels)
+    turn, scale = rng.uniform(-TURN, TURN, n), rng.uniform(*SCALES, n)
+    mirrored = np.where(rng.random(n) < 0.5, -1.0, 1.0)
+    shift = rng.uniform(-SHIFT, SHIFT, (n, 2))
+    cosine, sine = scale * np.cos(turn), scale * np.sin(turn)
+    rows = np.stack([cosine * mirrored, -sine, shift[:, 0], sine * mirrored, cosine, shift[:, 1]], 1)
+    matrix = torch.from_numpy(rows.reshape(n, 2, 3).astype(np.float32))
+    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
+    ink = F.grid_sample(1 - pixels, grid, align_corners=False)  # zeros outside: white
+    mix = np.eye(3) + rng.uniform(-TINT / 2, TINT / 2, (n, 3, 3))
+    mix[rng.random(n) < GREY] = 1 / 3
+    mixed = torch.einsum("nij,njhw->nihw", torch.from_numpy(mix.astype(np.float32)), ink)
+    return 1 - mixed.clamp(0, 1)
+
+
+def conditioner_of(data: DataFolder, pictures: Path | None) -> Conditioner:
+    """Of prepared data and pictures."""
+    return Conditioner.of(data, None if pictures is None else load_pictures(pictures, verify=True))
+
+
+def _drawn(items: list[Item], weights: list[float], count: int, rng: np.random.Generator) -> list[Item]:
+    if not items:
+        return []
+    share = np.array(weights) / sum(weights)
+    return [items[i] for i in rng.choice(len(items), min(count, len(items)), replace=False, p=share)]

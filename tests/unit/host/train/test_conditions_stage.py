@@ -1,0 +1,228 @@
+"""The stage of conditions: what it draws, what it trains, and a network that does not move by a bit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from host import generate, join
+from host.data import prepare
+from host.data.shards import load_data
+from host.evaluate import __main__ as evaluate
+from host.evaluate.likelihood import held_out_split, story_nats
+from host.export import __main__ as export
+from host.model.conditions import PICTURE_SIZE, Given
+from host.train import trainer as train
+from host.train.batches import make_batch
+from host.train.checkpoint import BEST, LAST, load_model
+from host.train.conditioner import conditioner_of, moved_and_tinted, text_of
+from host.train.logging import LOG_FILE, read_log
+from host.train.objectives import Settings, conditioned
+from host.train.run_folder import data_of, load_run, pictures_of, training_stages
+from shared.manifest import read_manifest
+from tests.support.commands import call, refusal, small
+
+
+@pytest.fixture(scope="module")
+def pictures(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture for each of some content words of the stories, in two styles."""
+    folder = tmp_path_factory.mktemp("pictures")
+    words = sorted(conditioner_of(load_data(data), None).words.stories)
+    assert len(words) > 4
+    lines = []
+    for i, word in enumerate(words):
+        for style in ("plain", "dark"):
+            name = f"{word}-{style}.png"
+            Image.new("RGB", (PICTURE_SIZE,) * 2, (30 * i, 255 - 30 * i, 40 if style == "dark" else 200)).save(
+                folder / name
+            )
+            lines.append({"image": name, "words": [word], "style": style})
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path_factory.mktemp("prepared") / "pictures"
+    call(prepare.main, "--pictures", folder, "--held-out-style", "dark", "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A network, its drafter, and beside it its conditions."""
+    folder = tmp_path_factory.mktemp("conditions")
+    a, drafter, conditions = folder / "a", folder / "drafter", folder / "conditions"
+    call(train.main, *small(data, a, "--objectives", "ar=2,infill", "--steps", 20, "--valid-every", 20))
+    after = ["--data", data, "--init", a, "--batch-size", 8]
+    call(train.main, *after, "--out", drafter, "--stage", "drafter", "--steps", 4, "--valid-every", 4)
+    stage = ["--stage", "conditions", "--pictures", pictures, "--steps", 30, "--valid-every", 10]
+    call(train.main, *after, "--out", conditions, *stage)
+    return a, drafter, conditions
+
+
+def test_conditions_drawn_name_what_the_story_tells_of(data: Path, pictures: Path) -> None:
+    folder = load_data(data)
+    conditioner = conditioner_of(folder, pictures)
+    assert conditioner.pictures is not None
+    rng, kinds = np.random.default_rng(0), set()
+    for canvas in folder.train.take(np.arange(60)):
+        text = text_of(conditioner.tokenizer, canvas)
+        words = conditioner.draw_words(text, 3, rng)
+        assert len(set(words)) == len(words) <= 3 and all(word in text for word in words)
+        concepts = conditioner.draw_concepts(text, 2, rng)
+        assert len(set(concepts)) == len(concepts) and all(conditioner.pictures.tells_of(text, c) for c in concepts)
+        story = torch.from_numpy(canvas.astype(np.int64))
+        drawn = conditioner.draw(story, rng)
+        if drawn is not None:
+            condition, named = drawn
+            of_words = {token for word in condition.words for token in word}
+            assert condition.words == [] or of_words <= set(story[named].tolist())
+            kinds.add((bool(condition.words), bool(len(condition.pictures))))
+            assert bool(((condition.pictures >= 0) & (condition.pictures <= 1)).all())
+    assert kinds == {(True, False), (False, True), (True, True)}
+
+
+def test_conditions_weigh_the_tokens_that_they_name(data: Path) -> None:
+    folder = load_data(data)
+    settings = Settings(conditioner=conditioner_of(folder, None))
+    stories = torch.from_numpy(folder.train.take(np.arange(8)).astype(np.int64))
+    for example in conditioned.examples(stories, np.random.default_rng(0), settings):
+        assert example.condition is not None
+        named = set(example.target[example.weight == 1].tolist())
+        assert named == {token for word in example.condition.words for token in word}
+        assert sorted(set(example.weight.tolist())) == pytest.approx([conditioned.REST, 1.0])
+
+
+def test_conditions_draw_rare_words_as_often_as_frequent_ones(data: Path) -> None:
+    conditioner = conditioner_of(load_data(data), None)
+    rare, *_, frequent = sorted(conditioner.words.stories, key=lambda word: conditioner.words.stories[word])
+    share = conditioner.words.stories[rare] / conditioner.words.stories[frequent]
+    rng = np.random.default_rng(0)
+    drawn = [conditioner.draw_words(f"the {rare} and the {frequent}", 1, rng)[0] for _ in range(2000)]
+    assert drawn.count(frequent) / 2000 == pytest.approx(share / (1 + share), abs=0.04)
+
+
+def test_conditions_batches_are_a_function_of_seed_and_step(data: Path, pictures: Path) -> None:
+    folder = load_data(data)
+    settings = Settings(conditioner=conditioner_of(folder, pictures))
+    made = [
+        make_batch(
+            folder.train, step, seed=3, batch_size=12, micro_size=5, mixture={"conditioned": 1.0}, settings=settings
+        )
+        for step in (2, 2, 3)
+    ]
+    given = [[part.given for part in batch.parts] for batch in made]
+    same = zip(given[0], given[1], strict=True)
+    assert all(a is not None and b is not None and all(map(torch.equal, a, b)) for a, b in same)
+    assert isinstance(given[2][0], Given) and given[0][0] is not None
+    assert not torch.equal(given[2][0].tokens, given[0][0].tokens)
+    pairs = zip(made[0].parts, given[0], strict=True)
+    assert all(one is not None and len(part.rows.tokens) == len(one.tokens) for part, one in pairs)
+
+
+def test_pictures_are_moved_a_little_and_stay_on_white() -> None:
+    square = torch.ones(200, 3, PICTURE_SIZE, PICTURE_SIZE)
+    square[:, 1:, 24:40, 24:40] = 0  # red
+    moved = moved_and_tinted(square, np.random.default_rng(0))
+    assert moved.min() >= 0 and moved.max() <= 1 and (moved[:, :, 0, 0] == 1).all()
+    ink = 1 - moved
+    assert len({float(one.sum()) for one in ink}) == 200
+    columns = torch.arange(PICTURE_SIZE, dtype=torch.float)
+    middle = (ink.sum((1, 2)) * columns).sum(1) / ink.sum((1, 2, 3))
+    assert 20 < middle.min() < 30 < 34 < middle.max() < 44
+    assert (ink[:, 1:].sum((1, 2, 3)) > ink[:, :1].sum((1, 2, 3))).float().mean() > 0.9  # red still
+
+
+@pytest.mark.slow
+def test_conditions_stage_leaves_the_network_to_the_bit_and_learns(data: Path, runs: tuple[Path, Path, Path]) -> None:
+    body, _, conditions = runs
+    before, after = (load_file(run / BEST) for run in (body, conditions))
+    kept = [name for name in before if name.startswith("ema.")]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+    assert any(name.startswith("ema.conditions.") and bool(after[name].any()) for name in after if ".out." in name)
+    valid = [float(row["valid"]) for row in read_log(conditions / LOG_FILE) if row["valid"]]
+    assert valid[-1] < valid[0]
+    stories = held_out_split(load_data(data), 16).canvases
+    plain, after_it = (story_nats(load_run(run)[0], stories) for run in (body, conditions))
+    assert np.array_equal(plain, after_it)  # the law without a condition
+    assert [stage.objectives for stage in training_stages(conditions)] == [("ar", "infill"), ("conditions",)]
+
+
+@pytest.mark.slow
+def test_join_makes_one_run_of_a_drafter_and_conditions(
+    runs: tuple[Path, Path, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body, drafter, conditions = runs
+    for number, (one, other) in enumerate(((drafter, conditions), (conditions, drafter))):
+        out = tmp_path / f"both{number}"
+        call(join.main, one, other, "--out", out)
+        model, progress = load_run(out)
+        assert model.drafter is not None and model.conditions is not None and progress.model == model.config
+        for run in (drafter, conditions):
+            part = load_model(run / BEST)[0]
+            mine = dict(model.named_parameters())
+            assert all(torch.equal(p, mine[name]) for name, p in part.named_parameters())
+        first, *after = (stage.objectives for stage in training_stages(out))
+        assert first == ("ar", "infill") and set(after) == {("drafter",), ("conditions",)}
+        assert pictures_of(out) == pictures and data_of(out).meta == data_of(body).meta
+        assert "nothing to join" in refusal(capsys, join.main, out, one, "--out", tmp_path / "c")[1]
+    assert "nothing to join" in refusal(capsys, join.main, body, drafter, "--out", tmp_path / "c")[1]
+    other = tmp_path / "other"
+    call(train.main, *small(data_of(body).path, other, "--objectives", "ar", "--steps", 2, "--valid-every", 2))
+    apart = ["--data", data_of(body).path, "--init", other, "--stage", "drafter", "--steps", 2]
+    call(train.main, *apart, "--out", tmp_path / "d")
+    assert "same network" in refusal(capsys, join.main, tmp_path / "d", conditions, "--out", tmp_path / "c")[1]
+
+
+@pytest.mark.slow
+def test_generate_takes_words_and_pictures_within_limits(
+    runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, card, fake = runs[2], tmp_path / "card.png", tmp_path / "fake.png"
+    Image.new("RGB", (100, 50), "red").save(card)
+    fake.write_text("no picture")
+    call(generate.main, "--run", run, "--word", "Cake", "--image", card, "--guidance", 2, "--seed", 1)
+    assert "— seed 1" in capsys.readouterr().out
+
+    def said(*arguments: object) -> str:
+        return refusal(capsys, generate.main, "--run", run, *arguments)[1]
+
+    assert "--word is given 4 times: at most 3" in said(*["--word", "cake"] * 4)
+    assert "--image is given 4 times: at most 3" in said(*["--image", card] * 4)
+    assert "tokens: it must have 1 to 8" in said("--word", "x" * 300) and "it must have 1" in said("--word", " ")
+    assert "is neither PNG nor JPEG" in said("--image", fake)
+    assert "gone.png cannot be read" in said("--image", tmp_path / "gone.png")
+
+
+@pytest.mark.slow
+def test_conditions_are_evaluated_and_exported(
+    runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs[2]
+    call(evaluate.main, "--run", run, "--conditions", "--stories", 16, "--count", 3, "--guidance", 0, 1)
+    printed = capsys.readouterr().out
+    assert printed.count("\nwords ") == 6 and "pictures, dark (held out)" in printed and "another story" in printed
+    wanted = ["--int8", "--target", "cpu", "--stories", 12, "--guidance", 1.5]
+    call(export.main, "--run", run, "--out", tmp_path / "b", *wanted)
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest.conditions is not None and manifest.conditions.guidance == 1.5
+    roles = {graph.role for graph in manifest.graphs}
+    assert {"encode.text", "encode.image", "step.conditioned", "step.guided", "prefill.conditioned"} < roles
+    assert [parity.graph for parity in manifest.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]
+    assert abs(manifest.law_parity[1].law_ratio - 1) <= 0.005
+    assert {one.given for one in manifest.conditions.asked_for} >= {"words", "pictures, plain"}
+    assert all(one.guidance == 1.5 for one in manifest.conditions.asked_for) and manifest.conditions.laws
+
+
+def test_conditions_stage_refuses_what_does_not_go_with_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        return refusal(capsys, train.main, "--data", data, "--out", tmp_path / "x", *arguments)[1]
+
+    assert "--stage conditions needs --init RUN" in said("--stage", "conditions")
+    assert "--pictures needs --stage conditions" in said("--pictures", tmp_path)
+    assert "cannot be combined with --stage conditions" in said(
+        "--stage", "conditions", "--init", "a", "--dropout", 0.1
+    )
+    assert not (tmp_path / "x" / LAST).exists()
