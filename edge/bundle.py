@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from edge.backends import may_use_gpu
 from edge.backends.trt.build_process import WORKSPACE_MIB, run_build
 from edge.backends.trt.engine_builder import Order
-from edge.backends.trt.engine_cache import writable_cache
+from edge.backends.trt.engine_cache import built_roles, writable_cache
 from edge.backends.trt.find_tensorrt import is_gpu_device
 from edge.client import ask, connect
 from edge.config import CONFIG, STORE, Config, load_config, settings_file
@@ -172,7 +172,7 @@ def model_of(folder: Path) -> str:
 
 
 def build_engine(folder: Path, config: Config) -> str:
-    """On a device with a GPU, build the bundle's engine, which takes minutes.  → an addition to the user's sentence
+    """On a device with a GPU, build the bundle's engines, which takes minutes.  → an addition to the user's sentence
 
     Raises DeviceError or BundleError when the configured backend is `trt`.
     """
@@ -180,8 +180,9 @@ def build_engine(folder: Path, config: Config) -> str:
     if not only_gpu and not (config.backend == "auto" and (may_use_gpu("auto") or is_gpu_device())):
         return ""
     try:
-        order = Order(str(folder.absolute()), str(writable_cache()), WORKSPACE_MIB, force=False)
-        run_build(order, lambda line: print(line, file=sys.stderr))
+        for role in built_roles(read_manifest(folder)) or ["canvas"]:  # without any, the builder says so
+            order = Order(str(folder.absolute()), str(writable_cache()), WORKSPACE_MIB, force=False, role=role)
+            run_build(order, lambda line: print(line, file=sys.stderr))
     except DiffusionLLMError as error:
         if only_gpu:
             raise

@@ -20,14 +20,23 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from edge.backends import load_backend
+from edge.backends import choose_backend
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_device, on_jetson
 from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
+from edge.decoding.blocks import BlocksLoop, RowsBackend
 from edge.measure.conditions import KINDS, measure_condition
-from edge.measure.self_test import MIN_AGREEMENT, STEPS, compare_profiles, open_row, step_ms
+from edge.measure.self_test import (
+    MIN_AGREEMENT,
+    STEPS,
+    Compared,
+    compare_blocks,
+    compare_profiles,
+    open_row,
+    step_ms,
+)
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.system.board import SYS, read_rails, read_zones
 from edge.system.bundle_store import check_files
@@ -35,7 +44,7 @@ from edge.system.memory import available_mb
 from edge.transports.mqtt.login import try_login
 from edge.transports.peer_credentials import user_id
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
-from shared.manifest import ROLE_OF, Manifest, Target, find_graph, read_manifest
+from shared.manifest import ROLE_OF, Manifest, Role, Target, find_graph, read_manifest
 from shared.messages import GenerateRequest
 
 MIN_DISK_MIB: Final = 64
@@ -102,39 +111,46 @@ def sensors(root: Path = SYS) -> list[Finding]:
     ]
 
 
-def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], list[tuple[int, int]]]:
-    """Driver, GPU, TensorRT, engine.  → findings, the engine's profiles (batch, length) if it can be loaded"""
-    found: list[Finding] = []
+Profiles = dict[Role, list[tuple[int, int]]]
+"""(batch, length) or (requests, rows) of an engine, by the role of its graph."""
+ENGINES: Final[dict[Role, str]] = {"canvas": "engine", "step": "engine of blocks"}
+
+
+def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], Profiles]:
+    """Driver, GPU, TensorRT, engines.  → findings, the profiles of the engines that can be loaded"""
+    found, profiles = list[Finding](), Profiles()
     try:
         gpu = Gpu()
         free, total = gpu.free_memory()
         found.append(Finding("gpu", f"{gpu.name}, {gpu.architecture}, CUDA {gpu.cuda_version}"))
         found.append(Finding("gpu memory", f"{free >> 20} of {total >> 20} MiB free"))
     except DeviceError as error:
-        return [Finding("gpu", "absent", str(error))], []
+        return [Finding("gpu", "absent", str(error))], {}
     try:
         trt = import_tensorrt()
         found.append(Finding("tensorrt", trt.__version__))
         if manifest is None:
-            return found, []
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu)
-        place = engines.find(facts, engines.cache_folders())
-        fix = None if place else f"python -m edge.build --bundle {folder}"
-        found.append(Finding("engine", str(place or "not built yet"), fix))
-        return found, list(facts.shapes) if place else []
+            return found, profiles
+        for role in engines.built_roles(manifest) or ["canvas"]:
+            facts = engines.facts_of(folder, manifest, trt.__version__, gpu, role)
+            place = engines.find(facts, engines.cache_folders())
+            fix = None if place else f"python -m edge.build --bundle {folder}"
+            found.append(Finding(ENGINES[role], str(place or "not built yet"), fix))
+            if place:
+                profiles[role] = list(facts.shapes)
     except DiffusionLLMError as error:
         found.append(Finding("tensorrt", "unusable", str(error)))
-        return found, []
     finally:
         gpu.close()
+    return found, profiles
 
 
-def self_test(folder: Path, manifest: Manifest, profiles: list[tuple[int, int]]) -> list[Finding]:
-    """Blocks and canvas on the CPU; and every profile of the engine, compared with the CPU from the same canvases."""
+def self_test(folder: Path, manifest: Manifest, profiles: Profiles) -> list[Finding]:
+    """Blocks and canvas on the CPU; and every profile of the engines, compared with the CPU from the same texts."""
     with ExitStack() as stack:
         loaded = LoadedBundle.load(folder, "ort")
         stack.callback(loaded.close)
-        found, cpu = list[Finding](), loaded.backend
+        found, cpu, rows_on_cpu = list[Finding](), loaded.backend, loaded.rows
         if loaded.rows is not None:
             plan, started_s = loaded.prepare(BLOCKS_TEST), time.perf_counter()
             steps = loaded.run(plan).steps
@@ -148,18 +164,23 @@ def self_test(folder: Path, manifest: Manifest, profiles: list[tuple[int, int]])
                     f"{kind} on the cpu", f"{cost.encode_ms:.2f} ms, then {cost.passes[0].conditioned:.2f} × a pass"
                 )
             )
-        if cpu is None:
-            return found
-        rows = [open_row(manifest, manifest.model.canvas_len, seed=1)]
-        cpu_ms = statistics.median(step_ms(cpu, manifest, rows) for _ in range(STEPS))
-        found.append(Finding("step on the cpu", f"{cpu_ms:.2f} ms"))
+        if cpu is not None:
+            rows = [open_row(manifest, manifest.model.canvas_len, seed=1)]
+            cpu_ms = statistics.median(step_ms(cpu, manifest, rows) for _ in range(STEPS))
+            found.append(Finding("step on the cpu", f"{cpu_ms:.2f} ms"))
         if not profiles:
             return found
-        gpu = load_backend("trt", folder, manifest, 0)
-        stack.callback(gpu.close)
-        compared = compare_profiles(gpu, cpu, manifest, profiles)
-    for one in compared:
-        name = f"{one.batch} × {one.length} on the gpu"
+        compared: list[tuple[str, Compared]] = []
+        gpu = choose_backend("trt", folder, manifest, 0)
+        for backend in (gpu.backend, gpu.rows):
+            if backend is not None:
+                stack.callback(backend.close)
+        if gpu.backend is not None and cpu is not None:
+            compared += [("", one) for one in compare_profiles(gpu.backend, cpu, manifest, profiles["canvas"])]
+        if isinstance(gpu.rows, BlocksLoop) and isinstance(rows_on_cpu, RowsBackend):
+            compared += [(" rows", one) for one in compare_blocks(gpu.rows, rows_on_cpu, manifest, profiles["step"])]
+    for what, one in compared:
+        name = f"{one.batch} × {one.length}{what} on the gpu"
         fix = None if one.agreement >= MIN_AGREEMENT else f"{name} disagrees with the CPU: python -m edge.build --force"
         found.append(Finding(name, f"{one.step_ms:.2f} ms, {one.agreement:.0%} of the tokens are the CPU's", fix))
     return found
@@ -174,7 +195,7 @@ def whole_bundle(folder: Path, target: Target) -> Finding:
     """Whether the bundle can be read, has the graphs for the target, and all files match their hashes."""
     try:
         manifest = read_manifest(folder)
-        for decoder in manifest.decoders if target == "cpu" else ("canvas",):  # a GPU serves canvases alone
+        for decoder in manifest.decoders if target == "cpu" else manifest.decoders[-1:]:  # a GPU may serve one alone
             find_graph(folder, manifest, target, ROLE_OF[decoder])
         check_files(folder)
     except DiffusionLLMError as error:
@@ -235,7 +256,7 @@ def examine(config: Config) -> list[Finding]:
     found = [*system(), Finding("serves from", "GPU" if on_gpu else "CPU"), bundle, *gpu]
     if manifest is not None and bundle.fix is None:
         try:
-            found += self_test(config.bundle, manifest, profiles if on_gpu else [])
+            found += self_test(config.bundle, manifest, profiles if on_gpu else {})
         except DiffusionLLMError as error:
             found.append(Finding("self-test", "failed", str(error)))
     return [*found, *sensors(), *surroundings(config, on_gpu)]

@@ -38,10 +38,12 @@ Role = Literal[
     "step.conditioned",
     "prefill.conditioned",
     "step.guided",
+    "weights",
 ]
 """What a graph computes: scores of a canvas; scores of causal rows over cached ones; keys and values of rows that all
 see each other; drafts of the chain drafter. For conditions: the memory of words, and of pictures; step and prefill of
-rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md)."""
+rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). Of weights: nothing, it
+holds what the graphs of its target and precision have in common; see `graph_bytes`."""
 Decoder = Literal["blocks", "canvas"]
 ROLE_OF: Final[dict[Decoder, Role]] = {"blocks": "step", "canvas": "canvas"}
 """The graph that a decoder cannot do without."""
@@ -260,7 +262,8 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "the decoder blocks, but no defaults of `blocks`"
     if manifest.blocks is not None and "blocks" not in manifest.decoders:
         return "defaults of `blocks`, but not that decoder"
-    if manifest.blocks is not None and manifest.blocks.window and "draft" not in roles:
+    drafts = "draft" in roles or has_role(manifest, "cuda", "step")  # which has the drafter among its constants
+    if manifest.blocks is not None and manifest.blocks.window and not drafts:
         return f"the window {manifest.blocks.window}, but no graph of the role draft"
     missing = [role for role in CONDITIONED_ROLES if role not in roles]
     if manifest.conditions is not None and missing:
@@ -297,6 +300,29 @@ def verified_bytes(folder: Path, file: str, sha256: str) -> bytes:
             f"bundle file {path} does not match its manifest: sha256 {actual[:12]}… instead of {sha256[:12]}…"
         )
     return content
+
+
+def weights_of(manifest: Manifest, graph: Graph) -> Graph | None:
+    """The file of constants that a graph shares with others, if its target and precision have one."""
+    kind = (graph.target, graph.precision)
+    return next((g for g in manifest.graphs if g.role == "weights" and (g.target, g.precision) == kind), None)
+
+
+def graph_bytes(folder: Path, manifest: Manifest, graph: Graph) -> bytes:
+    """A graph as a runtime takes it: its own file and its shared constants, hashes checked. Raises BundleError.
+
+    Both are messages of ONNX's Protocol Buffers, whose encodings merge by concatenation: what a message repeats, such
+    as a graph's constants, is appended.
+    """
+    weights = weights_of(manifest, graph)
+    parts = (graph,) if weights is None else (graph, weights)
+    return b"".join(verified_bytes(folder, part.file, part.sha256) for part in parts)
+
+
+def graph_digest(manifest: Manifest, graph: Graph) -> str:
+    """Identifies what `graph_bytes` gives: the sha256 of its one file, or of both files' hashes."""
+    weights = weights_of(manifest, graph)
+    return graph.sha256 if weights is None else hashlib.sha256((graph.sha256 + weights.sha256).encode()).hexdigest()
 
 
 def bundle_digest(folder: Path) -> str:

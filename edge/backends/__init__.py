@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from edge.decoding.blocks import RowsBackend
+from edge.decoding.blocks import AnyRows
 from edge.decoding.types import AnyBackend
 from shared.errors import ConfigError, DiffusionLLMError, one_line
-from shared.manifest import Manifest
+from shared.manifest import Manifest, has_role
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Chosen(NamedTuple):
     backend: AnyBackend | None
     name: str  # "ort", "trt" or "fake"
     degraded: str | None = None
-    rows: RowsBackend | None = None
+    rows: AnyRows | None = None
 
 
 def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
@@ -49,11 +49,25 @@ def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) ->
 
 
 def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
+    """Canvas and blocks, each on its engine. Without that of blocks, which older caches lack, canvas serves alone."""
     from edge.backends.trt import backend as trt
 
+    blocks = has_role(manifest, "cuda", "step") and "blocks" in manifest.decoders
     if "canvas" not in manifest.decoders:
-        raise ConfigError(f"backend 'trt' decodes by canvas alone, and bundle {folder} by blocks alone")
-    return Chosen(trt.load(folder, manifest, argument), "trt")
+        if not blocks:
+            raise ConfigError(f"bundle {folder} has no graph for CUDA that the backend 'trt' could run")
+        return Chosen(None, "trt", rows=trt.load_blocks(folder, manifest, argument))
+    canvas = trt.load(folder, manifest, argument)
+    if not blocks:
+        return Chosen(canvas, "trt")
+    try:
+        return Chosen(canvas, "trt", rows=trt.load_blocks(folder, manifest, argument))
+    except trt.NoEngine as error:
+        log.warning("blocks are not served, canvas is: %s", str(error))
+        return Chosen(canvas, "trt")
+    except BaseException:
+        canvas.close()
+        raise
 
 
 _LOADERS: dict[str, Callable[[Path, Manifest, int, str], Chosen]] = {

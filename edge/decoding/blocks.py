@@ -7,6 +7,7 @@ test holds the two together.
 L: canvas length, N: rows of a pass, M: scored rows, V: vocabulary, C: rows that a slot holds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
@@ -53,6 +54,7 @@ class Slot:
     condition: Any = None  # the backend's own, too
 
 
+@runtime_checkable
 class RowsBackend(Protocol):
     """Scores rows that see those kept in their slot and the ones before them. Their scores depend on nothing else."""
 
@@ -179,10 +181,49 @@ class Writing:
         return sum(last - max(first - 1, self.position) for first, last in self.gaps)
 
     @property
+    def reads(self) -> bool:
+        """Whether its next pass is the first, which reads the given text."""
+        return self.passes == 0
+
+    @property
     def cost(self) -> int:
         """Rows of the next pass."""
         given = 0 if self.evidence is None else self.evidence[0].size
         return len(self.pending) + len(self.drafts) + given + (0 if self.condition is None else self.condition.cost)
+
+
+@runtime_checkable
+class BlocksLoop(Protocol):
+    """A backend that draws, keeps and drafts on the device: scores never reach Python. Not thread-safe."""
+
+    depth: int
+    """The most drafts of a pass."""
+
+    lanes: int
+    fills_gaps: bool
+
+    batches: tuple[int, ...]
+    """How many requests a pass takes, ascending from 1, one of them where a request `reads`."""
+
+    failure: str | None
+    """Why the device is out of service; None while it is healthy."""
+
+    def open_slot(self) -> Slot:
+        """An empty slot."""
+
+    def advance(self, writings: Sequence[Writing]) -> None:
+        """One pass of each, as `advance` makes it; a first pass reads the given text.
+
+        A request is recognized by identity. Raises DeviceError. Where `failure` is then set, the device is out of
+        service and every later call raises; else only requests whose scores are no numbers have failed, and are as
+        they were before.
+        """
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+AnyRows = RowsBackend | BlocksLoop
 
 
 def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
@@ -210,7 +251,7 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     w.passes += 1
     w.tried[len(w.drafts)] += 1
     w.kept[agreed] += 1
-    if _commit(w, new):
+    if commit(w, new):
         room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
         w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))
 
@@ -250,7 +291,7 @@ def _filtered(scaled: Floats, noisy: Floats, law: Law) -> int:
     return int(ids[noisy[ids] == noisy[ids].max()].min())
 
 
-def _commit(w: Writing, new: list[int]) -> bool:
+def commit(w: Writing, new: list[int]) -> bool:
     """Write tokens after `position`; an EOS, or the last position, closes the gap, and the next one begins.
 
     → whether the gap is open still

@@ -35,7 +35,7 @@ class Drafting(Struct):
 
 
 class Blocks(Struct):
-    """draft_ms: all drafts of one pass; None without a drafter."""
+    """draft_ms: all drafts of one pass; None without a drafter. On a GPU a pass holds them, and `passes` is empty."""
 
     passes: list[Pass]
     draft_ms: float | None
@@ -47,8 +47,8 @@ def measure_blocks(loaded: LoadedBundle) -> Blocks | None:
     rows, blocks = loaded.rows, loaded.manifest.blocks
     if rows is None or blocks is None:
         return None
-    passes = pass_costs(rows)
-    draft_ms = draft_cost(loaded, rows) if rows.depth else None
+    passes = pass_costs(rows) if isinstance(rows, RowsBackend) else []
+    draft_ms = draft_cost(loaded, rows) if isinstance(rows, RowsBackend) and rows.depth else None
     windows = sorted({0, 1, rows.depth}) if rows.depth else [0]
     return Blocks(passes, draft_ms, drafting(loaded, windows))
 
@@ -105,12 +105,11 @@ def drafting(loaded: LoadedBundle, windows: list[int]) -> list[Drafting]:
 
 def print_blocks(blocks: Blocks) -> None:
     """The tables."""
-    one = blocks.passes[0].ms
     print("\nblocks, a pass by its rows")
     for p in blocks.passes:
-        print(f"{p.rows:6} {p.ms:8.2f} ms {p.ms / one:6.2f} × one row")
+        print(f"{p.rows:6} {p.ms:8.2f} ms {p.ms / blocks.passes[0].ms:6.2f} × one row")
     if blocks.draft_ms is not None:
-        print(f"drafts {blocks.draft_ms:8.2f} ms {blocks.draft_ms / one:6.2f} × one row")
+        print(f"drafts {blocks.draft_ms:8.2f} ms {blocks.draft_ms / blocks.passes[0].ms:6.2f} × one row")
     print(f"{'window':>6} {'tokens/s':>9} {'tokens a pass':>14} {'first token, ms':>16}")
     for d in blocks.texts:
         print(f"{d.window:6} {d.tokens_per_s:9.0f} {d.tokens_per_pass:14.2f} {d.first_token_ms:16.1f}")

@@ -8,7 +8,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from edge.backends import Chosen, choose_backend
-from edge.decoding.blocks import ConditionedRows, Law
+from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import GAP_OF_BLOCKS, GAP_OF_CANVAS, Texts
 from edge.decoding.pictures import MAX_PICTURE_BYTES
@@ -166,13 +166,16 @@ class LoadedBundle:
     @property
     def failure(self) -> str | None:
         """Why its device is out of service for good; None while it is healthy, and always on a CPU."""
-        return self.backend.failure if isinstance(self.backend, LoopBackend) else None
+        on_gpu = (one for one in (self.backend, self.rows) if isinstance(one, LoopBackend | BlocksLoop))
+        return next((one.failure for one in on_gpu if one.failure is not None), None)
 
     def begin(self, plan: Plan) -> Run:
         """A plan's canvas, ready for its first pass."""
         if isinstance(plan.sampling, Law):
             assert self._slots is not None
-            return BlocksRun(plan, self._texts, self._slots, self.manifest.model.vocab_size)
+            rows = self.rows.depth + 1 if isinstance(self.rows, BlocksLoop) else None
+            vocab_size = self.manifest.model.vocab_size
+            return BlocksRun(plan, self._texts, self._slots, vocab_size=vocab_size, step_rows=rows)
         assert self.backend is not None
         return CanvasRun(plan, self._texts, self.backend)
 
@@ -182,19 +185,20 @@ class LoadedBundle:
         lanes: int = getattr(self.backend or self.rows, "lanes", 1)
         return lanes
 
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """How many runs by canvas of equal `positions` one step may take, ascending from 1."""
-        batches: tuple[int, ...] = getattr(self.backend, "batches", (1,))
+    def batches(self, run: Run | None = None) -> tuple[int, ...]:
+        """How many runs like this one (by canvas without one), of equal `positions`, a step takes, ascending from 1."""
+        if isinstance(run, BlocksRun) and run.writing.reads:
+            return (1,)
+        batches: tuple[int, ...] = getattr(self.rows if isinstance(run, BlocksRun) else self.backend, "batches", (1,))
         return batches
 
     @property
     def deterministic(self) -> bool:
         """Whether a text depends on its plan alone: nothing is ever computed in one batch with it."""
-        return self.batches == (1,)
+        return self.batches() == (1,) and not isinstance(self.rows, BlocksLoop)
 
     def step(self, runs: Sequence[Run], under_way: int = 1) -> None:
-        """One pass of unfinished runs that are ready, and of equal `positions`; their number is one of `batches`.
+        """One pass of unfinished runs that are ready, of one decoder and equal `positions`, one of `batches` in number.
 
         under_way: how many runs share the backend, these included; a CPU's threads are divided among them.
         """

@@ -85,9 +85,12 @@ class _State:
             return [] if computing else [first]
         if len(computing) >= min(job.loaded.lanes for job in (first, *computing)):
             return []
-        kind = (first.loaded, first.positions())
-        mates = [job for job in order if not job.alone and (job.loaded, job.positions()) == kind]
-        size = max(size for size in first.loaded.batches if size <= len(mates))
+        sizes = first.loaded.batches(first.run)
+        if sizes == (1,):
+            return [first]
+        kind = (first.loaded, type(first.run), first.positions())
+        mates = [job for job in order if not job.alone and (job.loaded, type(job.run), job.positions()) == kind]
+        size = max(size for size in sizes if size <= len(mates))
         return sorted(mates[:size], key=lambda job: job.number)
 
     def reason(self, usual: str) -> str:

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from edge.decoding import blocks
-from edge.decoding.blocks import Law, RowsBackend, Writing
+from edge.decoding.blocks import BlocksLoop, Law, RowsBackend, Writing
 from edge.decoding.canvas import advance, bucket
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import HALF, Layout, Texts
@@ -149,9 +149,12 @@ class CanvasRun:
 class BlocksRun:
     """From the left, by the network's own law."""
 
-    def __init__(self, plan: Plan, texts: Texts, slots: Slots, vocab_size: int) -> None:
+    def __init__(
+        self, plan: Plan, texts: Texts, slots: Slots, *, vocab_size: int, step_rows: int | None = None
+    ) -> None:
+        """step_rows: of every pass after the first, on a backend whose passes have one shape."""
         assert isinstance(plan.sampling, Law)
-        self.plan, self._texts, self._slots = plan, texts, slots
+        self.plan, self._texts, self._slots, self._step_rows = plan, texts, slots, step_rows
         layout = plan.layout
         self.writing = Writing(
             layout.canvas.copy(), layout.fill, layout.open_end, plan.sampling, vocab_size, condition=plan.condition
@@ -179,7 +182,7 @@ class BlocksRun:
 
     def positions(self) -> int:
         """See `Run`."""
-        return self.writing.cost
+        return self.writing.cost if self._step_rows is None or self.writing.reads else self._step_rows
 
     def snapshot(self) -> Snapshot:
         """See `Run`."""
@@ -234,11 +237,19 @@ def completion_of(plan: Plan, texts: Texts, canvas: Ids, passes: int) -> Complet
 
 
 def step(
-    runs: Sequence[Run], manifest: Manifest, *, backend: AnyBackend | None, rows: RowsBackend | None, under_way: int
+    runs: Sequence[Run],
+    manifest: Manifest,
+    *,
+    backend: AnyBackend | None,
+    rows: RowsBackend | BlocksLoop | None,
+    under_way: int,
 ) -> None:
-    """One pass of unfinished runs: one by blocks, or some by canvas, of equal `positions`."""
+    """One pass of unfinished runs of one decoder, and of equal `positions`."""
     first = runs[0]
     if isinstance(first, BlocksRun):
+        if isinstance(rows, BlocksLoop):
+            rows.advance([run.writing for run in runs if isinstance(run, BlocksRun)])
+            return
         assert rows is not None and len(runs) == 1
         first.advance(rows, under_way)
     else:

@@ -102,6 +102,10 @@ class RowGraphs:
         logits, _ = self.append(rows, tokens[given:], positions[given:], range(len(tokens) - given))
         return float(F.cross_entropy(torch.from_numpy(logits), example.target, reduction="sum"))
 
+    def greedy_texts(self, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+        """`greedy` of each."""
+        return [self.greedy(prompt, length) for prompt in prompts]
+
     def greedy(self, prompt: Sequence[int], length: int, condition: Condition | None = None) -> list[int]:
         """The likeliest token after the likeliest, from a prompt to an EOS, or up to `length` tokens."""
         rows, text, new = self.empty(length, condition), list(prompt), list(prompt)

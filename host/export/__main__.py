@@ -1,12 +1,12 @@
 """Export a trained model as a bundle: `python -m host.export --int8` takes the newest diffusion run.
 
-Graphs of blocks (for the CPU) of a run that learned ar, of canvas (for CPU and CUDA) of one that learned canvas.
+Graphs of blocks of a run that learned ar, of canvas of one that learned canvas, for CPU and CUDA.
 
 no flag   FP32 graphs for the CPU
 --int8    INT8 graphs: of blocks with static scales; of canvas for the CPU every scheme is tried, the fastest to pass
           the parity gate is kept; for CUDA explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the
           gate stay in float.
---fp16    FP16 graph for CUDA; goes with --int8 or alone
+--fp16    FP16 graphs for CUDA; goes with --int8 or alone
 --hf OUT  the weights as a folder that the Hugging Face libraries load, which host.train --init also takes; alone, or
           with --out, --int8 or --fp16 beside a bundle
 """
@@ -24,7 +24,7 @@ from host.evaluate.laws import law_figures, print_law_figures
 from host.evaluate.likelihood import STORIES, HeldOut, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
 from host.export.arguments import parse_arguments
-from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8
+from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8, cuda_blocks, law_reference
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
 from host.export.conditions_pipeline import conditions_of_run, conditions_spec, measured_conditions
 from host.export.hub.publish import (
@@ -37,10 +37,11 @@ from host.export.hub.publish import (
 )
 from host.export.law_parity import graph_laws
 from host.export.parity import dropped_mass
-from host.export.pipeline import Wanted, build, build_untrained
+from host.export.pipeline import Wanted, build, build_untrained, check
 from host.export.random_weights import untrained
 from host.export.reference import reference_of
 from host.export.sensitivity import print_errors
+from host.export.shared_weights import with_shared_weights
 from host.export.stages import Stages
 from host.model.drafter import DEPTH
 from host.model.network import config_named
@@ -182,9 +183,16 @@ def export_run(
     if not source:
         train = data_of(run).train
         text = train.take(np.arange(min(len(train), TEXT_STORIES)))
-    if "ar" in learned and wanted.cpu_int8:
+    on_cuda: list[Blocks] = []
+    if "ar" in learned and (wanted.cpu_int8 or wanted.cuda):
         stages.begin(BLOCKS)
-        blocks = blocks_int8(model, learned, held_out=held_out, text=text)
+        laws_of = law_reference(model, learned, held_out)
+        if wanted.cpu_int8:
+            blocks = blocks_int8(model, learned, reference=laws_of, text=text)
+        on_cuda = cuda_blocks(
+            model, learned, reference=laws_of, text=text, precisions=wanted.cuda, fp32_norms=wanted.fp32_norms
+        )
+        check([graph for one in on_cuda for graph in one.graphs])
     elif wanted.cpu_fp32:
         blocks = Blocks(blocks_graphs(model, learned))
     conditioner, conditions = None, Blocks([])
@@ -196,8 +204,9 @@ def export_run(
             model, learned, conditioner=conditioner, train=data.train, held_out=held_out, int8=wanted.cpu_int8
         )
     top_k = min(TOP_K, model.config.vocab_size)
-    graphs, parities = blocks.graphs + conditions.graphs, list[Parity]()
-    calibration = "; ".join(part for part in (blocks.calibration, conditions.calibration) if part)
+    built = (blocks, *on_cuda, conditions)
+    graphs, parities = [graph for one in built for graph in one.graphs], list[Parity]()
+    calibration = "; ".join(one.calibration for one in built if one.calibration)
     reference, canvases = None, list[BundleGraph]()
     if "canvas" in learned:
         stages.begin(SAMPLING)
@@ -208,6 +217,7 @@ def export_run(
         canvases, parities, of_canvases = build(wanted, reference, stages)
         graphs = graphs + canvases
         calibration = "; ".join(part for part in (calibration, of_canvases) if part)
+    graphs = with_shared_weights(graphs)
 
     spec = None if conditioner is None else conditions_spec(guidance)
 
@@ -223,7 +233,7 @@ def export_run(
             evaluations=evaluations,
             laws=laws,
             parity=parities,
-            law_parity=blocks.parity + conditions.parity,
+            law_parity=[parity for one in built for parity in one.parity],
             calibration=calibration or "none",
             defaults=defaults,
             conditions=spec,
@@ -254,11 +264,9 @@ def check_learned(run: Path, learned: Collection[str], wanted: Wanted) -> None:
     """ConfigError when nothing that is wanted can be made of what a run has learned."""
     if not {"ar", "canvas"}.intersection(learned):
         raise ConfigError(f"{run} learned neither ar nor canvas: start a run from it with host.train --init {run}")
-    if "canvas" not in learned and not (wanted.cpu_int8 or wanted.cpu_fp32):
-        raise ConfigError(f"{run} did not learn the objective canvas, which the CUDA graphs are of")
 
 
-BLOCKS: Final = "INT8 for blocks"
+BLOCKS: Final = "graphs of blocks"
 CONDITIONS: Final = "graphs of conditions"
 SAMPLING: Final = "canvases that sampling visits"
 FIGURES: Final = "figures on held-out text (the bundle is there already)"
@@ -270,7 +278,8 @@ def stage_costs(
 ) -> dict[str, float]:
     """What each stage takes, roughly, in passes of the network over a canvas, as measured on `tiny`."""
     canvas, blocks = "canvas" in learned, "ar" in learned and (wanted.cpu_int8 or wanted.cpu_fp32)
-    costs: dict[str, float] = {BLOCKS: 2000} if blocks and wanted.cpu_int8 else {}
+    of_blocks = (2000 * wanted.cpu_int8 + 1500 * len(wanted.cuda)) * ("ar" in learned)
+    costs: dict[str, float] = {BLOCKS: of_blocks} if of_blocks else {}
     costs |= {CONDITIONS: 3000} if conditions else {}
     costs |= {SAMPLING: 900} if canvas else {}
     costs |= {"INT8 for the CPU": 600} if canvas and wanted.cpu_int8 else {}
@@ -289,7 +298,7 @@ def export_untrained(
     """A bundle of random weights with a tokenizer of random words."""
     shape = replace(config_named(config), draft_depth=DEPTH, conditions=conditions)
     model, progress, tokenizer = untrained(shape)
-    graphs = build_untrained(wanted, model, progress.objectives)
+    graphs = with_shared_weights(build_untrained(wanted, model, progress.objectives))
     with tokenizer as path:
         top_k = min(TOP_K, model.config.vocab_size)
         write_bundle(

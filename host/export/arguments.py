@@ -12,13 +12,13 @@ from shared.manifest import SamplingDefaults
 DESCRIPTION: Final = """
 Export a trained model as a bundle: `python -m host.export --int8` takes the newest diffusion run.
 
-Graphs of blocks (for the CPU) of a run that learned ar, of canvas (for CPU and CUDA) of one that learned canvas.
+Graphs of blocks of a run that learned ar, of canvas of one that learned canvas, for CPU and CUDA.
 
 no flag   FP32 graphs for the CPU
 --int8    INT8 graphs: of blocks with static scales; of canvas for the CPU every scheme is tried, the fastest to pass
           the parity gate is kept; for CUDA explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the
           gate stay in float.
---fp16    FP16 graph for CUDA; goes with --int8 or alone
+--fp16    FP16 graphs for CUDA; goes with --int8 or alone
 --hf OUT  the weights as a folder that the Hugging Face libraries load, which host.train --init also takes; alone, or
           with --out, --int8 or --fp16 beside a bundle
 """
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--conditions", action="store_true", help="with --untrained: also take words and pictures")
     parser.add_argument("--out", type=Path, help="bundle folder (default: bundles/NAME-OF-RUN)")
     parser.add_argument("--int8", action="store_true", help="INT8 graphs for the CPU and for CUDA")
-    parser.add_argument("--fp16", action="store_true", help="FP16 graph for CUDA")
+    parser.add_argument("--fp16", action="store_true", help="FP16 graphs for CUDA")
     parser.add_argument("--fp32-norms", action="store_true", help="compute LayerNorm in float32 in the CUDA graphs")
     parser.add_argument("--hf", type=Path, metavar="OUT", help="write a folder for the Hugging Face libraries")
     parser.add_argument(

@@ -1,19 +1,22 @@
-"""The graphs of blocks that ship, of what a network has learned: in INT8 only if its laws pass the gate."""
+"""The graphs of blocks that ship, of what a network has learned: in INT8 and FP16 only if its laws pass the gate."""
 
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from host.evaluate.likelihood import HeldOut
 from host.evaluate.scorers import session_of
 from host.export.bundle_writer import BundleGraph
+from host.export.cuda_qdq import linear_layers, quantize_linears
+from host.export.cuda_step import DRAFTER, cuda_step_graph
 from host.export.law_parity import GATE, LawReference, measure_law, passes_law, row_graphs
 from host.export.row_builder import Ranges
 from host.export.row_ranges import best_ranges, calibration_rows, observe
@@ -57,37 +60,107 @@ def blocks_graphs(model: Denoiser, learned: Collection[str], ranges: Ranges | No
 
 def untested_blocks(model: Denoiser, learned: Collection[str], int8: bool) -> list[BundleGraph]:
     """Graphs of random weights: scales and frequent tokens of random text, nothing measured."""
-    shape = (4, model.config.canvas_len)
-    text = np.random.default_rng(0).integers(FIRST_TEXT_ID, model.config.vocab_size, shape, np.uint16)
+    text = _random_text(model)
     ranges = best_ranges(model, observe(model, calibration_rows(text, learned)))[0] if int8 else None
     return blocks_graphs(model, learned, ranges)
 
 
-def blocks_int8(model: Denoiser, learned: Collection[str], *, held_out: HeldOut, text: NDArray[np.uint16]) -> Blocks:
-    """INT8 graphs that pass the gate: while they miss it, 1, 2, 4 … of the worst layers are left in float32.
+def untested_cuda_blocks(
+    model: Denoiser, learned: Collection[str], precisions: Collection[Precision], fp32_norms: bool
+) -> list[BundleGraph]:
+    """The same for CUDA."""
+    text = _random_text(model)
+    ranges = best_ranges(model, observe(model, calibration_rows(text, learned)))[0] if "int8" in precisions else {}
+    step = cuda_step_graph(model, fp32_norms)
+    return [_cuda_step(step, ranges if precision == "int8" else None) for precision in precisions]
 
-    text: stories (n, L), of which the first choose the scales. BundleError when half of the layers in float32 do not
-    help.
-    """
-    exact, calibration = blocks_graphs(model, learned), text[:CALIBRATION_STORIES]
-    print_speed(exact[0])
+
+def _random_text(model: Denoiser) -> NDArray[np.uint16]:
+    shape = (4, model.config.canvas_len)
+    return np.random.default_rng(0).integers(FIRST_TEXT_ID, model.config.vocab_size, shape, np.uint16)
+
+
+def _cuda_step(step: onnx.ModelProto, ranges: Ranges | None) -> BundleGraph:
+    """In FP16, or with Q/DQ around the layers that have a range. Symmetric: a range is its larger side."""
+    if ranges is None:
+        return BundleGraph(step, "step", "fp16", "cuda")
+    layers = {node.name: node.inputs[0].name for node in linear_layers(gs.import_onnx(step))}
+    largest, kept = {}, []
+    for name, value in layers.items():
+        layer = name.removesuffix(".matmul").removesuffix(".out")
+        if layer in ranges:
+            largest[value] = max(map(abs, ranges[layer]))
+        else:
+            kept.append(name)
+    quantized = quantize_linears(step, largest, kept)  # which drops constants that no node reads
+    quantized.graph.initializer.extend(c for c in step.graph.initializer if c.name.startswith(DRAFTER))
+    return BundleGraph(quantized, "step", "int8", "cuda")
+
+
+def law_reference(model: Denoiser, learned: Collection[str], held_out: HeldOut) -> LawReference:
+    """What other graphs of blocks are compared with, in float32."""
     few = replace(held_out, canvases=held_out.canvases[:PARITY_STORIES])
-    reference = LawReference(row_graphs(exact), few, fills_gaps="infill" in learned)
+    return LawReference(row_graphs(blocks_graphs(model, learned)), few, fills_gaps="infill" in learned)
+
+
+def blocks_int8(
+    model: Denoiser, learned: Collection[str], *, reference: LawReference, text: NDArray[np.uint16]
+) -> Blocks:
+    """INT8 graphs for the CPU that pass the gate.
+
+    text: stories (n, L), of which the first choose the scales. Raises BundleError; see `_first_to_pass`.
+    """
+    print_speed(blocks_graphs(model, learned)[0])
+    blocks = _first_to_pass(model, learned, reference, text, lambda ranges: blocks_graphs(model, learned, ranges))
+    print_speed(blocks.graphs[0])
+    return blocks
+
+
+def cuda_blocks(
+    model: Denoiser,
+    learned: Collection[str],
+    *,
+    reference: LawReference,
+    text: NDArray[np.uint16],
+    precisions: Collection[Precision],
+    fp32_norms: bool,
+) -> list[Blocks]:
+    """The step graph for CUDA in each precision, held to the same gate. Raises BundleError."""
+    step = cuda_step_graph(model, fp32_norms)
+    built = []
+    if "fp16" in precisions:
+        graphs = [_cuda_step(step, None)]
+        parity = measure_law(reference, graphs, "half precision")
+        say(parity)
+        if not passes_law(parity):
+            raise BundleError(f"the FP16 step graph misses its gate ({GATE}); nothing was written")
+        built.append(Blocks(graphs, (parity,)))
+    if "int8" in precisions:
+        built.append(_first_to_pass(model, learned, reference, text, lambda ranges: [_cuda_step(step, ranges)]))
+    return built
+
+
+def _first_to_pass(
+    model: Denoiser,
+    learned: Collection[str],
+    reference: LawReference,
+    text: NDArray[np.uint16],
+    make: Callable[[Ranges], list[BundleGraph]],
+) -> Blocks:
+    """While the gate is missed, leave 1, 2, 4 … of the worst layers in float. BundleError when half do not help."""
+    calibration = text[:CALIBRATION_STORIES]
     ranges, worst_first = best_ranges(model, observe(model, calibration_rows(calibration, learned)))
     kept: list[str] = []
     while True:
-        chosen = {name: bounds for name, bounds in ranges.items() if name not in kept}
-        graphs = blocks_graphs(model, learned, chosen)
+        graphs = make({name: bounds for name, bounds in ranges.items() if name not in kept})
         parity = measure_law(reference, graphs, SCHEME, kept)
         say(parity)
         if passes_law(parity):
-            print_speed(graphs[0])
-            record = f"{parity.graph}: {len(calibration)} stories of training, {SCHEME}"
-            return Blocks(graphs, (parity,), record)
+            return Blocks(graphs, (parity,), f"{parity.graph}: {len(calibration)} stories of training, {SCHEME}")
         count = 2 * len(kept) or 1
         if count > len(worst_first) // 2:
             raise BundleError(
-                f"INT8 for blocks misses its gate ({GATE}), even with half of the layers in float32; nothing was "
+                f"INT8 for blocks misses its gate ({GATE}), even with half of the layers in float; nothing was "
                 "written: train longer, or leave out --int8"
             )
         kept = worst_first[:count]
@@ -96,7 +169,7 @@ def blocks_int8(model: Denoiser, learned: Collection[str], *, held_out: HeldOut,
 def say(parity: LawParity) -> None:
     """One line."""
     infilling = f", infilling × {parity.infilling_ratio:.4f}" if parity.infilling_ratio else ""
-    kept = f", in float32 {', '.join(parity.kept_float)}" if parity.kept_float else ""
+    kept = f", in float {', '.join(parity.kept_float)}" if parity.kept_float else ""
     verdict = "passes" if passes_law(parity) else "fails"
     print(
         f"{parity.graph} {parity.scheme}{kept}: left to right × {parity.law_ratio:.4f}{infilling}, "

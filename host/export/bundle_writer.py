@@ -125,7 +125,8 @@ def write_bundle(
     check_replaceable(out)
     roles = {graph.role for graph in graphs}
     defaults = defaults or SamplingDefaults()
-    window = model.config.draft_depth if "draft" in roles else 0
+    drafts = "draft" in roles or any((graph.target, graph.role) == ("cuda", "step") for graph in graphs)
+    window = model.config.draft_depth if drafts else 0
     blocks = BlocksDefaults(window=window, temperature=defaults.temperature, top_p=defaults.top_p)
     with swapped_in(out) as folder:
         (folder / TOKENIZER).write_bytes(plain_tokenizer(tokenizer))

@@ -96,15 +96,15 @@ class StepBuilder(GraphBuilder):
         weight, bias = self.parameters(name, columns)
         return self.op("Add", out, self.op("MatMul", f"{out}.matmul", x, weight), bias)
 
-    def norm(self, x: str, name: str) -> str:
-        """A LayerNorm."""
-        parts = [f"{name}.weight", f"{name}.bias"]
+    def norm(self, x: str, name: str, out: str = "") -> str:
+        """A LayerNorm. out: what to call its result."""
+        parts, out = [f"{name}.weight", f"{name}.bias"], out or f"{name}.out"
         if not self._fp32_norms:
-            return self.op("LayerNormalization", f"{name}.out", x, *map(self.weight, parts), axis=-1)
+            return self.op("LayerNormalization", out, x, *map(self.weight, parts), axis=-1)
         x = self.op("Cast", f"{name}.in32", x, to=TensorProto.FLOAT)
         gains = [self.constant(part, self.weights[part]) for part in parts]
         x = self.op("LayerNormalization", f"{name}.out32", x, *gains, axis=-1)
-        return self.op("Cast", f"{name}.out", x, to=ONNX_TYPE[self._dtype])
+        return self.op("Cast", out, x, to=ONNX_TYPE[self._dtype])
 
     def embed(self) -> str:
         """Embeddings of tokens, positions and time; also the value `position` (L,).  → (B, L, D)"""

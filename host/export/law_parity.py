@@ -1,4 +1,4 @@
-"""How closely INT8 graphs of blocks follow float32: the gate of the laws that texts are written by."""
+"""How closely INT8 and FP16 graphs of blocks follow float32: the gate of the laws that texts are written by."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from host.evaluate.cuda_rows import CudaRows
 from host.evaluate.infilling import held_out_gaps
 from host.evaluate.likelihood import HeldOut, ratio
 from host.evaluate.row_graphs import RowGraphs, left_to_right
@@ -18,18 +19,19 @@ from shared.tokens import PAD
 
 MAX_LAW_CHANGE: Final = 0.005
 MAX_INFILLING_CHANGE: Final = 0.01
+AnyRows = RowGraphs | CudaRows
 GATE: Final = f"left to right within {MAX_LAW_CHANGE:.1%} and infilling within {MAX_INFILLING_CHANGE:.0%} of float32"
 PROMPT_TOKENS: Final = 16
 
 
 @dataclass(frozen=True)
 class LawReference:
-    """float32 graphs, and what INT8 is compared with them on: few held-out stories. What float32 says is computed once.
+    """float32 graphs, and few held-out stories to compare others with them on. What they say is computed once.
 
     fills_gaps: whether the network learned to.
     """
 
-    graphs: RowGraphs
+    graphs: AnyRows
     few: HeldOut
     fills_gaps: bool
 
@@ -53,20 +55,22 @@ class LawReference:
         """Greedy continuations."""
         return self.greedy(self.graphs)
 
-    def greedy(self, graphs: RowGraphs) -> list[list[int]]:
+    def greedy(self, graphs: AnyRows) -> list[list[int]]:
         """What graphs write after the first tokens of each story."""
         long_enough = self.few.canvases[self.few.canvases[:, PROMPT_TOKENS] != PAD]
         length = self.few.canvases.shape[1]
-        return [graphs.greedy(story[: 1 + PROMPT_TOKENS].tolist(), length) for story in long_enough]
+        return graphs.greedy_texts([story[: 1 + PROMPT_TOKENS].tolist() for story in long_enough], length)
 
 
-def total_nats(graphs: RowGraphs, examples: Sequence[Example]) -> float:
+def total_nats(graphs: AnyRows, examples: Sequence[Example]) -> float:
     """Of all targets."""
     return sum(graphs.nats(one) for one in examples)
 
 
-def row_graphs(graphs: Collection[BundleGraph]) -> RowGraphs:
-    """Step and prefill graph, to be measured."""
+def row_graphs(graphs: Collection[BundleGraph]) -> AnyRows:
+    """Step and prefill graph, to be measured; the step graph for CUDA reads evidence itself."""
+    if cuda := [graph.model for graph in graphs if (graph.target, graph.role) == ("cuda", "step")]:
+        return CudaRows(cuda[0])
     by_role = {graph.role: graph.model for graph in graphs}
     return RowGraphs(by_role["step"], by_role.get("prefill"))
 

@@ -13,10 +13,11 @@ ALLOWED_OPS: Final = frozenset(
     {
         *("Add", "Cast", "Concat", "Cos", "DequantizeLinear", "Equal", "Gather", "Gelu", "GreaterOrEqual"),
         *("LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Or", "QuantizeLinear", "ReduceMax"),
-        *("ReduceMin", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Transpose"),
-        *("Unsqueeze", "Where"),
+        *("ReduceMin", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Sub"),
+        *("Transpose", "Unsqueeze", "Where"),
     }
 )
+STEP_INPUTS: Final = ("tokens", "positions", "sees", "cached", "key_positions", "scored")
 LARGEST_FP16: Final = 65504.0
 MULTIPLE: Final = 64  # of a linear layer's sides, for whole tensor-core tiles
 
@@ -55,14 +56,31 @@ def _frame(graph: onnx.ModelProto) -> Iterator[str]:
         yield f"the graph uses operator sets {domains}; TensorRT 10.3 reads ONNX's own at {OPSET} and no other"
     if graph.ir_version > IR_VERSION:
         yield f"the graph has IR version {graph.ir_version}; at most {IR_VERSION} is read everywhere"
-    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.graph.input}
+    read, made = (
+        {value.name: value.type.tensor_type.elem_type for value in values}
+        for values in (graph.graph.input, graph.graph.output)
+    )
+    if "tokens" in read:
+        yield from _step_frame(read, made)
+        return
     wanted = {"canvas": TensorProto.INT32, "t": TensorProto.FLOAT}
-    for name, kind in kinds.items():
+    for name, kind in read.items():
         if wanted.get(name) != kind:
             yield f"input {name} is {_dtype(kind)}; inputs are canvas (int32) and t (float)"
-    outputs = [(value.name, value.type.tensor_type.elem_type) for value in graph.graph.output]
-    if outputs != [("logits", TensorProto.FLOAT16)]:
-        yield f"the outputs are {[(n, _dtype(k)) for n, k in outputs]}; the only one is logits (float16)"
+    if made != {"logits": TensorProto.FLOAT16}:
+        yield f"the outputs are {[(n, _dtype(k)) for n, k in made.items()]}; the only one is logits (float16)"
+
+
+def _step_frame(read: dict[str, int], made: dict[str, int]) -> Iterator[str]:
+    """Whole numbers come in, slots too; logits, states and each slot's new rows go out."""
+    slots = {name for name in read if name.startswith(("keys.", "values."))}
+    wanted = dict.fromkeys(STEP_INPUTS, TensorProto.INT32) | dict.fromkeys(slots, TensorProto.FLOAT16)
+    if not slots or read != wanted:
+        found = ", ".join(f"{name} ({_dtype(kind)})" for name, kind in read.items())
+        yield f"the inputs are {found}, not {', '.join(STEP_INPUTS)} (int32), keys.i and values.i (float16)"
+    if made != dict.fromkeys(("logits", "states", *(f"new_{name}" for name in slots)), TensorProto.FLOAT16):
+        found = ", ".join(f"{name} ({_dtype(kind)})" for name, kind in made.items())
+        yield f"the outputs are {found}, not logits, states, new_keys.i and new_values.i (float16)"
 
 
 def _operators(graph: onnx.ModelProto) -> Iterator[str]:

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from host.evaluate.scorers import GraphScorer, session_of, step_feed
-from host.export.blocks_pipeline import untested_blocks
+from host.export.blocks_pipeline import untested_blocks, untested_cuda_blocks
 from host.export.bundle_writer import BundleGraph
 from host.export.conditions_pipeline import untested_conditions
 from host.export.cpu_graph import cpu_graph
@@ -25,7 +25,7 @@ from host.export.stages import Stages
 from host.model.network import Denoiser
 from host.sampling.reference import TOP_K
 from shared.errors import BundleError
-from shared.manifest import Parity
+from shared.manifest import Parity, Precision
 
 FP16: Final = "half precision"
 GATE: Final = f"NELBO within {MAX_NELBO_CHANGE:.0%} and top-1 agreement of at least {MIN_TOP1_AGREEMENT:.0%}"
@@ -40,6 +40,12 @@ class Wanted:
     cuda_fp16: bool = False
     cuda_int8: bool = False
     fp32_norms: bool = False  # on CUDA
+
+    @property
+    def cuda(self) -> tuple[Precision, ...]:
+        """Precisions of the CUDA graphs."""
+        wanted: dict[Precision, bool] = {"fp16": self.cuda_fp16, "int8": self.cuda_int8}
+        return tuple(precision for precision, is_wanted in wanted.items() if is_wanted)
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,7 @@ def build_untrained(wanted: Wanted, model: Denoiser, learned: Collection[str]) -
         graphs += untested_blocks(model, learned, int8=False)
         graphs += untested_conditions(model, learned, int8=False) if model.conditions is not None else []
         graphs.append(BundleGraph(cpu_graph(model, top_k), "canvas", "fp32", "cpu"))
+    graphs += untested_cuda_blocks(model, learned, wanted.cuda, wanted.fp32_norms)
     if wanted.cuda_fp16:
         graphs.append(BundleGraph(fp16, "canvas", "fp16", "cuda"))
     if wanted.cuda_int8:

@@ -91,7 +91,7 @@ def test_backend_on_gpu_with_real_tensorrt(
     manifest = read_manifest(debug_bundle)
     backend = load_backend("trt", debug_bundle, manifest, 0)
     assert isinstance(backend, TrtBackend)
-    found = doctor.self_test(debug_bundle, manifest, list(backend._buckets))
+    found = doctor.self_test(debug_bundle, manifest, {"canvas": list(backend._buckets)})
     assert [finding.fix for finding in found if finding.fix] == []
     assert all(bucket.graph is not None for bucket in backend._buckets.values()), "nothing was captured"
     print(measure(backend, engine="TensorRT"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper
 
@@ -13,9 +14,18 @@ from edge.config import default_bundle
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from host.evaluate.scorers import GraphScorer, load_graph
+from host.export.law_parity import passes_law
 from host.export.parity import passes
 from host.model.network import BIAS_FLOOR
-from shared.manifest import TOKENIZER, SamplingDefaults, bundle_digest, find_graph, read_manifest, verified_bytes
+from shared.manifest import (
+    TOKENIZER,
+    SamplingDefaults,
+    bundle_digest,
+    find_graph,
+    graph_bytes,
+    read_manifest,
+    verified_bytes,
+)
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
 from shared.tokens import BOS, EOS, MASK, PAD
 
@@ -35,8 +45,7 @@ def test_shipped_bundle_is_complete_and_small() -> None:
         ("prefill", "cpu", "int8"),
         ("draft", "cpu", "int8"),
         ("canvas", "cpu", "int8"),
-        ("canvas", "cuda", "fp16"),
-        ("canvas", "cuda", "int8"),
+        *((role, "cuda", precision) for role in ("step", "canvas", "weights") for precision in ("fp16", "int8")),
     }
     assert manifest.decoders == ("blocks", "canvas")
     for graph in manifest.graphs:
@@ -74,8 +83,10 @@ def test_shipped_bundle_passed_the_gate_and_quality_states_its_figures() -> None
             law.infilling_nats_per_gap_token,
         ):
             assert figure is not None and f"{figure.value:.3f} ± {figure.stderr:.3f}" in page
-    (gate,) = manifest.law_parity
-    assert f"× {gate.law_ratio:.4f}" in page and f"× {gate.infilling_ratio:.4f}" in page
+    assert [gate.graph for gate in manifest.law_parity] == [g.file for g in manifest.graphs if g.role == "step"]
+    for gate in manifest.law_parity:
+        assert passes_law(gate)
+        assert f"× {gate.law_ratio:.4f}" in page and f"× {gate.infilling_ratio:.4f}" in page
     for parity in manifest.parity:
         assert f"× {parity.nelbo_ratio:.4f}" in page and f"{parity.top1_agreement:.1%}".replace("%", " %") in page
     for evaluation in manifest.evaluations:
@@ -154,7 +165,7 @@ def test_shipped_bundle_graphs_agree(loaded: LoadedBundle) -> None:
     """INT8 for the CPU and FP16 for CUDA, both run here by ONNX Runtime, mostly prefer the same tokens."""
     folder = default_bundle()
     cpu, cuda = (
-        GraphScorer(graph.file, load_graph(folder / graph.file))
+        GraphScorer(graph.file, onnx.load_from_string(graph_bytes(folder, loaded.manifest, graph)))
         for graph in (find_graph(folder, loaded.manifest, target) for target in ("cpu", "cuda"))
     )
     canvas = loaded.run(loaded.prepare(GenerateRequest(prompt="Once upon a time", decode="canvas", seed=2))).canvas

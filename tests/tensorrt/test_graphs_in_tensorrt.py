@@ -16,9 +16,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from edge.backends.trt.profiles import step_profiles
 from edge.config import default_bundle
 from host.export.cuda_qdq import activation_ranges, quantize_linears
-from shared.manifest import read_manifest
+from shared.manifest import graph_bytes, read_manifest
 from shared.tokens import BOS, MASK
 from tests.support.packages import installed
 
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="tensorrt-rtx 1.4 has wheels for x86-64 alone"),
 ]
 
+CANVAS = 256  # of the shipped bundle
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS, PARSES = "tensorrt-rtx==1.7.1.116", "tensorrt-rtx==1.4.0.76"
 ALLOWED = re.compile(r"(?!)")
@@ -50,17 +52,33 @@ def unexpected(found: dict[str, Any]) -> list[str]:
 @pytest.fixture(params=["debug-fp16", "debug-int8", "shipped-fp16", "shipped-int8"])
 def graph(request: pytest.FixtureRequest, debug_bundle: Path, tmp_path: Path) -> Path:
     whose, precision = request.param.split("-")
-    bundle = debug_bundle if whose == "debug" else default_bundle()
-    files = {graph.precision: bundle / graph.file for graph in read_manifest(bundle).graphs if graph.target == "cuda"}
-    if precision not in files:  # the tests' bundle has no INT8 graph for CUDA
+    bundle, file = debug_bundle if whose == "debug" else default_bundle(), tmp_path / "canvas.onnx"
+    if request.param == "debug-int8":  # the tests' bundle has no INT8 graph for CUDA
         canvas = np.full(64, MASK, np.int32)
         canvas[0] = BOS
-        half = onnx.load(files["fp16"])
-        files["int8"] = tmp_path / "int8.onnx"
-        onnx.save(quantize_linears(half, activation_ranges(half, [(canvas, 1.0)])["largest"], []), files["int8"])
-    quantized = {node.op_type for node in onnx.load(files[precision]).graph.node} & {"QuantizeLinear"}
+        half = onnx.load_from_string(whole_graph(bundle, "canvas", "fp16"))
+        onnx.save(quantize_linears(half, activation_ranges(half, [(canvas, 1.0)])["largest"], []), file)
+    else:
+        file.write_bytes(whole_graph(bundle, "canvas", precision))
+    quantized = {node.op_type for node in onnx.load(file).graph.node} & {"QuantizeLinear"}
     assert bool(quantized) == (precision == "int8")
-    return files[precision]
+    return file
+
+
+def whole_graph(bundle: Path, role: str, precision: str) -> bytes:
+    """As the builder gives it to TensorRT."""
+    manifest = read_manifest(bundle)
+    kind = (role, "cuda", precision)
+    (graph,) = (one for one in manifest.graphs if (one.role, one.target, one.precision) == kind)
+    return graph_bytes(bundle, manifest, graph)
+
+
+@pytest.fixture(params=["fp16", "int8"])
+def step(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The shipped network's rows of blocks."""
+    file = tmp_path / "step.onnx"
+    file.write_bytes(whole_graph(default_bundle(), "step", request.param))
+    return file
 
 
 @pytest.mark.slow
@@ -71,6 +89,22 @@ def test_graph_builds_in_the_newest_tensorrt_rtx(graph: Path) -> None:
     assert found["engine"] > 100_000
     assert found["timings"] > 0
     assert found["phases"]
+
+
+@pytest.mark.slow
+def test_step_graph_builds_for_rows_of_several_requests(step: Path) -> None:
+    """Every profile of an Orin Nano, the constants that kernels alone read among the graph's."""
+    found = tried(BUILDS, step, step_profiles(CANVAS, window=3))
+    assert "error" not in found
+    assert unexpected(found) == []
+    assert found["engine"] > 1_000_000
+
+
+def test_step_graph_parses_in_the_oldest_tensorrt_rtx(step: Path) -> None:
+    found = tried(PARSES, step, [])
+    assert "error" not in found
+    assert unexpected(found) == []
+    assert found["layers"] > 50
 
 
 def test_graph_parses_in_the_oldest_tensorrt_rtx(graph: Path) -> None:

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in ("backend", "engine_builder", "find_tensorrt"))
+SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in ("backend", "captured", "engine_builder", "find_tensorrt"))
 VERSIONS = {
     "10.3": "tensorrt-cu12-bindings==10.3.0",
     "10.13": "tensorrt-cu13-bindings==10.13.3.9",

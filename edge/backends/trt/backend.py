@@ -4,35 +4,36 @@ Each denoising step is one CUDA graph launch: engine, draw, commit. The host wri
 then launches, waits on one event and reads the canvas from mapped memory. B: rows, L: length, V: vocabulary.
 """
 
-import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.trt import build_process, kernels
 from edge.backends.trt import engine_cache as engines
+from edge.backends.trt.blocks import TrtBlocks
+from edge.backends.trt.captured import Captured, EngineRejected, Program
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
 from edge.backends.trt.engine_builder import Order
-from edge.backends.trt.find_tensorrt import import_tensorrt, log_messages, make_logger
+from edge.backends.trt.find_tensorrt import import_tensorrt
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable, length_buckets
 from edge.decoding.types import Row
 from shared.errors import ConfigError, DeviceError
-from shared.manifest import MAX_STEPS, Manifest
+from shared.manifest import MAX_STEPS, Manifest, Role, find_graph, graph_bytes
 from shared.schedule import SCHEDULES, time_of_masked_fraction
 from shared.tokens import MASK
 
 log = logging.getLogger(__name__)
 
 
-class EngineRejected(DeviceError):
-    """TensorRT rejects the file: built by another version or on another GPU, or damaged."""
+class NoEngine(DeviceError):
+    """None was built for this graph on this device."""
 
 
 @dataclass(eq=False)
@@ -44,7 +45,12 @@ class Bucket:
     context: Any
     canvas: NDArray[np.int32]  # (B, L)
     fill: NDArray[np.uint8]  # (B, L)
-    graph: Any = None  # an executable CUDA graph; without one, the same three launches one by one
+    graph: Any = None
+
+    @property
+    def name(self) -> str:
+        """See `Program`."""
+        return f"{self.batch} × {self.length}"
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,9 @@ class Addresses:
     t: int
     logits: int
     candidates: int
-    scratch: int
 
 
-class TrtBackend:
+class TrtBackend(Captured):
     """A LoopBackend. Allocates all memory at the start; a step allocates nothing and waits on one event only."""
 
     def __init__(self, trt: ModuleType, gpu: Gpu, *, memory: Memory, manifest: Manifest, built: engines.Built) -> None:
@@ -70,11 +75,10 @@ class TrtBackend:
         Raises EngineRejected when TensorRT rejects the engine, DeviceError for any other failure.
         """
         check_servable(manifest)
+        super().__init__(trt, gpu)
         self.lengths = length_buckets(manifest.model.canvas_len)
         self.batches: tuple[int, ...] = BATCHES
-        self.failure: str | None = None
-        self._gpu, self._manifest, self._trt = gpu, manifest, trt
-        self._owned = ExitStack()
+        self._manifest = manifest
         try:
             self._load(memory, built)
         except BaseException:
@@ -82,30 +86,9 @@ class TrtBackend:
             raise
 
     def _load(self, memory: Memory, built: engines.Built) -> None:
-        gpu, driver, model = self._gpu, self._gpu.driver, self._manifest.model
-        self._owned.callback(gpu.close)
-        gpu.use()
-        self._stream = gpu.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        self._owned.callback(gpu.release, "cuStreamDestroy", self._stream)
-        flags = driver.CUevent_flags  # blocking: the CPU sleeps while the GPU works
-        self._event = gpu.call("cuEventCreate", flags.CU_EVENT_BLOCKING_SYNC | flags.CU_EVENT_DISABLE_TIMING)
-        self._owned.callback(gpu.release, "cuEventDestroy", self._event)
-        module = gpu.call("cuModuleLoadData", built.cubin)
-        self._owned.callback(gpu.release, "cuModuleUnload", module)
-        self._draw = gpu.call("cuModuleGetFunction", module, kernels.DRAW.encode())
-        self._commit = gpu.call("cuModuleGetFunction", module, kernels.COMMIT.encode())
-
-        logger = make_logger(self._trt, log_messages)
-        runtime = self._trt.Runtime(logger)
-        loaded = runtime.deserialize_cuda_engine(built.engine)
-        if loaded is None:
-            raise EngineRejected(f"TensorRT {self._trt.__version__} rejects the cached engine")
-        self._engine: Any = loaded
-        self._trt_objects: list[Any] = [logger, runtime, loaded]  # each must outlive those after it
-        self._owned.callback(self._drop_trt_objects)
-
-        self._owned.callback(memory.free)
-        shapes, rows = buckets(self._manifest, gpu.processors), BATCHES[-1]
+        model = self._manifest.model
+        self._begin(memory, built, (kernels.DRAW, kernels.COMMIT))
+        shapes, rows = buckets(self._manifest, self._gpu.processors), BATCHES[-1]
         most = max(batch * length for batch, length in shapes)
         self._ratio_stride = max(MAX_STEPS, model.canvas_len)
         canvas, fill, records, ratios, t = (
@@ -120,7 +103,6 @@ class TrtBackend:
             t[1],
             logits=memory.device(most * model.vocab_size * 2),
             candidates=memory.device(most * kernels.CANDIDATE.itemsize),
-            scratch=memory.device(max(256, loaded.device_memory_size_v2)),
         )
         self._rows = records[0].view(kernels.ROW)
         self._ratios = ratios[0].view(np.float64).reshape(rows, self._ratio_stride)
@@ -128,98 +110,42 @@ class TrtBackend:
         self._placed: list[Row | None] = [None] * rows
         self._current: Bucket | None = None
         self._buckets: dict[tuple[int, int], Bucket] = {}
-        self._owned.callback(self._drop_buckets)
+        self._owned.callback(self._buckets.clear)
         for profile, (batch, length) in enumerate(shapes):
             places = batch * length
             seen_canvas = canvas[0].view(np.int32)[:places].reshape(batch, length)
             seen_fill = fill[0][:places].reshape(batch, length)
-            context = self._context(profile, batch, length)
+            inputs = {"canvas": (self._at.canvas, (batch, length))} | (
+                {"t": (self._at.t, (batch,))} if model.time_input else {}
+            )
+            outputs = {"logits": (self._at.logits, (batch, length, model.vocab_size))}
+            context = self._context(f"{batch} × {length}", profile, inputs=inputs, outputs=outputs)
             self._buckets[batch, length] = Bucket(batch, length, context, seen_canvas, seen_fill)
         for bucket in self._buckets.values():
             self._warm_up(bucket, capture=memory.graphs)
 
-    def _context(self, profile: int, batch: int, length: int) -> Any:
-        """An execution context for one shape; all share one scratch memory, since one runs at a time."""
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
-        if context is None:
-            raise DeviceError(f"TensorRT makes no execution context for {batch} × {length}")
-        context.set_device_memory(self._at.scratch, max(256, self._engine.device_memory_size_v2))
-        addresses = {"canvas": self._at.canvas, "logits": self._at.logits}
-        shapes: dict[str, tuple[int, ...]] = {"canvas": (batch, length)}
-        if self._manifest.model.time_input:
-            addresses["t"], shapes["t"] = self._at.t, (batch,)
-        done = [("set_optimization_profile_async", context.set_optimization_profile_async(profile, int(self._stream)))]
-        done += [(f"set_input_shape {name}", context.set_input_shape(name, shape)) for name, shape in shapes.items()]
-        done += [(f"set_tensor_address {n}", context.set_tensor_address(n, at)) for n, at in addresses.items()]
-        for what, worked in done:
-            if not worked:
-                raise DeviceError(f"TensorRT refuses {what} for {batch} × {length}")
-        try:
-            missing = context.infer_shapes()
-        except RuntimeError as error:  # the bindings' own check of the call
-            raise DeviceError(f"TensorRT cannot infer the shapes of {batch} × {length}: {error}") from None
-        if missing:
-            raise DeviceError(f"the engine has inputs that are not fed: {', '.join(missing)}")
-        wanted = (batch, length, self._manifest.model.vocab_size)
-        if (found := tuple(context.get_tensor_shape("logits"))) != wanted:
-            raise DeviceError(f"the engine gives logits of shape {found}, not {wanted}")
-        return context
-
-    def _warm_up(self, bucket: Bucket, capture: bool) -> None:
-        """Run the bucket once plainly (TensorRT loads lazily), then capture it; where capture fails it stays plain."""
-        self._enqueue(bucket)
-        self._wait()
-        if not capture:
-            return
-        call, graph = self._gpu.call, None
-        mode = self._gpu.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        try:
-            call("cuStreamBeginCapture", self._stream, mode)
-            try:
-                self._enqueue(bucket)
-            finally:
-                graph = call("cuStreamEndCapture", self._stream)
-            bucket.graph = call("cuGraphInstantiate", graph, 0)
-        except DeviceError as error:
-            name = f"{bucket.batch} × {bucket.length}"
-            log.warning("no CUDA graph for %s, its steps are enqueued one by one: %s", name, str(error))
-        finally:
-            if graph is not None:
-                self._gpu.release("cuGraphDestroy", graph)
-
-    def _enqueue(self, bucket: Bucket) -> None:
+    def _enqueue(self, program: Program) -> None:
         """Engine, draw, commit, in the stream's order."""
-        if not bucket.context.execute_async_v3(int(self._stream)):
-            raise DeviceError(f"TensorRT cannot run {bucket.batch} × {bucket.length}; its message is in the log")
-        self._launch_draw(bucket)
-        self._launch_commit(bucket)
+        assert isinstance(program, Bucket)
+        self._execute(program)
+        self._launch_draw(program)
+        self._launch_commit(program)
 
     def _launch_draw(self, bucket: Bucket) -> None:
         at, numbers = self._at, (bucket.length, self._manifest.model.vocab_size)
         pointers = (at.logits, at.canvas, at.fill, at.rows, at.candidates)
-        self._launch(self._draw, (bucket.length, bucket.batch), pointers, numbers)
+        self._launch(kernels.DRAW, (bucket.length, bucket.batch), pointers, numbers)
 
     def _launch_commit(self, bucket: Bucket) -> None:
         at, manifest = self._at, self._manifest
         pointers = (at.canvas, at.fill, at.rows, at.ratios, at.candidates, at.t)
         schedule = SCHEDULES.index(manifest.schedule)
         numbers = (bucket.length, self._ratio_stride, manifest.model.canvas_len, schedule)
-        self._launch(self._commit, (bucket.batch, 1), pointers, numbers)
-
-    def _launch(self, kernel: Any, grid: tuple[int, int], pointers: tuple[int, ...], numbers: tuple[int, ...]) -> None:
-        kinds = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(numbers)
-        arguments = ((*pointers, *numbers), kinds)
-        self._gpu.call("cuLaunchKernel", kernel, *grid, 1, kernels.THREADS, 1, 1, 0, self._stream, arguments, 0)
-
-    def _wait(self) -> None:
-        self._gpu.call("cuEventRecord", self._event, self._stream)
-        self._gpu.call("cuEventSynchronize", self._event)
+        self._launch(kernels.COMMIT, (bucket.batch, 1), pointers, numbers)
 
     def advance(self, rows: Sequence[Row], length: int) -> None:
         """One step of up to eight rows, in several batches where a larger one would be no faster; see LoopBackend."""
-        if self.failure is not None:
-            raise DeviceError(f"the GPU has failed before: {self.failure}")
+        self._check_healthy()
         batches = batches_of(length, self._gpu.processors)
         for first in range(0, len(rows), batches[-1]):
             some = rows[first : first + batches[-1]]
@@ -229,16 +155,11 @@ class TrtBackend:
         left = [row.left for row in rows]
         try:
             self._gpu.use()
-            self._place(rows, bucket)
-            if bucket.graph is not None:
-                self._gpu.call("cuGraphLaunch", bucket.graph, self._stream)
-            else:
-                self._enqueue(bucket)
-            self._wait()
         except DeviceError as error:
-            self.failure = str(error)
-            log.error("the TensorRT backend is out of service: %s", str(error))
+            self._fail(error)
             raise
+        self._place(rows, bucket)
+        self._run(bucket)
         if self._rows["broken"][: len(rows)].any():  # a fault of the network, not of the GPU
             self._current = None  # discards the device's copy of the rows
             raise DeviceError("the engine's logits are not all numbers: FP16 overflows in this network")
@@ -270,29 +191,41 @@ class TrtBackend:
             masked = np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1)
             self._t[i] = time_of_masked_fraction(self._manifest.schedule, masked)
 
-    def _drop_buckets(self) -> None:
-        for bucket in self._buckets.values():
-            if bucket.graph is not None:
-                self._gpu.release("cuGraphExecDestroy", bucket.graph)
-        self._buckets.clear()  # contexts before the engine
-        self._placed.clear()
-
-    def _drop_trt_objects(self) -> None:
-        self._engine = None
-        while self._trt_objects:
-            self._trt_objects.pop()
-
-    def close(self) -> None:
-        """Free everything in reverse order of creation, from any thread."""
-        self._gpu.release("cuCtxSetCurrent", self._gpu.context)
-        self._owned.close()
-
 
 def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
-    """The backend on this machine's GPU, with the engine that `edge.build` has built.
+    """The canvas backend on this machine's GPU, with the engine that `edge.build` has built; see `_load`."""
 
-    argument: "" for memory from the driver, "pycuda" for memory from pycuda. An engine that TensorRT rejects is built
-    again, once. Raises ConfigError, BundleError or DeviceError.
+    def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: engines.Built) -> TrtBackend:
+        return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=built)
+
+    return _load(folder, manifest, argument, "canvas", make)
+
+
+def load_blocks(folder: Path, manifest: Manifest, argument: str) -> TrtBlocks:
+    """The same for blocks."""
+    step = find_graph(folder, manifest, "cuda", "step")
+    graph = graph_bytes(folder, manifest, step)
+
+    def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: engines.Built) -> TrtBlocks:
+        return TrtBlocks(trt, gpu, memory=memory, manifest=manifest, step=step, graph=graph, built=built)
+
+    return _load(folder, manifest, argument, "step", make)
+
+
+Made = TypeVar("Made")
+
+
+def _load(
+    folder: Path,
+    manifest: Manifest,
+    argument: str,
+    role: Role,
+    make: Callable[[ModuleType, Gpu, Memory, engines.Built], Made],
+) -> Made:
+    """A backend of that role's engine, which is built again, once, when TensorRT rejects it.
+
+    argument: "" for memory from the driver, "pycuda" for memory from pycuda. Raises ConfigError, BundleError or
+    DeviceError.
     """
     if argument not in ("", "pycuda"):
         raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' after its colon; found {argument!r}")
@@ -301,19 +234,20 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     with ExitStack() as on_failure:
         on_failure.callback(gpu.close)
         trt = import_tensorrt()
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu)
+        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, role)
         place = engines.find(facts, engines.cache_folders())
         if place is None:
-            raise DeviceError(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
+            raise NoEngine(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
         memory: Memory = PycudaMemory() if argument else CudaMemory(gpu)
         built = engines.load(place)
         on_failure.pop_all()  # the backend's from here on
     try:
-        return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=built)
+        return make(trt, gpu, memory, built)
     except EngineRejected as error:
         log.warning("%s: building it again, which takes minutes", str(error))
-    order = Order(str(folder.absolute()), str(place.parent), build_process.WORKSPACE_MIB, force=True)
+    bundle = str(folder.absolute())
+    order = Order(bundle, str(place.parent), build_process.WORKSPACE_MIB, force=True, role=role)
     build_process.run_build(order, log.info)
     gpu = Gpu()
     memory = PycudaMemory() if argument else CudaMemory(gpu)
-    return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=engines.load(place))
+    return make(trt, gpu, memory, engines.load(place))

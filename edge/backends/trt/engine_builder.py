@@ -22,7 +22,7 @@ from edge.backends.trt.find_tensorrt import import_tensorrt, make_logger
 from edge.backends.trt.profiles import check_servable
 from edge.system.privileges import become_nobody
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError
-from shared.manifest import Manifest, find_graph, read_manifest, verified_bytes
+from shared.manifest import Manifest, Role, find_graph, graph_bytes, read_manifest
 
 LEVEL: Final = 3  # TensorRT's default effort; 4 and 5 take several times as long
 NO_ROOM: Final = re.compile(r"out ?of ?memory|insufficient memory|memory allocation|cudaErrorMemory", re.IGNORECASE)
@@ -30,12 +30,13 @@ NO_ROOM: Final = re.compile(r"out ?of ?memory|insufficient memory|memory allocat
 
 
 class Order(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the parent process requests. force: build even if there is an engine."""
+    """What the parent process requests: an engine of the graph of that role. force: build even if there is one."""
 
     bundle: str
     cache: str
     workspace_mib: int
     force: bool
+    role: Role = "canvas"
 
 
 def no_room(what: str, workspace_mib: int) -> str:
@@ -89,7 +90,8 @@ def build(
         profile = builder.create_optimization_profile()
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
-            shape = (batch, length)[: len(tensor.shape)]
+            free = iter((batch, length))  # the first free dimension counts requests, the second their positions or rows
+            shape = tuple(next(free) if size < 0 else size for size in tensor.shape)
             profile.set_shape(tensor.name, shape, shape, shape)
         config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
@@ -127,11 +129,11 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     """Build the engine unless it exists.  → its folder"""
     folder, cache = Path(order.bundle), Path(order.cache)
     check_servable(manifest)
-    graph = find_graph(folder, manifest, "cuda")
-    facts = engines.facts_of(folder, manifest, trt.__version__, gpu)
+    graph = find_graph(folder, manifest, "cuda", order.role)
+    facts = engines.facts_of(folder, manifest, trt.__version__, gpu, order.role)
     if (place := engines.find(facts, (cache,))) is not None and not order.force:
         return place
-    content = verified_bytes(folder, graph.file, graph.sha256)
+    content = graph_bytes(folder, manifest, graph)
     say(phase="kernels", done=0, of=1)
     cubin = kernels.compile_kernels(gpu.architecture)
     errors: list[str] = []
@@ -189,7 +191,7 @@ def main() -> int:
     order = msgspec.json.decode(sys.argv[1], type=Order)
     try:
         manifest = read_manifest(Path(order.bundle))
-        find_graph(Path(order.bundle), manifest, "cuda")
+        find_graph(Path(order.bundle), manifest, "cuda", order.role)
         os.chdir(order.bundle)  # the user nobody cannot pass through every folder above it
         become_nobody()
         order = msgspec.structs.replace(order, bundle=".")

@@ -18,9 +18,9 @@ from msgspec import Struct
 
 from edge.backends.trt import kernels
 from edge.backends.trt.driver import Gpu
-from edge.backends.trt.profiles import buckets
+from edge.backends.trt.profiles import buckets, step_profiles
 from shared.errors import DeviceError
-from shared.manifest import Manifest, find_graph
+from shared.manifest import Manifest, Role, find_graph, graph_digest, has_role
 
 SYSTEM_CACHE: Final = Path("/opt/edgelm/engines")
 """Root's: `edge.bundle install` and `sudo edgelm build` write here, and the daemon reads."""
@@ -28,14 +28,14 @@ ENGINE: Final = "step.engine"
 KERNELS: Final = "kernels.cubin"
 FACTS: Final = "facts.json"
 TIMINGS: Final = "timings-*.cache"
-KEPT: Final = 4
-"""Engines per cache folder, the most recently used: two bundles, each with an engine of an earlier TensorRT."""
+KEPT: Final = 8
+"""Engines per cache folder, the most recently used: of canvas and blocks of two bundles, and of an earlier TensorRT."""
 FLAGS: Final = "strongly typed, no auxiliary streams, one profile a shape"
 """Builder settings; in the key, so that a release with other settings does not load an older engine."""
 
 
 class Facts(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """All that an engine depends on. shapes: (batch, length) of its profiles, in order."""
+    """All that an engine depends on. shapes: (batch, length) or (requests, rows) of its profiles, in order."""
 
     graph_sha256: str
     kernels_sha256: str
@@ -60,19 +60,32 @@ class Built(NamedTuple):
     cubin: bytes
 
 
-def facts_of(folder: Path, manifest: Manifest, tensorrt: str, gpu: Gpu) -> Facts:
-    """The facts of this bundle's engine on this device. Raises BundleError when the bundle has no graph for CUDA."""
-    kernels_text = kernels.source("arithmetic.h") + kernels.source("unmask.cu")
+def facts_of(folder: Path, manifest: Manifest, tensorrt: str, gpu: Gpu, role: Role = "canvas") -> Facts:
+    """The facts of the engine of this bundle's graph of that role on this device.
+
+    Raises BundleError when the bundle has no such graph for CUDA.
+    """
+    window = 0 if manifest.blocks is None else manifest.blocks.window
+    shapes = buckets(manifest, gpu.processors)
+    if role == "step":
+        shapes = step_profiles(manifest.model.canvas_len, window)
+    kernels_text = "".join(map(kernels.source, kernels.HEADERS))
     return Facts(
-        graph_sha256=find_graph(folder, manifest, "cuda").sha256,
+        graph_sha256=graph_digest(manifest, find_graph(folder, manifest, "cuda", role)),
         kernels_sha256=hashlib.sha256(kernels_text.encode()).hexdigest(),
         tensorrt=tensorrt,
         cuda=gpu.cuda_version,
         gpu=gpu.name,
         architecture=gpu.architecture,
         processors=gpu.processors,
-        shapes=tuple(buckets(manifest, gpu.processors)),
+        shapes=tuple(shapes),
     )
+
+
+def built_roles(manifest: Manifest) -> list[Role]:
+    """The graphs of a bundle that an engine is built of: for the decoders canvas and blocks."""
+    roles: tuple[Role, ...] = ("canvas", "step")
+    return [role for role in roles if has_role(manifest, "cuda", role)]
 
 
 def cache_folders() -> tuple[Path, ...]:

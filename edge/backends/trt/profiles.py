@@ -7,6 +7,8 @@ from shared.errors import BundleError
 from shared.manifest import Manifest
 
 BATCHES: Final = (1, 2, 4, 8)
+REQUESTS: Final = (1, 4, 8)
+"""Slots that a pass of blocks computes."""
 FULL: Final = 64
 """Positions that fill a multiprocessor: 512 on an Orin Nano, three times the ridge of its roofline.
 
@@ -29,6 +31,16 @@ def buckets(manifest: Manifest, processors: int) -> list[tuple[int, int]]:
     """(batch, length) of each optimization profile, in the engine's order."""
     lengths = length_buckets(manifest.model.canvas_len)
     return [(batch, length) for length in lengths for batch in batches_of(length, processors)]
+
+
+def step_profiles(canvas_len: int, window: int) -> list[tuple[int, int]]:
+    """(requests, rows) of each optimization profile of the step graph, in the engine's order.
+
+    A pass of blocks computes the first 1, 4 or 8 slots, whoever is in them, with a committed token and its drafts each;
+    rows are so few that idle ones cost little. Prompts and evidence are read by one request at a time, in one pass.
+    """
+    reading = {canvas_len // 4, canvas_len}
+    return [*((requests, window + 1) for requests in REQUESTS), *((1, rows) for rows in sorted(reading))]
 
 
 def check_servable(manifest: Manifest) -> None:

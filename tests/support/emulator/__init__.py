@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,23 @@ class Emulator:
         function.restype = ctypes.c_float
         return float(function(schedule, masked, positions))
 
+    def launch(
+        self, name: str, grid: tuple[int, int, int], arguments: Sequence[Array | int], backwards: bool = False
+    ) -> None:
+        """Run a kernel over a grid. arguments: arrays, addresses above 2³¹, and numbers, in the kernel's order."""
+        values = [_argument(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        failed = self.library.launch(name.encode(), *grid, addresses, int(backwards))
+        assert failed != 2, f"there is no kernel {name}"
+        assert not failed, "threads of a block do not meet at its barriers"
+
     def draw(
         self, logits: Array, canvas: Array, fill: Array, rows: Array, candidates: Array, backwards: bool = False
     ) -> None:
         """The first kernel over logits (B, L, V)."""
         b, length, vocab = logits.shape
-        failed = self.call("emulate_draw", logits, canvas, fill, rows, candidates, length, vocab, b, int(backwards))
-        assert not failed, "threads of a block do not meet at its barriers"
+        arguments = (logits, canvas, fill, rows, candidates, length, vocab)
+        self.launch(kernels.DRAW, (length, b, 1), arguments, backwards)
 
     def commit(
         self, canvas: Array, fill: Array, rows: Array, ratios: Array, candidates: Array, t: Array,
@@ -72,9 +83,8 @@ class Emulator:
     ) -> None:  # fmt: skip
         """The second kernel over a canvas (B, L)."""
         b, length = canvas.shape
-        arguments = (length, ratios.shape[1], whole_length, schedule, b, int(backwards))
-        failed = self.call("emulate_commit", canvas, fill, rows, ratios, candidates, t, *arguments)
-        assert not failed, "threads of a block do not meet at its barriers"
+        arguments = (canvas, fill, rows, ratios, candidates, t, length, ratios.shape[1], whole_length, schedule)
+        self.launch(kernels.COMMIT, (b, 1, 1), arguments, backwards)
 
 
 def _argument(value: Array | int | float) -> Any:

@@ -16,7 +16,7 @@ from edge.backends.trt.engine_cache import Built
 from edge.backends.trt.profiles import buckets
 from edge.daemon import main
 from shared.errors import run_main
-from shared.manifest import Manifest, find_graph
+from shared.manifest import Manifest, find_graph, graph_bytes
 from tests.support.emulator import Emulator
 from tests.support.emulator.fakes import PROCESSORS, FakeDriver, FakeTensorRT, Result
 
@@ -39,7 +39,7 @@ def load_failing(folder: Path, manifest: Manifest, threads: int, argument: str) 
     """Stands for the loader of `trt`."""
     driver = FailingDriver(Emulator(ctypes.CDLL(library)), int(passes) or sys.maxsize)
     gpu = Gpu(driver)  # type: ignore[arg-type]
-    graph = (folder / find_graph(folder, manifest, "cuda").file).read_bytes()
+    graph = graph_bytes(folder, manifest, find_graph(folder, manifest, "cuda"))
     trt = FakeTensorRT(driver, buckets(manifest, PROCESSORS))
     backend = TrtBackend(trt, gpu, memory=CudaMemory(gpu), manifest=manifest, built=Built(graph, b"cubin"))  # type: ignore[arg-type]
     return edge.backends.Chosen(backend, "trt")

@@ -15,7 +15,7 @@
 #define __shared__ static
 #define __launch_bounds__(threads)
 
-struct Place { int x, y; };
+struct Place { int x, y, z; };
 static Place threadIdx, blockIdx;
 
 enum { STACK = 64 * 1024 };

@@ -39,6 +39,7 @@ class Attribute(IntEnum):
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
 
 
+NUMPY = {"tensor(int32)": np.int32, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 STALE = b"an engine of another TensorRT"
 PROCESSORS = 8  # as an Orin Nano has, and the major version of its architecture, too
 
@@ -145,9 +146,35 @@ class FakeDriver:
         return (name.decode(),)
 
     def _cuMemAlloc(self, size: int) -> tuple[int]:
-        buffer = (ctypes.c_uint8 * size)(*b"\xcd" * min(size, 64))
-        self.buffers[ctypes.addressof(buffer)] = buffer
-        return (ctypes.addressof(buffer),)
+        assert self.capturing is None, "memory is taken while a stream is captured"
+        buffer = (ctypes.c_uint8 * (size + 256))()
+        ctypes.memset(buffer, 0xFF, size + 256)  # no number in FP16: a device's memory is not zeroed either
+        address = -(-ctypes.addressof(buffer) // 256) * 256
+        self.buffers[address] = buffer
+        return (address,)
+
+    def _cuMemsetD8Async(self, address: int, value: int, size: int, stream: int) -> tuple[()]:
+        assert address in self.buffers
+
+        def fill() -> None:
+            ctypes.memset(address, value, size)
+
+        self.run(fill)
+        return ()
+
+    def _cuMemcpyHtoD(self, address: int, host: int, size: int) -> tuple[()]:
+        assert self.capturing is None, "a copy that waits, while a stream is captured"
+        assert address in self.buffers
+        ctypes.memmove(address, host, size)
+        return ()
+
+    def _cuEventRecord(self, event: int, stream: int) -> tuple[()]:
+        assert self.capturing is None, "an event of the host's in a captured stream"
+        return ()
+
+    def _cuEventSynchronize(self, event: int) -> tuple[()]:
+        assert self.capturing is None, "waiting for a stream that is being captured"
+        return ()
 
     def _cuMemHostAlloc(self, size: int, flags: int) -> tuple[int]:
         assert flags == self.CU_MEMHOSTALLOC_DEVICEMAP
@@ -157,6 +184,7 @@ class FakeDriver:
         return (host,)
 
     def _cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[()]:
+        assert self.capturing is None, "a stream is captured twice"
         self.capturing = []
         return ()
 
@@ -178,25 +206,18 @@ class FakeDriver:
     _cuGraphExecDestroy = _cuGraphDestroy
 
     def _cuGraphLaunch(self, graph: int, stream: int) -> tuple[()]:
+        assert self.capturing is None and graph in self.live["cuGraphExecDestroy"], "not an executable graph"
         for work in self.graphs[graph]:
             work()
         return ()
 
     def _cuLaunchKernel(self, function: str, *rest: Any) -> tuple[()]:
-        gx, gy, _, threads, _, _, _, _, (values, kinds), _ = rest
+        gx, gy, gz, threads, _, _, _, _, (values, kinds), _ = rest
         assert threads == kernels.THREADS
         assert len(values) == len(kinds)
-        self.run(lambda: self._kernel(function, gx, gy, values))
+        assert min(gx, gy, gz) >= 1 and max(gy, gz) <= 65535
+        self.run(lambda: self.emulator.launch(function, (gx, gy, gz), values))
         return ()
-
-    def _kernel(self, function: str, gx: int, gy: int, values: tuple[int, ...]) -> None:
-        emulate = self.emulator.library
-        if function == kernels.DRAW:
-            failed = emulate.emulate_draw(*map(ctypes.c_void_p, values[:5]), *values[5:], gy, 0)
-        else:
-            assert function == kernels.COMMIT
-            failed = emulate.emulate_commit(*map(ctypes.c_void_p, values[:6]), *values[6:], gx, 0)
-        assert not failed
 
 
 class Code:
@@ -229,6 +250,7 @@ class FakeTensorRT:
     def __init__(self, driver: FakeDriver, shapes: list[tuple[int, int]]) -> None:
         self.driver, self.shapes = driver, shapes
         self.live: list[str] = []
+        self.profiles: set[int] = set()  # that a context was made for
         self.refuses: set[str] = set()
         self.runs = 0
         outer = self
@@ -242,6 +264,7 @@ class FakeTensorRT:
 
         class Runtime(Counted):
             def deserialize_cuda_engine(self, engine: bytes) -> Any:
+                outer.profiles.clear()
                 return None if "engine" in outer.refuses or engine == STALE else Engine(engine)
 
         class Engine(Counted):
@@ -249,52 +272,94 @@ class FakeTensorRT:
 
             def __init__(self, graph: bytes) -> None:
                 super().__init__()
-                self.session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+                options = ort.SessionOptions()
+                options.log_severity_level = 3
+                self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+                self.inputs = {value.name: value for value in self.session.get_inputs()}
+                self.outputs = {value.name: value for value in self.session.get_outputs()}
 
             def create_execution_context(self, strategy: str) -> Any:
                 assert strategy == "user managed"
                 return Context(self)
 
         class Context(Counted):
+            """One shape for good: whoever captured it must not find another one in its place."""
+
             def __init__(self, engine: Engine) -> None:
                 super().__init__()
                 self.engine, self.at, self.shape = engine, dict[str, int](), dict[str, tuple[int, ...]]()
+                self.profile: int | None = None
+                self.scratch = False
+                self.enqueued = 0
+
+            def changes(self) -> None:
+                assert outer.driver.capturing is None, "a context is changed while a stream is captured"
+                assert not self.enqueued, "a context that was run is reused for another shape or address"
 
             def set_device_memory(self, address: int, size: int) -> None:
+                self.changes()
                 assert size >= 4096
                 assert address in outer.driver.buffers
+                self.scratch = True
 
             def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+                self.changes()
+                assert not self.shape, "shapes are those of a profile: it comes first"
+                assert profile not in outer.profiles, "two contexts of one profile"
+                outer.profiles.add(profile)
                 self.profile = profile
-                return True
+                return profile < len(outer.shapes)
 
             def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+                self.changes()
+                assert self.profile is not None, "a shape before its profile"
+                free = iter(outer.shapes[self.profile])
+                wanted = tuple(next(free) if isinstance(d, str) else d for d in self.engine.inputs[name].shape)
                 self.shape[name] = shape
-                return shape == outer.shapes[self.profile][: len(shape)] and "shape" not in outer.refuses
+                return shape == wanted and "shape" not in outer.refuses
 
             def set_tensor_address(self, name: str, address: int) -> bool:
+                self.changes()
+                assert name in self.engine.inputs or name in self.engine.outputs
+                assert address % 256 == 0, f"{name} lies at an address that TensorRT refuses"
                 self.at[name] = address
                 return True
 
             def infer_shapes(self) -> list[str]:
-                return [i.name for i in self.engine.session.get_inputs() if i.name not in self.shape]
+                return [name for name in self.engine.inputs if name not in self.shape]
 
             def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-                return (*self.shape["canvas"], self.engine.session.get_outputs()[0].shape[-1])
+                sizes: dict[str, int] = {}
+                for value in self.engine.inputs.values():
+                    sizes |= {
+                        d: n for d, n in zip(value.shape, self.shape[value.name], strict=True) if isinstance(d, str)
+                    }
+                return tuple(sizes[d] if isinstance(d, str) else d for d in self.engine.outputs[name].shape)
 
             def execute_async_v3(self, stream: int) -> bool:
+                assert self.scratch and {*self.engine.inputs, *self.engine.outputs} == set(self.at), "unbound tensors"
+                assert not self.infer_shapes(), "inputs without a shape"
                 if "capture" in outer.refuses and outer.driver.capturing is not None:
                     return False
+                assert self.enqueued or outer.driver.capturing is None, (
+                    "captured before it ever ran: TensorRT loads lazily"
+                )
+                self.enqueued += 1
                 outer.driver.run(self.run)
                 return "enqueue" not in outer.refuses
 
             def run(self) -> None:
                 outer.runs += 1
-                feed = {"canvas": array_at(self.at["canvas"], np.int32, *self.shape["canvas"])}
-                if "t" in self.shape:
-                    feed["t"] = array_at(self.at["t"], np.float32, *self.shape["t"])
-                (logits,) = self.engine.session.run(["logits"], feed)
-                array_at(self.at["logits"], np.uint16, *logits.shape)[:] = logits.view(np.uint16)
+                feed = {
+                    name: array_at(self.at[name], NUMPY[value.type], *self.shape[name])
+                    for name, value in self.engine.inputs.items()
+                }
+                for name, array in feed.items():
+                    if array.dtype == np.float16:
+                        assert np.isfinite(array).all(), f"{name} holds what was never written"
+                made = self.engine.session.run(list(self.engine.outputs), feed)
+                for name, array in zip(self.engine.outputs, made, strict=True):
+                    array_at(self.at[name], array.dtype, *array.shape)[...] = array
 
         self.Runtime = Runtime
 

@@ -10,7 +10,6 @@
 #include <vector>
 #include "emulator.cpp"
 
-using Work = std::function<void()>;
 struct Stream { std::vector<Work> queue, recorded; bool capturing = false; };
 struct Event { double at_ms = 0; unsigned flags = 0; };
 struct Graph { std::vector<Work> work; };
@@ -20,7 +19,7 @@ enum Result { OK = 0, INVALID_VALUE = 1, NOT_FOUND = 500, INVALID_HANDLE = 400, 
 static thread_local void* current = nullptr;  // a context belongs to a thread
 static int contexts = 0;
 static std::set<void*> streams, events, modules, graphs, executables, device_memory, host_memory;
-static char context_handle, draw_handle, commit_handle;
+static char context_handle, function_handles[std::size(kernel_names)];
 
 #define NEED(condition, code) if (!(condition)) return code
 #define NEED_CONTEXT NEED(current, INVALID_CONTEXT)
@@ -55,7 +54,7 @@ int cuMemGetInfo(size_t* unused, size_t* total) { NEED_CONTEXT; *unused = 1ull <
 int cuMemAlloc(unsigned long long* at, size_t size) {
     NEED_CONTEXT; NEED(size, INVALID_VALUE);
     void* memory = aligned_alloc(256, (size + 255) / 256 * 256);
-    memset(memory, 0xCD, size);  // a GPU's memory is not zeroed either
+    memset(memory, 0xFF, size);  // a GPU's memory is not zeroed either; in float16 this is no number
     device_memory.insert(memory);
     *at = (unsigned long long)memory;
     return OK;
@@ -101,27 +100,33 @@ int cuModuleLoadData(void** module, const void* image) {
 int cuModuleUnload(void* module) { NEED(modules.erase(module), INVALID_HANDLE); free(module); return OK; }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     NEED(modules.count(module), INVALID_HANDLE);
-    *function = !strcmp(name, "draw_candidates") ? &draw_handle : !strcmp(name, "commit_candidates") ? &commit_handle : nullptr;
-    return *function ? OK : NOT_FOUND;
+    const auto known = std::find_if(std::begin(kernel_names), std::end(kernel_names),
+                                    [name](const char* one) { return !strcmp(name, one); });
+    NEED(known != std::end(kernel_names), NOT_FOUND);
+    *function = &function_handles[known - std::begin(kernel_names)];
+    return OK;
 }
+int cuMemsetD8Async(unsigned long long at, unsigned char value, size_t size, Stream* s) {
+    NEED_CONTEXT; NEED(streams.count(s), INVALID_HANDLE); NEED(device_memory.count((void*)at) && size, INVALID_VALUE);
+    enqueue(s, [at, value, size] { memset((void*)at, value, size); });
+    return OK;
+}
+int cuMemcpyHtoD_v2(unsigned long long at, const void* host, size_t size) {
+    NEED_CONTEXT; NEED(device_memory.count((void*)at) && size, INVALID_VALUE);
+    for (void* s : streams) NEED(!((Stream*)s)->capturing, CAPTURE_UNSUPPORTED);
+    memcpy((void*)at, host, size);
+    return OK;
+}
+int cuMemcpyHtoD(unsigned long long at, const void* host, size_t size) { return cuMemcpyHtoD_v2(at, host, size); }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, Stream* s, void** p, void** extra) {
     NEED_CONTEXT; NEED(streams.count(s), INVALID_HANDLE);
-    NEED(bx == 256 && by == 1 && bz == 1 && gz == 1 && !shared && !extra && gx && gy, INVALID_VALUE);
-    auto address = [p](int i) { return *(void**)p[i]; };  // parameters are copied now, as a GPU's driver does
-    auto number = [p](int i) { return *(int*)p[i]; };
-    if (function == &draw_handle) {
-        const Call c = {(u16*)address(0), (int*)address(1), (u8*)address(2), (Row*)address(3), (Candidate*)address(4),
-                        nullptr, nullptr, number(5), number(6), 0, 0, 0};
-        NEED((int)gx == c.length, INVALID_VALUE);
-        enqueue(s, [c, gx, gy] { call = c; if (run_grid(draw, gx, gy, 0)) abort(); });
-    } else {
-        NEED(function == &commit_handle, INVALID_HANDLE);
-        const Call c = {nullptr, (int*)address(0), (u8*)address(1), (Row*)address(2), (Candidate*)address(4),
-                        (double*)address(3), (float*)address(5), number(6), 0, number(7), number(8), number(9)};
-        NEED(gy == 1, INVALID_VALUE);
-        enqueue(s, [c, gx] { call = c; if (run_grid(commit, gx, 1, 0)) abort(); });
-    }
+    NEED(bx == 256 && by == 1 && bz == 1 && !shared && !extra && gx && gy && gz, INVALID_VALUE);
+    NEED(gy <= 65535 && gz <= 65535, INVALID_VALUE);
+    const auto at = (char*)function - function_handles;
+    NEED(at >= 0 && at < (long)std::size(kernel_names), INVALID_HANDLE);
+    const Work work = kernel_named(kernel_names[at], p);  // parameters are copied now, as a GPU's driver does
+    enqueue(s, [work, gx, gy, gz] { if (run_grid(work, gx, gy, gz, 0)) abort(); });
     return OK;
 }
 int cuLaunchHostFunc(Stream* s, void (*function)(void*), void* data) {

@@ -1,6 +1,7 @@
-"""The two kernels of the unmasking loop on the GPU, and their records as numpy dtypes.
+"""The kernels of both loops on the GPU, canvas and blocks, and their records as numpy dtypes.
 
-`arithmetic.h` also compiles with the system's C++ compiler, for tests on any machine; `unmask.cu` adds the threads.
+`arithmetic.h` and `blocks.h` also compile with the system's C++ compiler, for tests on any machine; `select.h`,
+`unmask.cu` and `blocks.cu` add the threads.
 """
 
 from functools import lru_cache
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge.decoding.types import Sampling
 from shared.errors import DeviceError
+from shared.manifest import MAX_WINDOW
 from shared.schedule import reveal_ratio
 
 THREADS: Final = 256  # of a block; also the most candidates a position can have
@@ -19,6 +21,17 @@ MAX_LENGTH: Final = 1024
 MAX_VOCAB: Final = 65536  # an id is half of a 32-bit sorting key
 DRAW: Final = "draw_candidates"
 COMMIT: Final = "commit_candidates"
+PREPARE: Final = "prepare_rows"
+DRAW_ROWS: Final = "draw_rows"
+KEEP: Final = "keep_rows"
+APPEND: Final = "append_rows"
+DRAFT_INPUT: Final = "draft_input"
+DRAFT_LINEAR: Final = "draft_linear"
+DRAFT_TOKEN: Final = "draft_token"
+HIDDEN_LAYER, STATE_LAYER, SCORES_LAYER = 0, 1, 2
+COLUMNS: Final = THREADS // 4  # of a linear layer, in one block
+HEADERS: Final = ("arithmetic.h", "select.h", "blocks.h", "unmask.cu", "blocks.cu")
+UNITS: Final = '#include "unmask.cu"\n#include "blocks.cu"\n'
 
 ROW: Final = np.dtype(
     [
@@ -38,6 +51,23 @@ ROW: Final = np.dtype(
 CANDIDATE: Final = np.dtype(
     [("token", np.int32), ("confidence", np.float32), ("entropy", np.float32), ("margin", np.float32)]
 )
+
+WRITING: Final = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        *((name, np.int32) for name in ("top_k", "window", "last", "position", "token", "cached", "drafts")),
+        ("draft", np.int32, (MAX_WINDOW,)),
+        *((name, np.int32) for name in ("start", "kept", "agreed", "fresh")),
+        ("text", np.int32, (MAX_WINDOW + 1,)),
+        ("broken", np.int32),
+    ],
+    align=True,
+)
+"""`Writing` of blocks.h."""
+
+READING: Final = np.dtype([("rows", np.int32), ("evidence", np.int32)])
 
 _SELECTIONS: Final = {"random": 0, "confidence": 1, "margin": 2, "entropy": 3}
 _THRESHOLD: Final = 4
@@ -72,7 +102,7 @@ def source(name: str) -> str:
 
 
 def compile_kernels(architecture: str) -> bytes:
-    """Machine code (cubin) of both kernels for an architecture such as "sm_87". Raises DeviceError.
+    """Machine code (cubin) of the kernels for an architecture such as "sm_87". Raises DeviceError.
 
     Needs the CUDA compiler library NVRTC, but no GPU and no driver.
     """
@@ -102,8 +132,8 @@ def compile_kernels(architecture: str) -> bytes:
         return str(text.rstrip(b"\0 \n"), "utf-8", "replace")
 
     program = None
-    unit, header = source("unmask.cu").encode(), source("arithmetic.h").encode()
-    program = checked(nvrtc.nvrtcCreateProgram(unit, b"unmask.cu", 1, [header], [b"arithmetic.h"]))
+    contents, names = [source(name).encode() for name in HEADERS], [name.encode() for name in HEADERS]
+    program = checked(nvrtc.nvrtcCreateProgram(UNITS.encode(), b"kernels.cu", len(names), contents, names))
     flags = [flag.encode() for flag in (*_FLAGS, f"--gpu-architecture={architecture}")]
     checked(nvrtc.nvrtcCompileProgram(program, len(flags), flags))
     if text := log():

@@ -180,6 +180,6 @@ def test_info_of_a_device_without_blocks_has_no_window(loaded: LoadedBundle, mon
         loaded.prepare(GenerateRequest(prompt="abc", window=1))
 
 
-def test_trt_of_a_bundle_without_a_canvas_is_refused(blocks_alone: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'trt' decodes by canvas alone, and bundle .* by blocks alone"):
+def test_trt_of_a_bundle_without_graphs_for_cuda_is_refused(blocks_alone: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bundle .* has no graph for CUDA that the backend 'trt' could run"):
         LoadedBundle.load(blocks_alone, "trt")

@@ -9,7 +9,7 @@ import torch
 from host.evaluate.laws import law_figures
 from host.evaluate.likelihood import held_out_split
 from host.export import __main__ as export
-from host.export.blocks_pipeline import blocks_int8
+from host.export.blocks_pipeline import blocks_int8, law_reference
 from host.export.law_parity import passes_law
 from host.export.random_weights import untrained
 from host.export.row_builder import LEVELS_U8, activation_scale
@@ -19,7 +19,7 @@ from host.train import trainer as train
 from host.train.run_folder import data_of, load_run
 from shared.errors import BundleError
 from shared.manifest import BlocksDefaults, LawParity, TrainingStage, read_manifest
-from tests.support.commands import call, refusal, small
+from tests.support.commands import call, small
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,11 @@ def test_export_of_a_run_that_learned_ar_alone_makes_blocks_alone(
     assert manifest.evaluations == () and manifest.law_parity == () and manifest.calibration == "none"
     assert [law.graph for law in manifest.laws] == ["torch fp32", "step.cpu.fp32.onnx"]
     assert all(law.infilling_nats_per_gap_token is None for law in manifest.laws)
-    refused = refusal(capsys, export.main, "--run", run, "--out", out, "--fp16", "--target", "cuda")
-    assert refused == (78, f"{run} did not learn the objective canvas, which the CUDA graphs are of")
+    call(export.main, "--run", run, "--out", out, "--stories", 4, "--fp16", "--target", "cuda")
+    manifest = read_manifest(out)
+    assert [graph.file for graph in manifest.graphs] == ["step.cuda.fp16.onnx", "weights.cuda.fp16.onnx"]
+    (parity,) = manifest.law_parity
+    assert passes_law(parity) and parity.texts_agreeing > 0.5
 
 
 @pytest.mark.slow
@@ -88,12 +91,14 @@ def test_blocks_leave_layers_in_float_that_int8_ruins(runs: tuple[Path, Path], r
             with_outlier(model, norm, layer)
     folder = data_of(runs[0])
     held_out, text = held_out_split(folder, 16), folder.train.take(np.arange(16))
+    learned = progress.objectives
+    reference = law_reference(model, learned, held_out)
     if ruined == 1:
-        (parity,) = blocks_int8(model, progress.objectives, held_out=held_out, text=text).parity
+        (parity,) = blocks_int8(model, learned, reference=reference, text=text).parity
         assert parity.kept_float == ("blocks.0.up",) and passes_law(parity)
     else:
         with pytest.raises(BundleError, match="INT8 for blocks misses its gate"):
-            blocks_int8(model, progress.objectives, held_out=held_out, text=text)
+            blocks_int8(model, learned, reference=reference, text=text)
 
 
 @torch.no_grad()

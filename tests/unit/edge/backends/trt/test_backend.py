@@ -14,7 +14,8 @@ import onnxruntime as ort
 import pytest
 
 from edge.backends import Chosen
-from edge.backends.trt.backend import EngineRejected, TrtBackend
+from edge.backends.trt.backend import TrtBackend
+from edge.backends.trt.captured import EngineRejected
 from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.backends.trt.engine_cache import Built
 from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable
@@ -22,7 +23,7 @@ from edge.decoding.canvas import advance
 from edge.decoding.types import Ids, LoopBackend, Positions, Row, Sampling, StepResult
 from edge.serving.loaded_bundle import LoadedBundle
 from shared.errors import BundleError, DeviceError
-from shared.manifest import Manifest, find_graph, read_manifest
+from shared.manifest import Manifest, find_graph, graph_bytes, read_manifest
 from shared.messages import GenerateRequest
 from shared.tokens import MASK
 from tests.support.emulator import Emulator
@@ -59,7 +60,7 @@ def bench(emulator: Emulator, debug_bundle: Path) -> Iterator[Bench]:
     manifest = read_manifest(debug_bundle)
     driver = FakeDriver(emulator)
     trt = FakeTensorRT(driver, buckets(manifest, PROCESSORS))
-    yield Bench(driver, trt, manifest, (debug_bundle / find_graph(debug_bundle, manifest, "cuda").file).read_bytes())
+    yield Bench(driver, trt, manifest, graph_bytes(debug_bundle, manifest, find_graph(debug_bundle, manifest, "cuda")))
     assert {name: left for name, left in driver.live.items() if left} == {}, "something was made and never freed"
     assert trt.nothing_lives()
 
@@ -121,7 +122,7 @@ def test_backend_without_graphs_enqueues_the_steps_plainly(
     advance(backend, "linear", wanted)
     backend.close()
     bench.driver.fails = {name: Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED}
-    with caplog.at_level(logging.WARNING, "edge.backends.trt.backend"):
+    with caplog.at_level(logging.WARNING, "edge.backends.trt.captured"):
         backend = bench.open()
     assert f"{name} failed: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in caplog.text
     bench.driver.calls.clear()

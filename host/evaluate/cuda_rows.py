@@ -1,0 +1,97 @@
+"""The step graph for CUDA as a model under evaluation: its slots as arrays, its passes run by ONNX Runtime."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from host.evaluate.scorers import session_of
+from host.train.objectives import Example
+from shared.tokens import EOS
+
+Made = dict[str, NDArray[np.float16]]
+
+
+class CudaRows:
+    """R requests side by side, each with a slot. A pass keeps all of its rows."""
+
+    def __init__(self, step: onnx.ModelProto) -> None:
+        self._session = session_of(_free_scored(step))
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        slots = [value for value in self._session.get_inputs() if value.name.startswith(("keys.", "values."))]
+        self._slots: dict[str, tuple[int, ...]] = {value.name: tuple(value.shape[1:]) for value in slots}
+        self.capacity = slots[0].shape[2]
+        self.empty(1)
+
+    def empty(self, requests: int) -> None:
+        """Forget all rows; make slots for so many requests."""
+        self.memory = {name: np.zeros((requests, *shape), np.float16) for name, shape in self._slots.items()}
+        self.positions = np.zeros((requests, self.capacity), np.int32)
+        self.cached = np.zeros(requests, np.int32)
+
+    def run(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        *,
+        sees: NDArray[np.int32],
+        scored: NDArray[np.int32],
+    ) -> Made:
+        """A pass of rows (R, N) behind the kept ones; scored (R, M): counted over all requests. → outputs by name"""
+        feed = {"tokens": tokens, "positions": positions, "sees": sees, "cached": self.cached}
+        feed |= {"key_positions": self.positions, "scored": scored}
+        made = self._session.run(None, feed | self.memory)
+        return dict(zip(self._outputs, made, strict=True))
+
+    def keep(self, made: Made, positions: NDArray[np.int32], counts: Sequence[int]) -> None:
+        """Append the first so many rows of each request, as the device's kernel does."""
+        for r, count in enumerate(counts):
+            first, end = self.cached[r], self.cached[r] + count
+            for name, memory in self.memory.items():
+                memory[r, :, first:end] = made[f"new_{name}"][r, :, :count]
+            self.positions[r, first:end] = positions[r, :count]
+            self.cached[r] = end
+
+    def nats(self, example: Example) -> float:
+        """Negative log-likelihood of an example's targets; rows before its first scored one are evidence, if any."""
+        tokens, positions = (part.numpy().astype(np.int32) for part in example.rows[:2])
+        given, n = int(example.at[0]), tokens.shape[1]
+        sees = np.arange(1, n + 1, dtype=np.int32)[None]
+        sees[:, :given] = given
+        self.empty(1)
+        made = self.run(tokens, positions, sees=sees, scored=example.at.numpy().astype(np.int32)[None])
+        logits = torch.from_numpy(made["logits"][0]).float()
+        return float(F.cross_entropy(logits, example.target, reduction="sum"))
+
+    def greedy_texts(self, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+        """The likeliest token after the likeliest, from prompts of one length to an EOS, or up to `length` tokens."""
+        texts = [list(prompt) for prompt in prompts]
+        self.empty(len(texts))
+        new = np.array(texts, np.int32).reshape(len(texts), -1)
+        for end in range(new.shape[1], length):
+            n = new.shape[1]
+            positions = np.tile(np.arange(end - n, end, dtype=np.int32), (len(texts), 1))
+            sees = np.tile(np.arange(1, n + 1, dtype=np.int32), (len(texts), 1))
+            scored = np.arange(n - 1, n * len(texts), n, dtype=np.int32)[:, None]
+            made = self.run(new, positions, sees=sees, scored=scored)
+            self.keep(made, positions, [n] * len(texts))
+            new = made["logits"][:, 0].argmax(-1).astype(np.int32)[:, None]
+            for text, token in zip(texts, new[:, 0].tolist(), strict=True):
+                if text[-1] != EOS:
+                    text.append(token)
+            if all(text[-1] == EOS for text in texts):
+                break
+        return texts
+
+
+def _free_scored(step: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with as many scored rows as an evaluation wants."""
+    free = onnx.ModelProto()
+    free.CopyFrom(step)
+    for value in (*free.graph.input, *free.graph.output):
+        if value.name in ("scored", "logits", "states"):
+            value.type.tensor_type.shape.dim[1].dim_param = "scored"
+    return free
