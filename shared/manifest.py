@@ -42,8 +42,8 @@ Role = Literal[
 ]
 """What a graph computes: scores of a canvas; scores of causal rows over cached ones; keys and values of rows that all
 see each other; drafts of the chain drafter. For conditions: the memory of words, and of pictures; step and prefill of
-rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). Of weights: nothing, it
-holds what the graphs of its target and precision have in common; see `graph_bytes`."""
+rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). Of weights:
+nothing, it holds what the graphs of its target and precision have in common; see `graph_bytes`."""
 Decoder = Literal["blocks", "canvas"]
 ROLE_OF: Final[dict[Decoder, Role]] = {"blocks": "step", "canvas": "canvas"}
 """The graph that a decoder cannot do without."""

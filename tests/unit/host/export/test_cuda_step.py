@@ -119,7 +119,7 @@ def test_cuda_step_in_int8_has_the_drafter_and_nothing_of_attention_in_it() -> N
 
 def test_bundle_holds_what_its_cuda_graphs_share_once(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    export_untrained("debug", folder, Wanted(cuda_fp16=True), SamplingDefaults())
+    export_untrained("debug", folder, wanted=Wanted(cuda_fp16=True), defaults=SamplingDefaults())
     manifest = read_manifest(folder)
     assert [graph.role for graph in manifest.graphs] == ["step", "canvas", "weights"]
     assert manifest.decoders == ("blocks", "canvas") and manifest.blocks is not None and manifest.blocks.window == 3
