@@ -132,7 +132,7 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
         if manifest is None:
             return found, profiles
         for role in engines.built_roles(manifest) or ["canvas"]:
-            facts = engines.facts_of(folder, manifest, trt.__version__, gpu, role)
+            facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=role)
             place = engines.find(facts, engines.cache_folders())
             fix = None if place else f"python -m edge.build --bundle {folder}"
             found.append(Finding(ENGINES[role], str(place or "not built yet"), fix))

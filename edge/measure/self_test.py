@@ -82,15 +82,15 @@ def compare_blocks(
     """
     texts = [_text(cpu, manifest, seed) for seed in range(TEXTS)]
     slots = [gpu.open_slot() for _ in range(max(requests for requests, _ in profiles))]
-    return [_compare_blocks(gpu, cpu, manifest, slots[: p[0]], texts=texts, rows=p[1]) for p in profiles]
+    return [_compare_blocks(gpu, cpu, manifest=manifest, slots=slots[: p[0]], texts=texts, rows=p[1]) for p in profiles]
 
 
 def _compare_blocks(
     gpu: BlocksLoop,
     cpu: RowsBackend,
+    *,
     manifest: Manifest,
     slots: Sequence[Slot],
-    *,
     texts: Sequence[list[int]],
     rows: int,
 ) -> Compared:

@@ -175,7 +175,7 @@ class LoadedBundle:
             assert self._slots is not None
             rows = self.rows.depth + 1 if isinstance(self.rows, BlocksLoop) else None
             vocab_size = self.manifest.model.vocab_size
-            return BlocksRun(plan, self._texts, self._slots, vocab_size=vocab_size, step_rows=rows)
+            return BlocksRun(plan, self._texts, slots=self._slots, vocab_size=vocab_size, step_rows=rows)
         assert self.backend is not None
         return CanvasRun(plan, self._texts, self.backend)
 

@@ -150,7 +150,7 @@ class BlocksRun:
     """From the left, by the network's own law."""
 
     def __init__(
-        self, plan: Plan, texts: Texts, slots: Slots, *, vocab_size: int, step_rows: int | None = None
+        self, plan: Plan, texts: Texts, *, slots: Slots, vocab_size: int, step_rows: int | None = None
     ) -> None:
         """step_rows: of every pass after the first, on a backend whose passes have one shape."""
         assert isinstance(plan.sampling, Law)

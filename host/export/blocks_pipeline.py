@@ -111,7 +111,9 @@ def blocks_int8(
     text: stories (n, L), of which the first choose the scales. Raises BundleError; see `_first_to_pass`.
     """
     print_speed(blocks_graphs(model, learned)[0])
-    blocks = _first_to_pass(model, learned, reference, text, lambda ranges: blocks_graphs(model, learned, ranges))
+    blocks = _first_to_pass(
+        model, learned, reference=reference, text=text, make=lambda ranges: blocks_graphs(model, learned, ranges)
+    )
     print_speed(blocks.graphs[0])
     return blocks
 
@@ -136,13 +138,18 @@ def cuda_blocks(
             raise BundleError(f"the FP16 step graph misses its gate ({GATE}); nothing was written")
         built.append(Blocks(graphs, (parity,)))
     if "int8" in precisions:
-        built.append(_first_to_pass(model, learned, reference, text, lambda ranges: [_cuda_step(step, ranges)]))
+        built.append(
+            _first_to_pass(
+                model, learned, reference=reference, text=text, make=lambda ranges: [_cuda_step(step, ranges)]
+            )
+        )
     return built
 
 
 def _first_to_pass(
     model: Denoiser,
     learned: Collection[str],
+    *,
     reference: LawReference,
     text: NDArray[np.uint16],
     make: Callable[[Ranges], list[BundleGraph]],

@@ -16,7 +16,8 @@ from torch import Tensor
 from edge.backends.trt.driver import Gpu
 from edge.decoding.types import Ids, Positions, StepResult
 from host.model.network import Denoiser, ends_impossible
-from tests.support.emulator.fakes import FakeTensorRT, array_at
+from tests.support.emulator.fake_tensorrt import FakeTensorRT
+from tests.support.emulator.fakes import array_at
 from tests.support.emulator.reference import reduce_logits
 
 EMULATED = "emulated"

@@ -198,7 +198,7 @@ def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: engines.Built) -> TrtBackend:
         return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=built)
 
-    return _load(folder, manifest, argument, "canvas", make)
+    return _load(folder, manifest, argument=argument, role="canvas", make=make)
 
 
 def load_blocks(folder: Path, manifest: Manifest, argument: str) -> TrtBlocks:
@@ -209,7 +209,7 @@ def load_blocks(folder: Path, manifest: Manifest, argument: str) -> TrtBlocks:
     def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: engines.Built) -> TrtBlocks:
         return TrtBlocks(trt, gpu, memory=memory, manifest=manifest, step=step, graph=graph, built=built)
 
-    return _load(folder, manifest, argument, "step", make)
+    return _load(folder, manifest, argument=argument, role="step", make=make)
 
 
 Made = TypeVar("Made")
@@ -218,6 +218,7 @@ Made = TypeVar("Made")
 def _load(
     folder: Path,
     manifest: Manifest,
+    *,
     argument: str,
     role: Role,
     make: Callable[[ModuleType, Gpu, Memory, engines.Built], Made],
@@ -234,7 +235,7 @@ def _load(
     with ExitStack() as on_failure:
         on_failure.callback(gpu.close)
         trt = import_tensorrt()
-        facts = engines.facts_of(folder, manifest, trt.__version__, gpu, role)
+        facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=role)
         place = engines.find(facts, engines.cache_folders())
         if place is None:
             raise NoEngine(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")

@@ -130,7 +130,7 @@ def fulfil(order: Order, trt: ModuleType, gpu: Gpu, manifest: Manifest) -> Path:
     folder, cache = Path(order.bundle), Path(order.cache)
     check_servable(manifest)
     graph = find_graph(folder, manifest, "cuda", order.role)
-    facts = engines.facts_of(folder, manifest, trt.__version__, gpu, order.role)
+    facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=order.role)
     if (place := engines.find(facts, (cache,))) is not None and not order.force:
         return place
     content = graph_bytes(folder, manifest, graph)

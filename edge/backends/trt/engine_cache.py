@@ -60,7 +60,7 @@ class Built(NamedTuple):
     cubin: bytes
 
 
-def facts_of(folder: Path, manifest: Manifest, tensorrt: str, gpu: Gpu, role: Role = "canvas") -> Facts:
+def facts_of(folder: Path, manifest: Manifest, *, tensorrt: str, gpu: Gpu, role: Role = "canvas") -> Facts:
     """The facts of the engine of this bundle's graph of that role on this device.
 
     Raises BundleError when the bundle has no such graph for CUDA.

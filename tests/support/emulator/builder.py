@@ -6,7 +6,8 @@ from typing import Any
 
 import onnx
 
-from tests.support.emulator.fakes import FakeDriver, FakeTensorRT
+from tests.support.emulator.fake_tensorrt import FakeTensorRT
+from tests.support.emulator.fakes import FakeDriver
 
 HEADER = b"timings:"
 

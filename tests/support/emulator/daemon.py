@@ -18,7 +18,8 @@ from edge.daemon import main
 from shared.errors import run_main
 from shared.manifest import Manifest, find_graph, graph_bytes
 from tests.support.emulator import Emulator
-from tests.support.emulator.fakes import PROCESSORS, FakeDriver, FakeTensorRT, Result
+from tests.support.emulator.fake_tensorrt import FakeTensorRT
+from tests.support.emulator.fakes import PROCESSORS, FakeDriver, Result
 
 
 class FailingDriver(FakeDriver):

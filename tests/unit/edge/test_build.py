@@ -31,7 +31,7 @@ class Device:
 
 def facts(bundle: Path, **changes: Any) -> engines.Facts:
     manifest = read_manifest(bundle)
-    made = engines.facts_of(bundle, manifest, "10.3.0", Device())  # type: ignore[arg-type]
+    made = engines.facts_of(bundle, manifest, tensorrt="10.3.0", gpu=Device())  # type: ignore[arg-type]
     return msgspec.structs.replace(made, **changes)
 
 

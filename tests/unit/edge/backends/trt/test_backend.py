@@ -27,7 +27,8 @@ from shared.manifest import Manifest, find_graph, graph_bytes, read_manifest
 from shared.messages import GenerateRequest
 from shared.tokens import MASK
 from tests.support.emulator import Emulator
-from tests.support.emulator.fakes import MAKES, PROCESSORS, FakeDriver, FakeTensorRT, Result
+from tests.support.emulator.fake_tensorrt import FakeTensorRT
+from tests.support.emulator.fakes import MAKES, PROCESSORS, FakeDriver, Result
 from tests.support.emulator.reference import reduce_logits
 
 pytestmark = pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")

@@ -30,7 +30,8 @@ from shared.manifest import Manifest, find_graph, graph_bytes, read_manifest
 from shared.tokens import BOS, EOS, MASK, PAD
 from tests.support.decided import decided_network
 from tests.support.emulator import Emulator
-from tests.support.emulator.fakes import FakeDriver, FakeTensorRT, Result
+from tests.support.emulator.fake_tensorrt import FakeTensorRT
+from tests.support.emulator.fakes import FakeDriver, Result
 from tests.unit.edge.backends.trt.test_backend import ALLOCATES, SYNCHRONISES
 
 pytestmark = pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")
