@@ -25,7 +25,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in ("backend", "captured", "engine_builder", "find_tensorrt"))
+NAMES = ("backend", "blocks", "captured", "drafter", "engine_builder", "find_tensorrt")
+SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in NAMES)
 VERSIONS = {
     "10.3": "tensorrt-cu12-bindings==10.3.0",
     "10.13": "tensorrt-cu13-bindings==10.13.3.9",

@@ -19,7 +19,7 @@ from tests.support.packages import installed
 pytestmark = [pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")]
 
 ROOT = Path(__file__).resolve().parents[5]
-SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in ("driver", "captured", "backend"))
+SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in ("driver", "captured", "backend", "blocks", "drafter"))
 VERSIONS = ("12.9.2", "12.9.10", "13.0.3", "13.5.0")
 """First and last of each major version on the index that the package's extras admit."""
 

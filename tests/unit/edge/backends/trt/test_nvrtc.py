@@ -17,18 +17,20 @@ pytestmark = [
 
 @pytest.mark.parametrize("architecture", ["sm_87", "sm_90"])
 def test_compile_kernels_for_each_architecture(architecture: str) -> None:
-    """Without a warning; to an ELF of that architecture that holds both entry points."""
+    """Without a warning; to an ELF of that architecture that holds every entry point."""
     cubin = kernels.compile_kernels(architecture)
     assert cubin[:4] == b"\x7fELF"
     assert architecture.encode() in cubin
-    for name in (kernels.DRAW, kernels.COMMIT):
+    blocks = (kernels.PREPARE, kernels.DRAW_ROWS, kernels.KEEP, kernels.APPEND)
+    drafting = (kernels.DRAFT_INPUT, kernels.DRAFT_LINEAR, kernels.DRAFT_TOKEN)
+    for name in (kernels.DRAW, kernels.COMMIT, *blocks, *drafting):
         assert name.encode() in cubin
     every = [chr(code) for code in range(128)]
     assert [letter.encode().decode() for letter in every] == every, "NVRTC wrote into a byte that Python shares"
 
 
 def test_compile_kernels_error_quotes_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {name: kernels.source(name) for name in ("unmask.cu", "arithmetic.h")}
+    texts = {name: kernels.source(name) for name in kernels.HEADERS}
     monkeypatch.setattr(kernels, "source", lambda name: texts[name].replace("COLDEST)", "COLDEST"))
     with pytest.raises(DeviceError, match=r"expected a \"\)\""):
         kernels.compile_kernels("sm_87")
