@@ -24,6 +24,7 @@ ENCODERS: Final[dict[Role, tuple[str, ...]]] = {
     "encode.text": ("tokens", "places", "words"),
     "encode.image": ("pixels",),
 }
+"""In the order of what they make in the memory."""
 
 
 @dataclass
@@ -56,11 +57,8 @@ class OrtConditions:
 
         Raises BundleError for a graph that is damaged, has other inputs and outputs, or does not run.
         """
-        needed: list[Role] = ["step.guided" if condition.guidance else "step.conditioned"]
-        if condition.words:
-            needed.insert(0, "encode.text")
-        if len(condition.pixels):
-            needed.insert(0, "encode.image")
+        needed = [encoder for encoder in ENCODERS if _needs(encoder, condition)]
+        needed.append("step.guided" if condition.guidance else "step.conditioned")
         if self.fills_gaps:
             needed.append("prefill.conditioned")
         with self._loaded as loaded:  # others that need the same wait here, and find it loaded
@@ -70,7 +68,7 @@ class OrtConditions:
                 try:
                     if role in ENCODERS:
                         self._check_encoder(role)
-                        self._encoded(condition)
+                        self._encoded(role, condition)
                     else:
                         check(role)
                 except BundleError:
@@ -82,7 +80,7 @@ class OrtConditions:
     def remember(self, condition: Condition, plain: dict[str, Floats]) -> Remembered:
         """Run the encoders. plain: zeroed caches for the rows without a memory, used where there is guidance."""
         role: Role = "step.guided" if condition.guidance else "step.conditioned"
-        parts = self._encoded(condition)
+        parts = [self._encoded(encoder, condition) for encoder in ENCODERS if _needs(encoder, condition)]
         memory = {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
         return Remembered(role, memory, np.array(condition.guidance, np.float32), plain)
 
@@ -95,17 +93,13 @@ class OrtConditions:
         """Drop the sessions and their memory."""
         self.graphs.close()
 
-    def _encoded(self, condition: Condition) -> list[dict[str, Floats]]:
-        """The memory of the words, and that of the pictures, by input name."""
-        parts = []
-        if condition.words:
-            rows = (row[None] for row in condition.word_rows())
-            parts.append(self._run("encode.text", dict(zip(ENCODERS["encode.text"], rows, strict=True))))
-        if len(condition.pixels):
-            parts.append(self._run("encode.image", {"pixels": as_input(condition.pixels)}))
-        return parts
-
-    def _run(self, role: Role, feed: dict[str, Any]) -> dict[str, Floats]:
+    def _encoded(self, role: Role, condition: Condition) -> dict[str, Floats]:
+        """The memory of the words, or that of the pictures, by input name."""
+        feed: dict[str, NDArray[Any]]
+        if role == "encode.text":
+            feed = {name: row[None] for name, row in zip(ENCODERS[role], condition.word_rows(), strict=True)}
+        else:
+            feed = {"pixels": as_input(condition.pixels)}
         session = self.graphs.open(role, 1)
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(None, feed), strict=True))
@@ -116,6 +110,10 @@ class OrtConditions:
         for output in session.get_outputs():
             if (output.shape[1], output.shape[3]) != (self._heads, self._width):
                 raise BundleError(f"{file} gives {output.name} of shape {output.shape}, of another network")
+
+
+def _needs(encoder: Role, condition: Condition) -> bool:
+    return bool(condition.words) if encoder == "encode.text" else len(condition.pixels) > 0
 
 
 def as_input(pixels: NDArray[np.uint8]) -> Floats:

@@ -52,12 +52,17 @@ class ReadingBuilder(RowBuilder):
         self.op("Split", name, products, outputs=4, axis=-1, num_outputs=4)
         return [f"{name}.{part}" for part in range(4)]
 
-    def read(self, queries: str, layer: int) -> str:
-        """What rows read of the memory.  → (1, N, D)"""
+    def read(self, queries: str, layer: int, scored: str = "") -> str:
+        """What rows read of the memory, or only the scored ones.  → (1, N, D)
+
+        All of them attend: ONNX Runtime sums a lone row in another order, so that one scored row would not be the same
+        to the bit as among others.
+        """
         r = f"conditions.reads.{layer}"
         inputs = [queries, f"memory_keys.{layer}", f"memory_values.{layer}"]
         self.fused("MultiHeadAttention", inputs, [f"{r}.mixed"], num_heads=self.config.heads)
-        return self.product(f"{r}.mixed", f"{r}.out", bias=False)
+        mixed = self.op("Gather", f"{r}.mixed.scored", f"{r}.mixed", scored, axis=1) if scored else f"{r}.mixed"
+        return self.product(mixed, f"{r}.out", bias=False)
 
     def memory(self, layers: int) -> list[Value]:
         """The inputs of the first layers."""
@@ -100,8 +105,7 @@ def conditioned_step_graph(
             mixed = g.op("Concat", f"{b}.mixed.both", mixed, plain, axis=1)
         if last:  # the rows that nobody scores are done: their keys and values are made
             x, mixed = (g.op("Gather", f"{name}.scored", name, scored, axis=1) for name in (x, mixed))
-            queries = g.op("Gather", f"{queries}.scored", queries, "scored", axis=1)
-        read = g.read(queries, i)
+        read = g.read(queries, i, "scored" if last else "")
         if guided:
             nothing = g.op("ConstantOfShape", f"{read}.nothing", g.op("Shape", f"{read}.shape", read))
             read = g.op("Concat", f"{read}.both", read, nothing, axis=1)
