@@ -17,7 +17,7 @@ from host.data.words import normalized, stem
 from host.evaluate.gen_ppl import SampleScorer, distinct
 from host.evaluate.likelihood import SEED, HeldOut, ratio
 from host.evaluate.scorers import TorchScorer
-from host.model.conditions import PICTURES, WORDS, Condition, Given
+from host.model.conditions import Condition, Given
 from host.model.diffusion import autoregressive_sums
 from host.model.network import Denoiser
 from host.sampling.many import sample_autoregressive
@@ -28,6 +28,7 @@ from shared.figures import Figure
 from shared.tokens import FIRST_TEXT_ID, PAD
 
 GUIDANCES: Final = (0.0, 1.0, 2.0)
+NUMBERS: Final = (1, 2, 3)  # words, or pictures
 COUNT: Final = 64  # texts of each setting
 TEMPERATURE: Final = 0.8
 WORDS_GIVEN: Final = "words"
@@ -69,6 +70,7 @@ def evaluate_conditions(
     held_out: HeldOut,
     count: int = COUNT,
     guidances: Sequence[float] = GUIDANCES,
+    numbers: Sequence[int] = NUMBERS,
     scorer: SampleScorer | None = None,
     dtype: torch.dtype | None = None,
     on_row: Callable[[Told], None] = lambda row: None,
@@ -87,7 +89,7 @@ def evaluate_conditions(
         given = WORDS_GIVEN if style is None else f"pictures, {style}"
         if pictures is not None and style in pictures.meta.held_out:
             given += " (held out)"
-        for number in range(1, (WORDS if style is None else PICTURES) + 1):
+        for number in numbers:
             wishes = wishes_of(conditioner, held_out.canvases, number, style=style)
             laws += [conditional_law(model, held_out, wishes, f"{number} {given}")]
             few = [wish for wish in wishes if wish is not None][:count]

@@ -38,7 +38,7 @@ from shared.tokens import FIRST_TEXT_ID
 
 PROMPT_TOKENS: Final = 4
 MEASURED_STORIES: Final = 128
-MEASURED_TEXTS: Final = 32
+MEASURED_TEXTS: Final = 24
 
 
 def conditions_spec(guidance: float = 0.0) -> Conditions:
@@ -88,7 +88,7 @@ def conditions_of_run(
 
 
 def measured_conditions(model: Denoiser, conditioner: Conditioner, held_out: HeldOut, guidance: float) -> Conditions:
-    """What a bundle's manifest says of conditions, measured in float32 on a few held-out stories."""
+    """What a bundle's manifest says of single words and pictures, measured in float32 on a few held-out stories."""
     few = replace(held_out, canvases=held_out.canvases[:MEASURED_STORIES])
     figures = evaluate_conditions(
         model,
@@ -96,6 +96,7 @@ def measured_conditions(model: Denoiser, conditioner: Conditioner, held_out: Hel
         held_out=few,
         count=MEASURED_TEXTS,
         guidances=(guidance,),
+        numbers=(1,),
         dtype=mixed_precision_dtype(torch.device("cpu")),
     )
     print_laws_given(figures.laws)
