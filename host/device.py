@@ -1,12 +1,19 @@
-"""The machine at hand: its fast number types, its name, its clocks."""
+"""The machine at hand: its fast number types, its name, its clocks, its peak."""
 
 import platform
 import re
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import torch
+
+PEAK_SIZE: Final = 1024
+PEAK_SIZE_CUDA: Final = 8192  # smaller products leave a data-centre GPU idle
+REPEATS: Final = 15
+WARM_UP: Final = 3
 
 
 def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
@@ -31,3 +38,32 @@ def machine_of(device: torch.device) -> str:
 def work_clock(device: torch.device) -> Callable[[], float]:
     """Clock of compute time in seconds: CPU time of all threads, or wall time where a GPU works."""
     return time.perf_counter if device.type == "cuda" else time.process_time
+
+
+def median_s(run: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median seconds of a call, after a few to warm up."""
+    times = []
+    for _ in range(WARM_UP + repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_UP:])
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has finished its queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def torch_gflops(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) -> float:
+    """Peak of torch's matrix products, in GFLOP/s: of a square one."""
+    n = PEAK_SIZE_CUDA if device.type == "cuda" else PEAK_SIZE
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    wait_for(device)
+
+    def product() -> None:
+        a @ b
+        wait_for(device)
+
+    return 2 * n**3 / median_s(product, repeats) / 1e9

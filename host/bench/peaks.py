@@ -1,48 +1,12 @@
-"""Peak speed of this machine: matrix products by torch and by ONNX Runtime, in GFLOP/s."""
+"""Peak speed of this machine: matrix products by ONNX Runtime, in GFLOP/s; torch's are in `host.device`."""
 
-import statistics
-import time
-from collections.abc import Callable
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
-import torch
 from onnx import TensorProto, helper, numpy_helper
 
-PEAK_SIZE: Final = 1024
-PEAK_SIZE_CUDA: Final = 8192  # smaller products leave a data-centre GPU idle
-REPEATS: Final = 15
-WARM_UP: Final = 3
-
-
-def median_s(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median seconds of a call, after a few to warm up."""
-    times = []
-    for _ in range(WARM_UP + repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[WARM_UP:])
-
-
-def wait_for(device: torch.device) -> None:
-    """Return when a GPU has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def torch_gflops(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) -> float:
-    """Torch's own peak: a square product."""
-    n = PEAK_SIZE_CUDA if device.type == "cuda" else PEAK_SIZE
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    wait_for(device)
-
-    def product() -> None:
-        a @ b
-        wait_for(device)
-
-    return 2 * n**3 / median_s(product, repeats) / 1e9
+from host.device import PEAK_SIZE, median_s
 
 
 def onnxruntime_gflops(kind: Literal["fp32", "int8"], threads: int) -> float:

@@ -3,7 +3,8 @@
 import msgspec
 import torch
 
-from host.bench.peaks import median_s, onnxruntime_gflops
+from host.bench.peaks import onnxruntime_gflops
+from host.device import median_s
 from host.model.network import Denoiser, ModelConfig, ends_impossible
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 

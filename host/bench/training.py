@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import numpy as np
 import torch
 
-from host.bench.peaks import torch_gflops, wait_for
 from host.data.shards import DataFolder
+from host.device import torch_gflops, wait_for
 from host.experiments.baseline import BaselineLoop
 from host.model.network import ModelConfig
-from host.train.batches import Batch
 from host.train.checkpoint import Progress
+from host.train.flops import batch_gflop
 from host.train.run_folder import TrainConfig
 from host.train.trainer import Trainer
 
@@ -86,7 +85,7 @@ def measure_training(
         trainer = Trainer(replace(settings, out=Path(out)), progress, data=data, device=device)
 
         def ours() -> int:
-            tokens = trainer.step()[2]
+            tokens = trainer.step().tokens
             trainer.progress = replace(trainer.progress, step=trainer.progress.step + 1)
             return tokens
 
@@ -116,19 +115,3 @@ def _rate(loop: Callable[[], int], device: torch.device) -> float:
     tokens = loop()
     wait_for(device)
     return tokens / (time.perf_counter() - started)
-
-
-def batch_gflop(config: ModelConfig, batch: Batch) -> float:
-    """10⁹ operations of the matrix products that a batch needs, forward and backward (twice the forward).
-
-    A block's linear layers hold 12·D² weights, its attention has two products of L × L × D for the L active positions
-    of a row; only scored positions pass the LM head. The last block needs its 9·D² weights after attention, and its
-    queries, for scored positions alone.
-    """
-    d, scored = config.d_model, sum(part.at.numel() for part in batch.parts)
-    lengths = np.concatenate([part.lengths.numpy() for part in batch.parts]).astype(np.float64)
-    blocks = (config.layers - 1) * (2 * 12 * d * d * lengths.sum() + 4 * d * (lengths**2).sum())
-    of_each = [part.at // part.rows.tokens.shape[1] for part in batch.parts]
-    attended = sum(float(part.lengths[row].sum()) for part, row in zip(batch.parts, of_each, strict=True))
-    last = 2 * (2 * d * d * lengths.sum() + 10 * d * d * scored) + 4 * d * attended
-    return float(3 * (blocks + last + 2 * d * config.vocab_size * scored)) / 1e9

@@ -14,7 +14,11 @@ LOG_FILE = "log.csv"
 
 @dataclass(frozen=True)
 class LogRow:
-    """One optimizer step. tokens, seconds, compute_s: so far; valid: None between validations; losses in nats."""
+    """One optimizer step. tokens, seconds, compute_s: so far; valid: None between validations; losses in nats.
+
+    gflops: speed of the model's matrix products, work on padding not counted; mfu: of the peak, on CUDA; memory_mb: the
+    most so far.
+    """
 
     step: int
     tokens: int
@@ -25,10 +29,19 @@ class LogRow:
     grad_norm: float
     tokens_per_s: float
     compute_s: float
+    gflops: float | None = None
+    mfu: float | None = None
+    memory_mb: float | None = None
 
 
 LOG_COLUMNS = tuple(field.name for field in fields(LogRow))
-FORMATS = dict(zip(LOG_COLUMNS, ("d", "d", ".1f", ".4f", ".4f", ".2e", ".3f", ".0f", ".1f"), strict=True))
+FORMATS = dict(
+    zip(
+        LOG_COLUMNS,
+        ("d", "d", ".1f", ".4f", ".4f", ".2e", ".3f", ".0f", ".1f", ".1f", ".3f", ".0f"),
+        strict=True,
+    )
+)
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

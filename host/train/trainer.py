@@ -4,52 +4,47 @@ A run is a folder: last.safetensors (resume from here), best.safetensors (lowest
 curves.png and the tokenizer. `torchrun --nproc-per-node N -m host.train` shares every batch among N processes.
 """
 
-import argparse
 import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from host.data.shards import DataFolder, Split, load_data
-from host.device import machine_of, mixed_precision_dtype, work_clock
+from host.device import machine_of, mixed_precision_dtype, torch_gflops, work_clock
 from host.model.network import Denoiser
-from host.train.arguments import parse_arguments
 from host.train.batches import Batch, MicroBatch, make_batch
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, restore, save_checkpoint
 from host.train.conditioner import conditioner_of
 from host.train.distributed import Ranks, joined_ranks, leave
-from host.train.logging import LOG_FILE, LogRow, open_log, progress_bar, start_wandb
+from host.train.flops import batch_gflop
+from host.train.launch import laid_out_by_first
+from host.train.logging import LOG_FILE, open_log, progress_bar, start_wandb
 from host.train.objectives import Settings
 from host.train.optim import Ema, build_optimizers, learning_rate_factor
 from host.train.plots import plot_curves
+from host.train.readings import StepResult, check_finite, log_rows, read, steps_between_readings
 from host.train.run_folder import (
     VALIDATION_DRAWS,
     VALIDATION_SEED,
     TrainConfig,
     counted_seconds,
     fraction_done,
-    run_laid_out,
     validation_due,
 )
 from host.train.stages import choose_drafts, freeze, trained_mixture, training_loss
-from shared.errors import DiffusionLLMError
 
 SAVE_EVERY_S: Final = 300.0  # of training, between validations
 ROWS_ALIGNED: Final = 16
 """In mixed precision, sequences are padded to multiples of this: CUDA attention with a bias takes multiples of 8, and
 half-precision products are fastest so. On a CPU see `host.train.loss.SCORED_ALIGNED`."""
-
-
-class NonFiniteLoss(DiffusionLLMError):
-    """Training diverged."""
 
 
 class Trainer:
@@ -88,6 +83,7 @@ class Trainer:
         self.loss = training_loss(self.model, device, ranks, config.stage)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.stopping = False
+        self.read_every = steps_between_readings(device)
         self.saved_s = progress.seconds
         self.wandb = start_wandb(config.out.name, {"lr": config.lr}) if wandb and ranks.first else None
         self._preparer = ThreadPoolExecutor(1, "batches")
@@ -140,8 +136,8 @@ class Trainer:
             loss: Tensor = self.loss(batch.on(self.device))
         return loss
 
-    def step(self) -> tuple[float, float, int]:
-        """One optimizer step.  → (loss in nats per token, gradient norm, tokens)"""
+    def step(self) -> StepResult:
+        """One optimizer step. Does not wait for the device: nothing of it is read, but for a checkpoint, or in FP16."""
         c = self.config
         batch = self.next_batch()
         total = torch.zeros((), device=self.device)
@@ -151,37 +147,54 @@ class Trainer:
                 # Gradients are averaged over the processes; the loss is a sum over all stories.
                 self.scaler.scale(loss * self.ranks.processes).backward()
             total += loss.detach()
-        (mean,) = self.ranks.sums(float(total))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
-        self._check_finite("loss", mean)
-        if self.progress.seconds - self.saved_s > SAVE_EVERY_S:  # the weights gave a finite loss
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
+        if self.progress.seconds - self.saved_s > SAVE_EVERY_S:
+            check_finite("loss", *self.ranks.sums(float(total)), step=self.progress.step, out=c.out)  # of these weights
             self.save(LAST)
-        if not self.scaler.is_enabled():  # a scaler skips steps with infinite gradients
-            self._check_finite("gradient norm", norm)
+        # In FP16 a step with infinite gradients is skipped; clipping by an infinite norm has spoilt all of them.
+        spoilt = self.scaler.is_enabled() and not math.isfinite(norm)
         factor = learning_rate_factor(fraction_done(c, self.progress), c.warmup, c.cool_down)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = c.lr * factor
-            if math.isfinite(norm):  # clipping by an infinite norm spoils all gradients
+            if not spoilt:
                 self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         self.ema.update(self.model, self.progress.step)
-        return mean, norm, batch.tokens
+        return StepResult(total, norm, batch.tokens, c.lr * factor, batch_gflop(self.model.config, batch))
+
+    def steps_unread(self) -> list[StepResult]:
+        """Steps up to the next reading: as many as may be under way, or up to a validation or the end."""
+        steps: list[StepResult] = []
+        while len(steps) < self.read_every:
+            before = self.progress
+            steps.append(self.step())
+            self.progress = replace(before, step=before.step + 1, tokens_seen=before.tokens_seen + steps[-1].tokens)
+            done = fraction_done(self.config, self.progress) >= 1.0
+            if done or validation_due(self.config, before, self.progress):
+                break
+        return steps
+
+    def checked(self, steps: Sequence[StepResult], first: int) -> tuple[list[float], list[float]]:
+        """Losses over all processes and gradient norms of these steps, the first of that number; all are finite.
+
+        Raises NonFiniteLoss. A scaler skips steps with infinite gradients.
+        """
+        losses, norms = read(steps)
+        losses = self.ranks.sums(*losses)
+        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), first):
+            check_finite("loss", loss, step=number, out=self.config.out)
+            if not self.scaler.is_enabled():
+                check_finite("gradient norm", norm, step=number, out=self.config.out)
+        return losses, norms
 
     def _gradient_exchange(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Processes exchange gradients once a step, in its last backward pass."""
         exchanged = last or self.ranks.processes == 1
         return contextlib.nullcontext() if exchanged else self.loss.no_sync()  # type: ignore[operator]
-
-    def _check_finite(self, name: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        last = self.config.out / LAST
-        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved yet"
-        raise NonFiniteLoss(f"the {name} became {value} at step {self.progress.step}; {good}; try a lower --lr")
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -219,47 +232,47 @@ class Trainer:
         c = self.config
         work_s = work_clock(self.device)
         stopped, usual_s = False, math.inf
+        cuda = self.device.type == "cuda"
+        peak_gflops = torch_gflops(self.device, self.dtype or torch.float32) if cuda else None
         with (
             open_log(c.out / LOG_FILE, self.progress.step, self.ranks.first) as log,
             progress_bar(c.steps, c.minutes, self.ranks.first) as bar,
             self._preparer,
         ):
             while not stopped and fraction_done(c, self.progress) < 1.0:
-                started, worked = time.perf_counter(), work_s()
-                loss, norm, tokens = self.step()
+                started, worked, before = time.perf_counter(), work_s(), self.progress
+                steps = self.steps_unread()
+                losses, norms = self.checked(steps, before.step)
                 # All processes share one clock and one decision to stop, or the next exchange would wait forever.
                 elapsed, stop = self.ranks.largest(time.perf_counter() - started, self.stopping)
                 (worked_s,) = self.ranks.sums(work_s() - worked)
                 stopped = stop > 0
                 p = self.progress
-                counted_s, usual_s = counted_seconds(elapsed, usual_s)
+                counted_s, usual_s = counted_seconds(elapsed / len(steps), usual_s)
                 self.progress = replace(
-                    p,
-                    step=p.step + 1,
-                    tokens_seen=p.tokens_seen + tokens,
-                    seconds=p.seconds + counted_s,
-                    compute_seconds=p.compute_seconds + worked_s,
+                    p, seconds=p.seconds + len(steps) * counted_s, compute_seconds=p.compute_seconds + worked_s
                 )
-                due = validation_due(c, p, self.progress)
+                due = validation_due(c, before, self.progress)
                 valid = self.validate_and_keep() if due else None
-                row = LogRow(
-                    step=self.progress.step,
-                    tokens=self.progress.tokens_seen,
-                    seconds=self.progress.seconds,
-                    loss=loss,
+                rows = log_rows(
+                    steps,
+                    losses,
+                    norms=norms,
+                    before=before,
+                    after=self.progress,
+                    elapsed_s=elapsed,
                     valid=valid,
-                    lr=self.optimizers[0].param_groups[0]["lr"],
-                    grad_norm=norm,
-                    tokens_per_s=tokens / elapsed,
-                    compute_s=self.progress.compute_seconds,
+                    peak_gflops=peak_gflops,
+                    device=self.device,
                 )
-                log(row)  # before the checkpoint: resuming drops a row too many, and cannot restore a missing one
+                for row in rows:
+                    log(row)  # before the checkpoint: resuming drops a row too many, and cannot restore a missing one
+                    if self.wandb is not None:
+                        self.wandb(row)
+                    bar(row)
                 if due:
                     self.save(LAST)
                     self.draw_curves()
-                if self.wandb is not None:
-                    self.wandb(row)
-                bar(row)
             self.stopping = stopped
             self.save(LAST)
             self.draw_curves()
@@ -288,28 +301,12 @@ class Trainer:
     def validate_and_keep(self) -> float:
         """Validate, and save the best checkpoint so far.  → nats per token"""
         valid = self.validate()
-        self._check_finite("validation loss", valid)  # before broken weights replace the last good ones
+        # Before broken weights replace the last good ones.
+        check_finite("validation loss", valid, step=self.progress.step, out=self.config.out)
         if self.progress.best_nats is None or valid < self.progress.best_nats:
             self.progress = replace(self.progress, best_nats=valid)
             self.save(BEST)
         return valid
-
-
-@contextlib.contextmanager
-def laid_out_by_first(ranks: Ranks) -> Iterator[tuple[argparse.Namespace, TrainConfig, Progress]]:
-    """The first process reads the command line and lays out the run. If it fails, it says why; the others just exit."""
-    with contextlib.ExitStack() as held:
-        planned: tuple[argparse.Namespace, TrainConfig, Progress] | DiffusionLLMError | SystemExit | None = None
-        if ranks.first:
-            try:
-                args = parse_arguments()
-                planned = (args, *held.enter_context(run_laid_out(args, ranks.processes)))
-            except (DiffusionLLMError, SystemExit) as error:  # argparse exits by itself
-                planned = error
-        plan: Any = ranks.from_first(planned)
-        if isinstance(plan, BaseException):
-            raise plan if ranks.first else SystemExit(1)
-        yield plan
 
 
 def main() -> None:

@@ -11,14 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from host.bench import __main__ as bench
 from host.bench import training as train_speed
-from host.bench.peaks import onnxruntime_gflops, torch_gflops
-from host.bench.training import TrainSpeed, batch_gflop, measure_training
+from host.bench.peaks import onnxruntime_gflops
+from host.bench.training import TrainSpeed, measure_training
 from host.data.shards import load_data
+from host.device import torch_gflops
 from host.experiments.baseline import Baseline
 from host.model.network import Denoiser, ModelConfig
 from host.train import loss
 from host.train import trainer as train
 from host.train.batches import make_batch
+from host.train.flops import batch_gflop
 from host.train.loss import WeightedLoss
 from host.train.objectives import Settings
 from tests.support.commands import call, refusal

@@ -6,6 +6,7 @@ import pytest
 
 from host.train import trainer as train
 from host.train.checkpoint import LAST, read_progress
+from host.train.readings import StepResult
 from host.train.trainer import Trainer
 from tests.support.commands import call, refusal, small
 
@@ -13,7 +14,7 @@ from tests.support.commands import call, refusal, small
 class DiesAtFive(Trainer):
     """Ends without a word in its fifth step."""
 
-    def step(self) -> tuple[float, float, int]:
+    def step(self) -> StepResult:
         if self.progress.step == 4:
             raise KeyboardInterrupt
         return super().step()

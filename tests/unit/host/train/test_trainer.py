@@ -24,6 +24,7 @@ from host.train.arguments import parse_arguments
 from host.train.batches import story_indices
 from host.train.checkpoint import BEST, LAST, Progress, load_model, read_progress
 from host.train.logging import LOG_COLUMNS, LOG_FILE
+from host.train.readings import StepResult
 from host.train.run_folder import (
     CONFIG_FILE,
     VALIDATION_DRAWS,
@@ -72,7 +73,7 @@ def resumed(run: Path, *more: object) -> tuple[TrainConfig, Progress]:
 class StopsAtFive(Trainer):
     """Gets Ctrl-C during its fifth step."""
 
-    def step(self) -> tuple[float, float, int]:
+    def step(self) -> StepResult:
         self.stopping = self.progress.step == 4
         return super().step()
 
@@ -172,22 +173,22 @@ def test_step_of_a_batch_in_parts_is_that_of_one_pass(
     found = []
     for micro in (3, 8):
         one = trainer(data, tmp_path / str(micro), "--micro-size", micro, "--lr", 1e-4, "--optimizer", "adamw")
-        loss, norm, tokens = one.step()
+        loss, norm, tokens, *_ = one.step()
         (optimizer,) = one.optimizers
         momentum = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in one.model.parameters()])
         weights = torch.cat([p.detach().flatten() for p in one.model.parameters()])
         found.append((loss, norm, tokens, momentum, weights))
     (loss, norm, tokens, momentum, weights), (loss_1, norm_1, tokens_1, momentum_1, weights_1) = found
     assert tokens == tokens_1
-    assert loss == pytest.approx(loss_1, rel=1e-5)
-    assert norm == pytest.approx(norm_1, rel=1e-4)
+    assert float(loss) == pytest.approx(float(loss_1), rel=1e-5)
+    assert float(norm) == pytest.approx(float(norm_1), rel=1e-4)
     assert float((momentum - momentum_1).norm() / momentum_1.norm()) < 1e-4
     assert float((weights - weights_1).abs().max()) < 1e-6
 
 
 def test_gradients_are_clipped_to_norm_one(data: Path, tmp_path: Path) -> None:
     one = trainer(data, tmp_path / "run", "--optimizer", "adamw")
-    _, norm, _ = one.step()
+    norm = float(one.step().norm)
     assert norm > 2.0  # of the gradient as it was
     (optimizer,) = one.optimizers
     momentum = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in one.model.parameters()])
@@ -311,12 +312,12 @@ def test_infinite_gradient_in_half_precision_touches_no_weight(data: Path, tmp_p
     before = {n: p.detach().clone() for n, p in one.model.named_parameters()}
     weight = one.model.get_parameter("blocks.0.up.weight")
     hook = weight.register_hook(lambda gradient: torch.full_like(gradient, torch.nan))
-    _, norm, _ = one.step()
+    norm = one.step().norm
     assert not math.isfinite(norm)
     assert all(torch.equal(p, before[n]) for n, p in one.model.named_parameters())
     assert one.scaler.get_scale() == 512.0
     hook.remove()
-    assert math.isfinite(one.step()[1])
+    assert math.isfinite(one.step().norm)
     assert not torch.equal(one.model.head.weight, before["head.weight"])
 
 
