@@ -61,7 +61,7 @@ def test_losses_of_the_first_ten_steps(
     trainer = Trainer(settings, Progress(shape, {objective: 1.0}, "linear"), data=folder(), device=torch.device("cpu"))
     losses = []
     for step in range(10):
-        losses.append(trainer.step()[0])
+        losses.append(float(trainer.step().loss))
         trainer.progress = replace(trainer.progress, step=step + 1)
     print([round(loss, 6) for loss in losses])
     assert losses == pytest.approx(GOLDEN[objective, optimizer, weighting], rel=2e-5)
