@@ -136,13 +136,14 @@ def held_out_split(folder: DataFolder, stories: int | None = None, split: SplitN
 
 
 def print_table(evaluations: Sequence[Evaluation]) -> None:
-    """One line for each model: value ± standard error."""
+    """One line for each model: value ± standard error; those of fewer stories than the first say so."""
     print(f"{'graph':32} {'NELBO, nats per token':>22} {'bits per byte':>18} {'masked cross-entropy':>22}")
     for e in evaluations:
         cells = [
             f"{f.value:.4f} ± {f.stderr:.4f}" for f in (e.nelbo_nats_per_token, e.bits_per_byte, e.masked_cross_entropy)
         ]
-        print(f"{e.graph:32} {cells[0]:>22} {cells[1]:>18} {cells[2]:>22}")
+        few = "" if e.stories == evaluations[0].stories else f"  on the first {e.stories} stories"
+        print(f"{e.graph:32} {cells[0]:>22} {cells[1]:>18} {cells[2]:>22}{few}")
     e = evaluations[0]
     print(f"on {e.source}: {e.stories:,} stories, {e.text_tokens:,} tokens, {e.text_bytes:,} bytes")
 
