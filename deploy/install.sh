@@ -4,10 +4,11 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: deploy/install.sh [--lan] [--dry-run]      install, or upgrade; a second run changes nothing
+usage: deploy/install.sh [--lan] [--http] [--dry-run]   install, or upgrade; a second run changes nothing
        deploy/install.sh --uninstall [--purge] [--dry-run]
 
   --lan        allow a broker in the local network, not only on this machine
+  --http       serve HTTP on 127.0.0.1:8080, too (edgelm-http.socket); an upgrade keeps it
   --dry-run    print what would be done, and do nothing
   --uninstall  remove service, program and caches; keep settings, state, bundles and the group
   --purge      with --uninstall: remove settings, state, bundles and the group, too
@@ -30,7 +31,7 @@ readonly OPT=/opt/edgelm ETC=/etc/edgelm UNITS=/etc/systemd/system GROUP=edgelm 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly here
 python=${PYTHON:-python3}
-lan='' dry='' uninstall='' purge=''
+lan='' http='' dry='' uninstall='' purge=''
 umask 022
 
 fail() {
@@ -108,6 +109,7 @@ detect_machine() {
     else
         extras=''
     fi
+    [[ ! $http ]] || extras="[web${extras:+,${extras//[\[\]]/}}]"
     say "${jetpack:+Jetson with JetPack $jetpack, }Python $("$python" -c 'import platform; print(platform.python_version())'), TensorRT $tensorrt"
     [[ ! $jetpack || $visible ]] ||
         say "without TensorRT the model runs on the CPU: apt install python3-libnvinfer, then run this again"
@@ -163,6 +165,12 @@ place_units() {
     if [[ -e $UNITS/edgelm.socket ]] && ! cmp -s "$from/edgelm.socket" "$UNITS/edgelm.socket"; then
         run systemctl stop edgelm.socket edgelm.service # to be opened again
     fi
+    if [[ $http ]]; then
+        if [[ -e $UNITS/edgelm-http.socket ]] && ! cmp -s "$from/edgelm-http.socket" "$UNITS/edgelm-http.socket"; then
+            run systemctl stop edgelm-http.socket edgelm.service
+        fi
+        put 644 "$from/edgelm-http.socket" "$UNITS/edgelm-http.socket"
+    fi
     put 644 "$from/edgelm.service" "$UNITS/edgelm.service"
     put 644 "$from/edgelm.socket" "$UNITS/edgelm.socket"
     if [[ $jetpack ]]; then
@@ -190,15 +198,20 @@ link_command() {
 }
 
 start_service() {
-    run systemctl enable --quiet edgelm.socket edgelm.service
-    run systemctl reset-failed edgelm.socket edgelm.service || true # clears the start limit
-    run systemctl start edgelm.socket
+    local sockets=(edgelm.socket ${http:+edgelm-http.socket})
+    run systemctl enable --quiet "${sockets[@]}" edgelm.service
+    run systemctl reset-failed "${sockets[@]}" edgelm.service || true # clears the start limit
+    if [[ $http ]] && ! systemctl --quiet is-active edgelm-http.socket; then
+        run systemctl stop edgelm.service # systemd opens no socket for a service that runs
+    fi
+    run systemctl start "${sockets[@]}"
     run systemctl restart edgelm.service # returns when it is ready or has failed
 }
 
 install_it() {
     local before='' changed=''
     check_machine
+    [[ ! -e $UNITS/edgelm-http.socket ]] || http=yes
     detect_machine
     name_release
     before=$(cat "$OPT/settled" 2>/dev/null || cat "$OPT/unsettled" 2>/dev/null || true)
@@ -268,9 +281,10 @@ uninstall_it() {
     [[ $dry ]] || ((EUID == 0)) || fail "this needs root: sudo $0 --uninstall"
     if [[ -e $UNITS/edgelm.service || -e $UNITS/edgelm.socket ]]; then
         withdraw_from_home_assistant
-        say "stopping and disabling edgelm.service and edgelm.socket"
+        say "stopping and disabling edgelm.service and its sockets"
+        [[ ! -e $UNITS/edgelm-http.socket ]] || run systemctl disable --quiet --now edgelm-http.socket || true
         run systemctl disable --quiet --now edgelm.socket edgelm.service || true
-        remove "$UNITS"/edgelm.{service,socket} "$UNITS"/edgelm.service.d/{10-jetson,20-lan}.conf
+        remove "$UNITS"/{edgelm.service,edgelm.socket,edgelm-http.socket} "$UNITS"/edgelm.service.d/{10-jetson,20-lan}.conf
         [[ ! -d $UNITS/edgelm.service.d ]] || run rmdir --ignore-fail-on-non-empty "$UNITS/edgelm.service.d"
         run systemctl daemon-reload
     fi
@@ -297,6 +311,7 @@ uninstall_it() {
 for argument in "$@"; do
     case $argument in
         --lan) lan=yes ;;
+        --http) http=yes ;;
         --dry-run) dry=yes ;;
         --uninstall) uninstall=yes ;;
         --purge) purge=yes ;;
@@ -308,5 +323,6 @@ for argument in "$@"; do
     esac
 done
 [[ ! $uninstall || ! $lan ]] || fail "--lan cannot be combined with --uninstall"
+[[ ! $uninstall || ! $http ]] || fail "--http cannot be combined with --uninstall"
 [[ $uninstall || ! $purge ]] || fail "--purge needs --uninstall"
 if [[ $uninstall ]]; then uninstall_it; else install_it; fi

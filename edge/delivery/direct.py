@@ -57,10 +57,16 @@ class DirectRequests:
         RequestError `conflict` for an id that was given to something else. Called from one thread only.
         """
         assert request.id is not None
+        opened = OpenRequest(DIRECT, DIRECT, request.id, None)
+        if self._open.arrive(opened, lambda: None) is not None:
+            raise RequestError("queue_full", f"`id` {request.id!r} is being taken in at this moment", ARRIVING_MS)
         known = self._journal.find(DIRECT, DIRECT, request.id)
         if known is None:
-            self._submit(request, waiter, digest=digest, client=client, accepted_s=accepted_s, every_s=every_s)
+            self._submit(
+                request, waiter, opened=opened, digest=digest, client=client, accepted_s=accepted_s, every_s=every_s
+            )
             return
+        self._open.leave(opened)
         if known.payload_sha256 != digest:
             raise conflict(request.id)
         if self._wait(known.seq, waiter, known.accepted_s):
@@ -96,11 +102,16 @@ class DirectRequests:
             return True
 
     def _submit(
-        self, request: GenerateRequest, waiter: Waiter, *, digest: bytes, client: str, accepted_s: float, every_s: float
+        self,
+        request: GenerateRequest,
+        waiter: Waiter,
+        *,
+        opened: OpenRequest,
+        digest: bytes,
+        client: str,
+        accepted_s: float,
+        every_s: float,
     ) -> None:
-        opened = OpenRequest(DIRECT, DIRECT, request.id, None)
-        if self._open.arrive(opened, lambda: None) is not None:
-            raise RequestError("queue_full", f"`id` {request.id!r} is being taken in at this moment", ARRIVING_MS)
         seq: int | None = None
 
         def commit(plan: Plan) -> int:

@@ -164,3 +164,20 @@ loaded.close()
     done = run_without(HOST_ONLY, script, str(debug_bundle))
     assert (done.returncode, done.stderr) == (0, "")
     assert 1 <= int(done.stdout) <= 4
+
+
+def test_imports_of_a_daemon_without_http_load_nothing_of_it() -> None:
+    """A device that serves no HTTP pays nothing: neither an event loop nor a parser, nor the room itself."""
+    script = """
+import edge.daemon, edge.transports.mqtt.client
+theirs = ("asyncio", "h11", "edge.transports.http")
+print([name for name, module in sys.modules.items() if module and name.startswith(theirs)])
+"""
+    done = run_without(("h11",), script)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_imports_of_h11_are_of_its_room_alone() -> None:
+    files = modules_of("edge")
+    rooms = {p.parent.name for p in files for name, _ in imports(ast.parse(p.read_text("utf-8"))) if name == "h11"}
+    assert rooms == {"http"}

@@ -37,7 +37,8 @@ def installed(folder: Path, *drop_ins: str) -> Path:
     (place / "edgelm.service.d").mkdir(parents=True)
     text = (UNITS / "edgelm.service").read_text()
     (place / "edgelm.service").write_text(text.replace("/opt/edgelm/current/bin/python", STAND_IN))
-    shutil.copy(UNITS / "edgelm.socket", place)
+    for socket in ("edgelm.socket", "edgelm-http.socket"):
+        shutil.copy(UNITS / socket, place)
     for name in drop_ins:
         shutil.copy(UNITS / f"{name}.conf", place / "edgelm.service.d")
     return place
@@ -47,7 +48,7 @@ def installed(folder: Path, *drop_ins: str) -> Path:
 @pytest.mark.parametrize("drop_ins", [(), ("lan",), ("jetson",), ("jetson", "lan")], ids=lambda names: "+".join(names))
 def test_units_pass_systemd_analyze_verify(drop_ins: tuple[str, ...], tmp_path: Path) -> None:
     place = installed(tmp_path, *drop_ins)
-    found = analyze("verify", place / "edgelm.service", place / "edgelm.socket")
+    found = analyze("verify", place / "edgelm.service", place / "edgelm.socket", place / "edgelm-http.socket")
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 

@@ -70,6 +70,7 @@ class Connection(asyncio.Protocol):
         self._body = bytearray()
         self._exchange: Exchange | None = None
         self._ended = False  # nothing more is read or begun
+        self._eof = False  # the client sends no more
         self._full = False  # the client must take its answers before it gets more
 
     # --- asyncio.Protocol ---------------------------------------------------------------------------------------------
@@ -101,9 +102,18 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.pause_reading()  # a request ahead of its turn waits in the kernel
 
-    def eof_received(self) -> None:
-        """The client sends no more: it has hung up, or will."""
-        self._hung_up()
+    def eof_received(self) -> bool:
+        """The client sends no more: half a request is refused, and a request that is being served has lost its client.
+
+        Returns whether an answer is still to go.
+        """
+        self._eof = True
+        if self._exchange is not None or self._ended:
+            self._hung_up()
+            return False
+        self._http.receive_data(b"")
+        self._advance()
+        return self._exchange is not None
 
     def pause_writing(self) -> None:
         """The client leaves too much unread: it is served again once it has read on."""
@@ -290,6 +300,9 @@ class Connection(asyncio.Protocol):
     def _hang_up(self) -> None:
         self._ended = True
         if self._transport.is_closing():
+            return
+        if self._eof:
+            self._transport.close()
             return
         self._transport.resume_reading()
         with suppress(OSError):  # the client has reset the connection

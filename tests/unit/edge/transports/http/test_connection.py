@@ -136,6 +136,14 @@ def test_connection_what_is_no_request_is_refused_and_closed(
     assert head_of(read_all(sock)) == (status, code)
 
 
+@pytest.mark.parametrize("half", [GET[:20], GET[:-1], CHUNKED + b"5\r\nab"])
+def test_connection_half_a_request_that_ends_is_refused(dial: Callable[..., socket.socket], half: bytes) -> None:
+    sock = dial()
+    sock.sendall(half)
+    sock.shutdown(socket.SHUT_WR)
+    assert head_of(read_all(sock)) == (400, "bad_request")
+
+
 def test_connection_expect_continue_is_answered_before_the_body(dial: Callable[..., socket.socket]) -> None:
     body = b'{"prompt": "a", "max_tokens": 1}'
     sock = dial()
