@@ -21,8 +21,8 @@ from tests.integration.http_client import address_of, complete
 from tests.stress.soak import resources
 
 TIMES: Final = 10
-ADDRESSES: Final = 8
-PER_ADDRESS: Final = 30
+ADDRESSES: Final = 24
+PER_ADDRESS: Final = 10
 """Clients of one address, each with one request at a time: a thread each, and a place for each connection."""
 MOST_GROWTH_KB: Final = 32 * 1024
 BODY: Final = json.dumps({"prompt": "Once upon a time", "decode": "canvas", "steps": 8}).encode()
@@ -91,7 +91,7 @@ def main() -> int:
     """Run and report. Returns 1 when something was not as it should be."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.overload_http", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--backend", default="fake:20")
+    parser.add_argument("--backend", default="fake:100")
     parser.add_argument("--bundle", type=Path, default=default_bundle())
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="overload-") as name:
