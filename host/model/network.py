@@ -204,8 +204,11 @@ class Denoiser(nn.Module):
     def remember(self, given: Given) -> Memory:
         """What the blocks read of conditions, each text's words and pictures; once a text."""
         assert self.conditions is not None
-        rows = [self.token_embedding(given.tokens), nn.functional.embedding(given.tokens, self.head.weight)]
-        return self.conditions.remember(given, torch.cat(rows, -1))
+        return self.conditions.remember(given, self.word_rows(given.tokens))
+
+    def word_rows(self, tokens: Tensor) -> Tensor:
+        """What the encoder of words reads of tokens: embedding and row of the LM head.  (B, R) → (B, R, 2·D)"""
+        return torch.cat([self.token_embedding(tokens), nn.functional.embedding(tokens, self.head.weight)], -1)
 
     def attention_bias(self, positions: Tensor, visible: Tensor, cached: Tensor | None = None) -> Tensor:
         """Relative position bias plus mask (−inf at invisible keys), in the autocast dtype.

@@ -95,7 +95,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ConfigError(f"{_flag(name)} cannot be combined with --stage {args.stage}: the network is --init's")
     if args.stage != "body" and args.init is None:
         raise ConfigError(f"--stage {args.stage} needs --init RUN: the run whose network stays as it is")
-    if args.pictures and args.stage != "conditions" and "conditioned" not in args.objectives:
+    if "shown" in args.objectives:
+        raise ConfigError("--objectives: shown is what --stage pictures trains on")
+    if args.stage == "pictures" and args.pictures is None:
+        raise ConfigError("--stage pictures needs --pictures DATA")
+    if args.pictures and args.stage not in ("conditions", "pictures") and "conditioned" not in args.objectives:
         raise ConfigError("--pictures needs --stage conditions, or the objective conditioned")
     if args.time_input and len(args.objectives) > 1:
         raise ConfigError("--time-input takes the objective canvas alone: other objectives have no diffusion time")

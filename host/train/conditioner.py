@@ -67,6 +67,14 @@ class Conditioner:
         forms = [form for concept in concepts for form in self.forms_of(concept)]
         return self.condition(words, self.shown(concepts, rng)), self.places(canvas, [*words, *forms])
 
+    def show(self, canvas: Tensor, rng: np.random.Generator) -> Condition | None:
+        """A picture of a concept that a story (L,) tells of, and the first of its words; None where it has none."""
+        concepts = self.draw_concepts(text_of(self.tokenizer, canvas.numpy()), 1, rng)
+        if not concepts:
+            return None
+        shown = self.shown(concepts, rng)
+        return self.condition([self.forms_of(concepts[0])[0]], shown) if len(shown) else None
+
     def forms_of(self, concept: int) -> tuple[str, ...]:
         """The words that count as a concept."""
         assert self.pictures is not None

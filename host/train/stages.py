@@ -1,10 +1,11 @@
 """The stages of a run: which parameters are trained, on which stories, with which loss.
 
-Stage A ("body") trains the network; "conditions" what makes a frozen network take words and pictures; stage B
-("drafter") the chain drafter of a frozen network. Laws that a stage does not train stay as they are, to the bit.
+Stage A ("body") trains the network; "conditions" what makes a frozen network take words and pictures, "pictures" the
+encoder of pictures alone; stage B ("drafter") the chain drafter of a frozen network. Laws that a stage does not train
+stay as they are, to the bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
@@ -18,18 +19,23 @@ from host.model.network import Denoiser
 from host.train.distributed import Ranks
 from host.train.draft_loss import ChainLoss
 from host.train.loss import WeightedLoss
+from host.train.picture_loss import PictureLoss
 from host.train.run_folder import Stage
 
 COUNTED_STORIES: Final = 20_000
-PARTS: Final = ("drafter", "conditions")
-"""Stages that train one part of the network, of this name, and freeze the rest."""
+PARTS: Final[dict[Stage, str]] = {
+    "drafter": "drafter.",
+    "conditions": "conditions.",
+    "pictures": "conditions.pictures.",
+}
+"""Stages that train one part of the network, whose names begin so, and freeze the rest."""
 
 
 def freeze(model: Denoiser, stage: Stage) -> None:
     """Turn gradients off for all that the stage does not train."""
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        parameter.requires_grad_(part == stage if stage in PARTS else part != "drafter")
+        part = PARTS.get(stage)
+        parameter.requires_grad_(not name.startswith("drafter.") if part is None else name.startswith(part))
 
 
 def choose_drafts(model: Denoiser, text: Split) -> None:
@@ -46,12 +52,15 @@ def trained_mixture(stage: Stage, learned: Mapping[str, float]) -> dict[str, flo
         return dict(learned)
     if stage == "conditions":
         return {"conditioned": 1.0}
+    if stage == "pictures":
+        return {"shown": 1.0}
     return {"ar": 0.8, "infill": 0.2} if "infill" in learned else {"ar": 1.0}
 
 
 def training_loss(model: Denoiser, device: torch.device, ranks: Ranks, stage: Stage = "body") -> nn.Module:
     """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes."""
-    loss = WeightedLoss(model, fused=device.type == "cpu") if stage != "drafter" else ChainLoss(model)
+    of_part: dict[Stage, Callable[[Denoiser], nn.Module]] = {"drafter": ChainLoss, "pictures": PictureLoss}
+    loss = of_part[stage](model) if stage in of_part else WeightedLoss(model, fused=device.type == "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         loss.compile(dynamic=True)

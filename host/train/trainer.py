@@ -79,7 +79,7 @@ class Trainer:
         )
         self.model.set_dropout(config.dropout)
         self.ema = Ema(self.model, config.ema_decay)
-        self.conditioner = conditioner_of(data, config.pictures) if "conditioned" in self.mixture else None
+        self.conditioner = conditioner_of(data, config.pictures) if {"conditioned", "shown"} & {*self.mixture} else None
         self.loss = training_loss(self.model, device, ranks, config.stage)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.stopping = False

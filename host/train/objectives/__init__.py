@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
-from host.train.objectives import ar, canvas, conditioned, draft, infill
+from host.train.objectives import ar, canvas, conditioned, draft, infill, shown
 from host.train.objectives.example import Example, Settings
 from shared.errors import ConfigError
 
@@ -23,6 +23,7 @@ OBJECTIVES: Final[dict[str, Callable[[Tensor, np.random.Generator, Settings], li
     "infill": infill.examples,
     "canvas": canvas.examples,
     "conditioned": conditioned.examples,
+    "shown": shown.examples,
 }
 """Each takes canvases (n, L), a random generator and the run's settings; it may skip stories without a target."""
 

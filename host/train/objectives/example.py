@@ -19,6 +19,9 @@ class Drawer(Protocol):
     def draw(self, canvas: Tensor, rng: np.random.Generator) -> tuple[Condition, Tensor] | None:
         """Of a story (L,), with the positions (L,) bool of what it names; None where there is nothing to name."""
 
+    def show(self, canvas: Tensor, rng: np.random.Generator) -> Condition | None:
+        """A picture of a concept of a story (L,), and its word; None where it tells of none."""
+
 
 @dataclass(frozen=True)
 class Settings:

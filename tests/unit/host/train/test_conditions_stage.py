@@ -226,3 +226,20 @@ def test_conditions_stage_refuses_what_does_not_go_with_it(
         "--stage", "conditions", "--init", "a", "--dropout", 0.1
     )
     assert not (tmp_path / "x" / LAST).exists()
+
+
+@pytest.mark.slow
+def test_pictures_stage_makes_pictures_say_what_their_words_say(
+    runs: tuple[Path, Path, Path], data: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body, _, conditions = runs
+    stage = ["--data", data, "--stage", "pictures", "--pictures", pictures, "--out", tmp_path / "p", "--steps", 40]
+    call(train.main, *stage, "--init", conditions, "--batch-size", 8, "--valid-every", 10)
+    before, after = (load_file(run / BEST) for run in (conditions, tmp_path / "p"))
+    moved = {name for name in before if name.startswith("ema.") and not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("ema.conditions.pictures.") for name in moved)
+    valid = [float(row["valid"]) for row in read_log(tmp_path / "p" / LOG_FILE) if row["valid"]]
+    assert valid[-1] < 0.8 * valid[0]
+    refused = ["--data", data, "--stage", "pictures", "--out", tmp_path / "q", "--init"]
+    assert "comes after --stage conditions" in refusal(capsys, train.main, *refused, body, "--pictures", pictures)[1]
+    assert "needs --pictures DATA" in refusal(capsys, train.main, *refused, conditions)[1]
