@@ -35,7 +35,9 @@ def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> 
 
     if argument:
         raise ConfigError(f"backend 'ort' takes no argument; found {argument!r} after its colon")
-    canvas = OrtBackend(folder, manifest, threads) if "canvas" in manifest.decoders else None
+    canvas, later = None, manifest.decoders[0] != "canvas"
+    if "canvas" in manifest.decoders:
+        canvas = OrtBackend(folder, manifest, threads, later=later)
     return Chosen(canvas, "ort", rows=OrtRows(folder, manifest, threads) if "blocks" in manifest.decoders else None)
 
 

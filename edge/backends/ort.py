@@ -37,19 +37,32 @@ class OrtBackend:
     text of the first. Scores are the same to the bit for any number of threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, threads: int, profile: Path | None = None) -> None:
-        """profile: where to write ONNX Runtime's record of each node's time, for `edge.bench`."""
+    def __init__(
+        self, folder: Path, manifest: Manifest, threads: int, profile: Path | None = None, *, later: bool = False
+    ) -> None:
+        """profile: where to write ONNX Runtime's record of each node's time, for `edge.bench`.
+
+        later: the graph's hash is checked now, and its session, 30 MB in a `tiny` network, opens with the first step.
+        """
         self.lanes = self._threads = threads or len(os.sched_getaffinity(0))
-        graph = find_graph(folder, manifest, "cpu")
-        self._file, self._graph = folder / graph.file, verified_bytes(folder, graph.file, graph.sha256)
-        self._sessions = Locked({self._threads: self._open(self._threads, profile)})
+        self._folder, self._graph = folder, find_graph(folder, manifest, "cpu")
+        self._profile = profile
+        self._sessions: Locked[dict[int, Any]] = Locked({})
         """By the size of their pool; more open when they are needed."""
         self._takes_time = manifest.model.time_input
-        self._check(manifest.model.canvas_len, manifest.top_k)
+        if later:
+            verified_bytes(folder, self._graph.file, self._graph.sha256)
+        else:
+            self._check(manifest.model.canvas_len, manifest.top_k)
 
-    def _open(self, threads: int, profile: Path | None = None) -> Any:
+    @property
+    def _file(self) -> Path:
+        return self._folder / self._graph.file
+
+    def _open(self, threads: int, profile: Path | None) -> Any:
+        graph = verified_bytes(self._folder, self._graph.file, self._graph.sha256)
         try:
-            return open_session(self._graph, threads, profile, sizes={"batch": 1})
+            return open_session(graph, threads, profile, sizes={"batch": 1})
         except Exception as error:  # onnxruntime raises types of its own that share no public base
             raise BundleError(f"{self._file} cannot be loaded by ONNX Runtime: {_words(error)}") from None
 
@@ -75,7 +88,7 @@ class OrtBackend:
         size = pool_size(self._threads, rows)
         with self._sessions as sessions:
             if size not in sessions:
-                sessions[size] = self._open(size)
+                sessions[size] = self._open(size, None if sessions else self._profile)
             return sessions[size]
 
     def score(self, canvas: Ids, t: float, positions: Positions, rows: int = 1) -> StepResult:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +35,15 @@ def open_session(
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-@dataclass
-class _Opened:
-    """content: of graphs that were read and verified. sessions: by role and threads."""
-
-    content: dict[Role, bytes] = field(default_factory=dict)
-    sessions: dict[tuple[Role, int], Any] = field(default_factory=dict)
-
-
 class Graphs:
-    """A bundle's graphs for the CPU: each is read, verified and opened when it is first asked for. Thread-safe."""
+    """A bundle's graphs for the CPU: each is read, verified and opened when it is asked for. Thread-safe.
+
+    Their bytes are not kept: a further session reads and verifies them again.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._opened = Locked(_Opened())
+        self._sessions: Locked[dict[tuple[Role, int], Any]] = Locked({})
 
     def has(self, role: Role) -> bool:
         """Whether the bundle lists a graph of that role."""
@@ -61,27 +55,26 @@ class Graphs:
 
     def open(self, role: Role, threads: int) -> Any:
         """A session of so many threads. Raises BundleError."""
-        with self._opened as opened:
-            if (role, threads) not in opened.sessions:
-                if role not in opened.content:
-                    graph = find_graph(self._folder, self._manifest, "cpu", role)
-                    opened.content[role] = verified_bytes(self._folder, graph.file, graph.sha256)
+        with self._sessions as sessions:
+            if (role, threads) not in sessions:
+                graph = find_graph(self._folder, self._manifest, "cpu", role)
+                content = verified_bytes(self._folder, graph.file, graph.sha256)
                 try:
-                    opened.sessions[role, threads] = open_session(opened.content[role], threads)
+                    sessions[role, threads] = open_session(content, threads)
                 except Exception as error:  # onnxruntime raises types of its own that share no public base
                     message = f"{self.file(role)} cannot be loaded by ONNX Runtime: {one_line(str(error))}"
                     raise BundleError(message) from None
-            return opened.sessions[role, threads]
+            return sessions[role, threads]
 
     def sizes(self) -> set[tuple[Role, int]]:
         """Role and threads of every session that is open."""
-        with self._opened as opened:
-            return set(opened.sessions)
+        with self._sessions as sessions:
+            return set(sessions)
 
     def close(self) -> None:
         """Drop the sessions and their memory."""
-        with self._opened as opened:
-            opened.sessions.clear()
+        with self._sessions as sessions:
+            sessions.clear()
 
 
 def check_names(file: Path, session: Any, needed: tuple[set[str], set[str]]) -> None:

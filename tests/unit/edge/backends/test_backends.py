@@ -1,6 +1,7 @@
 """The table of backends: what they promise, and what loading them costs."""
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,14 +13,17 @@ from typing import NoReturn
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import edge.backends
 from edge.backends import choose_backend, load_backend
 from edge.backends.ort import OrtBackend, pool_size
 from edge.backends.trt import engine_cache as engines
 from edge.decoding.types import Backend, LoopBackend
-from shared.errors import ConfigError, DeviceError
+from edge.serving.loaded_bundle import LoadedBundle
+from shared.errors import BundleError, ConfigError, DeviceError
 from shared.manifest import read_manifest
+from shared.messages import GenerateRequest
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.conftest import Exported
 
@@ -121,6 +125,24 @@ def test_scores_side_by_side_are_those_alone_to_the_bit(exported_int8: Exported,
 )
 def test_pool_size_makes_callers_and_helpers_as_many_as_threads(threads: int, sizes: list[int]) -> None:
     assert [pool_size(threads, rows) for rows in range(1, len(sizes) + 1)] == sizes
+
+
+def test_canvas_that_is_not_the_default_opens_with_its_first_request(blocks_bundle: Path) -> None:
+    bundle = LoadedBundle.load(blocks_bundle, "ort", threads=1)
+    assert isinstance(bundle.backend, OrtBackend)
+    request = GenerateRequest(prompt="abc", seed=1, max_tokens=4)
+    for decoder, sessions in (("blocks", 0), ("canvas", 1)):
+        assert bundle.run(bundle.prepare(replace(request, decode=decoder))).text
+        with bundle.backend._sessions as found:
+            assert len(found) == sessions
+
+
+def test_canvas_whose_file_is_another_is_refused_at_load(blocks_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(blocks_bundle, tmp_path / "b")
+    file = tmp_path / "b" / "canvas.cpu.fp32.onnx"
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(BundleError, match="does not match its manifest"):
+        LoadedBundle.load(tmp_path / "b", "ort", threads=1)
 
 
 def test_threads_of_a_pass_that_has_ended_leave_the_cores_alone(debug_bundle: Path) -> None:
