@@ -37,7 +37,7 @@ def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> 
         raise ConfigError(f"backend 'ort' takes no argument; found {argument!r} after its colon")
     canvas, later = None, manifest.decoders[0] != "canvas"
     if "canvas" in manifest.decoders:
-        canvas = OrtBackend(folder, manifest, threads, later=later)
+        canvas = OrtBackend(folder, manifest, threads=threads, later=later)
     return Chosen(canvas, "ort", rows=OrtRows(folder, manifest, threads) if "blocks" in manifest.decoders else None)
 
 

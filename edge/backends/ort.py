@@ -38,7 +38,7 @@ class OrtBackend:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, threads: int, profile: Path | None = None, *, later: bool = False
+        self, folder: Path, manifest: Manifest, *, threads: int, profile: Path | None = None, later: bool = False
     ) -> None:
         """profile: where to write ONNX Runtime's record of each node's time, for `edge.bench`.
 

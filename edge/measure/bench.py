@@ -147,7 +147,7 @@ def reduction_share(bundle: Path, threads: int) -> float | None:
     with tempfile.TemporaryDirectory() as folder:
         loaded = LoadedBundle.load(bundle, "ort", threads)
         assert isinstance(loaded.backend, OrtBackend)
-        loaded.backend = OrtBackend(bundle, loaded.manifest, threads, profile=Path(folder) / "step")
+        loaded.backend = OrtBackend(bundle, loaded.manifest, threads=threads, profile=Path(folder) / "step")
         median_step_ms(loaded, np.flatnonzero(half_masked(loaded).fill), repeats=10)
         events = msgspec.json.decode(loaded.backend.end_profile().read_bytes())
     spent = {True: 0.0, False: 0.0}

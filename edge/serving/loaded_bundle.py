@@ -8,7 +8,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from edge.backends import Chosen, choose_backend
-from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law
+from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law, RowsBackend
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import GAP_OF_BLOCKS, GAP_OF_CANVAS, Texts
 from edge.decoding.pictures import MAX_PICTURE_BYTES
@@ -16,6 +16,7 @@ from edge.decoding.types import LoopBackend, Sampling
 from edge.serving.conditions import read_condition
 from edge.serving.runs import BlocksRun, CanvasRun, Completion, Plan, Run, Snapshot, step
 from edge.serving.slots import Slots
+from edge.serving.window import best_window
 from shared.errors import BundleError, RequestError
 from shared.manifest import MAX_STEPS, TOKENIZER, Decoder, Manifest, bundle_digest, read_manifest, verified_bytes
 from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, Limits
@@ -28,7 +29,8 @@ class LoadedBundle:
     """One bundle on one backend. Thread-safe for `prepare`, and for `step` in as many threads as it has `lanes`.
 
     backend, rows: what runs the decoders canvas and blocks; None where the bundle, or the device, has not that one.
-    backend_name: "ort", "trt" or "fake". degraded: why the device computes with less than it has, or None.
+    backend_name: "ort", "trt" or "fake". degraded: why the device computes with less than it has, or None. window: the
+    drafts in a pass of requests that name no number, as many as pay on this device.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, chosen: Chosen, texts: Texts) -> None:
@@ -36,6 +38,9 @@ class LoadedBundle:
         self.digest = bundle_digest(folder)
         self.backend, self.backend_name, self.degraded, self.rows = chosen
         self._slots = None if self.rows is None else Slots(self.rows)
+        self.window = 0 if manifest.blocks is None else manifest.blocks.window
+        if self.backend_name == "ort" and isinstance(self.rows, RowsBackend):
+            self.window = best_window(self.rows, manifest)
         self._texts = texts
 
     @classmethod
@@ -82,7 +87,7 @@ class LoadedBundle:
                     temperature=manifest.blocks.temperature if request.temperature is None else request.temperature,
                     top_k=top_k,
                     top_p=top_p,
-                    window=manifest.blocks.window if request.window is None else request.window,
+                    window=self.window if request.window is None else request.window,
                 ),
                 self._condition(request, rows),
             )

@@ -76,7 +76,7 @@ class _State:
 
     def next_batch(self) -> list[Job]:
         """The next job, with as many others of its bundle and length as the backend takes in one step."""
-        order = [job for job in self.queue.order() if job not in self.taken and job.run.ready()]
+        order = [job for job in self.queue.order() if job not in self.taken and job.run.ready(job.client)]
         computing = [batch[0] for batch in self.batches]
         if not order or any(job.alone for job in computing):
             return []

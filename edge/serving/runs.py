@@ -86,8 +86,8 @@ class Run(Protocol):
     def done(self) -> bool:
         """Whether all positions are filled."""
 
-    def ready(self) -> bool:
-        """Whether it can run its next pass; takes a place on the backend if it needs one and there is one.
+    def ready(self, client: str = "") -> bool:
+        """Whether it can run its next pass; takes a place on the backend if it needs one and `client` may have one.
 
         Not thread-safe: asked under the lock of whoever schedules.
         """
@@ -121,7 +121,7 @@ class CanvasRun:
         """See `Run`."""
         return self.row.left == 0
 
-    def ready(self) -> bool:
+    def ready(self, client: str = "") -> bool:
         """See `Run`."""
         return True
 
@@ -159,6 +159,7 @@ class BlocksRun:
         self.writing = Writing(
             layout.canvas.copy(), layout.fill, layout.open_end, plan.sampling, vocab_size, condition=plan.condition
         )
+        self._client = ""  # that holds its slot
         self._most = self.writing.left
         self._sent = "".join(part for part in layout.parts if isinstance(part, str))
         self._stopped = False
@@ -174,10 +175,10 @@ class BlocksRun:
         layout = self.plan.layout
         self._stopped = bool(layout.stops) and layout.open_end and self._texts.stopped(layout, self.writing.canvas)
 
-    def ready(self) -> bool:
+    def ready(self, client: str = "") -> bool:
         """See `Run`."""
         if self.writing.slot is None:
-            self.writing.slot = self._slots.take()
+            self.writing.slot, self._client = self._slots.take(client), client
         return self.writing.slot is not None
 
     def positions(self) -> int:
@@ -198,7 +199,7 @@ class BlocksRun:
         """See `Run`."""
         slot, self.writing.slot = self.writing.slot, None
         if slot is not None:
-            self._slots.give_back(slot)
+            self._slots.give_back(slot, self._client)
 
     def _text(self) -> str:
         return "".join(part.text for part in self._shown(()))

@@ -1,4 +1,4 @@
-"""The daemon's whole process stays small: its peak resident memory, with eight requests at once too, is below 150 MB."""
+"""The daemon's whole process stays small: its peak resident memory, with eight requests at once too, below 150 MB."""
 
 import os
 import re

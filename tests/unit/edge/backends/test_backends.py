@@ -100,7 +100,7 @@ def test_scores_are_of_the_best_candidates_best_first(debug_bundle: Path, name: 
 def test_scores_side_by_side_are_those_alone_to_the_bit(exported_int8: Exported, threads: int) -> None:
     """However many threads a canvas gets, and whatever is computed beside it, of any length."""
     manifest = read_manifest(exported_int8.folder)
-    backend = OrtBackend(exported_int8.folder, manifest, threads)
+    backend = OrtBackend(exported_int8.folder, manifest, threads=threads)
     assert backend.lanes == threads
     rng = np.random.default_rng(0)
     canvases, positions = [], []

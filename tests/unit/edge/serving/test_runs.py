@@ -1,5 +1,6 @@
 """Blocks in the scheduler: places for keys and values, and the same text in any company."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from edge.serving.scheduler import Scheduler
 from edge.serving.slots import Slots
 from edge.transports.mqtt.status import info
 from shared.errors import ConfigError, RequestError
-from shared.manifest import Decoder
+from shared.manifest import Decoder, read_manifest
 from shared.messages import Gap, GenerateRequest, Part, Partial
 from tests.support.mailbox import submit
 
@@ -134,11 +135,34 @@ def test_blocks_scores_that_are_not_numbers_fail_the_request(blocks_bundle: Path
 def test_slots_are_bounded_and_come_back(loaded: LoadedBundle) -> None:
     assert loaded.rows is not None
     slots = Slots(loaded.rows, most=2)
-    first, second = slots.take(), slots.take()
-    assert first is not None and second is not None and slots.take() is None
+    first, second = slots.take("a"), slots.take("b")
+    assert first is not None and second is not None and slots.take("c") is None
     first.cached = 7
-    slots.give_back(first)
-    assert slots.take() is first and first.cached == 0
+    slots.give_back(first, "a")
+    assert slots.take("c") is first and first.cached == 0
+
+
+@pytest.mark.parametrize(("lanes", "share"), [(1, 4), (4, 4), (6, 6), (8, 7), (16, 7)])
+def test_slots_of_one_client_are_never_all(blocks_bundle: Path, lanes: int, share: int) -> None:
+    backend = FakeBackend(read_manifest(blocks_bundle))
+    backend.lanes = lanes
+    slots = Slots(backend, most=8)
+    held = [slot for _ in range(8) if (slot := slots.take("greedy")) is not None]
+    assert len(held) == share and slots.take("other") is not None
+    slots.give_back(held[0], "greedy")
+    assert slots.take("greedy") is not None and slots.take("greedy") is None
+
+
+def test_slots_leave_room_for_a_client_that_comes_later(loaded: LoadedBundle) -> None:
+    """Eight long requests of one client are under way; the first of another is not answered after all of them."""
+    scheduler, order = Scheduler(loaded, queue_size=16), list[str]()
+    for number in range(9):
+        client = "late" if number == 8 else "greedy"
+        request = GenerateRequest(prompt="abc", seed=number, max_tokens=8 if number == 8 else 40)
+        scheduler.submit(request, partial(lambda client, _: order.append(client), client), client=client)
+    scheduler.refuse_new()
+    scheduler.run()
+    assert sorted(order) == ["greedy"] * 8 + ["late"] and order[0] == "late"
 
 
 def test_decoder_a_bundle_has_not_is_refused(debug_bundle: Path) -> None:
