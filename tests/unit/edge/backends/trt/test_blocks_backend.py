@@ -24,7 +24,7 @@ from host.export.bundle_writer import BundleGraph, write_bundle
 from host.export.cuda_step import cuda_step_graph
 from host.export.random_weights import untrained
 from host.export.shared_weights import with_shared_weights
-from host.model.network import CONFIGS
+from host.model.network import CONFIGS, Denoiser
 from shared.errors import BundleError, DeviceError
 from shared.manifest import Manifest, find_graph, graph_bytes, read_manifest
 from shared.tokens import BOS, EOS, MASK, PAD
@@ -63,10 +63,8 @@ class Bench:
         )
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a network whose drafts are often kept, with blocks for CUDA alone."""
-    folder = tmp_path_factory.mktemp("bundles") / "blocks"
+def export_blocks(folder: Path) -> Denoiser:
+    """A bundle with blocks for CUDA alone, of a network whose drafts are often kept."""
     model = decided_network(VOCAB, LENGTH, depth=DEPTH)
     assert model.drafter is not None
     model.drafter.likely = torch.arange(EOS, 300)
@@ -74,6 +72,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     step = BundleGraph(cuda_step_graph(model), "step", "fp16", "cuda")
     with tokenizer as path:
         write_bundle(folder, model, progress=progress, tokenizer=path, graphs=with_shared_weights([step]), top_k=64)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "blocks"
+    export_blocks(folder)
     return folder
 
 
@@ -146,8 +151,8 @@ def writing_of(parts: Parts, open_end: bool, law: Law) -> Writing:
     return Writing(canvas, fill, open_end, law, VOCAB)
 
 
-def on_cpu(bench: Bench, parts: Parts, open_end: bool, law: Law) -> Writing:
-    cpu, writing = OnCpu(bench.graph), writing_of(parts, open_end, replace(law, window=0))
+def on_cpu(graph: bytes, parts: Parts, open_end: bool, law: Law) -> Writing:
+    cpu, writing = OnCpu(graph), writing_of(parts, open_end, replace(law, window=0))
     writing.slot = cpu.open_slot()
     while not writing.done:
         advance(cpu, writing)
@@ -170,7 +175,7 @@ def test_blocks_on_gpu_write_the_texts_of_the_cpu(bench: Bench, law: Law) -> Non
     slot = backend.open_slot()
     asked = [*PROMPTS, *GAPS]
     for parts, open_end in asked:
-        writing, wanted = writing_of(parts, open_end, law), on_cpu(bench, parts, open_end, law)
+        writing, wanted = writing_of(parts, open_end, law), on_cpu(bench.graph, parts, open_end, law)
         writing.slot, slot.cached = slot, 0
         finish(backend, [writing])
         agreed += bool((writing.canvas == wanted.canvas).all())
