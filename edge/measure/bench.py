@@ -10,35 +10,31 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeVar, get_args
 
 import msgspec
-import numpy as np
 from msgspec import Struct
 
 from edge.backends.trt.profiles import BATCHES
 from edge.config import default_bundle
-from edge.decoding.canvas import wanted
-from edge.decoding.types import AnyBackend, LoopBackend, Positions, Row, Sampling
 from edge.measure.blocks import Blocks, measure_blocks, print_blocks
+from edge.measure.canvas import Canvas, measure_canvas, print_canvas
 from edge.measure.clients import measure, print_clients, serving
 from edge.measure.conditions import KINDS, measure_condition, print_condition
 from edge.measure.peers import measure_peers, packages, print_peers
-from edge.measure.roofline import BOARDS, floor
+from edge.measure.roofline import BOARDS, floor, pass_floors, print_passes
 from edge.serving.loaded_bundle import LoadedBundle
 from shared.errors import ConfigError, command_name
-from shared.manifest import MAX_STEPS, find_graph, read_manifest
+from shared.manifest import MAX_STEPS, Decoder, find_graph, read_manifest
 from shared.messages import GenerateRequest, Response, encode
-from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
 T = TypeVar("T")
 STEP_COUNTS: Final = (8, 16, 32, 64, 128)
 DAEMON_STEPS: Final = 16
+DAEMON_TOKENS: Final = 64
 SPIN_S: Final = 0.1
 """ONNX Runtime's threads spin for a while after a step, on cores that another process needs."""
 REPEATS: Final = 3
@@ -46,20 +42,10 @@ MAX_CLIENTS: Final = 24
 """Below the daemon's default queue size."""
 EPILOG: Final = """examples:
   python -m edge.bench --bundle bundles/mine --json
-  python -m edge.bench --clients 1,2,4,8
+  python -m edge.bench --clients 1,2,4,8 --decode blocks
   python -m edge.bench --peers
   python -m edge.bench --condition words
   python -m edge.bench --roofline orin-nano-15w"""
-
-
-class Generation(Struct):
-    """Whole texts at one number of steps; medians over seeds. loop_ms: a step's time outside the backend."""
-
-    steps: int
-    tokens_per_s: float
-    first_token_ms: float
-    last_token_ms: float
-    loop_ms: float
 
 
 class DaemonCost(Struct):
@@ -71,110 +57,14 @@ class DaemonCost(Struct):
 
 
 class Report(Struct):
-    """All measurements. A step is of one canvas of full length with every second position masked, and scores these;
-    default_step_ms: it scores only the positions that the bundle's default sampling is about to commit.
-    """
+    """All measurements."""
 
     bundle: str
     threads: int
-    step_ms: float
-    bare_step_ms: float | None  # without the reduction to top-K; None for backends without a profile
-    reduction_ms: float | None
-    default_step_ms: float | None  # None for a LoopBackend, which scores everything
-    default_scored: int  # positions
-    generations: list[Generation]
     daemon: DaemonCost
+    canvas: Canvas | None  # of the decoders that the bundle, or the device, has
     blocks: Blocks | None
     reference: dict[str, float] | None  # from `host.bench step`; None where the host is not installed
-
-
-class Stopwatch:
-    """Adds up the time spent in a backend's own method, `score` or `advance`, while it is attached."""
-
-    def __init__(self, backend: AnyBackend) -> None:
-        self._backend, self._name = backend, "advance" if isinstance(backend, LoopBackend) else "score"
-        self.seconds = 0.0
-
-    def __enter__(self) -> "Stopwatch":
-        inner: Callable[..., object] = getattr(self._backend, self._name)
-
-        def timed(*arguments: object) -> object:
-            started = time.perf_counter()
-            result = inner(*arguments)
-            self.seconds += time.perf_counter() - started
-            return result
-
-        setattr(self._backend, self._name, timed)  # hides the class's method
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        delattr(self._backend, self._name)
-
-
-def canvas_backend(loaded: LoadedBundle) -> AnyBackend:
-    """Raises ConfigError when the bundle does not decode by canvas."""
-    if loaded.backend is None:
-        raise ConfigError(f"{loaded.model} does not decode by canvas, which is what edge.bench measures")
-    return loaded.backend
-
-
-def half_masked(loaded: LoadedBundle) -> Row:
-    """A canvas with every second position masked, as after two thirds of the steps of default sampling."""
-    model, defaults = loaded.manifest.model, loaded.manifest.defaults
-    canvas = np.arange(model.canvas_len, dtype=np.int32) % (model.vocab_size - FIRST_TEXT_ID) + FIRST_TEXT_ID
-    canvas[::2], canvas[0] = MASK, BOS
-    sampling = Sampling(0, defaults.steps, defaults.selection, defaults.temperature, loaded.manifest.top_k, 1.0)
-    return Row(canvas, canvas == MASK, sampling, step=defaults.steps * 2 // 3)
-
-
-def median_step_ms(loaded: LoadedBundle, positions: Positions, repeats: int = 40) -> float:
-    """Median time of a step of half_masked() that scores these positions."""
-    row, backend, times = half_masked(loaded), canvas_backend(loaded), []
-    for _ in range(repeats + 5):
-        started = time.perf_counter()
-        if isinstance(backend, LoopBackend):
-            backend.advance([replace(row, canvas=row.canvas.copy())], row.canvas.size)
-        else:
-            backend.score(row.canvas, 0.5, positions)
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times[5:])
-
-
-def reduction_share(bundle: Path, threads: int) -> float | None:
-    """Share of a step's time in the reduction to top-K, from ONNX Runtime's profile."""
-    from edge.backends.ort import OrtBackend
-
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = LoadedBundle.load(bundle, "ort", threads)
-        assert isinstance(loaded.backend, OrtBackend)
-        loaded.backend = OrtBackend(bundle, loaded.manifest, threads=threads, profile=Path(folder) / "step")
-        median_step_ms(loaded, np.flatnonzero(half_masked(loaded).fill), repeats=10)
-        events = msgspec.json.decode(loaded.backend.end_profile().read_bytes())
-    spent = {True: 0.0, False: 0.0}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            spent["reduce." in event["name"]] += event["dur"]
-    return spent[True] / (spent[True] + spent[False])
-
-
-def generation(loaded: LoadedBundle, steps: int) -> Generation:
-    """Three whole texts from a short prompt, at full length."""
-    rows = []
-    for seed in range(REPEATS):
-        plan = loaded.prepare(GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps))
-        first_s = 0.0
-        started = time.perf_counter()
-
-        def on_step(snapshot: object, started: float = started) -> None:
-            nonlocal first_s
-            first_s = first_s or time.perf_counter() - started
-
-        with Stopwatch(canvas_backend(loaded)) as inside:
-            completion = loaded.run(plan, on_step)
-        total_s = time.perf_counter() - started
-        loop_ms = (total_s - inside.seconds) / completion.steps * 1e3
-        rows.append((completion.generated_tokens / total_s, first_s * 1e3, total_s * 1e3, loop_ms))
-    return Generation(steps, *(statistics.median(column) for column in zip(*rows, strict=True)))
 
 
 def daemon_cost(loaded: LoadedBundle, bundle: Path, backend: str, threads: int) -> DaemonCost:
@@ -190,7 +80,8 @@ def daemon_cost(loaded: LoadedBundle, bundle: Path, backend: str, threads: int) 
         start_s = time.perf_counter() - started
         overheads = []
         for seed in range(9):
-            request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=DAEMON_STEPS)
+            steps = DAEMON_STEPS if loaded.decoders[0] == "canvas" else None
+            request = GenerateRequest(prompt="Once upon a time", seed=seed, steps=steps, max_tokens=DAEMON_TOKENS)
             plan = loaded.prepare(request)
             time.sleep(SPIN_S)
             started = time.perf_counter()
@@ -221,26 +112,14 @@ def host_reference(loaded: LoadedBundle, threads: int) -> dict[str, float] | Non
 def print_report(r: Report) -> None:
     """The table."""
     print(f"{r.bundle}, {r.threads} threads")
-    print(f"{'step, all that is masked scored':36} {r.step_ms:8.2f} ms")
-    if r.bare_step_ms is not None:
-        print(f"{'  the network':36} {r.bare_step_ms:8.2f} ms\n{'  reduction to top-K':36} {r.reduction_ms:8.2f} ms")
-    if r.default_step_ms is not None:
-        print(f"{f'step, the {r.default_scored} to commit scored':36} {r.default_step_ms:8.2f} ms")
     if r.reference is not None:
-        ref = r.reference
-        print(f"{'torch float32, eager, same step':36} {ref['torch_ms']:8.2f} ms")
-        print(f"{'  times our step':36} {ref['torch_ms'] / r.step_ms:8.2f}")
-        if r.bare_step_ms is not None:
-            reached = ref["gflop"] / r.bare_step_ms
-            print(f"{'  times our network':36} {ref['torch_ms'] / r.bare_step_ms:8.2f}")
-            print(f"{'matmul peak, float32':36} {ref['fp32_gflops']:8.0f} GFLOP/s")
-            print(f"{'matmul peak, INT8':36} {ref['int8_gflops']:8.0f} GOP/s; the network reaches {reached * 1e3:.0f}")
+        print(f"{'matmul peak, float32':36} {r.reference['fp32_gflops']:8.0f} GFLOP/s")
+        print(f"{'matmul peak, INT8':36} {r.reference['int8_gflops']:8.0f} GOP/s")
     print(f"{'daemon, start to first answer':36} {r.daemon.start_s:8.2f} s")
     print(f"{'daemon, peak memory':36} {r.daemon.peak_mb:8.0f} MB")
     print(f"{'daemon, overhead per request':36} {r.daemon.overhead_ms:8.2f} ms")
-    print(f"\n{'steps':>6} {'tokens/s':>9} {'first token, ms':>16} {'last token, ms':>15} {'loop, ms a step':>16}")
-    for g in r.generations:
-        print(f"{g.steps:6} {g.tokens_per_s:9.0f} {g.first_token_ms:16.1f} {g.last_token_ms:15.1f} {g.loop_ms:16.2f}")
+    if r.canvas is not None:
+        print_canvas(r.canvas, r.reference)
     if r.blocks is not None:
         print_blocks(r.blocks)
 
@@ -253,19 +132,28 @@ def parse_clients(text: str) -> list[int]:
 
 
 def print_roofline(bundle: Path, board: str, as_json: bool) -> None:
-    """The roofline floor of a step of each CUDA graph, for each batch size."""
+    """The roofline floor of a step of each CUDA graph for each batch size, and of passes by blocks."""
     manifest = read_manifest(bundle)
-    find_graph(bundle, manifest, "cuda")  # raises when there is none
     graphs = [(g.precision, (bundle / g.file).stat().st_size) for g in manifest.graphs if g.target == "cuda"]
     floors = [floor(board, manifest.model, precision=p, graph_bytes=n, batch=b) for p, n in graphs for b in BATCHES]
+    passes = pass_floors(board, manifest) if manifest.blocks is not None else []
+    if not floors and not passes:
+        find_graph(bundle, manifest, "cuda")  # raises
     if as_json:
-        print(msgspec.json.encode([msgspec.structs.asdict(f) | {"floor_ms": f.floor_ms} for f in floors]).decode())
+        steps = [msgspec.structs.asdict(f) | {"floor_ms": f.floor_ms} for f in floors]
+        rows = [msgspec.structs.asdict(p) | {"floor_ms": p.floor_ms} for p in passes]
+        print(msgspec.json.encode({"steps": steps, "passes": rows}).decode())
         return
-    print(f"{board}, {manifest.model.canvas_len} positions: an ESTIMATE from published peaks, not a measurement")
-    print(f"{'graph':6} {'batch':>5} {'GFLOP':>8} {'MB':>8} {'compute, ms':>12} {'memory, ms':>11} {'floor, ms':>10}")
+    print(f"{board}: an ESTIMATE from published peaks, not a measurement")
+    if floors:
+        print(f"a step of {manifest.model.canvas_len} positions")
+        units = f"{'GFLOP':>8} {'MB':>8} {'compute, ms':>12} {'memory, ms':>11} {'floor, ms':>10}"
+        print(f"{'graph':6} {'batch':>5} {units}")
     for f in floors:
         shape = f"{f.precision:6} {f.batch:5} {f.gflop:8.2f} {f.mbytes:8.1f}"
         print(f"{shape} {f.compute_ms:12.3f} {f.memory_ms:11.3f} {f.floor_ms:10.3f}")
+    if passes:
+        print_passes(passes)
 
 
 def say(measured: T, as_json: bool, show: Callable[[T], None]) -> None:
@@ -290,6 +178,7 @@ def main() -> None:
     add("--threads", type=int, default=cores, metavar="N", help="of the CPU runtime (default: all, %(default)s here)")
     add("--steps", type=int, nargs="+", default=STEP_COUNTS, metavar="N", help="steps per text (default: 8 to 128)")
     add("--clients", metavar="N,N", help="only measure these numbers of concurrent clients")
+    add("--decode", choices=get_args(Decoder), help="of --clients: the decoder (default: the bundle's own)")
     add("--peers", action="store_true", help="only measure blocks beside llama.cpp (needs the extra `peers`)")
     add("--condition", choices=KINDS, help="only measure what words or pictures cost beside the same without")
     add("--json", action="store_true", help="print JSON instead of the table")
@@ -303,7 +192,9 @@ def main() -> None:
     if not all(1 <= steps <= MAX_STEPS for steps in args.steps):
         raise ConfigError(f"--steps takes numbers from 1 to {MAX_STEPS}")
     if args.clients is not None:
-        say(measure(args.bundle, args.backend, args.threads, parse_clients(args.clients)), args.json, print_clients)
+        numbers = parse_clients(args.clients)
+        crowd = measure(args.bundle, args.backend, args.threads, clients=numbers, decode=args.decode)
+        say(crowd, args.json, print_clients)
         return
     if args.peers:
         packages()  # refuses before the bundle is loaded
@@ -315,19 +206,11 @@ def main() -> None:
     if args.condition is not None:
         say(measure_condition(loaded, args.condition), args.json, print_condition)
         return
-    row = half_masked(loaded)
-    step_ms = median_step_ms(loaded, np.flatnonzero(row.fill))
-    share = reduction_share(args.bundle, args.threads) if args.backend == "ort" else None
     report = Report(
         bundle=str(args.bundle),
         threads=args.threads,
-        step_ms=step_ms,
-        bare_step_ms=None if share is None else step_ms * (1 - share),
-        reduction_ms=None if share is None else step_ms * share,
-        default_step_ms=None if isinstance(loaded.backend, LoopBackend) else median_step_ms(loaded, wanted(row)),
-        default_scored=wanted(row).size,
-        generations=[generation(loaded, steps) for steps in args.steps],
         daemon=daemon_cost(loaded, args.bundle, args.backend, args.threads),
+        canvas=measure_canvas(loaded, args.bundle, args.threads, args.steps),
         blocks=measure_blocks(loaded),
         reference=host_reference(loaded, args.threads),
     )

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 
 from edge.client import ask
 from shared.errors import ConfigError
-from shared.manifest import read_manifest
+from shared.manifest import Decoder, read_manifest
 from shared.messages import GenerateRequest, HealthRequest, Response, encode
 
 PROMPT: Final = "Once upon a time"
@@ -65,6 +65,7 @@ class ClientsReport(Struct):
 
     bundle: str
     threads: int
+    decode: Decoder
     loads: list[Load]
     crowds: list[Crowd]
     peak_mb: float
@@ -116,11 +117,20 @@ def serving(bundle: Path, backend: str, threads: int) -> Iterator[Served]:
             process.communicate()
 
 
-def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) -> ClientsReport:
-    """Measure every number of clients at a quarter of the canvas and at its full length."""
-    longest = read_manifest(bundle).model.canvas_len
-    short = GenerateRequest(prompt=PROMPT, steps=STEPS, max_tokens=longest // 4 - ROOM)
-    long = replace(short, max_tokens=None)
+def measure(
+    bundle: Path, backend: str, threads: int, *, clients: Sequence[int], decode: Decoder | None = None
+) -> ClientsReport:
+    """Measure every number of clients at a quarter of the canvas and at its full length.
+
+    decode: None is the bundle's default. Raises ConfigError for one that the bundle has not.
+    """
+    manifest = read_manifest(bundle)
+    decode = decode or manifest.decoders[0]
+    if decode not in manifest.decoders:
+        raise ConfigError(f"--decode {decode}: {bundle} decodes by {' and '.join(manifest.decoders)} alone")
+    longest = manifest.model.canvas_len
+    long = GenerateRequest(prompt=PROMPT, decode=decode, steps=STEPS if decode == "canvas" else None)
+    short = replace(long, max_tokens=longest // 4 - ROOM)
     with serving(bundle, backend, threads) as daemon:
         load(daemon, 1, longest, long)  # warm-up
         loads = [
@@ -130,7 +140,7 @@ def measure(bundle: Path, backend: str, threads: int, clients: Sequence[int]) ->
         ]
         lone_ms = crowd(daemon, 0, short=short, long=long, lone_ms=0.0).short_ms
         crowds = [crowd(daemon, n, short=short, long=long, lone_ms=lone_ms) for n in clients]
-        return ClientsReport(str(bundle), threads, loads, crowds, daemon.peak_mb())
+        return ClientsReport(str(bundle), threads, decode, loads, crowds, daemon.peak_mb())
 
 
 def load(daemon: Served, clients: int, length: int, request: GenerateRequest) -> Load:
@@ -213,7 +223,8 @@ def percentiles(values: Sequence[float]) -> tuple[float, float]:
 
 def print_clients(report: ClientsReport) -> None:
     """The table. of first: throughput relative to the first row of the same length."""
-    print(f"{report.bundle}, {report.threads} threads, {STEPS} steps, {REQUESTS} requests a row")
+    how = f"{STEPS} steps" if report.decode == "canvas" else "blocks"
+    print(f"{report.bundle}, {report.threads} threads, {how}, {REQUESTS} requests a row")
     print(f"{'length':>6} {'clients':>8} {'tokens/s':>9} {'of first':>9} {'p50, ms':>9} {'p99, ms':>9}")
     first: dict[int, float] = {}
     for row in report.loads:

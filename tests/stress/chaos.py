@@ -31,6 +31,8 @@ from tests.support.askers import BASE, Asker, Heard, Vanishers
 from tests.support.flood import flood
 from tests.support.wall_clock import COMPILER, WallClock
 
+CANVAS: Final = 0.25
+"""Share of the requests that are decoded by canvas; the others by the default decoder."""
 SETTLE_S: Final = 120.0
 """How long to wait for answers in the end, from the last one that came."""
 
@@ -231,7 +233,10 @@ def run(
             end_s = time.monotonic() + seconds
             next_strike_s = time.monotonic() + 1
             while time.monotonic() < end_s or chaos.rounds < 2:
-                request = {"prompt": "Once upon a time " * rng.randrange(1, 4), "steps": rng.randrange(1, 30)}
+                request: dict[str, object] = {"prompt": "Once upon a time " * rng.randrange(1, 4)}
+                request |= (
+                    {"steps": rng.randrange(1, 30)} if rng.random() < CANVAS else {"max_tokens": rng.randrange(1, 90)}
+                )
                 if len(asker.open) < Asker.MOST:
                     asker.ask(f"r{len(asker.asked)}", request)
                 if rng.random() < 0.2:

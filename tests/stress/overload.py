@@ -32,7 +32,7 @@ SOCKETS: Final = 8
 ACCEPTED: Final = Config().queue_size + 1
 """Requests that a daemon takes in at most."""
 MOST_GROWTH_KB: Final = 16 * 1024
-REQUEST: Final = {"prompt": "Once upon a time", "steps": 8}
+REQUEST: Final = {"prompt": "Once upon a time", "max_tokens": 40}
 TOPIC: Final = "edgelm/dev/request/generate"
 FLOOD_RATE: Final = 2000
 """Requests a second at QoS 0."""

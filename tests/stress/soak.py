@@ -41,8 +41,8 @@ def soak(daemon: Daemon, listener: Listener, requests: int, say: Callable[[str],
     """
     line = Line(daemon.socket)
     for asked in range(requests):
-        request = {"prompt": "Once upon a time " * (asked % 7), "steps": 1 + asked % 3, "max_tokens": 20}
-        request |= {"stream": asked % 3 == 0}
+        request: dict[str, object] = {"prompt": "Once upon a time " * (asked % 7), "max_tokens": 20}
+        request |= {"stream": asked % 3 == 0} | ({"steps": 1 + asked % 3} if asked % 4 == 3 else {})  # then by canvas
         if asked % 5 == 4:
             listener.publish("edgelm/dev/request/generate", request | {"id": str(asked)})
             answer = json.loads(listener.next(f"edgelm/dev/response/{asked}").payload)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from edge.measure.bench import Report, parse_clients
-from edge.measure.clients import ClientsReport
+from edge.measure.clients import ClientsReport, measure
 from host.bench.step import StepSpeed, step_gflop
 from host.model.network import ModelConfig
 from shared.errors import ConfigError
@@ -23,20 +23,33 @@ def test_bench_json_has_all_that_the_table_has(debug_bundle: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     report = msgspec.json.decode(done.stdout, type=Report)
     assert report.threads == 1
-    assert report.bare_step_ms is not None
-    assert report.reduction_ms is not None
-    assert report.bare_step_ms + report.reduction_ms == pytest.approx(report.step_ms)
-    assert report.default_step_ms is not None
-    assert min(report.bare_step_ms, report.reduction_ms, report.default_step_ms) > 0
-    assert report.default_scored == reveal_count(127, 42, 64)  # of 127 masked, in pass 43 of the default 64
+    canvas = report.canvas
+    assert canvas is not None and report.blocks is None
+    assert canvas.bare_step_ms is not None
+    assert canvas.reduction_ms is not None
+    assert canvas.bare_step_ms + canvas.reduction_ms == pytest.approx(canvas.step_ms)
+    assert canvas.default_step_ms is not None
+    assert min(canvas.bare_step_ms, canvas.reduction_ms, canvas.default_step_ms) > 0
+    assert canvas.default_scored == reveal_count(127, 42, 64)  # of 127 masked, in pass 43 of the default 64
     assert report.daemon.start_s > 0 and report.daemon.peak_mb > 20
-    assert [g.steps for g in report.generations] == [4, 8]
-    for g in report.generations:
+    assert [g.steps for g in canvas.generations] == [4, 8]
+    for g in canvas.generations:
         assert min(g.tokens_per_s, g.first_token_ms, g.last_token_ms, g.loop_ms) > 0
         assert g.first_token_ms < g.last_token_ms
     assert report.reference is not None
     speed = msgspec.convert(report.reference, StepSpeed)
     assert min(speed.torch_ms, speed.gflop, speed.fp32_gflops, speed.int8_gflops) > 0
+
+
+@pytest.mark.slow
+def test_bench_of_a_bundle_that_writes_by_blocks_alone(blocks_alone: Path) -> None:
+    command = [sys.executable, "-m", "edge.bench", "--bundle", str(blocks_alone), "--threads", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    report = msgspec.json.decode(done.stdout, type=Report)
+    assert report.canvas is None and report.blocks is not None
+    assert [text.window for text in report.blocks.texts] == [0, 1, 3]
+    assert all(text.tokens_per_s > 0 for text in report.blocks.texts)
 
 
 def test_bench_work_of_a_step_by_hand() -> None:
@@ -77,11 +90,13 @@ def test_bench_bad_flag_is_one_sentence(options: list[str], status: int, sentenc
 
 
 @pytest.mark.slow
-def test_clients_share_the_same_requests(debug_bundle: Path) -> None:
-    options = ["--bundle", str(debug_bundle), "--threads", "1", "--clients", "1,3", "--json"]
+@pytest.mark.parametrize("decode", ["blocks", "canvas"])
+def test_clients_share_the_same_requests(blocks_bundle: Path, decode: str) -> None:
+    options = ["--bundle", str(blocks_bundle), "--threads", "1", "--clients", "1,3", "--decode", decode, "--json"]
     done = subprocess.run([sys.executable, "-m", "edge.bench", *options], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     report = msgspec.json.decode(done.stdout, type=ClientsReport)
+    assert report.decode == decode
     assert [(row.length, row.clients) for row in report.loads] == [(64, 1), (64, 3), (256, 1), (256, 3)]
     for row in report.loads:
         assert row.tokens_per_s > 0 and 0 < row.p50_ms <= row.p99_ms
@@ -89,6 +104,11 @@ def test_clients_share_the_same_requests(debug_bundle: Path) -> None:
     for crowd in report.crowds:
         assert min(crowd.short_ms, crowd.fair_ms) > 0 and 0 < crowd.health_p50_ms <= crowd.health_p99_ms
     assert 10 < report.peak_mb < 1000
+
+
+def test_clients_of_a_decoder_that_the_bundle_has_not_are_refused(debug_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--decode blocks: .* decodes by canvas alone"):
+        measure(debug_bundle, "ort", 1, clients=[1], decode="blocks")
 
 
 @pytest.mark.parametrize("clients", ["", "0", "1,,2", "99", "many"])
