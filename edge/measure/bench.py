@@ -193,7 +193,7 @@ def main() -> None:
         raise ConfigError(f"--steps takes numbers from 1 to {MAX_STEPS}")
     if args.clients is not None:
         numbers = parse_clients(args.clients)
-        crowd = measure(args.bundle, args.backend, args.threads, clients=numbers, decode=args.decode)
+        crowd = measure(args.bundle, backend=args.backend, threads=args.threads, clients=numbers, decode=args.decode)
         say(crowd, args.json, print_clients)
         return
     if args.peers:

@@ -118,7 +118,7 @@ def serving(bundle: Path, backend: str, threads: int) -> Iterator[Served]:
 
 
 def measure(
-    bundle: Path, backend: str, threads: int, *, clients: Sequence[int], decode: Decoder | None = None
+    bundle: Path, *, backend: str, threads: int, clients: Sequence[int], decode: Decoder | None = None
 ) -> ClientsReport:
     """Measure every number of clients at a quarter of the canvas and at its full length.
 

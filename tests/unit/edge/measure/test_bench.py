@@ -108,7 +108,7 @@ def test_clients_share_the_same_requests(blocks_bundle: Path, decode: str) -> No
 
 def test_clients_of_a_decoder_that_the_bundle_has_not_are_refused(debug_bundle: Path) -> None:
     with pytest.raises(ConfigError, match=r"--decode blocks: .* decodes by canvas alone"):
-        measure(debug_bundle, "ort", 1, clients=[1], decode="blocks")
+        measure(debug_bundle, backend="ort", threads=1, clients=[1], decode="blocks")
 
 
 @pytest.mark.parametrize("clients", ["", "0", "1,,2", "99", "many"])
