@@ -1,6 +1,7 @@
 /** Requests to the daemon that served this page, and the events it answers with. */
 
 const TOKEN = "token";
+const CUT_OFF = "The device hung up before the text was whole.";
 
 /** An error that the daemon tells of in one sentence. */
 export class DeviceError extends Error {
@@ -24,28 +25,46 @@ export function keepToken(token) {
 /**
  * @param {string} path
  * @param {RequestInit} options
- * @returns {Promise<Response>} an answer that is no error
+ * @returns {Promise<Response>} also one that refuses
  */
-async function request(path, options = {}) {
+async function send(path, options = {}) {
   const token = sessionStorage.getItem(TOKEN);
   const headers = { ...options.headers, ...(token && { Authorization: `Bearer ${token}` }) };
-  let response;
   try {
-    response = await fetch(path, { ...options, headers });
+    return await fetch(path, { ...options, headers });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new DeviceError({ message: "The device does not answer: is its daemon running?", code: "unreachable" });
+    throw lost(error, "The device does not answer: is its daemon running?");
   }
-  if (!response.ok) throw new DeviceError((await response.json()).error);
-  return response;
+}
+
+/**
+ * @param {any} error what the browser says of a broken connection
+ * @param {string} message what is said instead
+ * @returns {Error} the browser's own where the request was aborted
+ */
+function lost(error, message) {
+  return error.name === "AbortError" ? error : new DeviceError({ message, code: "unreachable" });
+}
+
+/**
+ * @param {Response} response
+ * @param {any} body null where it is no JSON
+ * @returns {DeviceError}
+ */
+function refusal(response, body) {
+  const message = `What answers here is not the device's daemon: HTTP status ${response.status}.`;
+  return new DeviceError(body?.error ?? { message, code: "unreachable" });
 }
 
 /**
  * @param {string} path
- * @returns {Promise<any>} the object there
+ * @returns {Promise<any>} the object there; of `/health` also that of a device that is out of service
  */
 export async function get(path) {
-  return (await request(path)).json();
+  const response = await send(path);
+  const body = await response.json().catch(() => null);
+  if (body === null || body.error) throw refusal(response, body);
+  return body;
 }
 
 /**
@@ -59,14 +78,15 @@ export async function* complete(fields, signal) {
   const members = Object.entries(all).map(([name, value]) => `${JSON.stringify(name)}: ${value}`);
   const headers = { "Content-Type": "application/json" };
   const body = `{${members.join(", ")}}`;
-  const response = await request("/v1/completions", { method: "POST", headers, body, signal });
+  const response = await send("/v1/completions", { method: "POST", headers, body, signal });
+  if (!response.ok) throw refusal(response, await response.json().catch(() => null));
   for await (const [name, data] of events(response.body)) {
     if (data === "[DONE]") return;
     const message = JSON.parse(data);
     if (message.error) throw new DeviceError(message.error);
     yield [name, message];
   }
-  throw new DeviceError({ message: "The device hung up before the text was whole.", code: "unreachable" });
+  throw new DeviceError({ message: CUT_OFF, code: "unreachable" });
 }
 
 /**
@@ -79,7 +99,9 @@ async function* events(body) {
   const decoder = new TextDecoder();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      throw lost(error, CUT_OFF);
+    });
     if (done) return;
     const blocks = (rest + decoder.decode(value, { stream: true })).split("\n\n");
     rest = blocks.pop() ?? "";

@@ -32,12 +32,13 @@ function at(id) {
 
 /** Learn what the device takes, and make the form of it; without a token that it wants, ask for that. */
 async function connect() {
-  const [{ data }, { components }, { backend, failure }] = await Promise.all(
+  const [{ data }, { components }, { backend, state, failure }] = await Promise.all(
     ["/v1/models", "/openapi.json", "/health"].map(get),
   );
   const [model] = data;
   settings = new Settings(at("settings"), model, components.schemas.CompletionRequest.properties);
-  at("device").textContent = [model.id, backend, failure].filter(Boolean).join(" · ");
+  const trouble = ["idle", "busy"].includes(state) ? [] : [state, failure];
+  at("device").textContent = [model.id, backend, ...trouble].filter(Boolean).join(" · ");
   offerDecoders(model.decoders);
   offerConditions(model.limits);
   choose(model.decoders[0]);
@@ -78,7 +79,7 @@ function offerConditions(limits) {
   at("words-hint").textContent = `At most ${limits.words}, with commas between them.`;
   at("images-hint").textContent = `At most ${limits.images}; they are made small here, before they are sent.`;
   const share = limits.message_bytes / 2 / limits.images; // half of the message is left for text; base64 takes 4/3
-  pictures = new Pictures(at("pictures"), Math.min(limits.image_bytes, (share * 3) / 4));
+  pictures = new Pictures(at("pictures"), images, Math.min(limits.image_bytes, (share * 3) / 4));
 }
 
 /**

@@ -7,13 +7,16 @@ const WHITE = "#fff";
 export class Pictures {
   /**
    * @param {HTMLElement} list where they are shown
+   * @param {HTMLElement} input where they are chosen; it has the focus after one is taken back
    * @param {number} most_bytes of each
    */
-  constructor(list, most_bytes) {
+  constructor(list, input, most_bytes) {
     this.list = list;
+    this.input = input;
     this.most_bytes = most_bytes;
     /** @type {string[]} */
     this.urls = [];
+    list.replaceChildren();
   }
 
   /** @returns {string[]} each in base64, as a request carries it */
@@ -37,6 +40,7 @@ export class Pictures {
     remove.addEventListener("click", () => {
       this.urls.splice(this.urls.indexOf(url), 1);
       item.remove();
+      this.input.focus();
     });
     this.list.append(item);
   }
