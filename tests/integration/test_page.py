@@ -14,7 +14,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.integration.harness import ROOT, Daemon, until
 from tests.integration.http_client import address_of, ask, complete
-from tests.support.browser import Browser
+from tests.support.browser import Browser, contrast, luminance
 from tests.support.picture_files import picture_file
 
 pytestmark = pytest.mark.slow
@@ -223,26 +223,6 @@ def test_page_speaks_to_screen_readers(page: Browser) -> None:
     live = page.js("return [...document.querySelectorAll('[role=status], [role=alert], [aria-live]')].map((e) => e.id)")
     assert live == ["status", "error", "verdict"], "the text itself is no live region: it would be read at every pass"
     assert page.find("article").get_dom_attribute("aria-busy") == "false"
-
-
-def luminance(color: list[float]) -> float:
-    """Of an sRGB colour (WCAG 2.2)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(page: Browser, selector: str) -> float:
-    """Of an element's text and what is painted behind it (WCAG 2.2)."""
-    colors = page.js(
-        """let element = document.querySelector(arguments[0]);
-        const rgb = (name) => getComputedStyle(element)[name].match(/[\\d.]+/g).map(Number);
-        const ink = rgb("color");
-        while (rgb("backgroundColor")[3] === 0) element = element.parentElement;
-        return [ink, rgb("backgroundColor")];""",
-        selector,
-    )
-    darker, lighter = sorted(luminance(color[:3]) for color in colors)
-    return (lighter + 0.05) / (darker + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -134,3 +134,23 @@ class Browser:
 
     def close(self) -> None:
         self.driver.quit()
+
+
+def luminance(color: list[float]) -> float:
+    """Of an sRGB colour (WCAG 2.2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(page: Browser, selector: str) -> float:
+    """Of an element's text and what is painted behind it (WCAG 2.2)."""
+    colors = page.js(
+        """let element = document.querySelector(arguments[0]);
+        const rgb = (name) => getComputedStyle(element)[name].match(/[\\d.]+/g).map(Number);
+        const ink = rgb("color");
+        while (rgb("backgroundColor")[3] === 0) element = element.parentElement;
+        return [ink, rgb("backgroundColor")];""",
+        selector,
+    )
+    darker, lighter = sorted(luminance(color[:3]) for color in colors)
+    return (lighter + 0.05) / (darker + 0.05)
