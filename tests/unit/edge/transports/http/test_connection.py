@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -212,8 +213,10 @@ def test_connection_the_watchdogs_sign_moves_with_the_loop(server: HttpServer) -
     sign = server.signs["http"]
     assert not sign()[1]
     until(lambda: sign()[0] > 2)
-    server._loop.call_soon_threadsafe(time.sleep, 0.5)
-    sign()
-    time.sleep(0.1)
+    held = threading.Event()
+    server._loop.call_soon_threadsafe(held.wait, TIMEOUT_S)
+    until(lambda: sign()[1])
     stuck = sign()
     assert stuck[1] and sign() == stuck
+    held.set()
+    until(lambda: not sign()[1])
