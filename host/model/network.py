@@ -222,8 +222,13 @@ class Denoiser(nn.Module):
         windows = self.relative_bias.unfold(1, longest, 1).flip(1)  # (H, L, L)
         table = (RELATIVE_UNIT * windows).clamp(min=BIAS_FLOOR)
         keys = positions if cached is None else torch.cat([cached, positions.expand(len(cached), -1)], 1)
-        rows = zip(positions.expand(len(keys), -1), keys, strict=True)
-        bias = torch.stack([table.index_select(1, query).index_select(2, key) for query, key in rows])
+        if torch.compiler.is_compiling():  # in one graph for any number of sequences
+            queries = table[:, positions]  # (H, B or 1, N, L)
+            columns = keys[None, :, None].expand(*queries.shape[:-1], -1)
+            bias = queries.gather(-1, columns).transpose(0, 1)
+        else:
+            rows = zip(positions.expand(len(keys), -1), keys, strict=True)
+            bias = torch.stack([table.index_select(1, query).index_select(2, key) for query, key in rows])
         bias = bias.masked_fill(~visible[:, None], -torch.inf)
         return bias.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else bias
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,7 +14,12 @@ from host.data.shards import Split
 from host.model.conditions import Given
 from host.model.layouts import Rows, stack
 from host.train.objectives import OBJECTIVES, Example, Settings, shares_of_batch
-from shared.tokens import FIRST_TEXT_ID
+from shared.tokens import FIRST_TEXT_ID, PAD
+
+ROWS_BUCKET: Final = 64
+SEQUENCES_BUCKET: Final = 8
+SCORED_BUCKET: Final = 64
+"""Where a compiler makes the kernels, numbers of rows, of sequences and of scored rows are multiples of these."""
 
 
 def _generator(*key: int) -> np.random.Generator:
@@ -54,9 +60,9 @@ class MicroBatch:
         """The same on a device; a copy from pinned memory overlaps with the device's work."""
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def padded(self, multiple: int) -> "MicroBatch":
-        """The same with M rounded up to a multiple: row 0 is scored again with weight 0."""
-        more = -len(self.at) % multiple
+    def padded(self, multiple: int, least: int = 0) -> "MicroBatch":
+        """The same with M, or `least`, rounded up to a multiple: row 0 is scored again with weight 0."""
+        more = -(-max(least, len(self.at)) // multiple) * multiple - len(self.at)
         return replace(
             self,
             at=F.pad(self.at, (0, more)),
@@ -64,6 +70,27 @@ class MicroBatch:
             weight=F.pad(self.weight, (0, more)),
             ends=F.pad(self.ends, (0, more)),
         )
+
+    def in_buckets(self) -> "MicroBatch":
+        """The same in shapes that one compiled graph serves: rows, sequences and scored rows rounded up, and positions
+        and visible rows of each sequence, also where all share them. Sequences of conditions keep their number.
+        """
+        b, n = self.rows.tokens.shape
+        more, longest = 0 if self.given is not None else -b % SEQUENCES_BUCKET, -(-n // ROWS_BUCKET) * ROWS_BUCKET
+        rows = (0, longest - n, 0, more)
+        visible = torch.eye(longest, dtype=torch.bool).repeat(b + more, 1, 1)  # padding sees itself alone
+        visible[:b, :n, :n] |= self.rows.visible
+        return replace(
+            self,
+            rows=Rows(
+                tokens=F.pad(self.rows.tokens, rows, value=PAD),
+                positions=F.pad(self.rows.positions.expand(b, -1), rows),
+                visible=visible,
+            ),
+            lengths=F.pad(self.lengths, (0, more)),
+            t=F.pad(self.t, (0, more)),
+            at=self.at // n * longest + self.at % n,
+        ).padded(SCORED_BUCKET, least=1)
 
     def pinned(self) -> "MicroBatch":
         """The same in pinned memory, which a GPU copies asynchronously."""

@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized, scaled to AdamW's update size (arXiv 2502.16982).
 
     torch.optim.Muon computes in bf16 only, which a CPU without bf16 instructions runs 10 times slower than float32.
-    Here dtype is that of the products.
+    Here dtype is that of the products. compiled: they are, once for each shape.
     """
 
     def __init__(
@@ -45,8 +45,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = WEIGHT_DECAY,
         dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ) -> None:
         self.dtype = dtype
+        self._orthogonalize = torch.compile(orthogonalize, dynamic=False) if compiled else orthogonalize
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -63,7 +65,7 @@ class Muon(torch.optim.Optimizer):
                 averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
-                updates = orthogonalize(torch.stack(nesterov), self.dtype)
+                updates = self._orthogonalize(torch.stack(nesterov), self.dtype)
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
@@ -75,6 +77,7 @@ def build_optimizers(
     lr: float,
     weight_decay: float = WEIGHT_DECAY,
     muon_dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """One or two optimizers of all trained parameters; vectors and embeddings take no weight decay."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -86,7 +89,9 @@ def build_optimizers(
     if name == "adamw":
         groups.append({"params": body, "weight_decay": weight_decay})
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-    return [adamw] if name == "adamw" else [adamw, Muon(body, lr=lr, weight_decay=weight_decay, dtype=muon_dtype)]
+    if name == "adamw":
+        return [adamw]
+    return [adamw, Muon(body, lr=lr, weight_decay=weight_decay, dtype=muon_dtype, compiled=compiled)]
 
 
 def learning_rate_factor(progress: float, warmup: float, cool_down: float | None = None) -> float:

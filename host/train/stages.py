@@ -58,10 +58,13 @@ def trained_mixture(stage: Stage, learned: Mapping[str, float]) -> dict[str, flo
 
 
 def training_loss(model: Denoiser, device: torch.device, ranks: Ranks, stage: Stage = "body") -> nn.Module:
-    """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes."""
+    """The loss as this machine runs it best: compiled on CUDA, its gradients averaged over the processes.
+
+    The body's loss is one graph for all objectives and steps (`MicroBatch.in_buckets`).
+    """
     of_part: dict[Stage, Callable[[Denoiser], nn.Module]] = {"drafter": ChainLoss, "pictures": PictureLoss}
     loss = of_part[stage](model) if stage in of_part else WeightedLoss(model, fused=device.type == "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        loss.compile(dynamic=True)
+        loss.compile(dynamic=True, fullgraph=stage == "body")
     return loss if ranks.processes == 1 else DistributedDataParallel(loss, broadcast_buffers=False)

@@ -76,6 +76,7 @@ class Trainer:
             lr=config.lr,
             weight_decay=config.weight_decay,
             muon_dtype=self.dtype or torch.float32,
+            compiled=device.type == "cuda",
         )
         self.model.set_dropout(config.dropout)
         self.ema = Ema(self.model, config.ema_decay)
@@ -119,7 +120,9 @@ class Trainer:
             share=(self.ranks.rank, self.ranks.processes),
             length_step=ROWS_ALIGNED if self.dtype is not None else 1,
         )
-        return batch if self.device.type == "cpu" else replace(batch, parts=tuple(b.pinned() for b in batch.parts))
+        if self.device.type == "cpu":
+            return batch
+        return replace(batch, parts=tuple(part.in_buckets().pinned() for part in batch.parts))
 
     def next_batch(self) -> Batch:
         """The batch of this step, made during the one before; starts making the next."""
