@@ -72,7 +72,7 @@ def test_bundle_drafting_writes_what_the_edge_and_the_reference_write(
     for seed in range(3):
         text = write_text(backend, manifest, [], law_of(manifest, seed, 0.8, 3))
         ids = text.canvas[text.canvas >= FIRST_TEXT_ID].tolist()
-        completion = edge.run(edge.prepare(GenerateRequest(prompt="", seed=seed, temperature=0.8)))
+        completion = edge.run(edge.prepare(GenerateRequest(prompt="", seed=seed, temperature=0.8, window=3)))
         assert completion.text == edge._texts._tokenizer.decode(ids) and completion.steps == text.passes
         assert text.tokens == len(ids) + (EOS in text.canvas)
         settings = Settings(seed, temperature=0.8, top_k=manifest.top_k)
