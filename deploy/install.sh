@@ -269,7 +269,7 @@ withdraw_from_home_assistant() {
         [[ ! $dry && -e $told ]] || break
         sleep 0.5
     done
-    run rm -f "$drop_in"
+    run rm -rf "${drop_in%/*}"
     [[ ! $dry && -e $told ]] || return 0
     while read -r topic; do
         say "the broker was not reached: mosquitto_pub -r -n -t '$topic' removes the device"
