@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='example: python -m host.generate "Once upon a time" --seed 1 2 3 --steps 128',
     )
-    parser.add_argument("prompt", nargs="?", default="", help="how the text begins (default: nothing)")
+    parser.add_argument("prompt", nargs="?", default="", help="how the text begins (default: none)")
     parser.add_argument("--run", type=Path, help="run folder (default: the newest in runs/)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one text for each (default: 0)")
     parser.add_argument("--steps", type=int, help=f"denoising steps of a canvas (default: {usual.steps})")
@@ -68,9 +68,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--top-p", type=float, default=usual.top_p, help="probability kept at each position (default: %(default)s)"
     )
-    parser.add_argument("--word", action="append", default=[], help="what the text is to tell of; up to three times")
     parser.add_argument(
-        "--image", action="append", default=[], type=Path, help="a picture of it, PNG or JPEG; up to three times"
+        "--word", action="append", default=[], help="what to tell of, up to three times (default: none)"
+    )
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        help="a picture of it, up to three times (default: none)",
     )
     parser.add_argument(
         "--guidance", type=float, default=0.0, help="how hard words and pictures pull (default: %(default)s)"

@@ -223,7 +223,11 @@ def parse_arguments() -> argparse.Namespace:
         "caption set of the Hub",
     )
     parser.add_argument(
-        "--held-out-style", nargs="+", default=[], metavar="STYLE", help="of pictures: to measure on, not to train on"
+        "--held-out-style",
+        nargs="+",
+        default=[],
+        metavar="STYLE",
+        help="of pictures: only to measure on (default: none)",
     )
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(

@@ -194,12 +194,12 @@ def test_evaluate_refuses_what_cannot_be_measured(
     assert words in sentence
 
 
-def test_export_refuses_cuda_graphs_of_an_autoregressive_run(
+def test_export_refuses_a_run_without_a_law_that_graphs_serve(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "ar"
-    call(train.main, *small(data, run, "--objectives", "ar", "--steps", 1))
+    run = tmp_path / "infill"
+    call(train.main, *small(data, run, "--objectives", "infill", "--steps", 1))
     code, sentence = refusal(capsys, export.main, "--run", run, "--out", tmp_path / "bundle", "--fp16")
     assert code == 78
-    assert f"{run} did not learn the objective canvas" in sentence
+    assert f"{run} learned neither ar nor canvas" in sentence
     assert not (tmp_path / "bundle").exists()

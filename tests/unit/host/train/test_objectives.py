@@ -30,7 +30,7 @@ def canvases(n: int = 40, seed: int = 0) -> Tensor:
     return x0
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"conditioned", "shown"}))  # those need conditions
 def test_examples_of_every_objective_are_well_formed(name: str) -> None:
     examples = OBJECTIVES[name](canvases(), np.random.default_rng(1), SETTINGS)
     assert len(examples) > 30

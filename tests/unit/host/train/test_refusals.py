@@ -121,7 +121,7 @@ def test_run_folder_is_held_until_its_training_ends(
         (
             ["--objectives", "ar,sudoku"],
             78,
-            "--objectives: unknown objective 'sudoku': choose among ar, draft, infill, canvas",
+            "--objectives: unknown objective 'sudoku': choose among ar, draft, infill, canvas, conditioned, shown",
         ),
         (["--objectives", "ar,ar=2"], 78, "--objectives: ar is given twice"),
         (["--objectives", "ar=much"], 78, "--objectives: the weight of ar must be a number, not 'much'"),
