@@ -12,6 +12,7 @@ from edge.backends.trt import kernels
 from edge.backends.trt.backend import TrtBackend
 from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.backends.trt.engine_cache import Built
+from edge.backends.trt.find_tensorrt import import_tensorrt
 from edge.decoding.types import Row, Sampling
 from host.export.random_weights import untrained
 from host.model.network import CONFIGS
@@ -34,6 +35,18 @@ def gpu() -> Iterator[Gpu]:
     yield made
     if made.name == EMULATED:
         assert ctypes.CDLL("libcuda.so.1").emulated_leaks() == 0
+
+
+def need_tensorrt(gpu: Gpu) -> None:
+    """Close the GPU for a test that opens its own; skip the test where TensorRT cannot run."""
+    emulated = gpu.name == EMULATED
+    gpu.close()
+    if emulated:
+        pytest.skip("TensorRT needs a real GPU")
+    try:
+        import_tensorrt()
+    except DeviceError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,12 @@ from edge import build, doctor
 from edge.backends import load_backend
 from edge.backends.trt.backend import TrtBackend
 from edge.backends.trt.driver import Gpu
-from edge.backends.trt.find_tensorrt import import_tensorrt
 from edge.decoding.canvas import advance, bucket
 from edge.decoding.types import Row
-from shared.errors import DeviceError
 from shared.manifest import Manifest, read_manifest
-from tests.gpu.conftest import rows
+from tests.gpu.conftest import need_tensorrt, rows
 from tests.gpu.measure import measure
-from tests.gpu.standin import EMULATED, Network, SameLogits
+from tests.gpu.standin import Network, SameLogits
 from tests.unit.edge.backends.trt.test_kernels import RULES
 
 pytestmark = pytest.mark.proof("7. kernels, captured loop and backend on a GPU")
@@ -78,14 +76,7 @@ def test_backend_on_gpu_with_real_tensorrt(
     gpu: Gpu, debug_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Builds an engine, loads it, and holds it to the processor, as a Jetson's owner does."""
-    name = gpu.name
-    gpu.close()
-    if name == EMULATED:
-        pytest.skip("TensorRT needs a real GPU")
-    try:
-        import_tensorrt()
-    except DeviceError as error:
-        pytest.skip(str(error))
+    need_tensorrt(gpu)
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
     assert build.main(["--bundle", str(debug_bundle), "--cache", str(tmp_path)]) == 0
     manifest = read_manifest(debug_bundle)

@@ -11,14 +11,12 @@ from edge.backends import choose_backend
 from edge.backends.trt.blocks import SLOTS, TrtBlocks
 from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.backends.trt.engine_cache import Built
-from edge.backends.trt.find_tensorrt import import_tensorrt
 from edge.backends.trt.profiles import buckets, step_profiles
 from edge.decoding.blocks import Law
 from host.export.__main__ import export_untrained
 from host.export.pipeline import Wanted
-from shared.errors import DeviceError
 from shared.manifest import SamplingDefaults, find_graph, graph_bytes, read_manifest
-from tests.gpu.standin import EMULATED
+from tests.gpu.conftest import need_tensorrt
 from tests.gpu.standin_rows import RowsStandIn
 from tests.unit.edge.backends.trt.test_blocks_backend import (
     GAPS,
@@ -91,14 +89,8 @@ def test_blocks_on_gpu_share_passes(loop: tuple[TrtBlocks, bytes]) -> None:
 
 def test_blocks_on_gpu_with_real_tensorrt(gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds both engines, loads them, and holds every profile to the processor, as a Jetson's owner does."""
-    name, processors = gpu.name, gpu.processors
-    gpu.close()
-    if name == EMULATED:
-        pytest.skip("TensorRT needs a real GPU")
-    try:
-        import_tensorrt()
-    except DeviceError as error:
-        pytest.skip(str(error))
+    processors = gpu.processors
+    need_tensorrt(gpu)
     folder = tmp_path / "bundle"
     export_untrained("debug", folder, wanted=Wanted(cpu_fp32=True, cuda_fp16=True), defaults=SamplingDefaults())
     monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))

@@ -4,6 +4,7 @@ as CUDA graphs. Whatever a pass needs is allocated at the start; a pass costs th
 
 import ctypes
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from types import ModuleType
@@ -36,7 +37,7 @@ class Program(Protocol):
         """Its shape, in words."""
 
 
-class Captured:
+class Captured(ABC):
     """Owns the context of the GPU, and frees everything in reverse order of creation. Not thread-safe.
 
     failure: why the device is out of service; None while it is healthy.
@@ -109,9 +110,9 @@ class Captured:
                 raise DeviceError(f"the engine gives {output} of shape {found}, not {wanted}")
         return context
 
+    @abstractmethod
     def _enqueue(self, program: Program) -> None:
         """The program's launches, in the stream's order."""
-        raise NotImplementedError
 
     def _execute(self, program: Program) -> None:
         if not program.context.execute_async_v3(int(self._stream)):
