@@ -103,7 +103,9 @@ def test_imports_of_a_runtime_are_late() -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize(("packages", "file"), [(PEERS, "peers.py"), (PICTURES, "pictures.py")], ids=str)
+@pytest.mark.parametrize(
+    ("packages", "file"), [(PEERS, "peers.py"), (PICTURES, "pictures.py")], ids=["peers", "pictures"]
+)
 def test_imports_of_an_optional_package_are_of_one_file_alone(packages: frozenset[str], file: str) -> None:
     files = modules_of("edge")
     importers = {p.name for p in files for name, _ in imports(ast.parse(p.read_text("utf-8"))) if name in packages}
