@@ -25,6 +25,7 @@ from edge.backends.trt.engine_cache import built_roles, writable_cache
 from edge.backends.trt.find_tensorrt import is_gpu_device
 from edge.client import ask, connect
 from edge.config import CONFIG, STORE, Config, load_config, settings_file
+from edge.system.bundle_download import RemoteBundle
 from edge.system.bundle_store import Links, Store, check_files, check_signature
 from edge.system.privileges import become_nobody
 from shared.errors import BundleError, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
@@ -41,11 +42,13 @@ POLL_S: Final = 0.2
 
 EPILOG = """examples:
   python -m edge.bundle install bundle/tinystories    verify, test and serve; on failure nothing changes
+  python -m edge.bundle install https://files.example/bundles/tinystories    the same, from a web server's folder
   python -m edge.bundle rollback                      serve the previous bundle again
   python -m edge.bundle verify                        check the bundle that is served
 
 With a minisign key at /etc/edgelm/minisign.pub every bundle must be signed by it (sign the manifest:
-minisign -Sm NAME/manifest.json); without one, signatures are not checked."""
+minisign -Sm NAME/manifest.json); without one, signatures are not checked, and nothing is downloaded. Authorities that
+vouch for web servers are the system's, or those of SSL_CERT_FILE; a proxy is what https_proxy names."""
 
 
 def self_test(folder: Path, config: Config) -> None:
@@ -192,19 +195,19 @@ def build_engine(folder: Path, config: Config) -> str:
 
 def install(
     store: Store,
-    source: Path,
+    source: Path | RemoteBundle,
     *,
     service: Service,
     check: Callable[[Path], None],
     build: Callable[[Path], str] = lambda folder: "",
 ) -> str:
-    """Copy, check the copy, serve it.  → a sentence for the user. Raises BundleError; then nothing has changed.
+    """Copy or download, check that, serve it.  → a sentence for the user. Raises BundleError; then nothing has changed.
 
     check: raises BundleError. build: builds the engine of the checked copy.  → an addition to that sentence
     """
     with store.locked():
         store.discard_partials()  # their room may be needed
-        staged = store.stage(source)
+        staged = store.stage(source) if isinstance(source, Path) else source.stage(store)
         before = store.names()
         try:
             check(staged)
@@ -271,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     checked = argparse.ArgumentParser(add_help=False)
     checked.add_argument("--key", type=Path, metavar="FILE", help=f"minisign key (default: {KEY}, if it exists)")
     command = commands.add_parser("install", parents=[shared, checked], help="verify a bundle, and serve it")
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("source", metavar="DIR|URL", help="a folder, or the https address of one")
     commands.add_parser("list", parents=[shared], help="what is installed, and what is served")
     commands.add_parser("rollback", parents=[shared], help="serve the bundle before")
     command = commands.add_parser(
@@ -295,8 +298,19 @@ def main(argv: list[str] | None = None) -> int:
         passed_on = [f"--{name}={value}" for name in ("key", "config") if (value := getattr(args, name)) is not None]
         check = partial(verify_apart, arguments=passed_on)
         build = partial(build_engine, config=config)
-        print(install(store, args.folder, service=Service(config), check=check, build=build))
+        print(install(store, source_of(args.source, args.key), service=Service(config), check=check, build=build))
     return 0
+
+
+def source_of(text: str, key_file: Path | None) -> Path | RemoteBundle:
+    """A folder, or an address, whose bundle must be signed. Raises BundleError or ConfigError."""
+    if "://" not in text:
+        return Path(text)
+    if (key := key_for(key_file)) is None:
+        raise ConfigError(
+            f"a bundle that is downloaded must be signed: put a minisign key at {KEY}, or name one by --key"
+        )
+    return RemoteBundle(text, key)
 
 
 def key_for(file: Path | None) -> Path | None:

@@ -110,27 +110,37 @@ class Store:
             return []
         return sorted(p.name for p in self.folder.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != ".")
 
-    def stage(self, source: Path) -> Path:
-        """Copy the files of a bundle, synced to disk.  → a folder for `admit` or `discard`"""
-        if not (source / MANIFEST).exists():
-            read_manifest(source)  # raises
+    @contextmanager
+    def staging(self, source: object) -> Iterator[Path]:
+        """A folder for the files of a bundle; discarded if the block fails, else for `admit` or `discard`.
+
+        source: what a BundleError of the block names instead of that folder.
+        """
         staged = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=self.folder))
-        file = MANIFEST
         try:
-            _copy(source / file, staged / file)
-            manifest = read_manifest(staged)
-            signature = [SIGNATURE] if (source / SIGNATURE).exists() else []
-            for file in (TOKENIZER, *(graph.file for graph in manifest.graphs), *signature):
-                _copy(source / file, staged / file)
+            yield staged
             staged.chmod(0o755)
             _flush(staged)
         except BaseException as error:
             self.discard(staged)
-            if isinstance(error, OSError):
-                raise BundleError(f"{source / file} cannot be copied to {self.folder}: {error.strerror}") from None
-            if isinstance(error, BundleError):  # which names the copy
+            if isinstance(error, BundleError):
                 raise BundleError(str(error).replace(str(staged), str(source))) from None
             raise
+
+    def stage(self, source: Path) -> Path:
+        """Copy the files of a bundle, synced to disk.  → a folder for `admit` or `discard`"""
+        if not (source / MANIFEST).exists():
+            read_manifest(source)  # raises
+        file = MANIFEST
+        with self.staging(source) as staged:
+            try:
+                _copy(source / file, staged / file)
+                manifest = read_manifest(staged)
+                signature = [SIGNATURE] if (source / SIGNATURE).exists() else []
+                for file in (TOKENIZER, *(graph.file for graph in manifest.graphs), *signature):
+                    _copy(source / file, staged / file)
+            except OSError as error:
+                raise BundleError(f"{source / file} cannot be copied to {self.folder}: {error.strerror}") from None
         return staged
 
     def discard(self, staged: Path) -> None:
