@@ -48,7 +48,7 @@ gpu: $(ALL)
 check: $(ALL)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy host edge shared tests
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/contract
 
 clean:
