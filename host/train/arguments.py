@@ -10,7 +10,7 @@ from host.files import check_numbers
 from host.model.network import CONFIGS
 from host.train.objectives import OBJECTIVES, parse_mixture
 from host.train.optim import PEAK_RATES
-from host.train.run_folder import CPU_BATCH_SIZE, VALID_EVERY, Stage, TrainConfig
+from host.train.run_folder import CPU_BATCH_SIZE, USUAL_SHAPE, VALID_EVERY, Stage, TrainConfig
 from shared.errors import ConfigError
 
 AT_MOST: Final = {
@@ -32,7 +32,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Train a language model: autoregressive, by masked diffusion, by infilling, or all on one network.",
         epilog="example: python -m host.train --config tiny --minutes 60; continue it with --resume runs/NAME",
     )
-    parser.add_argument("--config", choices=list(CONFIGS), default="small", help="model shape (default: small)")
+    shape = f"model shape (default: that of --init, else {USUAL_SHAPE})"
+    parser.add_argument("--config", choices=list(CONFIGS), help=shape)
     parser.add_argument("--data", type=Path, default=DEFAULT_OUT, help=f"data folder (default: {DEFAULT_OUT})")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/CONFIG-DATE-TIME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run with its own settings")

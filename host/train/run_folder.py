@@ -29,6 +29,7 @@ from shared.errors import ConfigError, DataError
 from shared.manifest import TOKENIZER, TrainingStage
 
 CONFIG_FILE = "config.json"
+USUAL_SHAPE: Final = "small"
 VALIDATION_SEED = 0x5EED
 VALIDATION_DRAWS = 2
 VALID_EVERY = 500  # steps
@@ -205,8 +206,10 @@ def usual_micro_size(batch_size: int) -> int:
 def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig, Progress]:
     """Settings and first progress of the run that these flags describe; writes nothing."""
     batch_size = args.batch_size or usual_batch_size()
+    learned = read_progress(find_checkpoint(args.init)) if args.init else None
+    shape = first_shape(args.config, args.init, learned)
     config = TrainConfig(
-        out=args.out or Path("runs") / f"{args.config}-{datetime.now():%Y%m%d-%H%M%S}",
+        out=args.out or Path("runs") / f"{shape.name}-{datetime.now():%Y%m%d-%H%M%S}",
         data=args.data,
         steps=args.steps or TrainConfig.steps,
         minutes=args.minutes,
@@ -228,12 +231,10 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         init_stages=training_stages(args.init) if args.init else (),
         data_sha256=data.meta.sha256,
     )
-    model = replace(config_named(args.config), vocab_size=data.meta.vocab_size, time_input=args.time_input)
     objectives = args.objectives
-    if "conditioned" in objectives:
-        model = replace(model, conditions=True)
-    if args.stage != "body":
-        learned = read_progress(find_checkpoint(args.init))
+    conditions = "conditioned" in objectives
+    model = replace(shape, vocab_size=data.meta.vocab_size, time_input=args.time_input, conditions=conditions)
+    if args.stage != "body" and learned is not None:
         if "ar" not in learned.objectives:
             raise ConfigError(f"{args.init} did not learn the objective ar, which --stage {args.stage} builds on")
         if args.stage == "pictures" and not learned.model.conditions:
@@ -254,6 +255,18 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         data_stories=len(data.train),
     )
     return config, progress
+
+
+def first_shape(name: str | None, init: Path | None, learned: Progress | None) -> ModelConfig:
+    """The shape of that name, or else that of the run to start from. ConfigError when the two differ."""
+    if learned is None:
+        return config_named(name or USUAL_SHAPE)
+    theirs = replace(learned.model, draft_depth=0)
+    if name is not None:
+        ours = replace(config_named(name), canvas_len=theirs.canvas_len)
+        if (ours.d_model, ours.layers, ours.heads) != (theirs.d_model, theirs.layers, theirs.heads):
+            raise ConfigError(f"--config {name} is another shape than {init} has, {theirs.name}: leave out --config")
+    return theirs
 
 
 def check_start(run: Path, model: ModelConfig, data: DataFolder) -> None:

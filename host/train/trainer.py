@@ -288,8 +288,9 @@ class Trainer:
         processes = f", {self.ranks.processes} processes" if self.ranks.processes > 1 else ""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         mixture = ", ".join(f"{name} {share:.0%}" for name, share in self.mixture.items())
+        start = f" from {c.init}" if c.init else ""
         return (
-            f"{p.model.name}, {parameters / 1e6:.2f} M parameters, {c.stage}: {mixture}, "
+            f"{p.model.name}{start}, {parameters / 1e6:.2f} M parameters, {c.stage}: {mixture}, "
             f"on {machine_of(self.device)}{threads}{processes}\n"
             f"data {c.data}: {len(self.data.train):,} stories; {length}, {c.batch_size} stories a step, "
             f"from step {p.step:,}\n"

@@ -35,11 +35,11 @@ def other_shape(data: Path, tmp_path: Path) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("prepare_run", "words"),
+    ("prepare_run", "code", "words"),
     [
-        (other_tokenizer, "was trained with another tokenizer than"),
-        (other_shape, "cannot start this model: relative_bias is missing or has another shape"),
-        (lambda data, tmp: ["--init", tmp / "nowhere"], "nowhere holds no checkpoint: train one with"),
+        (other_tokenizer, 65, "was trained with another tokenizer than"),
+        (other_shape, 78, "--config tiny is another shape than {tmp}/theirs has, debug: leave out --config"),
+        (lambda data, tmp: ["--init", tmp / "nowhere"], 65, "nowhere holds no checkpoint: train one with"),
     ],
     ids=["tokenizer", "shape", "missing"],
 )
@@ -48,13 +48,22 @@ def test_init_weights_that_do_not_fit_are_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     prepare_run: Callable[[Path, Path], list[object]],
+    code: int,
     words: str,
 ) -> None:
     flags = prepare_run(data, tmp_path)
-    code, sentence = refusal(capsys, train.main, *small(data, tmp_path / "run", "--steps", 1), *flags)
-    assert code == 65
-    assert words in sentence
+    found, sentence = refusal(capsys, train.main, *small(data, tmp_path / "run", "--steps", 1), *flags)
+    assert found == code
+    assert words.replace("{tmp}", str(tmp_path)) in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_init_without_config_takes_the_shape_that_it_names(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(train.main, "--data", data, "--init", trained, "--out", tmp_path, "--steps", 1, "--batch-size", 8)
+    assert capsys.readouterr().out.startswith(f"debug from {trained}, 0.")
+    assert read_progress(tmp_path / LAST).model == read_progress(trained / LAST).model
 
 
 def test_run_folder_belongs_to_one_process_at_a_time(
