@@ -16,6 +16,11 @@ REPEATS: Final = 15
 WARM_UP: Final = 3
 
 
+def best_device() -> torch.device:
+    """A GPU where torch finds one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def mixed_precision_dtype(device: torch.device) -> torch.dtype | None:
     """bf16 where the chip supports it, FP16 on older GPUs, None (float32) on CPUs that would emulate bf16."""
     if device.type == "cuda":

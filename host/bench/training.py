@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from host.data.shards import DataFolder
-from host.device import torch_gflops, wait_for
+from host.device import best_device, torch_gflops, wait_for
 from host.experiments.baseline import BaselineLoop
 from host.model.network import ModelConfig
 from host.train.checkpoint import Progress
@@ -73,7 +73,7 @@ def measure_training(
 ) -> TrainSpeed:
     """`steps` steps of each loop, taking turns, so that a busy machine slows both. Sets torch's number of threads."""
     torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     model = replace(config, vocab_size=data.meta.vocab_size)
     plain, numbers = BaselineLoop(model, data, device), itertools.count()
 

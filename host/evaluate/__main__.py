@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import get_args
 
 import msgspec
-import torch
 
 from host.data.shards import SplitName
 from host.device import mixed_precision_dtype
@@ -163,7 +162,7 @@ def measure_conditions(args: argparse.Namespace) -> None:
         count=args.count or CONDITIONED_TEXTS,
         guidances=args.guidance or GUIDANCES,
         scorer=SampleScorer.load(args.scorer, run / TOKENIZER) if args.scorer else None,
-        dtype=mixed_precision_dtype(torch.device("cpu")),
+        dtype=mixed_precision_dtype(model.device),
         on_row=(lambda row: None) if args.json else print_told,
     )
     print(msgspec.json.encode(figures).decode()) if args.json else print_laws_given(figures.laws)

@@ -17,7 +17,7 @@ from host.data.words import normalized, stem
 from host.evaluate.gen_ppl import SampleScorer, distinct
 from host.evaluate.likelihood import SEED, HeldOut, ratio
 from host.evaluate.scorers import TorchScorer
-from host.model.conditions import Condition, Given
+from host.model.conditions import Condition, Given, Memory
 from host.model.diffusion import autoregressive_sums
 from host.model.network import Denoiser
 from host.sampling.many import sample_autoregressive
@@ -156,13 +156,17 @@ def conditional_law(model: Denoiser, held_out: HeldOut, wishes: Sequence[Wish | 
         x0 = torch.from_numpy(held_out.canvases[rows].astype(np.int64))
         lengths = (x0 != PAD).sum(1)
         for part in lengths.argsort(stable=True).split(TorchScorer.batch_rows):
-            memory = None if known is None else model.remember(Given.of([known[i] for i in part.tolist()]))
+            memory = None if known is None else _remembered(model, [known[i] for i in part.tolist()])
             sums = autoregressive_sums(model, x0[part, : int(lengths[part].max())], memory)
             nats[0, part.numpy()] = sums.double().numpy()
         bits.append(ratio(nats / np.log(2), size))
     return ConditionalLaw(
         given=given, stories=len(rows), bits_per_byte=bits[0], unconditioned=bits[1], shuffled=bits[2]
     )
+
+
+def _remembered(model: Denoiser, conditions: Sequence[Condition]) -> Memory:
+    return model.remember(Given.of(conditions).to(model.device))
 
 
 def print_header() -> None:

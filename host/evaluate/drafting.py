@@ -69,11 +69,12 @@ def evaluate_drafting(
 
 @torch.no_grad()
 def agreement(model: Denoiser, text: Tensor, first: int, settings: Settings) -> Agreement:
-    """Drafts after every row of a text (L,), given the text's own tokens before each."""
+    """Drafts after every row of a text (L,), given the text's own tokens before each. Drawn on the CPU."""
     assert model.drafter is not None
     n = int((text != PAD).sum())
-    states = model(*causal(text[None, : n - 1]))[0]  # row i scores token i + 1
-    law = model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1)
+    there = text.to(model.device)
+    states = model(*causal(there[None, : n - 1]))[0]  # row i scores token i + 1
+    law = model.logits(states, NO_PADDING).log_softmax(-1).cpu()
     depth = len(model.drafter.depths)
     same, accepted = np.zeros((n, depth), bool), np.zeros((n, depth))
     state = states
@@ -81,8 +82,8 @@ def agreement(model: Denoiser, text: Tensor, first: int, settings: Settings) -> 
         rows = n - 2 - k  # rows whose draft at this depth has a token to meet
         if rows <= 0:
             break
-        state = step(state[:rows], model.token_embedding(text[k + 1 : k + 1 + rows]))
-        draft = model.draft_logits(state, torch.full((rows,), NO_PADDING)).log_softmax(-1)
+        state = step(state[:rows], model.token_embedding(there[k + 1 : k + 1 + rows]))
+        draft = model.draft_logits(state, NO_PADDING).log_softmax(-1).cpu()
         place = torch.arange(rows) + k + 2
         token = text[place]
         same[:rows, k] = (drawn(draft, place, settings)[0] == token).numpy()

@@ -174,7 +174,7 @@ def canvases_of(samples: Path, scorer: SampleScorer, count: int) -> tuple[str, n
         held_out = held_out_files(samples, scorer.tokenizer, count)
         return held_out.name, held_out.canvases
     model, state = load_run(samples)
-    dtype = mixed_precision_dtype(torch.device("cpu"))
+    dtype = mixed_precision_dtype(model.device)
     usual, top_k = SamplingDefaults(), min(TOP_K, model.config.vocab_size)
     settings = [
         Settings(seed, usual.steps, usual.selection, usual.temperature, top_k, usual.top_p) for seed in range(count)

@@ -73,21 +73,19 @@ def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: b
 
 @torch.no_grad()
 def _law(model: Denoiser, gaps: list[Example]) -> list[float]:
-    rows = stack([one.rows for one in gaps])
-    states = model(*rows)
+    states = model(*stack([one.rows for one in gaps]).to(model.device))
     return [_nats(model, states[b, one.at], one.target) for b, one in enumerate(gaps)]
 
 
 @torch.no_grad()
 def _left_to_right(model: Denoiser, stories: list[Tensor], gaps: list[Example]) -> list[float]:
     """The gap tokens under the autoregressive law, given all tokens before them."""
-    states = model(*stack([causal(one[None, :-1]) for one in stories]))
+    states = model(*stack([causal(one[None, :-1]) for one in stories]).to(model.device))
     return [_nats(model, states[b, one.rows.positions[0, one.at]], one.target) for b, one in enumerate(gaps)]
 
 
 def _nats(model: Denoiser, states: Tensor, target: Tensor) -> float:
-    logits = model.logits(states, torch.full_like(target, NO_PADDING))
-    return float(F.cross_entropy(logits, target, reduction="sum"))
+    return float(F.cross_entropy(model.logits(states, NO_PADDING), target.to(model.device), reduction="sum"))
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Final
 
 import msgspec
-import torch
 
 from host.device import mixed_precision_dtype
 from host.evaluate.drafting import Drafting, evaluate_drafting, print_drafting
@@ -38,7 +37,7 @@ def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draw
         raise ConfigError("--drafts needs a run with a drafter: train one with host.train --stage drafter --init RUN")
     learned = progress.objectives
     nats, bits = exact_likelihood(model, held_out) if "ar" in learned else (None, None)
-    dtype = mixed_precision_dtype(torch.device("cpu"))
+    dtype = mixed_precision_dtype(model.device)
     return Laws(
         source=held_out.name,
         nats_per_token=nats,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from host.model.diffusion import Corrupted, cross_entropy_at
-from host.model.network import Denoiser, ends_impossible
+from host.model.diffusion import Corrupted, canvas_logits, cross_entropy_at
+from host.model.network import Denoiser
 from shared.errors import BundleError
 from shared.tokens import MASK
 
@@ -74,10 +74,9 @@ class TorchScorer:
     @torch.no_grad()
     def logits(self, canvas: NDArray[np.int32], t: float) -> NDArray[np.float32]:
         """Scores of the masked positions of one canvas (L,), in their order.  → (M, V)"""
-        row = torch.from_numpy(canvas.astype(np.int64))[None]
-        masked = row[0] == MASK
-        hidden = self.model.score_canvas(row, torch.tensor([t]) if self.model.config.time_input else None)[0, masked]
-        scores: NDArray[np.float32] = self.model.logits(hidden, ends_impossible(row)[0, masked]).numpy()
+        row = torch.from_numpy(canvas.astype(np.int64))
+        at = (row == MASK).nonzero()[:, 0]
+        scores: NDArray[np.float32] = canvas_logits(self.model, row[None], [t], at).cpu().numpy()
         return scores
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ def sweep(
         raise ConfigError(f"{run} did not learn the objective canvas: a sweep is of canvas decoding")
     scorer = SampleScorer.load(scorer_run, run / TOKENIZER)
     data = scorer.score_data(source, split, count)
-    dtype = mixed_precision_dtype(torch.device("cpu"))
+    dtype = mixed_precision_dtype(model.device)
     print(f"{'rule':14} {'T':>4} {'strength':>9} {'NFE':>7} {COLUMNS} {'lengths off':>11}")
     _print((data.name, "", "", ""), data, data)
     points = []

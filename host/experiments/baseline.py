@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from host.data.shards import DataFolder, load_data
-from host.device import work_clock
+from host.device import best_device, work_clock
 from host.files import check_numbers
 from host.model.diffusion import corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import CONFIGS, ModelConfig, config_named, timestep_embedding
@@ -136,7 +136,7 @@ class BaselineLoop:
 
 def train(config: TrainConfig, model: ModelConfig, data: DataFolder) -> None:
     """Train for `config.steps` steps with host.train's rates; write log.csv and curves.png."""
-    loop = BaselineLoop(model, data, torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.seed)
+    loop = BaselineLoop(model, data, best_device(), config.seed)
     stories, work_s = min(config.valid_stories, len(data.valid)), work_clock(loop.device)
     every = config.valid_every or VALID_EVERY
     tokens, seconds, compute_s = 0, 0.0, 0.0

@@ -97,7 +97,7 @@ def measured_conditions(model: Denoiser, conditioner: Conditioner, held_out: Hel
         count=MEASURED_TEXTS,
         guidances=(guidance,),
         numbers=(1,),
-        dtype=mixed_precision_dtype(torch.device("cpu")),
+        dtype=mixed_precision_dtype(model.device),
     )
     print_laws_given(figures.laws)
     asked_for = tuple(one.asked for one in figures.told)

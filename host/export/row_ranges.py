@@ -42,7 +42,7 @@ def observe(model: Denoiser, rows: Sequence[Example]) -> dict[str, Observed]:
     def remember(name: str, x: Tensor) -> None:
         value, seen = x.reshape(-1, x.shape[-1]), found.setdefault(name, Observed())
         seen.low, seen.high = min(seen.low, float(value.min())), max(seen.high, float(value.max()))
-        seen.some.append(value[:: max(1, len(value) // ROWS_KEPT)].numpy().copy())
+        seen.some.append(value[:: max(1, len(value) // ROWS_KEPT)].cpu().numpy().copy())
 
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: remember(name, inputs[0]))
@@ -50,8 +50,8 @@ def observe(model: Denoiser, rows: Sequence[Example]) -> dict[str, Observed]:
         if isinstance(module, nn.Linear) and name.startswith(("blocks.", "head", "conditions."))
     ]
     for example in rows:
-        memory = None if example.condition is None else model.remember(Given.of([example.condition]))
-        model.head(model(*example.rows, memory=memory)[0, example.at])
+        memory = None if example.condition is None else model.remember(Given.of([example.condition]).to(model.device))
+        model.head(model(*example.rows.to(model.device), memory=memory)[0, example.at])
     for handle in handles:
         handle.remove()
     return found
@@ -65,7 +65,8 @@ def best_ranges(model: Denoiser, observed: Mapping[str, Observed]) -> tuple[Rang
     """
     ranges, loss = {}, {}
     for name, seen in observed.items():
-        inputs, weight = torch.from_numpy(np.concatenate(seen.some)), model.get_parameter(f"{name}.weight")
+        inputs = torch.from_numpy(np.concatenate(seen.some))
+        weight = model.get_parameter(f"{name}.weight").cpu()
         losses = [
             float((rounding_errors(inputs, part * seen.low, part * seen.high) @ weight.T).square().sum())
             for part in PARTS

@@ -59,6 +59,10 @@ class Given(NamedTuple):
         where = [b * PICTURES + i for b, one in enumerate(conditions) for i in range(len(one.pictures))]
         return cls(rows[0].long(), rows[1].long(), rows[2].long(), pixels, torch.tensor(where, dtype=torch.long))
 
+    def to(self, device: torch.device) -> "Given":
+        """The same on a device."""
+        return Given(*(part.to(device) for part in self))
+
 
 class Memory(NamedTuple):
     """Keys and values of each layer (B, H, M, D/H); bias (B, 1, 1, M): −inf at rows that a text does not have."""

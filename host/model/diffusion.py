@@ -4,6 +4,7 @@ x0: clean canvas, xt: corrupted canvas, both (B, L) integer ids. A canvas is BOS
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,17 +64,31 @@ def counted_tokens(x0: Tensor) -> Tensor:
     return ((x0 != PAD) & (x0 != BOS)).sum(1)
 
 
+def canvas_logits(model: Denoiser, canvas: Tensor, t: Sequence[float], at: Tensor) -> Tensor:
+    """Scores of some positions of canvases (B, L) at times t, on the device of the network.
+
+    at (M,): counted over all canvases, i·L + j.  → (M, V)
+    """
+    canvas, at = canvas.to(model.device), at.to(model.device)
+    time = torch.tensor(t, device=model.device) if model.config.time_input else None
+    return model.logits(model.score_canvas(canvas, time, at), ends_impossible(canvas).flatten()[at])
+
+
 def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[float]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each scored position, in nats, and the row it belongs to.  → (M,), (M,)"""
-    time = torch.tensor(t, device=x0.device) if model.config.time_input else None
+    """Cross-entropy of each scored position, in nats, and the row it belongs to, on the CPU.  → (M,), (M,)"""
     at = batch.scored.flatten().nonzero()[:, 0]
-    logits = model.logits(model.score_canvas(batch.xt, time, at), ends_impossible(batch.xt).flatten()[at])  # (M, V)
-    return F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none"), at // x0.shape[1]
+    target = x0.flatten()[at].long().to(model.device)
+    losses = F.cross_entropy(canvas_logits(model, batch.xt, t, at), target, reduction="none")
+    return losses.cpu(), at // x0.shape[1]
 
 
 def autoregressive_sums(model: Denoiser, x0: Tensor, memory: Memory | None = None) -> Tensor:
-    """Each row's exact negative log-likelihood under a causal mask, in nats; given a memory or not.  → (B,)"""
+    """Each row's exact negative log-likelihood under a causal mask, in nats; given a memory or not.
+
+    → (B,), on the CPU
+    """
+    x0 = x0.to(model.device)
     at = ((x0 != PAD) & (x0 != BOS)).flatten().nonzero()[:, 0]
-    logits = model.logits(model(*causal(x0), at=at - 1, memory=memory), torch.full_like(at, NO_PADDING))
+    logits = model.logits(model(*causal(x0), at=at - 1, memory=memory), NO_PADDING)
     losses = F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none")
-    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, at // x0.shape[1], losses)
+    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, at // x0.shape[1], losses).cpu()

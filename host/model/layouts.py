@@ -22,6 +22,10 @@ class Rows(NamedTuple):
     positions: Tensor  # (B or 1, N) int64
     visible: Tensor  # (B or 1, N, N) bool
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same on a device."""
+        return Rows(*(part.to(device) for part in self))
+
 
 @dataclass(frozen=True)
 class Gap:

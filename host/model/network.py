@@ -102,11 +102,11 @@ class Cache:
     fresh_positions: Tensor | None = None  # (B, N)
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int = 1) -> "Cache":
+    def empty(cls, config: ModelConfig, batch: int = 1, device: torch.device | None = None) -> "Cache":
         """Nothing kept yet."""
         shape = (batch, config.heads, 0, config.d_model // config.heads)
-        keys, values = ([torch.zeros(shape) for _ in range(config.layers)] for _ in range(2))
-        return cls(torch.zeros(batch, 0, dtype=torch.long), keys, values)
+        keys, values = ([torch.zeros(shape, device=device) for _ in range(config.layers)] for _ in range(2))
+        return cls(torch.zeros(batch, 0, dtype=torch.long, device=device), keys, values)
 
     def __len__(self) -> int:
         return self.positions.shape[1]
@@ -156,6 +156,11 @@ class Denoiser(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and what the network takes has to be."""
+        return self.relative_bias.device
 
     def set_dropout(self, probability: float) -> None:
         """Dropout of what each block adds to the residual stream, in training."""
@@ -243,17 +248,17 @@ class Denoiser(nn.Module):
         states = self(*rows, at=None if at is None else at - 1, t=t)
         return states if at is not None else torch.cat([states[:, :1], states[:, :-1]], dim=1)
 
-    def logits(self, hidden: Tensor, ends: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, ends: Tensor | int) -> Tensor:
         """Float32 scores, −inf where a token cannot stand: MASK and BOS always, others by `ends`.
 
-        hidden (N, D), ends (N,) of ANY_END, NO_END, NO_PADDING; True reads as NO_END → (N, V)
+        hidden (N, D), ends (N,) or one for all, of ANY_END, NO_END, NO_PADDING; True reads as NO_END → (N, V)
         """
         control, text = self.head(hidden).float().tensor_split([FIRST_TEXT_ID], dim=1)
-        never = self.never_control[ends.long()]  # (N, FIRST_TEXT_ID)
+        never = self.never_control[ends if isinstance(ends, int) else ends.long()]  # (N or none, FIRST_TEXT_ID)
         return torch.cat([control.masked_fill(never, -torch.inf), text], dim=1)
 
-    def draft_logits(self, state: Tensor, ends: Tensor) -> Tensor:
-        """Scores of a draft, as `logits`, −inf at tokens that cannot be one.  state (N, D), ends (N,) → (N, V)"""
+    def draft_logits(self, state: Tensor, ends: Tensor | int) -> Tensor:
+        """Scores of a draft, as `logits`, −inf at tokens that cannot be one.  state (N, D) → (N, V)"""
         assert self.drafter is not None
         scores, likely = self.logits(state, ends), self.drafter.likely
         return torch.full_like(scores, -torch.inf).index_copy(1, likely, scores[:, likely])

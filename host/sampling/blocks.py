@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from host.model.conditions import Condition, Given, Memory
-from host.model.layouts import causal, evidence
+from host.model.layouts import Rows, causal, evidence
 from host.model.network import NO_PADDING, Cache, Denoiser
 from host.sampling.reference import TOP_K, Settings, drawn, guided
 from shared.tokens import BOS, EOS
@@ -79,10 +79,9 @@ def write(
     a condition; the drafter reads the states of the rows that read it.
     """
     layout = lay_out(template, open_end, model.config.canvas_len)
-    memory = None if condition is None else model.remember(Given.of([condition]))
-    streams = [_Stream(model, memory, Cache.empty(model.config))]
-    if guidance:
-        streams.append(_Stream(model, None, Cache.empty(model.config)))
+    memory = None if condition is None else model.remember(Given.of([condition]).to(model.device))
+    memories = [memory, None] if guidance else [memory]
+    streams = [_Stream(model, one, Cache.empty(model.config, device=model.device)) for one in memories]
     writer = _Writer(model, settings, window, guidance, streams, Written())
     if layout.open_alone:
         rows, given = causal(torch.tensor([layout.tokens[:-1]])), len(layout.tokens) - 1
@@ -90,7 +89,7 @@ def write(
         rows, given = evidence(layout.tokens, layout.positions, []), len(layout.tokens)
     if given:
         for stream in streams:
-            stream.states(*rows)
+            stream.states(rows)
             stream.cache.keep(torch.arange(given))
     for first, last, before in layout.gaps:
         writer.written.gaps.append(writer.fill(first, last, before))
@@ -105,14 +104,14 @@ class _Stream:
     memory: Memory | None
     cache: Cache
 
-    def states(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """→ (N, D)"""
-        states: Tensor = self.model(tokens, positions, visible, self.cache, memory=self.memory)[0]
+    def states(self, rows: Rows) -> Tensor:
+        """→ (N, D), on the device of the network"""
+        states: Tensor = self.model(*rows.to(self.model.device), self.cache, memory=self.memory)[0]
         return states
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """→ (N, V)"""
-        return self.model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1)
+        """→ (N, V), on the CPU, where tokens are drawn"""
+        return self.model.logits(states, NO_PADDING).log_softmax(-1).cpu()
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class _Writer:
             places = torch.arange(position, position + n)[None]
             kept = len(self.streams[0].cache)
             visible = torch.cat([torch.ones(1, n, kept), torch.ones(1, n, n).tril()], 2).bool()
-            states = [stream.states(tokens, places, visible) for stream in self.streams]
+            states = [stream.states(Rows(tokens, places, visible)) for stream in self.streams]
             laws = [stream.log_probabilities(own) for stream, own in zip(self.streams, states, strict=True)]
             logp = guided(laws[0], laws[-1], self.guidance, min(TOP_K, laws[0].shape[1])) if self.guidance else laws[0]
             own, margin = drawn(logp, places[0] + 1, self.settings)
@@ -164,8 +163,8 @@ class _Writer:
         if self.model.drafter is None:
             return drafts
         for step in list(self.model.drafter.depths)[:count]:
-            state = step(state[None], self.model.token_embedding(torch.tensor([token])))[0]
-            logp = self.model.draft_logits(state[None], torch.tensor([NO_PADDING])).log_softmax(-1)
+            state = step(state[None], self.model.token_embedding(torch.tensor([token], device=state.device)))[0]
+            logp = self.model.draft_logits(state[None], NO_PADDING).log_softmax(-1).cpu()
             token = int(drawn(logp, torch.tensor([position + len(drafts)]), self.settings)[0])
             if token == EOS:  # the law draws it by itself after the drafts before
                 break

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from host.model.conditions import Condition, Given, Memory
+from host.model.diffusion import canvas_logits
 from host.model.layouts import causal, first_end
-from host.model.network import NO_PADDING, Cache, Denoiser, ends_impossible
+from host.model.network import NO_PADDING, Cache, Denoiser
 from host.sampling.reference import TOP_K, Sampled, Settings, commit_pass, drawn, guided
 from shared.schedule import ScheduleName, time_of_masked_fraction
 from shared.tokens import BOS, EOS, MASK, PAD
@@ -57,9 +58,8 @@ def _scores(
     masked = cut == MASK
     at = masked.flatten().nonzero()[:, 0]
     times = [time_of_masked_fraction(schedule, float(row.sum()) / (length - 1)) for row in masked]
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        hidden = model.score_canvas(cut, torch.tensor(times) if model.config.time_input else None, at)
-        logp = model.logits(hidden, ends_impossible(cut).flatten()[at]).log_softmax(-1)
+    with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        logp = canvas_logits(model, cut, times, at).log_softmax(-1).cpu()
     parts: tuple[Tensor, ...] = logp.split(masked.sum(1).tolist())
     return parts
 
@@ -84,7 +84,7 @@ def sample_autoregressive(
     canvases[:, : given.shape[1]] = given
     for start in range(0, n, TEXTS):
         here = slice(start, start + TEXTS)
-        memory = model.remember(Given.of(conditions[here])) if conditions else None
+        memory = model.remember(Given.of(conditions[here]).to(model.device)) if conditions else None
         memories = [memory, None] if guidance else [memory]
         _continue(
             model,
@@ -112,16 +112,16 @@ def _continue(
 
     memories: of the rows that are written by; with guidance also that of the others, which is none.
     """
-    caches = [Cache.empty(model.config, len(canvases)) for _ in memories]
+    caches = [Cache.empty(model.config, len(canvases), model.device) for _ in memories]
     going = torch.ones(len(canvases), dtype=torch.bool)
     for i in range(start, canvases.shape[1]):
-        rows = causal(canvases[:, :i])
+        rows = causal(canvases[:, :i]).to(model.device)
         new, laws = torch.arange(len(caches[0]), i), []
         for cache, memory in zip(caches, memories, strict=True):
-            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 fresh = rows.tokens[:, new], rows.positions[:, new], rows.visible[:, new]
                 states = model(*fresh, cache, memory=memory)[:, -1]
-                laws.append(model.logits(states, torch.full((len(states),), NO_PADDING)).log_softmax(-1))
+                laws.append(model.logits(states, NO_PADDING).log_softmax(-1).cpu())
             cache.keep(torch.arange(len(new)))
         logp = guided(laws[0], laws[-1], guidance, min(TOP_K, laws[0].shape[1])) if guidance else laws[0]
         for row in going.nonzero()[:, 0].tolist():

@@ -12,7 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from host.model.network import Denoiser, ends_impossible
+from host.model.diffusion import canvas_logits
+from host.model.network import Denoiser
 from shared.manifest import Selection
 from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
@@ -98,9 +99,7 @@ def sample(
     while (open_positions := (fill & (canvas == MASK)).nonzero()[:, 0]).numel():
         on_pass(canvas)
         t = time_of_masked_fraction(schedule, float((canvas == MASK).sum()) / (canvas.numel() - 1))
-        hidden = model.score_canvas(canvas[None], torch.tensor([t]) if model.config.time_input else None)
-        impossible = ends_impossible(canvas[None])[0, open_positions]
-        logp = model.logits(hidden[0, open_positions], impossible).log_softmax(-1)  # (M, V)
+        logp = canvas_logits(model, canvas[None], [t], open_positions).log_softmax(-1).cpu()  # (M, V)
         margin = min(margin, commit_pass(canvas, open_positions, logp=logp, step=step, settings=settings))
         step += 1
     return Sampled(canvas, step, margin)

@@ -17,6 +17,7 @@ from host.data.pictures import load_pictures
 from host.data.prepare import DEFAULT_OUT, DEFAULT_SOURCE, prepare
 from host.data.shards import DataFolder, load_data
 from host.data.tokenizer import identity_of
+from host.device import best_device
 from host.files import locked
 from host.model.diffusion import Weighting
 from host.model.drafter import DEPTH
@@ -303,12 +304,15 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def load_run(run: Path) -> tuple[Denoiser, Progress]:
-    """A run's network with EMA weights; DataError when its tokenizer is not the one it was trained with."""
+    """A run's network with EMA weights, on the best device.
+
+    DataError when the run's tokenizer is not the one it was trained with.
+    """
     model, progress = load_model(find_checkpoint(run))
     file = run / TOKENIZER
     if not file.is_file() or identity_of(file) != progress.tokenizer_sha256:
         raise DataError(f"{file} is missing, or not the tokenizer that the run was trained with")
-    return model, progress
+    return model.to(best_device()), progress
 
 
 def data_of(run: Path, verify: bool = False) -> DataFolder:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from host.data.shards import DataFolder, Split, load_data
-from host.device import machine_of, mixed_precision_dtype, torch_gflops, work_clock
+from host.device import best_device, machine_of, mixed_precision_dtype, torch_gflops, work_clock
 from host.model.network import Denoiser
 from host.train.batches import Batch, MicroBatch, make_batch
 from host.train.checkpoint import BEST, LAST, Progress, find_checkpoint, init_from, restore, save_checkpoint
@@ -316,7 +316,7 @@ class Trainer:
 def main() -> None:
     """Train or resume a run; SIGINT, SIGTERM and SIGHUP save it and end."""
     with joined_ranks() as ranks, laid_out_by_first(ranks) as (args, config, progress):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
         trainer = Trainer(config, progress, data=load_data(config.data), device=device, ranks=ranks, wandb=args.wandb)
         if args.resume:
             trainer.resume()
