@@ -175,7 +175,7 @@ class OrtRows:
         slot.positions[slot.cached : end] = positions
         given["tokens"][:], given["positions"][:], given["last"][:], given["total"][:] = tokens, positions, end - 1, end
         session.run_with_iobinding(bound.binding)
-        return RowScores(**bound.outputs)
+        return RowScores(bound.outputs["scores"], bound.outputs["states"])
 
     def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         """See `edge.decoding.blocks.RowsBackend`."""

@@ -262,21 +262,21 @@ def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
     scores, noise (M, V). Of all tokens the one with the best noisy score is the draw if top-k and top-p keep it, and
     they mostly do; only in other rows are they sought. RuntimeError for scores that are not numbers.
     """
-    if law.temperature == 0:
-        noisy = scaled = scores
-    else:
-        scaled = scores / np.float32(max(law.temperature, COLDEST))
-        noisy = scaled + noise
+    cooled = np.float32(max(law.temperature, COLDEST))
+    noisy = scores
+    if law.temperature != 0:
+        noisy = scores / cooled
+        noisy += noise
     token: Ids = noisy.argmax(1).astype(np.int32)
-    own = scores[np.arange(len(token)), token, None]  # argmax takes what is not a number for the best
+    own = scores[np.arange(len(token)), token]  # argmax takes what is not a number for the best
     if not np.isfinite(own).all():
         raise RuntimeError("the step graph gives scores that are not numbers")
-    as_good = scores >= own
+    as_good = scores >= own[:, None]
     if law.temperature == 0 or (law.top_p == 1 and np.count_nonzero(as_good) <= law.top_k):
         return token
     for row, rank in enumerate(np.count_nonzero(as_good, axis=1).tolist()):
         if rank > (law.top_k if law.top_p == 1 else 1):  # the best token is kept always
-            token[row] = _filtered(scaled[row], noisy[row], law)
+            token[row] = _filtered(scores[row] / cooled, noisy[row], law)
     return token
 
 

@@ -242,14 +242,15 @@ def step(
     manifest: Manifest,
     *,
     backend: AnyBackend | None,
-    rows: RowsBackend | BlocksLoop | None,
+    rows: RowsBackend | None,
+    loop: BlocksLoop | None,
     under_way: int,
 ) -> None:
-    """One pass of unfinished runs of one decoder, and of equal `positions`."""
+    """One pass of unfinished runs of one decoder, and of equal `positions`. rows, loop: what blocks are decoded by."""
     first = runs[0]
     if isinstance(first, BlocksRun):
-        if isinstance(rows, BlocksLoop):
-            rows.advance([run.writing for run in runs if isinstance(run, BlocksRun)])
+        if loop is not None:
+            loop.advance([run.writing for run in runs if isinstance(run, BlocksRun)])
             return
         assert rows is not None and len(runs) == 1
         first.advance(rows, under_way)

@@ -30,8 +30,8 @@ Quantization = Ranges | Literal["dynamic"] | None
 class RowBuilder(StepBuilder):
     """Rows (1, N, D) through blocks. Activation scales are constants: a row's result does not depend on its neighbours.
 
-    A product adds its own bias. Not SkipLayerNormalization: at one to four rows it takes 1.5 to 2.5 times as long as Add and
-    LayerNormalization. Not BiasGelu: 1.5 to 1.7 times as long as Gelu.
+    A product adds its own bias. Not SkipLayerNormalization: at one to four rows it takes 1.5 to 2.5 times as long as
+    Add and LayerNormalization. Not BiasGelu: 1.5 to 1.7 times as long as Gelu.
     """
 
     def __init__(self, model: Denoiser, quantization: Quantization) -> None:
