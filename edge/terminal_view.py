@@ -35,14 +35,47 @@ def _size(out: TextIO) -> os.terminal_size:
     return os.terminal_size((size.columns or 80, size.lines))
 
 
+class Redrawn:
+    """Lines redrawn in place on `out`; a context manager that leaves the terminal clean. live: whether it can be."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        # Without a known height, frames might scroll, and scrolled lines cannot be redrawn.
+        self.live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb" and _size(out).lines > 0
+        self._drawn_lines = 0
+
+    def __enter__(self) -> "Redrawn":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
+
+    def draw(self, lines: Sequence[str], status: str) -> None:
+        """Show as many lines as there is room for, in place of the last, and a dim one behind them."""
+        shown = [*lines[: max(_size(self._out).lines - 2, 1)], f"{DIM}{status}{RESET}"]
+        frame = "".join(f"{line}\n" for line in shown)
+        # Clipping keeps one line one row even where characters are two columns wide.
+        self._out.write(f"{self._rewind()}{HIDE_CURSOR}{CLIP_LINES}{frame}{WRAP_LINES}")
+        self._out.flush()
+        self._drawn_lines = len(shown)
+
+    def clear(self) -> None:
+        """Remove the lines from the terminal."""
+        if self._drawn_lines:
+            self._out.write(f"{self._rewind()}{SHOW_CURSOR}")
+            self._out.flush()
+            self._drawn_lines = 0
+
+    def _rewind(self) -> str:
+        return f"\x1b[{self._drawn_lines}F\x1b[J" if self._drawn_lines else ""
+
+
 class View:
     """Shows one request's snapshots on `out`; a context manager that leaves the terminal clean."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        # Without a known height, frames might scroll, and scrolled lines cannot be redrawn.
-        self._live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb" and _size(out).lines > 0
-        self._drawn_lines = 0
+        self._screen = Redrawn(out)
         self._next_plain_step = 0
         self._first: tuple[float, int] | None = None  # seconds and open positions at the first snapshot
 
@@ -54,8 +87,8 @@ class View:
 
     def show(self, partial: Partial) -> None:
         """Show a newer snapshot in place of the last."""
-        if self._live:
-            self._draw(partial)
+        if self._screen.live:
+            self._screen.draw(dimmed(partial.parts, _size(self._out).columns), self._status(partial))
         elif partial.step >= self._next_plain_step:
             self._next_plain_step = partial.step + max(1, partial.steps // PLAIN_LINES)
             text = printable(partial.text).replace("\n", " ")
@@ -64,23 +97,7 @@ class View:
 
     def clear(self) -> None:
         """Remove the canvas from the terminal."""
-        if self._drawn_lines:
-            self._out.write(f"{self._rewind()}{SHOW_CURSOR}")
-            self._out.flush()
-            self._drawn_lines = 0
-
-    def _draw(self, partial: Partial) -> None:
-        columns, rows = _size(self._out)
-        lines = dimmed(partial.parts, columns)[: max(rows - 2, 1)]
-        lines.append(f"{DIM}{self._status(partial)}{RESET}")
-        frame = "".join(f"{line}\n" for line in lines)
-        # Clipping keeps one line one row even where characters are two columns wide.
-        self._out.write(f"{self._rewind()}{HIDE_CURSOR}{CLIP_LINES}{frame}{WRAP_LINES}")
-        self._out.flush()
-        self._drawn_lines = len(lines)
-
-    def _rewind(self) -> str:
-        return f"\x1b[{self._drawn_lines}F\x1b[J" if self._drawn_lines else ""
+        self._screen.clear()
 
     def _status(self, partial: Partial) -> str:
         now = time.monotonic()

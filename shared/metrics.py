@@ -41,7 +41,8 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     latency and first_token: of "ok" answers; both times since acceptance. steps: runs of the network, a batch once.
     tokens_per_s: of the last minute. active: requests that are being computed, queued: accepted ones that wait.
     resident_mb, available_mb: memory of the daemon, and free for programs; megabytes, 10^6 bytes each. watts,
-    celsius: by the board's own names; empty where it tells none. state, backend and failure: as in Health.
+    celsius: by the board's own names; empty where it tells none. state, backend and failure: as in Health. read_s: when
+    all this was read, seconds since 1970 by the device's clock.
     Over MQTT, dropped: replies not sent, because of the limits on their number and rate; undeliverable: answers given
     up because the broker refused them.
     """
@@ -71,3 +72,4 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag
     available_mb: float | None
     watts: dict[str, float]
     celsius: dict[str, float]
+    read_s: float

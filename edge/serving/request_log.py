@@ -89,5 +89,6 @@ class RequestLog:
                 drafts=c.drafts(),
                 dropped=c.dropped,
                 undeliverable=c.undeliverable,
+                read_s=round(time.time(), 3),
                 **now,
             )

@@ -20,7 +20,7 @@ FLOORS: Final[dict[str, tuple[str, ...]]] = {
     "edge 2": ("edge.serving",),
     "edge 3": ("edge.delivery",),
     "edge 4": ("edge.measure", "edge.transports"),
-    "edge 5": ("edge.bench", "edge.build", "edge.bundle", "edge.daemon", "edge.doctor", "edge.generate"),
+    "edge 5": ("edge.bench", "edge.build", "edge.bundle", "edge.daemon", "edge.doctor", "edge.fleet", "edge.generate"),
     "edge 6": ("edge.__main__", "edge.cli", "edge.demo"),
     "host 0": ("host.device", "host.files", "host.progress"),
     "host 1": ("host.data", "host.model"),

@@ -14,6 +14,7 @@ COMMANDS: Final = (
     "edge.daemon",
     "edge.demo",
     "edge.doctor",
+    "edge.fleet.__main__",
     "edge.generate",
     "edge.measure.bench",
     "host.export.__main__",

@@ -100,6 +100,7 @@ EXAMPLES: tuple[Struct, ...] = (
         available_mb=4096.0,
         watts={"VDD_IN": 5.25},
         celsius={"cpu-thermal": 48.5},
+        read_s=1732841000.5,
         dropped=3,
         undeliverable=1,
         failure="cuEventSynchronize failed",

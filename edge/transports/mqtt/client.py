@@ -10,7 +10,7 @@
     availability                out  QoS 1   retained `online` or `offline`, the latter also as last will
     state                       out  QoS 1   retained: what health answers, whenever it changes
     info                        out  QoS 1   retained: version, bundle, limits, JSON schema of the requests
-    metrics                     out  QoS 0   counters, every minute
+    metrics                     out  QoS 0   retained: counters, every minute
 
 With `homeassistant.discovery`, also PREFIX/device/edgelm_DEVICE/config (out, retained) and PREFIX/status (in).
 

@@ -68,7 +68,7 @@ class Status:
                     self._publish_changes()
                     if stopping or time.monotonic() - metrics_s >= METRICS_S:
                         metrics_s = time.monotonic()
-                        self._publish("metrics", encode(self._scheduler.metrics()), qos=0)
+                        self._publish("metrics", encode(self._scheduler.metrics()), qos=0, retain=True)
             if stopping:
                 return
 
