@@ -1,4 +1,4 @@
-"""The training host: data, model, diffusion, training, evaluation, export."""
+"""The training host: data, model, training, sampling, evaluation, export. What serves a bundle is `edge`."""
 
 import os
 import sys

@@ -1,6 +1,7 @@
-"""What runs the step graph: ONNX Runtime on the CPU, TensorRT on an NVIDIA GPU, or a fake, in an explicit table.
+"""What runs a bundle's graphs: ONNX Runtime on the CPU, TensorRT on an NVIDIA GPU, or a fake, in an explicit table.
 
-The protocols that they fulfil are in `edge.decoding.types` (canvas) and `edge.decoding.blocks`.
+The protocols that they fulfil are in `edge.decoding.types` (canvas) and `edge.decoding.blocks`. Which request runs when
+is decided in `edge.serving`.
 """
 
 import logging
@@ -108,11 +109,3 @@ def choose_backend(name: str, folder: Path, manifest: Manifest, threads: int) ->
             degraded = str(error) if ours else one_line(f"{type(error).__name__}: {error}")
             log.warning("the GPU cannot be used, the CPU serves instead: %s", degraded, exc_info=not ours)
     return _load_ort(folder, manifest, threads, "")._replace(degraded=degraded)
-
-
-def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
-    """The canvas backend of `choose_backend`. Raises ConfigError where the bundle has none."""
-    backend = choose_backend(name, folder, manifest, threads).backend
-    if backend is None:
-        raise ConfigError(f"bundle {folder} does not decode by canvas")
-    return backend

@@ -49,7 +49,6 @@ class OrtConditions:
         layers = range(manifest.model.layers)
         self._cache = [f"{kind}.{layer}" for layer in layers for kind in ("keys", "values")]
         self._width, self._heads = manifest.model.d_model // manifest.model.heads, manifest.model.heads
-        self._picture_rows = 0 if manifest.conditions is None else manifest.conditions.picture_rows
         self._loaded: Locked[set[Role]] = Locked(set())
 
     def load(self, condition: Condition, check: Callable[[Role], None]) -> None:

@@ -4,7 +4,7 @@ Independent of the backend. `host.sampling.reference` is the same loop in torch;
 L: canvas length, M: open positions, K: candidates of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -44,14 +44,6 @@ def _score_and_commit(backend: Backend, schedule: ScheduleName, row: Row, under_
     t = time_of_masked_fraction(schedule, np.count_nonzero(row.canvas == MASK) / (row.canvas.size - 1))
     positions = wanted(row)
     commit_step(row, positions, backend.score(row.canvas[: row.active], t, positions, under_way))
-
-
-def unmask(backend: AnyBackend, schedule: ScheduleName, row: Row, on_step: Callable[[], None] = lambda: None) -> int:
-    """Fill one row's canvas in place; calls on_step after each step.  → steps made"""
-    while row.left:
-        advance(backend, schedule, [row])
-        on_step()
-    return row.step
 
 
 def bucket(active: int, lengths: tuple[int, ...]) -> int:

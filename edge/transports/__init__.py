@@ -1,1 +1,3 @@
-"""How requests arrive and answers leave: Unix socket, MQTT. Transports validate and forward; they compute nothing."""
+"""How requests arrive and answers leave: Unix socket, MQTT, HTTP. Transports validate and forward; they compute
+nothing, and what must outlive the process they hand to `edge.delivery`.
+"""

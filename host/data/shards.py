@@ -89,6 +89,10 @@ class Split:
     def __len__(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
+    def first(self, count: int) -> np.ndarray:
+        """Copies of the first canvases, of all where there are fewer.  → (at most count, canvas_len) uint16"""
+        return self.take(np.arange(min(len(self), count)))
+
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Copies of the canvases at `indices` (m,), in that order.  → (m, canvas_len) uint16"""
         ends = np.cumsum([len(shard) for shard in self.shards])

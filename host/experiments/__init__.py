@@ -1,1 +1,1 @@
-"""Comparisons between runs: ablations, equal-budget tables, the baseline. Nothing that ships depends on it."""
+"""Comparisons between runs: tables at equal cost, the baseline. Nothing that ships depends on it."""

@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from host.evaluate.laws import law_figures, print_law_figures
 from host.evaluate.likelihood import STORIES, HeldOut, evaluate, held_out_files, held_out_split, print_table
 from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
@@ -170,8 +168,7 @@ def export_run(
     blocks = Blocks([])
     text = held_out.canvases
     if not source:
-        train = data_of(run).train
-        text = train.take(np.arange(min(len(train), TEXT_STORIES)))
+        text = data_of(run).train.first(TEXT_STORIES)
     on_cuda: list[Blocks] = []
     if "ar" in learned and (wanted.cpu_int8 or wanted.cuda):
         stages.begin(BLOCKS)

@@ -79,7 +79,7 @@ def conditions_of_run(
         torch.from_numpy(canvases.astype(np.int64))
         for canvases in (
             held_out.canvases[:PARITY_STORIES],
-            train.take(np.arange(min(len(train), CALIBRATION_STORIES))),
+            train.first(CALIBRATION_STORIES),
         )
     )
     calibration = calibration_rows(stories.numpy().astype(np.uint16), learned)

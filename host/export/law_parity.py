@@ -22,6 +22,8 @@ MAX_INFILLING_CHANGE: Final = 0.01
 AnyRows = RowGraphs | CudaRows
 GATE: Final = f"left to right within {MAX_LAW_CHANGE:.1%} and infilling within {MAX_INFILLING_CHANGE:.0%} of float32"
 PROMPT_TOKENS: Final = 16
+GREEDY_TEXTS: Final = 16
+"""That a graph writes: a figure which the gate does not read."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class LawReference:
         return self.greedy(self.graphs)
 
     def greedy(self, graphs: AnyRows) -> list[list[int]]:
-        """What graphs write after the first tokens of each story."""
-        long_enough = self.few.canvases[self.few.canvases[:, PROMPT_TOKENS] != PAD]
+        """What graphs write after the first tokens of the first stories."""
+        long_enough = self.few.canvases[self.few.canvases[:, PROMPT_TOKENS] != PAD][:GREEDY_TEXTS]
         length = self.few.canvases.shape[1]
         return graphs.greedy_texts([story[: 1 + PROMPT_TOKENS].tolist() for story in long_enough], length)
 

@@ -1,1 +1,3 @@
-"""Reference decoding in torch: slow, obvious, the definition that the edge is held to by golden tests."""
+"""Reference decoding in torch: slow, obvious, the definition that the edge is held to by golden tests. Texts are scored
+in `host.evaluate`.
+"""

@@ -42,7 +42,7 @@ class Conditioner:
     def of(cls, data: DataFolder, pictures: PictureSet | None) -> "Conditioner":
         """Words and concepts counted in the first stories of training."""
         tokenizer = load_tokenizer(data.tokenizer_path)
-        stories = data.train.take(np.arange(min(len(data.train), COUNTED_STORIES)))
+        stories = data.train.first(COUNTED_STORIES)
         texts = [text_of(tokenizer, story) for story in stories]
         weight: dict[int, float] = {}
         if pictures is not None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from host.data.shards import Split
+from host.data.words import COUNTED_STORIES
 from host.model.drafter import frequent_tokens
 from host.model.network import Denoiser
 from host.train.distributed import Ranks
@@ -22,7 +23,6 @@ from host.train.loss import WeightedLoss
 from host.train.picture_loss import PictureLoss
 from host.train.run_folder import Stage
 
-COUNTED_STORIES: Final = 20_000
 PARTS: Final[dict[Stage, str]] = {
     "drafter": "drafter.",
     "conditions": "conditions.",
@@ -41,8 +41,7 @@ def freeze(model: Denoiser, stage: Stage) -> None:
 def choose_drafts(model: Denoiser, text: Split) -> None:
     """Let the most frequent tokens of the first stories be what a draft can be."""
     assert model.drafter is not None
-    few = text.take(np.arange(min(len(text), COUNTED_STORIES)))
-    counts = np.bincount(few.ravel(), minlength=model.config.vocab_size)
+    counts = np.bincount(text.first(COUNTED_STORIES).ravel(), minlength=model.config.vocab_size)
     model.drafter.likely.copy_(frequent_tokens(torch.from_numpy(counts)))
 
 

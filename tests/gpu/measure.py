@@ -92,7 +92,7 @@ def _step(backend: TrtBackend, bucket: Bucket, repeats: int, launches: int) -> S
     moved = positions * (2 * backend._manifest.model.vocab_size + 4 + 1 + kernels.CANDIDATE.itemsize)
     return Step(
         bucket.batch, bucket.length, graph_ms, plain_ms, draw_ms, moved, moved / max(draw_ms, 1e-9) / 1e6, commit_ms
-    )  # fmt: skip
+    )
 
 
 def _rows(backend: TrtBackend, bucket: Bucket) -> list[Row]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from edge import build, doctor
-from edge.backends import load_backend
 from edge.backends.trt.backend import TrtBackend
 from edge.backends.trt.driver import Gpu
 from edge.decoding.canvas import advance, bucket
@@ -15,6 +14,7 @@ from shared.manifest import Manifest, read_manifest
 from tests.gpu.conftest import need_tensorrt, rows
 from tests.gpu.measure import measure
 from tests.gpu.standin import Network, SameLogits
+from tests.support.networks import load_backend
 from tests.unit.edge.backends.trt.test_kernels import RULES
 
 pytestmark = pytest.mark.proof("7. kernels, captured loop and backend on a GPU")

@@ -111,7 +111,7 @@ BAD: Final[dict[str, tuple[dict[str, Any], str, str]]] = {
     "steps": ({"images": [picture(1)], "steps": 4}, "bad_request", "`steps` is of decoding by canvas"),
     "guidance alone": ({"guidance": 1}, "bad_request", "`guidance` goes with `words` or `images`"),
     "guidance": ({"words": ["dragon"], "guidance": 9}, "bad_request", "`guidance` must be a number"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("fields", "code", "sentence"), BAD.values(), ids=BAD)

@@ -112,9 +112,14 @@ def test_daemon_ends_with_its_terminal_and_at_no_other_hangup(tmp_path: Path, de
     command = [sys.executable, "-m", "edge", *flags]
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            command, env=clean_environment(), stdin=follower, stdout=subprocess.DEVNULL, stderr=stderr,
-            start_new_session=True, preexec_fn=take_terminal,
-        )  # fmt: skip
+            command,
+            env=clean_environment(),
+            stdin=follower,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
     os.close(follower)
     try:
         until(lambda: listens(path), "the daemon to listen")

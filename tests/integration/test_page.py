@@ -320,8 +320,10 @@ def test_page_asks_for_the_token(browser: Browser, debug_bundle: Path, tmp_path:
         browser.until(lambda: browser.shown("ask"), "the form")
         assert browser.write("Tom").startswith("Tom") and browser.text("error") == ""
         assert browser.js("return [Object.values(sessionStorage), Object.values(localStorage), document.cookie]") == [
-            [secret.read_text().strip()], [], ""
-        ]  # fmt: skip
+            [secret.read_text().strip()],
+            [],
+            "",
+        ]
         browser.open(url_of(guarded))
         assert browser.shown("ask"), "it is kept while the tab is open"
     finally:

@@ -49,18 +49,39 @@ BODIES: Final[tuple[dict[str, object], ...]] = (
 PATHS: Final = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/openapi.json", "/page/script.js")
 METHODS: Final = ("GET", "POST", "PUT", "OPTIONS", "DELETE", "PRI")
 HEADERS: Final = (
-    "Expect: 100-continue", "Origin: http://evil.example", "Origin: null", "Sec-Fetch-Site: cross-site",
-    "Idempotency-Key: a", "Idempotency-Key: a/b", "Authorization: Bearer x", "X-Long: " + "a" * 5000, "X-Odd: \x80\xff",
-    "Range: bytes=0-", "TE: trailers", "Accept-Encoding: gzip", "Content-Type: text/plain", "Content-Type:",
+    "Expect: 100-continue",
+    "Origin: http://evil.example",
+    "Origin: null",
+    "Sec-Fetch-Site: cross-site",
+    "Idempotency-Key: a",
+    "Idempotency-Key: a/b",
+    "Authorization: Bearer x",
+    "X-Long: " + "a" * 5000,
+    "X-Odd: \x80\xff",
+    "Range: bytes=0-",
+    "TE: trailers",
+    "Accept-Encoding: gzip",
+    "Content-Type: text/plain",
+    "Content-Type:",
     "Cookie: " + "a=b;" * 99,
-)  # fmt: skip
+)
 """Headers after which the next request can still be found, or the connection is refused as a whole."""
 BREAKING_HEADERS: Final = (
-    "Transfer-Encoding: chunked", "Transfer-Encoding: gzip", "Content-Length: 5", "Content-Length: -1",
-    "Host: evil.example", "Content-Length: 99999999999999999999", "Connection: close",
-    "Connection: upgrade\r\nUpgrade: websocket", ": none",
-    "Bad Name: 1", " Folded: 1", "X-Null: \0", "X-Cr: a\rb", "X-Huge: " + "a" * 20_000,
-)  # fmt: skip
+    "Transfer-Encoding: chunked",
+    "Transfer-Encoding: gzip",
+    "Content-Length: 5",
+    "Content-Length: -1",
+    "Host: evil.example",
+    "Content-Length: 99999999999999999999",
+    "Connection: close",
+    "Connection: upgrade\r\nUpgrade: websocket",
+    ": none",
+    "Bad Name: 1",
+    " Folded: 1",
+    "X-Null: \0",
+    "X-Cr: a\rb",
+    "X-Huge: " + "a" * 20_000,
+)
 
 
 def request(luck: random.Random) -> bytes:

@@ -17,8 +17,16 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 PROGRAMS: Final = ("chromium", "chromedriver")
 WAIT_S: Final = 30.0
-FLAGS: Final = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                "--disable-background-networking", "--disable-component-update", "--hide-scrollbars")  # fmt: skip
+FLAGS: Final = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--hide-scrollbars",
+)
 """Without a sandbox, because tests may run as root, and meet the daemon's own page alone."""
 WATCH: Final = """
 window.seen = [];

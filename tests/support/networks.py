@@ -1,12 +1,16 @@
 """Backends that stand for a network in tests of the edge's loop, and what is asked of every finished canvas."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.decoding.canvas import unmask
-from edge.decoding.types import Backend, Ids, Positions, Row, Sampling, StepResult
+from edge.backends import choose_backend
+from edge.decoding.canvas import advance
+from edge.decoding.types import AnyBackend, Ids, Positions, Row, Sampling, StepResult
+from shared.manifest import Manifest
 from shared.schedule import ScheduleName
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 
@@ -64,8 +68,23 @@ def open_canvas(length: int) -> NDArray[np.int32]:
     return canvas
 
 
+def load_backend(name: str, folder: Path, manifest: Manifest, threads: int) -> AnyBackend:
+    """The backend for canvases of that name."""
+    backend = choose_backend(name, folder, manifest, threads).backend
+    assert backend is not None
+    return backend
+
+
+def unmask(backend: AnyBackend, schedule: ScheduleName, row: Row, on_step: Callable[[], None] = lambda: None) -> int:
+    """Fill one row's canvas in place.  → steps made"""
+    while row.left:
+        advance(backend, schedule, [row])
+        on_step()
+    return row.step
+
+
 def filled(
-    backend: Backend, canvas: NDArray[np.int32], sampling: Sampling, schedule: ScheduleName = "linear"
+    backend: AnyBackend, canvas: NDArray[np.int32], sampling: Sampling, schedule: ScheduleName = "linear"
 ) -> tuple[NDArray[np.int32], list[int]]:
     """→ the finished canvas, and how many positions were open after each pass"""
     row, left = Row(canvas.copy(), canvas == MASK, sampling), list[int]()

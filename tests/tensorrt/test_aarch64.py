@@ -41,8 +41,10 @@ def test_aarch64_dependencies_resolve_to_wheels(python: str, extra: str, glibc: 
         try:
             done = subprocess.run(
                 [*command, f"--python-version={python}", *platforms, "--platform=manylinux2014_aarch64", *requirements],
-                capture_output=True, text=True, timeout=100,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=100,
+            )
         except subprocess.TimeoutExpired:
             pytest.skip("the package index took longer than 100 s")
     if "Retrying" in done.stderr or "Temporary failure" in done.stderr:

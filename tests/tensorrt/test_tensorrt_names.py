@@ -37,16 +37,30 @@ USED = {
     "Runtime": {"deserialize_cuda_engine"},
     "ICudaEngine": {"create_execution_context", "device_memory_size_v2"},
     "IExecutionContext": {
-        "set_device_memory", "set_optimization_profile_async", "set_input_shape", "set_tensor_address", "infer_shapes",
-        "get_tensor_shape", "execute_async_v3",
+        "set_device_memory",
+        "set_optimization_profile_async",
+        "set_input_shape",
+        "set_tensor_address",
+        "infer_shapes",
+        "get_tensor_shape",
+        "execute_async_v3",
     },
     "Builder": {
-        "create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network",
+        "create_network",
+        "create_builder_config",
+        "create_optimization_profile",
+        "build_serialized_network",
     },
     "INetworkDefinition": {"num_inputs", "get_input"},
     "IBuilderConfig": {
-        "set_memory_pool_limit", "builder_optimization_level", "max_aux_streams", "create_timing_cache",
-        "set_timing_cache", "get_timing_cache", "progress_monitor", "add_optimization_profile",
+        "set_memory_pool_limit",
+        "builder_optimization_level",
+        "max_aux_streams",
+        "create_timing_cache",
+        "set_timing_cache",
+        "get_timing_cache",
+        "progress_monitor",
+        "add_optimization_profile",
     },
     "ITimingCache": {"serialize"},
     "IOptimizationProfile": {"set_shape"},
@@ -55,14 +69,26 @@ USED = {
     "ITensor": {"name", "shape"},
     "IProgressMonitor": {"phase_start", "step_complete", "phase_finish"},
     "ILogger": {"log", "Severity", "WARNING", "ERROR", "INTERNAL_ERROR"},
-}  # fmt: skip
+}
 """Class → what we use of it."""
 
 REMOVED = {
-    "EXPLICIT_BATCH", "device_memory_size", "create_execution_context_without_device_memory", "supports_model",
-    "platform_has_fast_int8", "platform_has_fast_fp16", "int8_calibrator", "algorithm_selector", "FP16", "INT8",
-    "set_tactic_sources", "execute_v2", "execute_async_v2", "max_batch_size", "binding_is_input",
-}  # fmt: skip
+    "EXPLICIT_BATCH",
+    "device_memory_size",
+    "create_execution_context_without_device_memory",
+    "supports_model",
+    "platform_has_fast_int8",
+    "platform_has_fast_fp16",
+    "int8_calibrator",
+    "algorithm_selector",
+    "FP16",
+    "INT8",
+    "set_tactic_sources",
+    "execute_v2",
+    "execute_async_v2",
+    "max_batch_size",
+    "binding_is_input",
+}
 """Gone in TensorRT 11, or on their way out."""
 
 STUB = """

@@ -11,8 +11,10 @@ from shared.errors import ERROR_CODES
 from shared.messages import Health
 
 SCHEMAS: Final = (CompletionRequest, Completion, ErrorBody, Model, ModelList, Health)
-ALWAYS: Final = ("bad_request", "unauthorized", "forbidden", "not_found", "method_not_allowed", "too_slow", "too_large",
-                 "queue_full", "headers_too_large", "internal")  # fmt: skip
+ALWAYS: Final = (
+    *("bad_request", "unauthorized", "forbidden", "not_found", "method_not_allowed", "too_slow", "too_large"),
+    *("queue_full", "headers_too_large", "internal"),
+)
 """Codes that any request may be refused with."""
 OF_COMPLETIONS: Final = ("conflict", "unsupported_media", "draining", "timeout", "storage_full")
 KEY: Final = {

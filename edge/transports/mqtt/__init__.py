@@ -1,1 +1,3 @@
-"""The MQTT transport: client, topics, and the retained status messages."""
+"""The MQTT transport: connection, topics, attachments, retained status messages, discovery by Home Assistant. Retries
+and what is owed after a restart are in `edge.delivery`.
+"""

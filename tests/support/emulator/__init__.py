@@ -78,9 +78,17 @@ class Emulator:
         self.launch(kernels.DRAW, (length, b, 1), arguments, backwards)
 
     def commit(
-        self, canvas: Array, fill: Array, rows: Array, ratios: Array, candidates: Array, t: Array,
-        whole_length: int, schedule: int = 0, backwards: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        canvas: Array,
+        fill: Array,
+        rows: Array,
+        ratios: Array,
+        candidates: Array,
+        t: Array,
+        whole_length: int,
+        schedule: int = 0,
+        backwards: bool = False,
+    ) -> None:
         """The second kernel over a canvas (B, L)."""
         b, length = canvas.shape
         arguments = (canvas, fill, rows, ratios, candidates, t, length, ratios.shape[1], whole_length, schedule)

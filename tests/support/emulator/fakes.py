@@ -41,11 +41,15 @@ STALE = b"an engine of another TensorRT"
 PROCESSORS = 8  # as an Orin Nano has, and the major version of its architecture, too
 
 MAKES = {
-    "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease", "cuStreamCreate": "cuStreamDestroy",
-    "cuEventCreate": "cuEventDestroy", "cuModuleLoadData": "cuModuleUnload", "cuMemAlloc": "cuMemFree",
-    "cuMemHostAlloc": "cuMemFreeHost", "cuStreamEndCapture": "cuGraphDestroy",
+    "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease",
+    "cuStreamCreate": "cuStreamDestroy",
+    "cuEventCreate": "cuEventDestroy",
+    "cuModuleLoadData": "cuModuleUnload",
+    "cuMemAlloc": "cuMemFree",
+    "cuMemHostAlloc": "cuMemFreeHost",
+    "cuStreamEndCapture": "cuGraphDestroy",
     "cuGraphInstantiate": "cuGraphExecDestroy",
-}  # fmt: skip
+}
 """Function that makes something → function that must free it."""
 
 

@@ -39,9 +39,16 @@ def test_engine_key_depends_on_every_fact(debug_bundle: Path) -> None:
     base = facts(debug_bundle)
     assert base.key == facts(debug_bundle).key
     changes: list[dict[str, Any]] = [
-        {"graph_sha256": "0" * 64}, {"kernels_sha256": "1" * 64}, {"tensorrt": "10.16.2"}, {"cuda": "13.2"},
-        {"gpu": "Thor"}, {"architecture": "sm_110"}, {"processors": 4}, {"shapes": ((1, 64),)}, {"flags": "other"},
-    ]  # fmt: skip
+        {"graph_sha256": "0" * 64},
+        {"kernels_sha256": "1" * 64},
+        {"tensorrt": "10.16.2"},
+        {"cuda": "13.2"},
+        {"gpu": "Thor"},
+        {"architecture": "sm_110"},
+        {"processors": 4},
+        {"shapes": ((1, 64),)},
+        {"flags": "other"},
+    ]
     assert {name for change in changes for name in change} == set(engines.Facts.__struct_fields__)
     assert len({base.key, *(facts(debug_bundle, **change).key for change in changes)}) == len(changes) + 1
 

@@ -42,9 +42,17 @@ def test_build_request_takes_flags_and_leaves_the_rest_open() -> None:
     request = build_request(command_line().parse_args(["Once", *flags, "--selection", "margin", "--threshold", "0.9"]))
     sent = msgspec.to_builtins(request)
     assert sent == {
-        "type": "generate", "prompt": "Once", "seed": 7, "steps": 8, "temperature": 0.0, "top_p": 0.5, "top_k": 3,
-        "max_tokens": 9, "selection": "margin", "threshold": 0.9,
-    }  # fmt: skip
+        "type": "generate",
+        "prompt": "Once",
+        "seed": 7,
+        "steps": 8,
+        "temperature": 0.0,
+        "top_p": 0.5,
+        "top_k": 3,
+        "max_tokens": 9,
+        "selection": "margin",
+        "threshold": 0.9,
+    }
     assert msgspec.to_builtins(build_request(command_line().parse_args(["x"]))) == {"type": "generate", "prompt": "x"}
 
 

@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 import edge.backends
-from edge.backends import choose_backend, load_backend
+from edge.backends import choose_backend
 from edge.backends.ort import OrtBackend, pool_size
 from edge.backends.trt import engine_cache as engines
 from edge.decoding.types import Backend, LoopBackend
@@ -26,6 +26,7 @@ from shared.manifest import read_manifest
 from shared.messages import GenerateRequest
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.conftest import Exported
+from tests.support.networks import load_backend
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge.decoding.canvas import advance, bucket, commit_step, draw, num_to_commit, rank, unmask, wanted
+from edge.decoding.canvas import advance, bucket, commit_step, draw, num_to_commit, rank, wanted
 from edge.decoding.philox import gumbel
 from edge.decoding.types import Ids, Positions, Row, Sampling, StepResult
 from shared.manifest import Selection
 from shared.schedule import SCHEDULES, ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
-from tests.support.networks import NEVER, Constant, Noise, assert_sound, filled, open_canvas
+from tests.support.networks import NEVER, Constant, Noise, assert_sound, filled, open_canvas, unmask
 
 PLAIN = Sampling(seed=0, steps=1, selection="random", temperature=1.0, top_k=16, top_p=1.0)
 RULES: dict[str, Sampling] = {

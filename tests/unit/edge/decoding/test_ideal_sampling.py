@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from edge.decoding.canvas import unmask
 from edge.decoding.types import Row, Sampling
 from shared.manifest import Selection
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.support.ideal import LENGTHS, PAIRS, VOCAB, Ideal
+from tests.support.networks import unmask
 
 DRAWS = 3000
 CHI_SQUARE_P001 = {3: 16.27, 4: 18.47}

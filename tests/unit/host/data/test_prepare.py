@@ -73,8 +73,10 @@ def test_prepare_keeps_a_story_told_twice_on_one_side(tmp_path: Path) -> None:
     (tmp_path / "twice.txt").write_text("\n\n".join([*STORIES, *STORIES]))
     prepare([str(tmp_path / "twice.txt")], tmp_path / "out", vocab_size=280)
     data = load_data(tmp_path / "out")
-    rows = {name: {row.tobytes() for row in getattr(data, name).take(np.arange(len(getattr(data, name))))}
-            for name in ("train", "valid", "test")}  # fmt: skip
+    rows = {
+        name: {row.tobytes() for row in getattr(data, name).take(np.arange(len(getattr(data, name))))}
+        for name in ("train", "valid", "test")
+    }
     assert all(rows.values())
     assert not rows["train"] & (rows["valid"] | rows["test"])
 

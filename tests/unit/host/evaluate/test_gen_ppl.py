@@ -205,8 +205,13 @@ def test_score_of_a_run_and_of_files_stands_beside_the_data(
         call(evaluate.main, "--samples", samples, "--scorer", scorer_run, "--count", 3, "--source", corpus)
         lines = capsys.readouterr().out.splitlines()
         assert [line[:32].strip() for line in lines] == [
-            "texts", name, "stories", "length in eighths of the canvas,", name, "stories"
-        ]  # fmt: skip
+            "texts",
+            name,
+            "stories",
+            "length in eighths of the canvas,",
+            name,
+            "stories",
+        ]
     assert lines[1][32:] == lines[2][32:]  # the texts are the data themselves
     call(evaluate.main, "--samples", trained, "--scorer", scorer_run, "--count", 2, "--json")
     ours, data = json.loads(capsys.readouterr().out)
@@ -231,8 +236,13 @@ def test_sweep_prints_one_table_and_draws_one_picture(
         assert f" {one:.3f}/{two:.3f}/{three:.3f} " in line
     assert all(2 <= p.steps <= 3 for p in points if p.setting.strength == "2 steps")  # ends may wait for a third
     assert {line[:14].strip() for line in table[2:-1]} == {
-        "random", "confidence", "margin", "entropy", "threshold", "entropy bound"
-    }  # fmt: skip
+        "random",
+        "confidence",
+        "margin",
+        "entropy",
+        "threshold",
+        "entropy bound",
+    }
     assert matplotlib.image.imread(run / sweep.PICTURE).shape == (800, 900, 4)
 
 
@@ -331,5 +341,6 @@ def test_scorer_without_its_tokenizer_is_refused(
     (judge / TOKENIZER).unlink()
     code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--scorer", judge)
     assert (code, sentence) == (
-        65, f"{judge / TOKENIZER} is missing, or not the tokenizer that the run was trained with"
-    )  # fmt: skip
+        65,
+        f"{judge / TOKENIZER} is missing, or not the tokenizer that the run was trained with",
+    )

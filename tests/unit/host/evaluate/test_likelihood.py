@@ -42,8 +42,10 @@ def test_evaluate_takes_the_run_s_own_validation_stories(trained: Path, capsys: 
     assert found.graph == "torch fp32"
     assert found.source == "stories, valid split"
     assert found.stories == 4
-    spelled = sum(len(f"{n} had a {t}. The {t} was red. {n} was happy.") for n, t in
-                  [("Tom", "ball"), ("Tom", "dog"), ("Tom", "cake"), ("Tom", "tree")])  # fmt: skip
+    spelled = sum(
+        len(f"{n} had a {t}. The {t} was red. {n} was happy.")
+        for n, t in [("Tom", "ball"), ("Tom", "dog"), ("Tom", "cake"), ("Tom", "tree")]
+    )
     assert abs(found.text_bytes - spelled) <= 8  # names and things are of about one length
     bits = found.nelbo_nats_per_token.value * found.text_tokens / math.log(2) / found.text_bytes
     assert found.bits_per_byte.value == pytest.approx(bits)

@@ -52,9 +52,16 @@ def batch(
     length_step: int = 1,
 ) -> Batch:
     return make_batch(
-        stories(), 5, seed=3, batch_size=ROWS, micro_size=micro_size, mixture={objective: 1.0},
-        settings=Settings(schedule, weighting), share=share, length_step=length_step,
-    )  # fmt: skip
+        stories(),
+        5,
+        seed=3,
+        batch_size=ROWS,
+        micro_size=micro_size,
+        mixture={objective: 1.0},
+        settings=Settings(schedule, weighting),
+        share=share,
+        length_step=length_step,
+    )
 
 
 def loss_and_gradients(model: Denoiser, made: Batch, fused: bool) -> tuple[float, Tensor]:
@@ -238,11 +245,17 @@ def test_loss_of_a_pass_without_masks_is_zero(fused: bool) -> None:
 def test_batch_of_fewer_stories_than_processes_leaves_some_without() -> None:
     shares = [
         make_batch(
-            stories(), 5, seed=3, batch_size=2, micro_size=ROWS, mixture={"canvas": 1.0}, settings=Settings(),
+            stories(),
+            5,
+            seed=3,
+            batch_size=2,
+            micro_size=ROWS,
+            mixture={"canvas": 1.0},
+            settings=Settings(),
             share=(rank, 3),
         )
         for rank in range(3)
-    ]  # fmt: skip
+    ]
     assert [len(share.parts) for share in shares] == [1, 1, 0]
     assert len({share.tokens for share in shares}) == 1
 

@@ -129,9 +129,16 @@ def test_mixed_batch_is_the_sum_of_its_objectives_on_any_number_of_processes() -
 
     def loss(micro_size: int, share: tuple[int, int], length_step: int) -> tuple[float, int]:
         made = make_batch(
-            split, 1, seed=2, batch_size=20, micro_size=micro_size, mixture=mixture, settings=SETTINGS,
-            share=share, length_step=length_step,
-        )  # fmt: skip
+            split,
+            1,
+            seed=2,
+            batch_size=20,
+            micro_size=micro_size,
+            mixture=mixture,
+            settings=SETTINGS,
+            share=share,
+            length_step=length_step,
+        )
         return sum(float(WeightedLoss(model, fused=False)(part)) for part in made.parts), made.tokens
 
     with torch.no_grad():

@@ -186,8 +186,9 @@ def test_resume_on_data_with_another_tokenizer_is_refused(
     (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(tmp_path / "other")}))
     code, sentence = refusal(capsys, train.main, "--resume", run, "--steps", 90)
     assert (code, sentence) == (
-        65, f"{tmp_path / 'other'} holds other data than {run} was trained on: prepare it again from that text"
-    )  # fmt: skip
+        65,
+        f"{tmp_path / 'other'} holds other data than {run} was trained on: prepare it again from that text",
+    )
 
 
 def test_resume_of_a_checkpoint_of_another_tokenizer_is_refused(

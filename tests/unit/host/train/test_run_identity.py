@@ -80,9 +80,7 @@ def test_load_run_refuses_another_tokenizer_in_the_run_folder(
     if spoil == "replaced":
         shutil.copyfile(other / TOKENIZER, run / TOKENIZER)
     code, sentence = refusal(capsys, main, *(str(flag).format(run=run) for flag in flags))
-    assert (code, sentence) == (
-        65, f"{run / TOKENIZER} is missing, or not the tokenizer that the run was trained with"
-    )  # fmt: skip
+    assert (code, sentence) == (65, f"{run / TOKENIZER} is missing, or not the tokenizer that the run was trained with")
     assert not Path(f"{run}-bundle").exists()
 
 
@@ -94,5 +92,6 @@ def test_data_of_a_run_prepared_again_from_other_text_are_refused(
     (run / CONFIG_FILE).write_text(json.dumps(config | {"data": str(other)}))
     code, sentence = refusal(capsys, main, *(str(flag).format(run=run) for flag in flags))
     assert (code, sentence) == (
-        65, f"{other} holds other data than {run} was trained on: prepare it again from that text"
-    )  # fmt: skip
+        65,
+        f"{other} holds other data than {run} was trained on: prepare it again from that text",
+    )

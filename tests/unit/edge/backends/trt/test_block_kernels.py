@@ -23,9 +23,14 @@ pytestmark = pytest.mark.proof(
 
 NO_READING = np.zeros(1, kernels.READING)
 LAWS = [
-    Law(7, 1.0, 64, 1.0, 3), Law(8, 0.8, 5, 1.0, 3), Law(9, 0.0, 64, 1.0, 3), Law(10, 1.3, 64, 0.7, 3),
-    Law(11, 1e-38, 64, 1.0, 3), Law(12, 2.0, 64, 1e-6, 3), Law(13, 1.0, 1, 1.0, 3),
-]  # fmt: skip
+    Law(7, 1.0, 64, 1.0, 3),
+    Law(8, 0.8, 5, 1.0, 3),
+    Law(9, 0.0, 64, 1.0, 3),
+    Law(10, 1.3, 64, 0.7, 3),
+    Law(11, 1e-38, 64, 1.0, 3),
+    Law(12, 2.0, 64, 1e-6, 3),
+    Law(13, 1.0, 1, 1.0, 3),
+]
 
 
 def record(law: Law, **fields: Any) -> NDArray[Any]:

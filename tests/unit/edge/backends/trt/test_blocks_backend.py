@@ -133,9 +133,13 @@ Parts = Sequence[list[int] | int]
 PROMPTS: list[tuple[Parts, bool]] = [([], True), ([[7, 8, 9]], True), ([list(range(10, 40))], True)]
 GAPS: list[tuple[Parts, bool]] = [([[7, 8], 6, [9, 10, 11], 4, [12]], False), ([5, [9, 10], 3], False)]
 LAWS = [
-    Law(1, 0.8, 64, 1.0, 3), Law(2, 1.0, 5, 1.0, 1), Law(3, 0.0, 64, 1.0, 3), Law(4, 1.3, 64, 0.7, 3),
-    Law(5, 0.9, 1, 1.0, 2), Law(6, 1.0, 64, 1.0, 0),
-]  # fmt: skip
+    Law(1, 0.8, 64, 1.0, 3),
+    Law(2, 1.0, 5, 1.0, 1),
+    Law(3, 0.0, 64, 1.0, 3),
+    Law(4, 1.3, 64, 0.7, 3),
+    Law(5, 0.9, 1, 1.0, 2),
+    Law(6, 1.0, 64, 1.0, 0),
+]
 
 
 def writing_of(parts: Parts, open_end: bool, law: Law) -> Writing:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from edge import doctor
-from edge.backends import load_backend
 from edge.backends.trt import backend as trt
 from edge.backends.trt import build_process
 from edge.backends.trt import engine_builder as build_engine
@@ -26,6 +25,7 @@ from shared.manifest import Manifest, read_manifest
 from tests.support.emulator import Emulator
 from tests.support.emulator.builder import BuildingTensorRT
 from tests.support.emulator.fakes import PROCESSORS, STALE, FakeDriver, Result
+from tests.support.networks import load_backend
 
 pytestmark = pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")
 

@@ -26,9 +26,22 @@ def test_access_without_a_token_is_for_this_machine(host: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["", "evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.nip.io", "192.168.1.9:8080",
-     "0.0.0.0", "[::]", "[fe80::1]", "localhost:80:80", "127.0.0.1@evil.example", "localhost ", "2130706433"],
-)  # fmt: skip
+    [
+        "",
+        "evil.example",
+        "evil.example:8080",
+        "localhost.evil.example",
+        "127.0.0.1.nip.io",
+        "192.168.1.9:8080",
+        "0.0.0.0",
+        "[::]",
+        "[fe80::1]",
+        "localhost:80:80",
+        "127.0.0.1@evil.example",
+        "localhost ",
+        "2130706433",
+    ],
+)
 def test_access_without_a_token_refuses_other_names(host: str) -> None:
     assert refused(Access(None), {"host": host}) == "forbidden"
     with pytest.raises(RequestError):

@@ -128,7 +128,7 @@ def test_connection_that_reads_late_gets_every_answer(dial: Callable[..., socket
         ),
         (CHUNKED + b"zz\r\n", 400, "bad_request"),
     ],
-)  # fmt: skip
+)
 def test_connection_what_is_no_request_is_refused_and_closed(
     dial: Callable[..., socket.socket], request_: bytes, status: int, code: str
 ) -> None:
