@@ -4,11 +4,12 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: deploy/install.sh [--lan] [--http] [--dry-run]   install, or upgrade; a second run changes nothing
+usage: deploy/install.sh [--lan] [--http] [--images] [--dry-run]   install, or upgrade; a second run changes nothing
        deploy/install.sh --uninstall [--purge] [--dry-run]
 
   --lan        allow a broker in the local network, not only on this machine
   --http       serve HTTP on 127.0.0.1:8080, too (edgelm-http.socket); an upgrade keeps it
+  --images     take pictures, with Pillow, too; an upgrade keeps it
   --dry-run    print what would be done, and do nothing
   --uninstall  remove service, program and caches; keep settings, state, bundles and the group
   --purge      with --uninstall: remove settings, state, bundles and the group, too
@@ -31,7 +32,7 @@ readonly OPT=/opt/edgelm ETC=/etc/edgelm UNITS=/etc/systemd/system GROUP=edgelm 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly here
 python=${PYTHON:-python3}
-lan='' http='' dry='' uninstall='' purge=''
+lan='' http='' images='' dry='' uninstall='' purge=''
 umask 022
 
 fail() {
@@ -99,8 +100,8 @@ detect_machine() {
     if [[ -r /etc/nv_tegra_release ]]; then
         release=$(sed -n 's/^# R\([0-9]*\) .*/\1/p' /etc/nv_tegra_release)
         case $release in
-            36) jetpack=6 extras='[cuda12]' ;;
-            38 | 39) jetpack=7 extras='[cuda13]' ;;
+            36) jetpack=6 extras=cuda12 ;;
+            38 | 39) jetpack=7 extras=cuda13 ;;
             *) fail "/etc/nv_tegra_release names L4T R$release: JetPack 6 (R36) or newer is needed" ;;
         esac
     fi
@@ -109,7 +110,9 @@ detect_machine() {
     else
         extras=''
     fi
-    [[ ! $http ]] || extras="[web${extras:+,${extras//[\[\]]/}}]"
+    [[ ! $http ]] || extras=web${extras:+,$extras}
+    [[ ! $images ]] || extras=images${extras:+,$extras}
+    extras=${extras:+[$extras]}
     say "${jetpack:+Jetson with JetPack $jetpack, }Python $("$python" -c 'import platform; print(platform.python_version())'), TensorRT $tensorrt"
     [[ ! $jetpack || $visible ]] ||
         say "without TensorRT the model runs on the CPU: apt install python3-libnvinfer, then run this again"
@@ -212,6 +215,7 @@ install_it() {
     local before='' changed=''
     check_machine
     [[ ! -e $UNITS/edgelm-http.socket ]] || http=yes
+    ! compgen -G "$OPT/current/lib/python3*/site-packages/PIL" >/dev/null || images=yes
     detect_machine
     name_release
     before=$(cat "$OPT/settled" 2>/dev/null || cat "$OPT/unsettled" 2>/dev/null || true)
@@ -312,6 +316,7 @@ for argument in "$@"; do
     case $argument in
         --lan) lan=yes ;;
         --http) http=yes ;;
+        --images) images=yes ;;
         --dry-run) dry=yes ;;
         --uninstall) uninstall=yes ;;
         --purge) purge=yes ;;
@@ -324,5 +329,6 @@ for argument in "$@"; do
 done
 [[ ! $uninstall || ! $lan ]] || fail "--lan cannot be combined with --uninstall"
 [[ ! $uninstall || ! $http ]] || fail "--http cannot be combined with --uninstall"
+[[ ! $uninstall || ! $images ]] || fail "--images cannot be combined with --uninstall"
 [[ $uninstall || ! $purge ]] || fail "--purge needs --uninstall"
 if [[ $uninstall ]]; then uninstall_it; else install_it; fi

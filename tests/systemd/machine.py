@@ -54,7 +54,7 @@ def fetch_wheels(folder: Path) -> None:
     """What the installation takes from the package index, for this system's Python."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    wanted += project["project"]["optional-dependencies"]["web"]
+    wanted += [one for extra in ("web", "images") for one in project["project"]["optional-dependencies"][extra]]
     version = subprocess.check_output([PYTHON, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], text=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     for_python = ["--python-version", version.strip(), "--only-binary=:all:", "--dest", str(folder)]

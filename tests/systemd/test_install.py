@@ -33,6 +33,17 @@ def test_install_takes_the_pinned_packages_and_leaves_the_training_host_out(devi
     assert device.run(PYTHON, "-c", "import edge, host", check=False).stderr.endswith("No module named 'host'\n")
 
 
+def test_install_decodes_pictures_where_asked_and_keeps_it(device: Machine) -> None:
+    pillow = (PYTHON, "-c", "import PIL; print(PIL.__version__)")
+    assert device.run(*pillow, check=False).stderr.endswith("No module named 'PIL'\n")
+    device.run(INSTALL, "--images", environment=OFFLINE)
+    assert f"pillow=={device.run(*pillow).stdout.strip()};" in Path("deploy/constraints.txt").read_text()
+    assert "is installed and runs already" in device.run(INSTALL, environment=OFFLINE).stdout
+    device.write("/srv/checkout/edge/pictured.py", ["# another release"])
+    device.run(INSTALL, environment=OFFLINE)
+    assert device.run(*pillow).returncode == 0 and ask(device)["status"] == "ok"
+
+
 def test_install_links_the_command_but_not_over_somebody_elses(device: Machine) -> None:
     command = device.root / "usr/local/bin/edgelm"
     assert str(command.readlink()) == "/opt/edgelm/current/bin/edgelm"

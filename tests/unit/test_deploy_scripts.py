@@ -35,6 +35,7 @@ def test_deploy_scripts_help_says_how(script: Path) -> None:
     [
         (["--frobnicate"], "unknown argument --frobnicate"),
         (["--uninstall", "--lan"], "--lan cannot be combined"),
+        (["--uninstall", "--images"], "--images cannot be combined"),
         (["--purge"], "--purge needs"),
     ],
 )
@@ -48,13 +49,27 @@ def test_installer_names_a_missing_python() -> None:
     assert done.returncode == 1 and "no-such-python is not installed" in done.stderr
 
 
-def test_installer_dry_run_prints_every_step_and_does_none() -> None:
+def steps_of_a_dry_run(*flags: str) -> list[str]:
     python = "/usr/bin/python3"
     if not Path(python).exists() or run(python, "-c", "import ensurepip, venv").returncode:
         pytest.skip(f"{python} cannot make virtual environments")
-    done = run(DEPLOY / "install.sh", "--dry-run", PYTHON=python)
+    done = run(DEPLOY / "install.sh", "--dry-run", *flags, PYTHON=python)
     assert done.returncode == 0, done.stderr
-    steps = [line for line in done.stdout.splitlines() if line.startswith("would run: ")]
+    return [line for line in done.stdout.splitlines() if line.startswith("would run: ")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "extras"),
+    [((), ""), (("--http",), "web"), (("--images",), "images"), (("--http", "--images"), "images,web")],
+)
+def test_installer_asks_for_what_the_flags_need(flags: tuple[str, ...], extras: str) -> None:
+    (installed,) = (step for step in steps_of_a_dry_run(*flags) if " pip install " in step)
+    asked = installed.replace("\\", "").rpartition("edgelm-source")[2]
+    assert asked == (f"[{extras}]" if extras else "")
+
+
+def test_installer_dry_run_prints_every_step_and_does_none() -> None:
+    steps = steps_of_a_dry_run()
     for step in (
         "-m venv /opt/edgelm/releases/",
         "groupadd --system edgelm",
