@@ -7,7 +7,6 @@ from typing import Final, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -16,16 +15,12 @@ from host.data.shards import DataFolder
 from host.data.tokenizer import load_tokenizer
 from host.data.words import COUNTED_STORIES, ContentWords
 from host.model.conditions import PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS, Condition
+from host.train.picture_changes import changed
 from shared.tokens import FIRST_TEXT_ID
 
 PICTURES_ALONE: Final = 0.45  # of the stories, where there are pictures
 WORDS_ALONE: Final = 0.45  # the others have both
-SHIFT: Final = 0.12  # of half the picture
-SCALES: Final = (0.8, 1.25)  # of what is seen, against the whole
-TURN: Final = 0.2  # radians
-TINT: Final = 0.25
 Item = TypeVar("Item")
-GREY: Final = 0.05  # of the pictures lose their colours
 
 
 @dataclass(frozen=True)
@@ -67,13 +62,18 @@ class Conditioner:
         forms = [form for concept in concepts for form in self.forms_of(concept)]
         return self.condition(words, self.shown(concepts, rng)), self.places(canvas, [*words, *forms])
 
-    def show(self, canvas: Tensor, rng: np.random.Generator) -> Condition | None:
-        """A picture of a concept that a story (L,) tells of, and the first of its words; None where it has none."""
-        concepts = self.draw_concepts(text_of(self.tokenizer, canvas.numpy()), 1, rng)
+    def show(self, canvases: Tensor, rng: np.random.Generator) -> list[Condition]:
+        """Of stories (n, L) a picture of a concept that each tells of, and the first of its words; without those that
+        tell of none."""
+        texts = [text_of(self.tokenizer, canvas) for canvas in canvases.numpy()]
+        drawn = [concept for text in texts for concept in self.draw_concepts(text, 1, rng)]
+        shown = [(concept, self.shown((concept,), rng, moved=False)) for concept in drawn]
+        concepts = [concept for concept, pixels in shown if len(pixels)]
         if not concepts:
-            return None
-        shown = self.shown(concepts, rng)
-        return self.condition([self.forms_of(concepts[0])[0]], shown) if len(shown) else None
+            return []
+        pixels = changed(torch.cat([pixels for _, pixels in shown]), rng)
+        first = [self.forms_of(concept)[0] for concept in concepts]
+        return [self.condition([word], one) for word, one in zip(first, pixels.split(1), strict=True)]
 
     def forms_of(self, concept: int) -> tuple[str, ...]:
         """The words that count as a concept."""
@@ -103,7 +103,7 @@ class Conditioner:
     def shown(
         self, concepts: Sequence[int], rng: np.random.Generator, style: str | None = None, moved: bool = True
     ) -> Tensor:
-        """A random picture of each concept, slightly moved, scaled, turned and tinted, or as it is.
+        """A random picture of each concept, changed by chance (`picture_changes`), or as it is.
 
         style: None for those to train on; a concept that the style lacks is left out. → (n, 3, 64, 64) in 0 … 1
         """
@@ -118,7 +118,7 @@ class Conditioner:
         if not chosen:
             return torch.zeros(0, 3, PICTURE_SIZE, PICTURE_SIZE)
         pixels = torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).float() / 255
-        return moved_and_tinted(pixels, rng) if moved else pixels
+        return changed(pixels, rng) if moved else pixels
 
     def tokens_of(self, word: str) -> list[int]:
         """A word as it stands inside a sentence."""
@@ -134,23 +134,6 @@ def text_of(tokenizer: Tokenizer, canvas: np.ndarray) -> str:
     """The text of a canvas (L,)."""
     text: str = tokenizer.decode(canvas[canvas >= FIRST_TEXT_ID].tolist())
     return text
-
-
-def moved_and_tinted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Each picture shifted, scaled, turned and mirrored a little by chance, its colours mixed a little; on white."""
-    n = len(pixels)
-    turn, scale = rng.uniform(-TURN, TURN, n), rng.uniform(*SCALES, n)
-    mirrored = np.where(rng.random(n) < 0.5, -1.0, 1.0)
-    shift = rng.uniform(-SHIFT, SHIFT, (n, 2))
-    cosine, sine = scale * np.cos(turn), scale * np.sin(turn)
-    rows = np.stack([cosine * mirrored, -sine, shift[:, 0], sine * mirrored, cosine, shift[:, 1]], 1)
-    matrix = torch.from_numpy(rows.reshape(n, 2, 3).astype(np.float32))
-    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
-    ink = F.grid_sample(1 - pixels, grid, align_corners=False)  # zeros outside: white
-    mix = np.eye(3) + rng.uniform(-TINT / 2, TINT / 2, (n, 3, 3))
-    mix[rng.random(n) < GREY] = 1 / 3
-    mixed = torch.einsum("nij,njhw->nihw", torch.from_numpy(mix.astype(np.float32)), ink)
-    return 1 - mixed.clamp(0, 1)
 
 
 def conditioner_of(data: DataFolder, pictures: Path | None) -> Conditioner:

@@ -19,8 +19,8 @@ class Drawer(Protocol):
     def draw(self, canvas: Tensor, rng: np.random.Generator) -> tuple[Condition, Tensor] | None:
         """Of a story (L,), with the positions (L,) bool of what it names; None where there is nothing to name."""
 
-    def show(self, canvas: Tensor, rng: np.random.Generator) -> Condition | None:
-        """A picture of a concept of a story (L,), and its word; None where it tells of none."""
+    def show(self, canvases: Tensor, rng: np.random.Generator) -> list[Condition]:
+        """Of stories (n, L) a picture of a concept of each, and its word; without those that tell of none."""
 
 
 @dataclass(frozen=True)

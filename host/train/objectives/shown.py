@@ -12,6 +12,6 @@ def examples(x0: Tensor, rng: np.random.Generator, settings: Settings) -> list[E
     """x0 (n, L); stories that tell of no concept are left out. No row of the text is scored."""
     assert settings.conditioner is not None
     none = torch.zeros(0, dtype=torch.long)
-    shown = [settings.conditioner.show(story, rng) for story in x0]
     rows = causal(x0[:1, :1])
-    return [Example(rows, none, none, none.float(), none, 1, condition=one) for one in shown if one is not None]
+    shown = settings.conditioner.show(x0, rng)
+    return [Example(rows, none, none, none.float(), none, 1, condition=one) for one in shown]

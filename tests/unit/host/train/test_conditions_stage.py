@@ -19,7 +19,7 @@ from host.model.conditions import PICTURE_SIZE, Given
 from host.train import trainer as train
 from host.train.batches import make_batch
 from host.train.checkpoint import BEST, LAST, load_model
-from host.train.conditioner import conditioner_of, moved_and_tinted, text_of
+from host.train.conditioner import conditioner_of, text_of
 from host.train.logging import LOG_FILE, read_log
 from host.train.objectives import Settings, conditioned
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
@@ -118,19 +118,6 @@ def test_conditions_batches_are_a_function_of_seed_and_step(data: Path, pictures
     assert not torch.equal(given[2][0].tokens, given[0][0].tokens)
     pairs = zip(made[0].parts, given[0], strict=True)
     assert all(one is not None and len(part.rows.tokens) == len(one.tokens) for part, one in pairs)
-
-
-def test_pictures_are_moved_a_little_and_stay_on_white() -> None:
-    square = torch.ones(200, 3, PICTURE_SIZE, PICTURE_SIZE)
-    square[:, 1:, 24:40, 24:40] = 0  # red
-    moved = moved_and_tinted(square, np.random.default_rng(0))
-    assert moved.min() >= 0 and moved.max() <= 1 and (moved[:, :, 0, 0] == 1).all()
-    ink = 1 - moved
-    assert len({float(one.sum()) for one in ink}) == 200
-    columns = torch.arange(PICTURE_SIZE, dtype=torch.float)
-    middle = (ink.sum((1, 2)) * columns).sum(1) / ink.sum((1, 2, 3))
-    assert 20 < middle.min() < 30 < 34 < middle.max() < 44
-    assert (ink[:, 1:].sum((1, 2, 3)) > ink[:, :1].sum((1, 2, 3))).float().mean() > 0.9  # red still
 
 
 @pytest.mark.slow
