@@ -42,6 +42,7 @@ VARIABLES: Final[dict[str, str]] = {
     "EDGELM_MQTT_TLS_CERT": "mqtt.tls_cert",
     "EDGELM_MQTT_TLS_KEY": "mqtt.tls_key",
     "EDGELM_MQTT_BASE_TOPIC": "mqtt.base_topic",
+    "EDGELM_MQTT_POOL": "mqtt.pool",
     "EDGELM_HOMEASSISTANT_DISCOVERY": "homeassistant.discovery",
     "EDGELM_HOMEASSISTANT_PREFIX": "homeassistant.prefix",
     "EDGELM_HTTP_LISTEN": "http.listen",
@@ -60,6 +61,10 @@ _DEVICE: Final = "1 to 64 letters, digits, `.`, `_` and `-`, the first a letter 
 _PREFIX: Final = "a topic that ends in `/`, without `+`, `#` and control characters, and that does not begin with `$`"
 _BASE: Final = "topic levels such as `home/edgelm`, without `+`, `#` and control characters, that do not begin with `$`"
 Device = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description=_DEVICE)]
+TOPIC_LEVELS: Final = frozenset(
+    ("availability", "claim", "info", "metrics", "pool", "reply", "request", "response", "state", "stream")
+)
+"""No device and no pool may be called so: its topics, or a broker's rules for them, would cover others."""
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
 _LEVEL: Final = r"[^/+#\x00-\x1f\x7f-\x9f]+"
 BaseTopic = Annotated[str, Meta(pattern=rf"^(?!\$){_LEVEL}(/{_LEVEL})*\Z", max_length=64, description=_BASE)]
@@ -125,6 +130,8 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
       without it the service takes /etc/edgelm/mqtt.cert.
     tls_key: its private key, without a passphrase; goes with `tls_cert`. The service takes /etc/edgelm/mqtt.key.
     base_topic: what all topics begin with, BASE/DEVICE/….
+    pool: a name that devices share: each also takes requests from BASE/pool/NAME/request/generate, of which the broker
+      (MQTT 5) gives each to one of them.
     reply_prefixes: a request's `response_topic` must begin with one of these; without any, with BASE/reply/.
     """
 
@@ -136,6 +143,7 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tls_cert: Path | None = None
     tls_key: Path | None = None
     base_topic: BaseTopic = "edgelm"
+    pool: Device | None = None
     reply_prefixes: tuple[ReplyPrefix, ...] = ()
 
 
@@ -221,6 +229,13 @@ def load_config(
         raise ConfigError("mqtt.tls_cert and mqtt.tls_key go together: give both or neither")
     if config.mqtt.tls_cert is not None and config.mqtt.ca_file is None:
         raise ConfigError("mqtt.tls_cert needs mqtt.ca_file, which turns TLS on")
+    for key, name in (("device", config.device), ("mqtt.pool", config.mqtt.pool)):
+        if name in TOPIC_LEVELS:
+            raise ConfigError(
+                f"{key} cannot be {name!r}, which is a level of the topics themselves: choose another name"
+            )
+    if config.mqtt.pool is not None and config.mqtt.host is None:
+        raise ConfigError("mqtt.pool needs mqtt.host: a pool's requests come through its broker")
     return config
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+from edge.delivery import claims
 from edge.system.locked import Locked
 from shared.errors import ConfigError, RequestError
 
@@ -143,11 +144,12 @@ class Journal:
         deadline_s: float | None,
         accepted_s: float | None = None,
         pictures: Mapping[bytes, bytes] = NO_PICTURES,
+        claim: bytes | None = None,
     ) -> int:
-        """Store a request.  → its number. Raises RequestError `storage_full`.
+        """Store a request.  → its number. Raises RequestError `storage_full`; for a `claim`, see claims.add.
 
         client: counts against its share of the file. accepted_s: Unix time, now by default. pictures: files by hash,
-        each kept once while requests without an answer show it.
+        each kept once while requests without an answer show it. claim: what it is claimed by in a pool of devices.
         """
         self._make_room(client)
         came_s = time.time() if accepted_s is None else accepted_s
@@ -158,6 +160,8 @@ class Journal:
                 done = db.execute(f"INSERT INTO request ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                 db.executemany("INSERT OR IGNORE INTO picture VALUES (?, ?)", pictures.items())
                 db.executemany("INSERT INTO shown VALUES (?, ?)", [(done.lastrowid, digest) for digest in pictures])
+                if claim is not None and done.lastrowid is not None:
+                    claims.add(db, claim, done.lastrowid, self._now_s())
         except sqlite3.OperationalError:  # the disk is full, or fails
             raise storage_full("the disk has no room to keep this request safe") from None
         assert done.lastrowid is not None
@@ -191,6 +195,27 @@ class Journal:
             ended = [(now, seq) for seq in (*(seq for (seq,) in numbers), *given_up)]
             db.executemany(f"UPDATE request SET {closed} WHERE seq = ?", ended)
 
+    def is_taken(self, key: bytes) -> bool:
+        """Whether another device of the pool answers what has that key."""
+        with self._db as db:
+            return claims.is_taken(db, key)
+
+    def judge(self, heard: Iterable[tuple[bytes, bool]]) -> list[tuple[claims.Outcome, int | None]]:
+        """What claims, each a key and whether it is our own, mean for the requests here: see claims.judge."""
+        now_s = self._now_s()
+        with self._transaction() as db:
+            return [claims.judge(db, key, own, now_s) for key, own in heard]
+
+    def unsettled(self) -> list[tuple[bytes, int, bytes, bytes | None]]:
+        """The requests whose claim has not come back, oldest first: see claims.unsettled."""
+        with self._db as db:
+            return list(claims.unsettled(db))
+
+    def win_all(self) -> None:
+        """All that was claimed here is answered here."""
+        with self._transaction() as db:
+            db.execute("UPDATE claim SET won = 1 WHERE seq IS NOT NULL")
+
     def pictures(self, seq: int) -> dict[bytes, bytes]:
         """The pictures of a request without an answer, by hash."""
         query = "SELECT sha256, content FROM picture JOIN shown USING (sha256) WHERE seq = ?"
@@ -211,6 +236,7 @@ class Journal:
         """Delete answers that were delivered, or given up, more than KEEP_S ago."""
         with suppress(sqlite3.Error), self._transaction() as db:  # a full disk
             db.execute("DELETE FROM request WHERE delivered_s < ?", (self._now_s() - KEEP_S,))
+            claims.prune(db, self._now_s() - 2 * KEEP_S)  # their owners keep an answer for a day from its delivery
 
     def computing(self, numbers: Iterable[int]) -> None:
         """Record which requests are being computed: survives a crash of the process, and needs no sync."""
@@ -302,7 +328,7 @@ def _open(path: Path) -> sqlite3.Connection:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
             raise sqlite3.DatabaseError(f"it is of version {version}, this release makes version {_VERSION}")
-        db.executescript(_SCHEMA)
+        db.executescript(_SCHEMA + claims.SCHEMA)
         db.execute(f"PRAGMA user_version = {_VERSION}")
     except sqlite3.Error:
         db.close()

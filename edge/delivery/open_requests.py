@@ -13,7 +13,7 @@ class Sender:
 
     client: unit of fair queueing and namespace of ids: a name, or, for a request on a plain topic, the first levels of
     its reply topic, which contain a `/`. reliable: sent at QoS 1, so the broker keeps it until `acknowledge` is called,
-    and delivers few others before.
+    and delivers few others before. pooled: sent to a pool of devices, of which one answers.
     """
 
     client: str
@@ -21,6 +21,7 @@ class Sender:
     correlation: bytes | None
     reliable: bool
     acknowledge: Callable[[], None]
+    pooled: bool = False
 
 
 @dataclass(eq=False)

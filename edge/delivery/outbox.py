@@ -18,8 +18,9 @@ from edge.delivery.direct import DIRECT, DirectRequests
 from edge.delivery.journal import MAX_ATTEMPTS, Entry, Journal
 from edge.delivery.open_requests import OpenRequest, OpenRequests, Sender, conflict
 from edge.delivery.pictures import put_aside, put_back
-from edge.delivery.publisher import Message, Outcomes, Publisher, Send
-from edge.delivery.reply_limits import ReplyLimits
+from edge.delivery.pool import Claim, Member, Pool
+from edge.delivery.publisher import Outcomes, Publisher, Send
+from edge.delivery.replies import Replies
 from edge.serving.runs import Plan
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Heartbeat
@@ -49,17 +50,19 @@ class Outbox:
     """Accepts requests for a scheduler and delivers their answers.
 
     send: see Publisher. show: publishes a snapshot (client, id, correlation data, partial). Both must return at once;
-    they are for MQTT. direct: accepts the requests of clients that wait on a connection.
+    they are for MQTT. member: of a pool of devices. direct: accepts the requests of clients that wait on a connection.
     """
 
     def __init__(
         self,
         journal: Journal,
         scheduler: Scheduler,
+        *,
         send: Send = lambda connection, message: None,
         show: Callable[[str, str, bytes | None, Partial], None] = lambda client, id, correlation, partial: None,
+        member: Member | None = None,
     ) -> None:
-        self.limits = ReplyLimits(on_drop=lambda: scheduler.requests.note_lost(dropped=1))
+        self.replies = Replies(scheduler, lambda m: self._work.put(lambda: self._publisher.add_reply(m)))
         self._journal = journal
         self._scheduler = scheduler
         self._show = show
@@ -69,14 +72,17 @@ class Outbox:
         self._stopping = False
         self._unstored: list[tuple[int, bytes]] = []  # this and all below belong to the thread
         self._publisher = Publisher(journal, send)
+        self._pool = Pool(member, journal, opened=self._open, replies=self.replies, publisher=self._publisher)
         self._pruned_s = float("-inf")
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self.heartbeat = Heartbeat(self._thread)
 
     def start(self) -> None:
         """Queue undelivered answers, resume unfinished requests, and begin to serve."""
+        self._pool.start()
         for seq in self._journal.undelivered():
-            self._publisher.add_answer(seq)
+            if seq not in self._pool.unsettled:
+                self._publisher.add_answer(seq)
         for entry in self._journal.unfinished():
             self._resume(entry)
         self._journal.computing([])
@@ -102,20 +108,26 @@ class Outbox:
         opened = OpenRequest(sender.client, sender.address, request.id, sender.correlation, digest)
         if (arriving := self._open.arrive(opened, sender.acknowledge)) is not None:
             if arriving.payload_sha256 != digest:
-                self.refuse(sender, conflict(request.id), request.id)
+                self.replies.refuse(sender, conflict(request.id), request.id)
             return
+        key = self._pool.key(sender, request.id)
         try:
             known = None if request.id is None else self._journal.find(sender.client, sender.address, request.id)
-            whole = request if known is not None else attached(request)
+            taken = known is None and key is not None and self._journal.is_taken(key)
+            whole = request if taken or known is not None else attached(request)
         except Exception:
             self._open.leave(opened)
             raise
         if known is not None:
             self._open.leave(opened)
             if known.payload_sha256 != digest:
-                self.refuse(sender, conflict(request.id), request.id)
+                self.replies.refuse(sender, conflict(request.id), request.id)
             else:
                 self._repeat(known, sender)
+            return
+        if taken and key is not None:
+            self._open.leave(opened)
+            self._pool.tell_owner(key, digest, sender)
             return
         bounds = [s for s in (within_s, _seconds(request.deadline_ms)) if s is not None]
         deadline_s = time.time() + min(bounds) if bounds else None
@@ -134,7 +146,10 @@ class Outbox:
                 bundle=self._scheduler.model,
                 deadline_s=deadline_s,
                 pictures=pictures,
+                claim=key,
             )
+            if key is not None:
+                self._pool.claim(seq, key, digest, sender.correlation)
             for acknowledge in (sender.acknowledge, *self._open.add(seq, opened)):
                 acknowledge()
             return seq
@@ -145,7 +160,7 @@ class Outbox:
             elif isinstance(message, Response):
                 again = self._open.leave(opened)
                 if not (sender.reliable and _is_draining(message)):
-                    self.reply(sender, lambda: encode(message))
+                    self.replies.reply(sender, lambda: encode(message))
                     for acknowledge in again:
                         acknowledge()
 
@@ -158,34 +173,14 @@ class Outbox:
         """
         self._open.cancel(client, address, id)
 
-    def refuse(self, sender: Sender, error: RequestError, id: str | None) -> None:
-        """Answer with an error that is not stored."""
-
-        def refusal() -> bytes:
-            self._scheduler.requests.note(code=error.code, id=id, client=sender.client)
-            return encode(error_response(error, id))
-
-        self.reply(sender, refusal)
-
-    def reply(self, sender: Sender, payload: Callable[[], bytes], seq: int | None = None) -> None:
-        """Send a reply that is stored nowhere, or the answer of number `seq` again, and acknowledge the request.
-
-        payload: called only if ReplyLimits allow the reply; in a flood most are dropped.
-        """
-        if not self.limits.take(sender.client, sender.reliable):
-            sender.acknowledge()
-            return
-
-        def done() -> None:
-            self.limits.give_back()
-            sender.acknowledge()
-
-        message = Message(sender.address, sender.correlation, payload(), seq, done=done)
-        self._work.put(lambda: self._publisher.add_reply(message))
+    def hear_claim(self, claim: Claim, correlation: bytes | None, acknowledge: Callable[[], None]) -> None:
+        """A device of the pool claims a request, perhaps this one. Acknowledged once that is stored."""
+        self._work.put(lambda: self._pool.hear(claim, correlation, acknowledge))
 
     def connected(self, connection: int, receive_maximum: int) -> None:
         """A connection is up. receive_maximum: unacknowledged messages that the broker takes."""
         self._work.put(lambda: self._publisher.connected(connection, receive_maximum))
+        self._work.put(self._pool.connected)
 
     def lost(self) -> None:
         """The connection is gone, with everything that was not acknowledged."""
@@ -205,6 +200,9 @@ class Outbox:
 
     def _repeat(self, known: Entry, sender: Sender) -> None:
         """A request was sent again: send its answer now, or once it is computed."""
+        if known.seq in self._pool.unsettled:
+            sender.acknowledge()
+            return
         opened = self._open.get(known.seq)
         if opened is not None:
             opened.correlation = sender.correlation
@@ -212,7 +210,7 @@ class Outbox:
             return
         entry = known if known.answer is not None else self._journal.entry(known.seq)  # perhaps answered since
         if entry is not None and (answer := entry.answer) is not None:
-            self.reply(sender, lambda: answer, known.seq)
+            self.replies.reply(sender, lambda: answer, known.seq)
 
     def _resume(self, entry: Entry) -> None:
         opened = OpenRequest(entry.client, entry.address, entry.id, entry.correlation)
@@ -272,7 +270,7 @@ class Outbox:
         ):
             self.direct.tell(seq, reply)
         elif isinstance(reply, Partial):
-            if opened.id is not None:
+            if opened.id is not None and seq not in self._pool.unsettled:
                 self._show(opened.client, opened.id, opened.correlation, reply)
         elif isinstance(reply, Response) and not _is_draining(reply):
             self._work.put(lambda: self._unstored.append((seq, encode(reply))))
@@ -285,6 +283,7 @@ class Outbox:
                 with self.heartbeat:
                     self._do(work)
                     self._store()
+                    self._pool.settle()
                     self._publisher.pump()
                     if time.monotonic() - self._pruned_s > PRUNE_S:
                         self._pruned_s = time.monotonic()
@@ -309,7 +308,7 @@ class Outbox:
             self._work.get()()
 
     def _timeout_s(self) -> float:
-        if self._unstored or self._publisher.outcomes:
+        if self._unstored or self._publisher.outcomes or self._pool.unjudged:
             return RETRY_S
         next_s = self._publisher.next_s
         return PRUNE_S if next_s is None else max(0.0, next_s - time.monotonic())
@@ -338,7 +337,7 @@ class Outbox:
             self._open.remove(seq)
             if seq in direct:
                 self.direct.answered(seq, payload)
-            else:
+            elif seq not in self._pool.unsettled:
                 self._publisher.add_answer(seq)
 
 

@@ -90,6 +90,11 @@ class Publisher:
         return not self._in_flight and (self._connection is None or not (self._answers or self._replies))
 
     @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection."""
+        return self._connection is not None
+
+    @property
     def next_s(self) -> float | None:
         """When the next refused answer is due again, on the monotonic clock."""
         return self._delayed[0][0] if self._delayed else None

@@ -60,7 +60,7 @@ class Heard:
 
 
 class Asker:
-    """Clients of one connection, which stays, and which now and then ask for what they know already.
+    """Clients of one connection, which stays, and which now and then ask for what they know already. base: of topics.
 
     They ask for nothing new while MOST are without an answer, and for nothing again before the broker has acknowledged
     that they asked: clients that do not wait for a busy broker end its service without any misfortune.
@@ -71,14 +71,15 @@ class Asker:
     """Topics that a request is sent below: the plain one, and three clients' own."""
     MAX_CORRELATION_BYTES: Final = 1024
 
-    def __init__(self, port: int, heard: Heard, seed: int) -> None:
+    def __init__(self, port: int, heard: Heard, seed: int, base: str = BASE) -> None:
         self.asked: dict[str, bytes] = {}  # id → payload
         self.sent_again = 0
         self._sent: dict[str, tuple[float, MQTTMessageInfo]] = {}  # id → when last, and whether that is acknowledged
         self._heard = heard
+        self._base = base
         self._random = random.Random(seed)
         self._client = Client(CallbackAPIVersion.VERSION2, "asker", protocol=MQTTProtocolVersion.MQTTv5)
-        self._client.on_connect = lambda client, *_: client.subscribe(f"{BASE}/response/#", qos=1)
+        self._client.on_connect = lambda client, *_: client.subscribe(f"{base}/response/#", qos=1)
         self._client.on_message = self._on_message
         self._client.reconnect_delay_set(1, 1)
         self._client.connect_async("127.0.0.1", port, clean_start=False)
@@ -122,7 +123,7 @@ class Asker:
         if self._random.random() < 0.3:
             carried.CorrelationData = self._random.randbytes(self._random.randrange(self.MAX_CORRELATION_BYTES))
         client = self.CLIENTS[zlib.crc32(id.encode()) % len(self.CLIENTS)]
-        info = self._client.publish(f"{BASE}/request/generate{client}", payload, qos=1, properties=carried)
+        info = self._client.publish(f"{self._base}/request/generate{client}", payload, qos=1, properties=carried)
         self._sent[id] = (time.monotonic(), info)
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:

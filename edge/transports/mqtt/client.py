@@ -12,6 +12,13 @@
     info                        out  QoS 1   retained: version, bundle, limits, JSON schema of the requests
     metrics                     out  QoS 0   retained: counters, every minute
 
+With `mqtt.pool`, the same below BASE/pool/NAME/, for all devices of the pool:
+
+    request/generate[/CLIENT]   in   QoS 1   shared: the broker hands each to one device
+    request/cancel[/CLIENT]     in   QoS 0   to all of them
+    claim                       both QoS 1   which device answers an id: see edge/delivery/pool.py
+    response[/CLIENT]/<id>      out  QoS 1
+
 With `homeassistant.discovery`, also PREFIX/device/edgelm_DEVICE/config (out, retained) and PREFIX/status (in).
 
 Snapshots never share a topic with the answer, because clients such as mosquitto_rr take the first message for it.
@@ -24,14 +31,17 @@ import logging
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from paho.mqtt.client import MQTTMessage
 
 from edge.config import Config
 from edge.delivery.journal import Journal
 from edge.delivery.open_requests import Sender
 from edge.delivery.outbox import Outbox
+from edge.delivery.pool import Claim, Member
 from edge.delivery.publisher import Message, MessageTooLargeError
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Sign
@@ -60,6 +70,17 @@ KINDS: Final = (
 """Of requests, with what follows in their topics, and the QoS of their subscription."""
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A message with the topics, of the device or of a pool, and the client that it belongs to. pooled: our pool's."""
+
+    message: MQTTMessage
+    acknowledge: Callable[[], None]
+    topics: Topics
+    client: str | None
+    pooled: bool = False
+
+
 class MqttTransport:
     """Serves a scheduler through the configured broker. Raises ConfigError for files that cannot be used."""
 
@@ -67,6 +88,7 @@ class MqttTransport:
         self._config = config.mqtt
         self._scheduler = scheduler
         self._topics = topics = Topics.of(config)
+        self._pool = None if config.mqtt.pool is None else topics.pool(config.mqtt.pool)
         self._attachments = Attachments()
         self._discovery = Discovery(config, topics, self._retain)
         self._link = Link(
@@ -76,10 +98,12 @@ class MqttTransport:
                 *((topics.own("request", kind) + end, qos) for kind, ends, qos in KINDS for end in ends),
                 *self._discovery.subscriptions,
             ],
+            pool=[] if self._pool is None else self._pool.subscriptions,
             availability=topics.own("availability"),
             events=self,
         )
-        self._outbox = Outbox(Journal(config.state), scheduler, self._send, self._show)
+        member = None if self._pool is None else Member(config.device, self._pool.own("claim"))
+        self._outbox = Outbox(Journal(config.state), scheduler, send=self._send, show=self._show, member=member)
         self._status = Status(scheduler, config.queue_size, publish=self._publish, announce=self._discovery.announce)
 
     @property
@@ -154,28 +178,51 @@ class MqttTransport:
             acknowledge()
 
     def _serve(self, message: MQTTMessage, acknowledge: Callable[[], None]) -> None:
-        if (attachment := self._topics.parse_attachment(message.topic)) is not None:
-            self._attach(message, *attachment, acknowledge)
+        topics, pooled = self._topics, False
+        if (pool := topics.pool_of(message.topic)) is not None:
+            topics = topics.pool(pool)
+            pooled = topics == self._pool
+            if not pooled:  # left since: what the broker has given us is answered
+                self._link.unsubscribe([topic for topic, _ in topics.subscriptions])
+            if message.topic == topics.own("claim"):
+                self._hear_claim(message, pooled, acknowledge)
+                return
+        if (attachment := topics.parse_attachment(message.topic)) is not None:
+            client, name = attachment
+            self._attach(_Request(message, acknowledge, topics, client), name)
             return
-        parsed = self._topics.parse(message.topic)
+        parsed = topics.parse(message.topic)
         if parsed is None:  # no reply is possible
-            self._outbox.limits.drop()
+            self._outbox.replies.limits.drop()
             acknowledge()
             return
         kind, client = parsed
+        request = _Request(message, acknowledge, topics, client, pooled)
         if kind == "generate":
-            self._generate(message, client, acknowledge)
+            self._generate(request)
         elif kind == "cancel":
-            self._cancel(message, client, acknowledge)
+            self._cancel(request)
         else:
-            sender, error = self._sender(message, client, topic=None, id="health", acknowledge=acknowledge)
+            sender, error = self._sender(request, topic=None, id="health")
             if error is not None:
-                self._outbox.refuse(sender, error, None)
+                self._outbox.replies.refuse(sender, error, None)
             else:
-                self._outbox.reply(sender, lambda: encode(self._scheduler.health()))
+                self._outbox.replies.reply(sender, lambda: encode(self._scheduler.health()))
 
-    def _generate(self, message: MQTTMessage, client: str | None, acknowledge: Callable[[], None]) -> None:
-        payload = bytes(message.payload)
+    def _hear_claim(self, message: MQTTMessage, pooled: bool, acknowledge: Callable[[], None]) -> None:
+        correlation: bytes | None = sent_with(message, "CorrelationData")
+        try:
+            claim = msgspec.json.decode(message.payload, type=Claim)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            claim = None
+        if claim is None or not pooled or message.qos == 0 or len(correlation or b"") > MAX_CORRELATION_BYTES:
+            self._outbox.replies.limits.drop()
+            acknowledge()
+            return
+        self._outbox.hear_claim(claim, correlation, acknowledge)
+
+    def _generate(self, asked: _Request) -> None:
+        payload = bytes(asked.message.payload)
         request: GenerateRequest | None = None
         bad: RequestError | None = None
         try:
@@ -183,65 +230,57 @@ class MqttTransport:
         except RequestError as error:
             bad = error
         topic, id = (None, id_of(payload)) if request is None else (request.response_topic, request.id)
-        sender, misplaced = self._sender(message, client, topic=topic, id=id, acknowledge=acknowledge)
+        sender, misplaced = self._sender(asked, topic=topic, id=id)
         refusal = bad or misplaced
         if request is not None and refusal is None:
             try:
-                expiry_s = sent_with(message, "MessageExpiryInterval")
-                self._outbox.accept(sender, request, expiry_s, lambda r: self._attachments.attached(client, r))
+                expiry_s = sent_with(asked.message, "MessageExpiryInterval")
+                self._outbox.accept(sender, request, expiry_s, lambda r: self._attachments.attached(asked.client, r))
             except RequestError as error:
                 refusal = error
             except Exception:  # such as a journal that cannot be read: reported to the sender
                 log.exception("a request could not be accepted")
                 refusal = RequestError("internal", "the daemon failed on this request; its log has the details")
         if refusal is not None:
-            self._outbox.refuse(sender, refusal, id)
+            self._outbox.replies.refuse(sender, refusal, id)
 
-    def _attach(self, message: MQTTMessage, client: str | None, name: str, acknowledge: Callable[[], None]) -> None:
+    def _attach(self, asked: _Request, name: str) -> None:
         try:
             if not self._scheduler.loaded.takes_conditions:
                 raise RequestError("bad_request", "this device takes no pictures with the bundle that it serves")
-            self._attachments.put(client, name, bytes(message.payload))
+            self._attachments.put(asked.client, name, bytes(asked.message.payload))
         except RequestError as error:
-            sender, _ = self._sender(message, client, topic=None, id=name, acknowledge=acknowledge)
-            self._outbox.refuse(sender, error, name)
+            sender, _ = self._sender(asked, topic=None, id=name)
+            self._outbox.replies.refuse(sender, error, name)
             return
-        acknowledge()
+        asked.acknowledge()
 
-    def _cancel(self, message: MQTTMessage, client: str | None, acknowledge: Callable[[], None]) -> None:
-        payload = bytes(message.payload)
+    def _cancel(self, asked: _Request) -> None:
+        payload = bytes(asked.message.payload)
         try:
             request = decode_cancel(payload)
         except RequestError as error:
             id = id_of(payload)
-            sender, _ = self._sender(message, client, topic=None, id=id, acknowledge=acknowledge)
-            self._outbox.refuse(sender, error, id)
+            sender, _ = self._sender(asked, topic=None, id=id)
+            self._outbox.replies.refuse(sender, error, id)
             return
-        topic: str | None = sent_with(message, "ResponseTopic")
-        self._outbox.cancel(client, request.id, request.response_topic if topic is None else topic)
-        acknowledge()
+        topic: str | None = sent_with(asked.message, "ResponseTopic")
+        self._outbox.cancel(asked.client, request.id, request.response_topic if topic is None else topic)
+        asked.acknowledge()
 
-    def _sender(
-        self,
-        message: MQTTMessage,
-        client: str | None,
-        *,
-        topic: str | None,
-        id: str | None,
-        acknowledge: Callable[[], None],
-    ) -> tuple[Sender, RequestError | None]:
+    def _sender(self, asked: _Request, *, topic: str | None, id: str | None) -> tuple[Sender, RequestError | None]:
         """The sender of a message, and what is wrong with its reply topic or correlation data, if anything.
 
         topic: for the answer, unless the message's properties name one.
         """
-        named: str | None = sent_with(message, "ResponseTopic")
-        address, refusal = self._topics.address(topic if named is None else named, client, id)
-        correlation: bytes | None = sent_with(message, "CorrelationData")
+        named: str | None = sent_with(asked.message, "ResponseTopic")
+        address, refusal = asked.topics.address(topic if named is None else named, asked.client, id)
+        correlation: bytes | None = sent_with(asked.message, "CorrelationData")
         if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
             limit = f"correlation data may have {MAX_CORRELATION_BYTES} bytes; this message has {len(correlation)}"
             correlation, refusal = None, RequestError("too_large", limit)
-        name = self._topics.sender(address) if client is None else client
-        return Sender(name, address, correlation, message.qos > 0, acknowledge), refusal
+        name = asked.topics.sender(address) if asked.client is None else asked.client
+        return Sender(name, address, correlation, asked.message.qos > 0, asked.acknowledge, asked.pooled), refusal
 
     def _send(self, connection: int, message: Message) -> int | None:
         carried = answer_properties(message.payload, message.correlation)

@@ -63,11 +63,19 @@ class Events(Protocol):
 class Link:
     """Keeps a connection to the configured broker. Raises ConfigError for files that cannot be used.
 
-    topics: what to subscribe to, with the QoS. availability: the topic of the last will.
+    topics: what to subscribe to, with the QoS. pool: the same, where the broker has shared subscriptions. availability:
+    the topic of the last will.
     """
 
     def __init__(
-        self, config: MqttConfig, device: str, *, topics: list[tuple[str, int]], availability: str, events: Events
+        self,
+        config: MqttConfig,
+        device: str,
+        *,
+        topics: list[tuple[str, int]],
+        pool: list[tuple[str, int]],
+        availability: str,
+        events: Events,
     ) -> None:
         assert config.host is not None
         self.broker = f"{config.host}:{config.port}"
@@ -77,6 +85,8 @@ class Link:
         self._host = config.host
         self._password = read_password(config)
         self._topics = topics
+        self._pool = pool
+        self._pool_is_off = False
         self._availability = availability
         self._events = events
         self._version = MQTTProtocolVersion.MQTTv5
@@ -148,6 +158,12 @@ class Link:
         except (RuntimeError, ValueError) as error:  # the connection broke just now
             log.warning("%s", error)
             return False
+
+    def unsubscribe(self, topics: list[str]) -> None:
+        """Have the broker hand on no more of them."""
+        client = self._client
+        if client is not None:
+            client.unsubscribe(topics)
 
     def close(self, last_availability: bytes, timeout_s: float) -> None:
         """Publish a last availability and disconnect; the broker keeps undelivered messages."""
@@ -248,14 +264,28 @@ class Link:
             self._max_packet_bytes = getattr(carried, "MaximumPacketSize", sys.maxsize)
             self._receive_maximum = getattr(carried, "ReceiveMaximum", 0xFFFF)
             unretained = SubscribeOptions.RETAIN_DO_NOT_SEND
-            modern = [(topic, SubscribeOptions(qos=qos, retainHandling=unretained)) for topic, qos in self._topics]
-            client.subscribe(modern if self.modern else self._topics)
+            topics = self._wanted(carried)
+            modern = [(topic, SubscribeOptions(qos=qos, retainHandling=unretained)) for topic, qos in topics]
+            client.subscribe(modern if self.modern else topics)
+
+    def _wanted(self, carried: Properties | None) -> list[tuple[str, int]]:
+        if not self._pool or (self.modern and getattr(carried, "SharedSubscriptionAvailable", True)):
+            return [*self._topics, *self._pool]
+        if not self._pool_is_off:
+            self._pool_is_off = True
+            why = "does not allow" if self.modern else "speaks MQTT 3.1.1 alone, which lacks"
+            log.error(
+                "broker %s %s shared subscriptions: this device takes no requests of `mqtt.pool`, only its own",
+                self.broker,
+                why,
+            )
+        return self._topics
 
     def _on_subscribe(
         self, client: Client, userdata: Any, mid: int, reasons: list[ReasonCode], carried: Properties | None
     ) -> None:
         # Only now: a client that sees `online` may rely on the subscription.
-        topics = (topic for topic, _ in self._topics)
+        topics = (topic for topic, _ in (*self._topics, *self._pool))
         refused = next(((t, reason) for t, reason in zip(topics, reasons, strict=False) if reason.is_failure), None)
         if refused is not None:
             self._complain(f"broker {self.broker} refuses to hand on {refused[0]}: {refused[1]}")

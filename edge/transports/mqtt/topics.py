@@ -1,7 +1,7 @@
 """Topics below BASE/DEVICE/: parsing, permitted reply topics, and the payload of requests."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, cast
 
 from edge.config import Config
@@ -21,7 +21,7 @@ RequestKind = Literal["generate", "cancel", "health"]
 
 @dataclass(frozen=True)
 class Topics:
-    """The topics of one device.
+    """The topics of one device, or of a pool.
 
     A request on `request/KIND/CLIENT` belongs to CLIENT, and everything about it stays below CLIENT's topics: where the
     broker lets each user write only to its own request topics, clients are isolated. The plain `request/KIND` does not
@@ -37,6 +37,22 @@ class Topics:
         """Those of the settings."""
         mqtt = config.mqtt
         return cls(mqtt.base_topic, config.device, mqtt.reply_prefixes or (f"{mqtt.base_topic}/reply/",))
+
+    def pool(self, name: str) -> "Topics":
+        """Those of a pool, BASE/pool/NAME/…, which are as a device's."""
+        return replace(self, device=f"pool/{name}")
+
+    @property
+    def subscriptions(self) -> list[tuple[str, int]]:
+        """What a device of a pool subscribes to, with the QoS; the shared group has the pool's name."""
+        group = self.device.rpartition("/")[2]
+        shared = [(f"$share/{group}/{self.own('request', 'generate')}{end}", 1) for end in ("", "/+")]
+        return [(self.own("claim"), 1), *((self.own("request", "cancel") + end, 0) for end in ("", "/+")), *shared]
+
+    def pool_of(self, topic: str) -> str | None:
+        """The pool that a topic belongs to, if any."""
+        root = f"{self.base}/pool/"
+        return topic[len(root) :].partition("/")[0] if topic.startswith(root) else None
 
     def own(self, *levels: str | None) -> str:
         """BASE/DEVICE/LEVELS; levels that are None or not valid in a topic are left out."""
