@@ -171,6 +171,29 @@ def test_broker_example_lets_home_assistant_find_and_ask_a_device(
     assert '"type":"metrics"' in said(watching)
 
 
+def test_broker_example_lets_clients_ask_a_pool_each_in_its_own_name(
+    broker: Broker, certificates: Path, start_daemon: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text("edge01-pw\n")
+    login = {"MQTT_USERNAME": "edge01", "MQTT_PASSWORD_FILE": str(tmp_path / "password")}
+    login |= {"MQTT_CA_FILE": str(certificates / "ca.pem"), "DEVICE": "edge01", "MQTT_POOL": "kitchen"}
+    daemon = start_daemon("--mqtt", broker.address, **login)
+    until(lambda: "mqtt connected" in daemon.log.read_text(), "the connection")
+    pool = "edgelm/pool/kitchen"
+    watching = {
+        user: tool(broker, certificates, "mosquitto_sub", user, "-t", f"{pool}/#", "-t", "nothing", "-v", "-W", "4")
+        for user in ("bob", "edge02")
+    }
+    request = ["-t", f"{pool}/request/generate/alice", "-m", '{"id": "1", "prompt": "Once", "max_tokens": 4}']
+    answer = ["-e", f"{pool}/response/alice/1", "-W", "2"]
+    assert "status" not in said(tool(broker, certificates, "mosquitto_rr", "bob", *request, *answer))
+    claim = f"{'1' * 32}"  # of nothing: only that it is handed on matters
+    said(tool(broker, certificates, "mosquitto_pub", "alice", "-t", f"{pool}/claim", "-m", claim))
+    assert json.loads(said(tool(broker, certificates, "mosquitto_rr", "alice", *request, *answer)))["status"] == "ok"
+    heard = {user: said(process) for user, process in watching.items()}
+    assert not any(f"{pool}/" in text for text in heard.values())
+
+
 def test_broker_example_lets_no_device_speak_for_another(broker: Broker, certificates: Path, daemon: Daemon) -> None:
     watching = tool(broker, certificates, "mosquitto_sub", "alice", "-t", "edgelm/+/availability", "-v", "-W", "2")
     assert watching.stdout is not None

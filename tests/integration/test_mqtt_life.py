@@ -27,9 +27,9 @@ Listen = Callable[..., Listener]
 def serve(broker: Broker, listen: Listen, start_daemon: StartDaemon) -> StartDaemon:
     """Start a daemon named `dev` on the broker, or what stands before it, and wait until it says it is online."""
 
-    def start(backend: str = "fake", address: str | None = None) -> Daemon:
+    def start(backend: str = "fake", address: str | None = None, **settings: str) -> Daemon:
         watcher = listen(broker, AVAILABILITY)
-        daemon = start_daemon("--mqtt", address or broker.address, backend=backend, DEVICE="dev")
+        daemon = start_daemon("--mqtt", address or broker.address, backend=backend, DEVICE="dev", **settings)
         while watcher.next(AVAILABILITY).payload != b"online":
             pass
         return daemon
@@ -181,6 +181,20 @@ def test_mqtt_old_broker_is_served_in_its_own_version(serve: StartDaemon, broker
     while listener.next(AVAILABILITY).payload != b"offline":
         pass
     assert old.refused == 1 and "refuses MQTT 5; using 3.1.1" in daemon.log.read_text()
+    old.close()
+
+
+def test_mqtt_old_broker_has_no_pool_and_serves_the_devices_own_topics(
+    serve: StartDaemon, broker: Broker, listen: Listen
+) -> None:
+    old = OldBroker(broker.port)
+    daemon = serve(address=old.address, MQTT_POOL="kitchen")
+    listener = listen(broker)
+    listener.publish(REQUEST, {"id": "1", "prompt": "x"})
+    assert json.loads(listener.next("edgelm/dev/response/1").payload)["status"] == "ok"
+    sentence = "speaks MQTT 3.1.1 alone, which lacks shared subscriptions: this device takes no requests of `mqtt.pool`"
+    assert daemon.log.read_text().count(sentence) == 1
+    daemon.close()
     old.close()
 
 

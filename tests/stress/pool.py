@@ -90,8 +90,8 @@ class Devices:
 
     def bring_back(self, everyone: bool = False) -> None:
         """Start those that were away long enough."""
-        for name, back_s in sorted(self._back_s.items()):
-            if everyone or time.monotonic() > back_s:
+        for name in self._random.sample(sorted(self._back_s), len(self._back_s)):
+            if everyone or time.monotonic() > self._back_s[name]:
                 del self._back_s[name]
                 self._running[name] = self._start(name)
 
@@ -109,6 +109,7 @@ def run(
 ) -> Report:
     """Ask and kill until all is asked, and wait for the answers."""
     rng = random.Random(seed)
+    most = min(Asker.MOST, max(10, requests // 10))
     with tempfile.TemporaryDirectory(prefix="pool-") as name:
         broker = Broker(Path(name), "max_queued_messages 0").start()
         heard = Heard()
@@ -117,7 +118,7 @@ def run(
         try:
             strike_s, progress_s, answered = time.monotonic() + 1, time.monotonic(), 0
             while (len(asker.asked) < requests or asker.open) and time.monotonic() < progress_s + SETTLE_S:
-                if len(asker.asked) < requests and len(asker.open) < Asker.MOST:
+                if len(asker.asked) < requests and len(asker.open) < most:
                     request = {"prompt": "Once upon a time " * rng.randrange(1, 4), "max_tokens": rng.randrange(1, 30)}
                     asker.ask(f"r{len(asker.asked)}", request)
                     if kill and rng.random() < 0.1:

@@ -132,6 +132,23 @@ def test_config_bad_setting_is_named_with_its_file(tmp_path: Path, text: str, na
     assert caught.value.exit_code == 78
 
 
+@pytest.mark.parametrize("name", ["pool", "reply", "request", "response", "stream", "state", "claim"])
+def test_config_level_of_the_topics_names_no_device_and_no_pool(tmp_path: Path, name: str) -> None:
+    for text, key in ((f'device = "{name}"', "device"), (f'[mqtt]\nhost = "h"\npool = "{name}"', "mqtt.pool")):
+        with pytest.raises(ConfigError, match=f"{key} cannot be '{name}', which is a level of the topics"):
+            load_config(write(tmp_path, text), environ={})
+
+
+def test_config_pool_is_a_name_and_needs_a_broker() -> None:
+    named = {"EDGELM_MQTT_POOL": "kitchen", "EDGELM_MQTT_HOST": "h"}
+    assert load_config(environ=named).mqtt.pool == "kitchen"
+    with pytest.raises(ConfigError, match=r"mqtt\.pool needs mqtt\.host"):
+        load_config(environ={"EDGELM_MQTT_POOL": "kitchen"})
+    for bad in ("a/b", "+", "#", "$share", "a b", "x" * 65):
+        with pytest.raises(ConfigError, match=r"EDGELM_MQTT_POOL: `mqtt\.pool` must be 1 to 64 letters"):
+            load_config(environ=named | {"EDGELM_MQTT_POOL": bad})
+
+
 def test_config_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
         load_config(tmp_path / "none.toml", environ={})

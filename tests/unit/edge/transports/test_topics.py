@@ -31,6 +31,17 @@ def test_topics_mean_the_same_below_any_base(base: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["edgelm", "home/stories/upstairs"])
+def test_topics_of_a_pool_are_as_a_devices(base: str) -> None:
+    found = topics(base).pool("kitchen")
+    assert found.parse(f"{base}/pool/kitchen/request/generate/alice") == ("generate", "alice")
+    assert found.address(None, "alice", "1") == (f"{base}/pool/kitchen/response/alice/1", None)
+    assert found.address(f"{base}/pool/kitchen/claim", None, "1")[1] is not None
+    assert (f"$share/kitchen/{base}/pool/kitchen/request/generate/+", 1) in found.subscriptions
+    assert topics(base).pool_of(f"{base}/pool/kitchen/claim") == "kitchen"
+    assert topics(base).pool_of(f"{base}/dev/request/generate") is None
+
+
+@pytest.mark.parametrize("base", ["edgelm", "home/stories/upstairs"])
 def test_topics_tell_senders_apart_by_where_their_answers_go(base: str) -> None:
     found = topics(base)
     assert found.sender(f"{base}/reply/alice/1") == found.sender(f"{base}/reply/alice/2") == f"{base}/reply/alice"
