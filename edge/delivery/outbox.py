@@ -200,12 +200,10 @@ class Outbox:
 
     def _repeat(self, known: Entry, sender: Sender) -> None:
         """A request was sent again: send its answer now, or once it is computed."""
-        if known.seq in self._pool.unsettled:
-            sender.acknowledge()
-            return
         opened = self._open.get(known.seq)
         if opened is not None:
             opened.correlation = sender.correlation
+        if opened is not None or known.seq in self._pool.unsettled:
             sender.acknowledge()
             return
         entry = known if known.answer is not None else self._journal.entry(known.seq)  # perhaps answered since
