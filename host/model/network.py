@@ -68,6 +68,12 @@ def ends_impossible(canvas: Tensor) -> Tensor:
     return position < last_text[:, None]
 
 
+def without(scores: Tensor, never: Tensor) -> Tensor:
+    """Scores (N, V), −inf where a control token cannot stand.  never (N, FIRST_TEXT_ID) bool, or one row for all"""
+    control, text = scores.tensor_split([FIRST_TEXT_ID], dim=1)
+    return torch.cat([control.masked_fill(never, -torch.inf), text], dim=1)
+
+
 def timestep_embedding(t: Tensor, d_model: int) -> Tensor:
     """Sinusoids of 1000·t, always float32: in low precision the phase is lost.  (B,) → (B, D)"""
     half = d_model // 2
@@ -253,9 +259,8 @@ class Denoiser(nn.Module):
 
         hidden (N, D), ends (N,) or one for all, of ANY_END, NO_END, NO_PADDING; True reads as NO_END → (N, V)
         """
-        control, text = self.head(hidden).float().tensor_split([FIRST_TEXT_ID], dim=1)
-        never = self.never_control[ends if isinstance(ends, int) else ends.long()]  # (N or none, FIRST_TEXT_ID)
-        return torch.cat([control.masked_fill(never, -torch.inf), text], dim=1)
+        never = self.never_control[ends if isinstance(ends, int) else ends.long()]
+        return without(self.head(hidden).float(), never)
 
     def draft_logits(self, state: Tensor, ends: Tensor | int) -> Tensor:
         """Scores of a draft, as `logits`, −inf at tokens that cannot be one.  state (N, D) → (N, V)"""

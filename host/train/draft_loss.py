@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from host.model.network import Denoiser
 from host.train.batches import MicroBatch
-from host.train.loss import CHUNK_ROWS, SCORED_ALIGNED
+from host.train.loss import CHUNK_ROWS, SCORED_ALIGNED, autocast_dtype
 from shared.tokens import FIRST_TEXT_ID
 
 CROSS_ENTROPY: Final = 0.1  # of the loss; the rest is TV
@@ -102,8 +102,7 @@ class DraftLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, state: Tensor, drafted: Drafted) -> Tensor:
         """state (M, D) → ()"""
-        d, device = drafted, state.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
+        d, dtype = drafted, autocast_dtype(state)
         head = d.head.to(dtype)
         scores = torch.addmm(d.bias.to(dtype), state.to(dtype), head.T)  # (M, F), overwritten by its own gradient
         loss = torch.zeros((), device=state.device)

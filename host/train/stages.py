@@ -19,7 +19,7 @@ from host.model.drafter import frequent_tokens
 from host.model.network import Denoiser
 from host.train.distributed import Ranks
 from host.train.draft_loss import ChainLoss
-from host.train.loss import WeightedLoss
+from host.train.loss import ChunkedHeadLoss, HeadLoss, WeightedLoss
 from host.train.picture_loss import PictureLoss
 from host.train.run_folder import Stage
 
@@ -62,7 +62,8 @@ def training_loss(model: Denoiser, device: torch.device, ranks: Ranks, stage: St
     The body's loss is one graph for all objectives and steps (`MicroBatch.in_buckets`).
     """
     of_part: dict[Stage, Callable[[Denoiser], nn.Module]] = {"drafter": ChainLoss, "pictures": PictureLoss}
-    loss = of_part[stage](model) if stage in of_part else WeightedLoss(model, fused=device.type == "cpu")
+    read_out = HeadLoss if device.type == "cpu" else ChunkedHeadLoss
+    loss = of_part[stage](model) if stage in of_part else WeightedLoss(model, read_out)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         loss.compile(dynamic=True, fullgraph=stage == "body")

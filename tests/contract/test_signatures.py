@@ -13,14 +13,12 @@ MANY: Final = 5
 POSITIONAL: Final = 2
 
 CALLED_BY_PAHO: Final = "paho-mqtt passes a callback's arguments by position"
-CALLED_BY_AUTOGRAD: Final = "torch.autograd.Function.apply passes its arguments by position"
 EXCEPTIONS: Final = {
     "edge/transports/mqtt/link.py:Link._on_connect": CALLED_BY_PAHO,
     "edge/transports/mqtt/link.py:Link._on_subscribe": CALLED_BY_PAHO,
     "edge/transports/mqtt/link.py:Link._on_disconnect": CALLED_BY_PAHO,
     "edge/transports/mqtt/link.py:Link._on_publish": CALLED_BY_PAHO,
     "host/model/network.py:Denoiser.forward": "model(*rows, cache): the three tensors of a layout, then the cache",
-    "host/train/loss.py:HeadLoss.forward": CALLED_BY_AUTOGRAD,
 }
 """FILE:QUALIFIED NAME → the reason."""
 

@@ -21,7 +21,7 @@ from host.train import loss
 from host.train import trainer as train
 from host.train.batches import make_batch
 from host.train.flops import batch_gflop
-from host.train.loss import WeightedLoss
+from host.train.loss import HeadLoss, WeightedLoss
 from host.train.objectives import Settings
 from tests.support.commands import call, refusal
 
@@ -105,7 +105,7 @@ def test_batch_gflop_is_what_its_matrix_products_do(data: Path, monkeypatch: pyt
     )
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         for part in batch.parts:
-            WeightedLoss(model, fused=True)(part).backward()
+            WeightedLoss(model, HeadLoss)(part).backward()
     assert 0.9 < batch_gflop(shape, batch) * 1e9 / counter.get_total_flops() <= 1.01
 
 

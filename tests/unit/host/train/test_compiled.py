@@ -2,22 +2,25 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from host.data.shards import Split
 from host.model.network import Denoiser, config_named
 from host.train.batches import ROWS_BUCKET, SCORED_BUCKET, SEQUENCES_BUCKET, MicroBatch, make_batch
-from host.train.loss import WeightedLoss
+from host.train.loss import CHUNKS, ChunkedHeadLoss, WeightedLoss
 from host.train.objectives import Settings, parse_mixture
 from host.train.optim import Muon, orthogonalize
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
 
 LENGTH, VOCAB = 136, 64
+WARNS_OF_FUNCTIONS = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does
 WARNS_OF_ITSELF = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # Inductor, as it loads
 MIXTURE: Final = parse_mixture("ar=2,infill,canvas,draft=.5")
 
@@ -72,7 +75,7 @@ def assert_equal_to_eager(compiled: torch.nn.Module, eager: torch.nn.Module, par
 
 
 def test_buckets_change_shapes_and_neither_loss_nor_gradients(network: Denoiser, split: Split) -> None:
-    loss = WeightedLoss(network, fused=False)
+    loss, chunked = WeightedLoss(network), WeightedLoss(network, ChunkedHeadLoss)
     for step in range(4):
         for part in parts(split, step):
             bucketed = part.in_buckets()
@@ -80,13 +83,44 @@ def test_buckets_change_shapes_and_neither_loss_nor_gradients(network: Denoiser,
             assert (b % SEQUENCES_BUCKET, n % ROWS_BUCKET, scored % SCORED_BUCKET) == (0, 0, 0)
             assert bucketed.rows.positions.shape == (b, n) and bucketed.rows.visible.shape == (b, n, n)
             assert_equal_to_eager(loss, loss, part)
+            assert_equal_to_eager(chunked, loss, part)
 
 
+class Largest(TorchDispatchMode):
+    """numel: of the largest tensor of so many columns that any operation makes."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.columns, self.numel = columns, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            if isinstance(one, torch.Tensor) and one.shape[-1:] == (self.columns,):
+                self.numel = max(self.numel, one.numel())
+        return made
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_chunked_loss_never_has_all_scores(network: Denoiser, split: Split, training: bool) -> None:
+    """Of M rows over V tokens an eighth at a time, forward and backward, and in validation."""
+    part = parts(split, 0, batch_size=32)[0].in_buckets()
+    scores = len(part.at) * (VOCAB + 1)
+    network.head = torch.nn.Linear(network.config.d_model, VOCAB + 1)  # no other tensor has so many columns
+    for read_out, most in ((ChunkedHeadLoss, scores // CHUNKS), (None, scores)):
+        with Largest(VOCAB + 1) as largest, torch.set_grad_enabled(training):
+            loss = WeightedLoss(network, read_out)(part)
+            if training:
+                loss.backward()
+        assert largest.numel == most
+
+
+@WARNS_OF_FUNCTIONS
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_loss_is_one_graph_over_200_steps(network: Denoiser, split: Split, fresh_compiler: None) -> None:
     """As Dynamo and AOTAutograd trace it, which decide how many graphs there are; error_on_recompile raises."""
-    eager, loss = WeightedLoss(network, fused=False), WeightedLoss(network, fused=False)
+    eager, loss = WeightedLoss(network), WeightedLoss(network, ChunkedHeadLoss)
     loss.compile(dynamic=True, fullgraph=True, backend="aot_eager")
     shapes = set()
     for step in range(200):
@@ -101,13 +135,14 @@ def test_compiled_loss_is_one_graph_over_200_steps(network: Denoiser, split: Spl
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@WARNS_OF_FUNCTIONS
 @WARNS_OF_ITSELF
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_compiled_loss_of_inductor_has_the_numbers_of_eager(
     network: Denoiser, split: Split, fresh_compiler: None
 ) -> None:
-    eager, loss = WeightedLoss(network, fused=False), WeightedLoss(network, fused=False)
+    eager, loss = WeightedLoss(network), WeightedLoss(network, ChunkedHeadLoss)
     loss.compile(dynamic=True, fullgraph=True)
     for step in range(3):
         for part in parts(split, step):

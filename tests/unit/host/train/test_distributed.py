@@ -140,8 +140,8 @@ def test_compute_seconds_are_those_of_all_processes(data: Path, tmp_path: Path) 
 def test_loss_compiles_whole(data: Path) -> None:
     """As on CUDA: traced without a break, for any batch; here its graph is run as it is."""
     model = Denoiser(config_named("debug"))
-    plain = WeightedLoss(model, fused=False)
-    compiled = torch.compile(WeightedLoss(model, fused=False), backend="aot_eager", fullgraph=True, dynamic=True)
+    plain = WeightedLoss(model)
+    compiled = torch.compile(WeightedLoss(model), backend="aot_eager", fullgraph=True, dynamic=True)
     batch = make_batch(
         load_data(data).train, 0, seed=0, batch_size=12, micro_size=4, mixture={"canvas": 1.0}, settings=Settings()
     )

@@ -139,7 +139,7 @@ def test_mixed_batch_is_the_sum_of_its_objectives_on_any_number_of_processes() -
             share=share,
             length_step=length_step,
         )
-        return sum(float(WeightedLoss(model, fused=False)(part)) for part in made.parts), made.tokens
+        return sum(float(WeightedLoss(model)(part)) for part in made.parts), made.tokens
 
     with torch.no_grad():
         whole, tokens = loss(20, (0, 1), 1)
