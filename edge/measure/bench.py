@@ -200,7 +200,8 @@ def main() -> None:
         packages()  # refuses before the bundle is loaded
     loaded = LoadedBundle.load(args.bundle, args.backend, args.threads)
     if args.peers:
-        beside = measure_peers(loaded, str(args.bundle), args.threads)
+        reference = host_reference(loaded, args.threads)
+        beside = measure_peers(loaded, str(args.bundle), args.threads, reference)
         say(beside, args.json, print_peers)
         return
     if args.condition is not None:

@@ -21,7 +21,7 @@ from msgspec import Struct
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Completion
 from shared.errors import ConfigError
-from shared.manifest import Manifest, ModelSpec
+from shared.manifest import Manifest, ModelSpec, find_graph
 from shared.messages import GenerateRequest
 from shared.tokens import FIRST_TEXT_ID
 
@@ -34,6 +34,9 @@ REQUEST: Final = GenerateRequest(
 )
 QUANTIZATIONS: Final = ("Q8_0", "Q4_0")
 BASE: Final = "llama.cpp Q8_0"
+BYTES: Final = {"llama.cpp Q8_0": 34 / 32, "llama.cpp Q4_0": 18 / 32}
+"""Of a weight: 32 share a scale in FP16."""
+READS: Final = 50
 REST_S: Final = 0.1
 """Before a text, so that no thread of the other runtime still spins."""
 SILENT: Final = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
@@ -44,23 +47,32 @@ Writer = Callable[[int, int, int], None]
 
 
 class Speed(Struct):
-    """A runtime's medians over turns. ratio: its tokens/s over llama.cpp's with Q8_0 in the same turn."""
+    """A runtime's medians over turns. ratio: its tokens/s over llama.cpp's with Q8_0 in the same turn.
+
+    read_gbs: weights that its passes read in a second: all but the embedding's and the drafter's.
+    """
 
     runtime: str
     tokens_per_s: float
     ratio: float
+    read_gbs: float
 
 
 class Turn(NamedTuple):
-    """One seed's texts. rates: tokens/s by runtime."""
+    """One seed's texts. rates, passes: a second, by runtime."""
 
     tokens: int
     same_text: bool
     rates: dict[str, float]
+    passes: dict[str, float]
 
 
 class Peers(Struct):
-    """tokens: median length of the texts. same_texts: turns in which drafts did not change ours."""
+    """tokens: median length of the texts. same_texts: turns in which drafts did not change ours.
+
+    read_peak_gbs: what one core reads of as many bytes as the weights have in INT8. mflop: of a token's products.
+    reference: the machine's matmul peaks, from `host.bench step`; None where the host is not installed.
+    """
 
     bundle: str
     threads: int
@@ -68,6 +80,9 @@ class Peers(Struct):
     tokens: int
     same_texts: int
     speeds: list[Speed]
+    mflop: float
+    read_peak_gbs: float
+    reference: dict[str, float] | None
 
 
 def packages() -> tuple[Any, Any]:
@@ -152,23 +167,34 @@ def llama_writer(llama: Any, file: Path, *, manifest: Manifest, threads: int, cl
 
 def one_turn(loaded: LoadedBundle, windows: Mapping[str, int | None], theirs: Mapping[str, Writer], seed: int) -> Turn:
     """A text by each runtime, ours first: it says how many tokens there are."""
-    texts, rates = list[Completion](), dict[str, float]()
+    texts, rates, passes = list[Completion](), dict[str, float](), dict[str, float]()
     for name, window in windows.items():
         time.sleep(REST_S)
         started = time.perf_counter()
         plan = loaded.prepare(msgspec.structs.replace(REQUEST, window=window, seed=seed))
         texts.append(loaded.run(plan))
-        rates[name] = texts[-1].generated_tokens / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        rates[name], passes[name] = texts[-1].generated_tokens / seconds, texts[-1].steps / seconds
     tokens = texts[0].generated_tokens
     for name, write in theirs.items():
         time.sleep(REST_S)
         started = time.perf_counter()
         write(plan.prompt_tokens + 1, tokens, seed)  # BOS is one
-        rates[name] = tokens / (time.perf_counter() - started)
-    return Turn(tokens, all(np.array_equal(text.canvas, texts[0].canvas) for text in texts), rates)
+        rates[name] = passes[name] = tokens / (time.perf_counter() - started)
+    return Turn(tokens, all(np.array_equal(text.canvas, texts[0].canvas) for text in texts), rates, passes)
 
 
-def measure_peers(loaded: LoadedBundle, bundle: str, threads: int) -> Peers:
+def read_peak(size: int) -> float:
+    """GB/s that one core reads of so many bytes, again and again: the best of some maxima of float32."""
+    numbers, least_s = np.zeros(size // 4, np.float32), float("inf")
+    for _ in range(READS):
+        started = time.perf_counter()
+        numbers.max()
+        least_s = min(least_s, time.perf_counter() - started)
+    return numbers.nbytes / least_s / 1e9
+
+
+def measure_peers(loaded: LoadedBundle, bundle: str, threads: int, reference: dict[str, float] | None) -> Peers:
     """Medians over turns, after one that warms all up. Raises ConfigError."""
     manifest = loaded.manifest
     if loaded.rows is None or manifest.blocks is None:
@@ -182,18 +208,41 @@ def measure_peers(loaded: LoadedBundle, bundle: str, threads: int) -> Peers:
             write_gguf(gguf, file, manifest.model, name)
             theirs[f"llama.cpp {name}"] = llama_writer(llama, file, manifest=manifest, threads=threads, closing=closing)
         turns = [one_turn(loaded, windows, theirs, seed) for seed in range(TURNS + 1)][1:]
+    weights = (
+        12 * manifest.model.d_model**2 * manifest.model.layers + manifest.model.d_model * manifest.model.vocab_size
+    )
+    own_bytes = 1.0 if find_graph(Path(bundle), manifest, "cpu", "step").precision == "int8" else 4.0
     speeds = []
     for name in (*windows, *theirs):
         ratio = statistics.median(turn.rates[name] / turn.rates[BASE] for turn in turns)
-        speeds.append(Speed(name, statistics.median(turn.rates[name] for turn in turns), ratio))
+        read = weights * BYTES.get(name, own_bytes) * statistics.median(turn.passes[name] for turn in turns) / 1e9
+        speeds.append(Speed(name, statistics.median(turn.rates[name] for turn in turns), ratio, read))
     tokens, same = statistics.median_low(turn.tokens for turn in turns), sum(turn.same_text for turn in turns)
-    return Peers(bundle, threads, TURNS, tokens, same, speeds)
+    return Peers(
+        bundle=bundle,
+        threads=threads,
+        turns=TURNS,
+        tokens=tokens,
+        same_texts=same,
+        speeds=speeds,
+        mflop=2 * weights / 1e6,
+        read_peak_gbs=read_peak(weights),
+        reference=reference,
+    )
 
 
 def print_peers(peers: Peers) -> None:
     """The table."""
     print(f"{peers.bundle}, {peers.threads} threads, {peers.turns} turns, {peers.tokens} tokens a text (median)")
     print(f"drafting on and off: the same text in {peers.same_texts} of {peers.turns} turns")
-    print(f"{'':20} {'tokens/s':>9} {'of llama.cpp Q8_0':>18}")
+    print(f"one core reads {peers.read_peak_gbs:.0f} GB/s of as many bytes as the weights have in INT8")
+    int8 = None if peers.reference is None else peers.reference["int8_gflops"]
+    if int8 is not None:
+        print(f"matmul peak, INT8: {int8:.0f} GOP/s; a token's products: {peers.mflop:.1f} MOP")
+    print(
+        f"{'':20} {'tokens/s':>9} {'of llama.cpp Q8_0':>18} {'GB/s read':>10} {'of the peak':>12} {'of INT8 peak':>13}"
+    )
     for s in peers.speeds:
-        print(f"{s.runtime:20} {s.tokens_per_s:9.0f} {s.ratio:18.2f}")
+        reached = "" if int8 is None else f"{s.tokens_per_s * peers.mflop / 1e3 / int8:13.1%}"
+        read = f"{s.read_gbs:6.1f} {s.read_gbs / peers.read_peak_gbs:8.2f}"
+        print(f"{s.runtime:20} {s.tokens_per_s:9.0f} {s.ratio:18.2f} {read} {reached}".rstrip())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge.measure.bench import main
-from edge.measure.peers import QUANTIZATIONS, TOKENS, TURNS, Peers, measure_peers, write_gguf
+from edge.measure.peers import QUANTIZATIONS, TOKENS, TURNS, Peers, Speed, measure_peers, print_peers, write_gguf
 from edge.serving.loaded_bundle import LoadedBundle
 from shared.errors import ConfigError
 from shared.manifest import ModelSpec, read_manifest
@@ -34,7 +34,7 @@ def test_peers_without_a_package_say_how_to_install_it(
 def test_peers_of_a_bundle_without_blocks_are_refused(debug_bundle: Path) -> None:
     loaded = LoadedBundle.load(debug_bundle, "ort", 1)
     with pytest.raises(ConfigError, match=r"times blocks, which debug@.* does not decode by"):
-        measure_peers(loaded, "debug", 1)
+        measure_peers(loaded, "debug", 1, None)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -84,3 +84,17 @@ def test_peers_json_has_every_runtime(blocks_bundle: Path) -> None:
     assert peers.speeds[2].ratio == 1
     assert (peers.threads, peers.turns) == (1, TURNS)
     assert 0 < peers.tokens <= TOKENS
+    assert min(peers.read_peak_gbs, *(speed.read_gbs for speed in peers.speeds)) > 0
+
+
+@pytest.mark.parametrize("reference", [None, {"int8_gflops": 2000.0}], ids=["edge alone", "with the host"])
+def test_peers_table_has_the_peaks_and_the_fractions_reached(
+    reference: dict[str, float] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2,000 tokens/s of 10 MOP each are 20 GOP/s; weights read at 12 GB/s of 48."""
+    speeds = [Speed("ours, drafting on", 2000.0, 0.8, 12.0)]
+    print_peers(Peers("a", 2, 11, 200, 11, speeds, mflop=10.0, read_peak_gbs=48.0, reference=reference))
+    printed = capsys.readouterr().out
+    assert "reads 48 GB/s" in printed and ("INT8: 2000 GOP/s" in printed) == (reference is not None)
+    wanted = ["ours,", "drafting", "on", "2000", "0.80", "12.0", "0.25"] + ["1.0%"] * (reference is not None)
+    assert printed.splitlines()[-1].split() == wanted
