@@ -32,6 +32,7 @@ NUMBERS: Final = (1, 2, 3)  # words, or pictures
 COUNT: Final = 64  # texts of each setting
 TEMPERATURE: Final = 0.8
 WORDS_GIVEN: Final = "words"
+PICTURES_GIVEN: Final = "pictures, trained styles"
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -77,7 +78,8 @@ def evaluate_conditions(
 ) -> ConditionFigures:
     """Ask for what held-out stories tell of, drawn as in training; the law on all of `held_out`, texts for the first.
 
-    Pictures are measured by style, as they are, without the changes of training. on_row: sees each setting when done.
+    Pictures are of any trained style, and of each held-out one, as they are, without the changes of training. on_row:
+    sees each setting when done.
     """
     settings = [
         Settings(seed, temperature=TEMPERATURE, top_k=min(TOP_K, model.config.vocab_size)) for seed in range(count)
@@ -85,12 +87,13 @@ def evaluate_conditions(
     plain = sample_autoregressive(model, settings, dtype=dtype)
     told, laws = [], []
     pictures = conditioner.pictures
-    for style in (None, *(pictures.by_style if pictures is not None else ())):
-        given = WORDS_GIVEN if style is None else f"pictures, {style}"
-        if pictures is not None and style in pictures.meta.held_out:
-            given += " (held out)"
+    kinds: dict[str, Sequence[str] | None] = {WORDS_GIVEN: None}
+    if pictures is not None:
+        kinds[PICTURES_GIVEN] = pictures.trained_styles
+        kinds |= {f"pictures, {style} (held out)": (style,) for style in pictures.meta.held_out}
+    for given, styles in kinds.items():
         for number in numbers:
-            wishes = wishes_of(conditioner, held_out.canvases, number, style=style)
+            wishes = wishes_of(conditioner, held_out.canvases, number, styles=styles)
             laws += [conditional_law(model, held_out, wishes, f"{number} {given}")]
             few = [wish for wish in wishes if wish is not None][:count]
             for guidance in guidances:
@@ -109,17 +112,19 @@ def evaluate_conditions(
     return ConditionFigures(held_out.name, told, laws)
 
 
-def wishes_of(conditioner: Conditioner, canvases: np.ndarray, number: int, *, style: str | None) -> list[Wish | None]:
-    """Of each story (n, L) words, or pictures of a style; None where it has fewer than `number`."""
+def wishes_of(
+    conditioner: Conditioner, canvases: np.ndarray, number: int, *, styles: Sequence[str] | None
+) -> list[Wish | None]:
+    """Of each story (n, L) words, or pictures of these styles; None where it has fewer than `number`."""
     rng, made = np.random.default_rng(SEED), list[Wish | None]()
     for canvas in canvases:
         text = text_of(conditioner.tokenizer, canvas)
-        if style is None:
+        if styles is None:
             words = conditioner.draw_words(text, number, rng)
             wish = Wish(conditioner.condition(words, conditioner.shown((), rng)), words=tuple(map(stem, words)))
         else:
             concepts = conditioner.draw_concepts(text, number, rng)
-            shown = conditioner.shown(concepts, rng, style, moved=False)
+            shown = conditioner.shown(concepts, rng, styles, moved=False)
             wish = Wish(conditioner.condition((), shown), concepts=concepts)
         whole = len(wish.condition.words) + len(wish.condition.pictures) == number
         made.append(wish if whole else None)

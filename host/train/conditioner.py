@@ -101,18 +101,21 @@ class Conditioner:
         return tuple(_drawn(there, [self.concept_weight[concept] for concept in there], count, rng))
 
     def shown(
-        self, concepts: Sequence[int], rng: np.random.Generator, style: str | None = None, moved: bool = True
+        self, concepts: Sequence[int], rng: np.random.Generator, styles: Sequence[str] = (), moved: bool = True
     ) -> Tensor:
         """A random picture of each concept, changed by chance (`picture_changes`), or as it is.
 
-        style: None for those to train on; a concept that the style lacks is left out. → (n, 3, 64, 64) in 0 … 1
+        styles: empty for those to train on; a concept that they lack is left out. → (n, 3, 64, 64) in 0 … 1
         """
         assert self.pictures is not None or not concepts
         chosen = []
         for concept in concepts:
             assert self.pictures is not None
-            styles = self.pictures.trained_styles if style is None else (style,)
-            there = [i for one in styles for i in self.pictures.by_style[one].get(concept, ())]
+            there = [
+                i
+                for one in styles or self.pictures.trained_styles
+                for i in self.pictures.by_style[one].get(concept, ())
+            ]
             if there:
                 chosen.append(self.pictures.pixels[there[int(rng.integers(len(there)))]])
         if not chosen:

@@ -197,7 +197,7 @@ def test_conditions_are_evaluated_and_exported(
     assert {"encode.text", "encode.image", "step.conditioned", "step.guided", "prefill.conditioned"} < roles
     assert [parity.graph for parity in manifest.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]
     assert abs(manifest.law_parity[1].law_ratio - 1) <= 0.005
-    assert {one.given for one in manifest.conditions.asked_for} >= {"words", "pictures, plain"}
+    assert {one.given for one in manifest.conditions.asked_for} >= {"words", "pictures, trained styles"}
     assert all(one.guidance == 1.5 for one in manifest.conditions.asked_for) and manifest.conditions.laws
 
 
