@@ -51,8 +51,12 @@ def model() -> Denoiser:
     return network
 
 
-@pytest.fixture
-def there(model: Denoiser) -> Iterator[Denoiser]:
+@pytest.fixture(params=["pretended", *["cuda"] * torch.cuda.is_available()])
+def there(model: Denoiser, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Denoiser]:
+    if request.param == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        yield deepcopy(model).to("cuda")
+        return
     with pretended_device() as device:
         yield deepcopy(model).to(device)
 
@@ -180,7 +184,12 @@ def test_second_device_makes_the_same_bundle(
     assert numbers(to_builtins(far.laws)) == pytest.approx(numbers(to_builtins(near.laws)), rel=1e-4)
 
 
-def test_second_device_refuses_what_cuda_would(there: Denoiser) -> None:
+def test_second_device_refuses_what_cuda_would(model: Denoiser) -> None:
+    with pretended_device():
+        refuses_and_takes(deepcopy(model).to(DEVICE))
+
+
+def refuses_and_takes(there: Denoiser) -> None:
     near, far = torch.arange(4.0), torch.arange(4.0, device=DEVICE)
     for mixed in (
         lambda: near + far,
