@@ -42,7 +42,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "trained"
     call(
         train.main,
-        *("--config", "debug", "--data", data, "--out", out, "--steps", 60),
+        *("--config", "debug", "--objectives", "canvas", "--data", data, "--out", out, "--steps", 60),
         *("--batch-size", 16, "--valid-every", 30, "--lr", 3e-3),
     )
     return out

@@ -35,7 +35,8 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared")
     common = ("--config", "debug", "--data", data, "--valid-every", 2)
     call(train.main, *common, "--batch-size", 8, "--steps", 4, "--objectives", "ar", "--out", out / "ar")
-    call(train.main, *common, "--batch-size", 8, "--steps", 6, "--init", out / "ar", "--out", out / "ours")
+    ours = ("--objectives", "canvas", "--init", out / "ar", "--out", out / "ours")
+    call(train.main, *common, "--batch-size", 8, "--steps", 6, *ours)
     call(baseline.main, *common, "--steps", 4, "--out", out / "baseline")
     return out
 
@@ -70,7 +71,7 @@ def test_compare_keeps_what_a_run_began_with(runs: Path, data: Path, tmp_path: P
     parent, child = tmp_path / "ar", tmp_path / "ours"
     common = ("--config", "debug", "--data", data, "--valid-every", 2, "--batch-size", 8)
     shutil.copytree(runs / "ar", parent)
-    call(train.main, *common, "--steps", 2, "--init", parent, "--out", child)
+    call(train.main, *common, "--objectives", "canvas", "--steps", 2, "--init", parent, "--out", child)
     before = compare.read_curve("ours", child)
     assert before.points[0].compute_s >= read_progress(find_checkpoint(runs / "ar")).compute_seconds
     call(train.main, "--resume", parent, "--steps", 8)

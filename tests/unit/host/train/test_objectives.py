@@ -9,6 +9,7 @@ from torch import Tensor
 
 from host.data.shards import Split
 from host.model.network import NO_PADDING, Denoiser, config_named
+from host.train.arguments import DEFAULT_OBJECTIVES, parse_arguments
 from host.train.batches import make_batch
 from host.train.loss import WeightedLoss
 from host.train.objectives import OBJECTIVES, Example, Settings, parse_mixture, shares_of_batch
@@ -146,3 +147,8 @@ def test_mixed_batch_is_the_sum_of_its_objectives_on_any_number_of_processes() -
         shares = [loss(3, (rank, 3), 16) for rank in range(3)]
     assert sum(part for part, _ in shares) == pytest.approx(whole, rel=1e-5)
     assert {counted for _, counted in shares} == {tokens}
+
+
+def test_mixture_where_nothing_is_said_has_the_three_laws_that_a_bundle_serves() -> None:
+    assert parse_arguments([]).objectives == parse_mixture(DEFAULT_OBJECTIVES)
+    assert set(parse_mixture(DEFAULT_OBJECTIVES)) == {"ar", "infill", "canvas"}

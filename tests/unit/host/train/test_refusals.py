@@ -135,7 +135,11 @@ def test_run_folder_is_held_until_its_training_ends(
         (["--objectives", "ar,ar=2"], 78, "--objectives: ar is given twice"),
         (["--objectives", "ar=much"], 78, "--objectives: the weight of ar must be a number, not 'much'"),
         (["--objectives", "ar=-1"], 78, "--objectives: the weight of ar must be a number above 0, not -1"),
-        (["--input-noise", 0.1], 78, "--input-noise needs the objective ar: it replaces input tokens"),
+        (
+            ["--objectives", "canvas", "--input-noise", 0.1],
+            78,
+            "--input-noise needs the objective ar: it replaces input tokens",
+        ),
         (["--dropout", 1], 78, "--dropout must be at least 0 and below 1, not 1.0"),
         (["--weight-decay", -1], 78, "--weight-decay must be a number of at least 0, not -1.0"),
         (["--cool-down", 2], 78, "--cool-down must be at most 1.0, not 2.0"),
