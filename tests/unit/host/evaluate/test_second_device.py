@@ -13,6 +13,7 @@ import torch
 from msgspec import to_builtins
 
 from host import generate
+from host.data.shards import Split
 from host.evaluate import __main__ as evaluate_command
 from host.evaluate.conditions import Wish, conditional_law
 from host.evaluate.drafting import evaluate_drafting
@@ -20,13 +21,19 @@ from host.evaluate.infilling import evaluate_infilling
 from host.evaluate.likelihood import HeldOut, evaluate, exact_likelihood
 from host.evaluate.scorers import TorchScorer
 from host.export import __main__ as export
-from host.model.conditions import Condition
+from host.model.conditions import Condition, Given
 from host.model.layouts import causal
 from host.model.network import Denoiser, config_named
 from host.sampling.blocks import Template, write
 from host.sampling.many import open_canvas, sample_autoregressive, sample_many
 from host.sampling.reference import Settings, sample
 from host.train import run_folder
+from host.train.batches import make_batch
+from host.train.draft_loss import ChainLoss
+from host.train.loss import ChunkedHeadLoss, WeightedLoss
+from host.train.objectives import Settings as ObjectiveSettings
+from host.train.objectives import parse_mixture
+from host.train.picture_loss import PictureLoss
 from shared.manifest import read_manifest
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, MASK, PAD
 from tests.support.commands import call
@@ -133,6 +140,30 @@ def numbers(value: Any) -> list[float]:
 def test_second_device_gives_the_figures_of_the_cpu(name: str, model: Denoiser, there: Denoiser) -> None:
     found, expected = (numbers(to_builtins(MEASURED[name](one))) for one in (there, model))
     assert len(found) > 1 and found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixture", ["ar=2,infill,canvas,draft=.5", "ar"])
+def test_second_device_has_the_losses_of_the_cpu(mixture: str, model: Denoiser, there: Denoiser) -> None:
+    """Of all stages, forward: training goes through them on CUDA."""
+    made = make_batch(
+        Split((held_out(32).canvases,)),
+        step=0,
+        seed=1,
+        batch_size=32,
+        micro_size=8,
+        mixture=parse_mixture(mixture),
+        settings=ObjectiveSettings(),
+    )
+    losses: list[Callable[[Denoiser], torch.nn.Module]] = [lambda model: WeightedLoss(model, ChunkedHeadLoss)]
+    losses += [ChainLoss, PictureLoss] if mixture == "ar" else []
+    for part in made.parts:
+        part = part.in_buckets()
+        if mixture == "ar":  # one word and one picture of each text
+            shown = [Condition([[7 + i]], CONDITIONS[0].pictures) for i in range(len(part.lengths))]
+            part = replace(part, given=Given.of(shown))
+        for loss in losses:
+            assert float(loss(there)(part.on(there.device))) == pytest.approx(float(loss(model)(part)), rel=1e-4)
 
 
 def test_second_device_is_that_of_autocast(there: Denoiser) -> None:
