@@ -76,7 +76,7 @@ def test_export_of_a_run_that_learned_ar_alone_makes_blocks_alone(
     manifest = read_manifest(out)
     assert [graph.file for graph in manifest.graphs] == ["step.cuda.fp16.onnx", "weights.cuda.fp16.onnx"]
     (parity,) = manifest.law_parity
-    assert passes_law(parity) and parity.texts_agreeing > 0.5
+    assert passes_law(parity)
 
 
 @pytest.mark.slow
