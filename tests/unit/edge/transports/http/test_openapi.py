@@ -2,16 +2,22 @@
 
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edge.config import Config, HttpConfig
+from edge.serving.loaded_bundle import LoadedBundle
+from edge.serving.scheduler import Scheduler
 from edge.transports.http import places
 from edge.transports.http.openai_shape import UNSUPPORTED, CompletionRequest
 from edge.transports.http.openapi import openapi_document
 from edge.transports.http.routes import Routes
 from edge.transports.http.server import HttpServer
 from tests.integration.harness import ROOT
+from tests.support.picture_files import picture
 
 schemathesis = pytest.importorskip("schemathesis", reason="of the extra `dev`")
 from hypothesis import HealthCheck, settings  # noqa: E402
@@ -50,6 +56,43 @@ def test_openapi_says_what_is_served(quick: HttpServer, case: Any) -> None:
     response = case.call(base_url=quick.url)
     late = response.status_code == 504 and "deadline_ms" in str(case.body)  # as the document says
     case.validate_response(response, checks=CHECKS if late else [*CHECKS, not_a_server_error])
+
+
+@pytest.fixture
+def reading(conditioned_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServer]:
+    """A server whose bundle takes words and pictures."""
+    monkeypatch.setattr(places, "RATE", 1e6)
+    loaded = LoadedBundle.load(conditioned_bundle, "ort", threads=1)
+    worker = Scheduler(loaded, queue_size=4)
+    made = HttpServer(Config(state=tmp_path, http=HttpConfig(listen="127.0.0.1:0")), worker)
+    made.start()
+    worker.start()
+    yield made
+    worker.stop()
+    made.close()
+    loaded.close()
+
+
+@pytest.mark.slow
+@api.include(path="/v1/completions").parametrize()  # type: ignore[untyped-decorator]
+@settings(max_examples=EXAMPLES // 4, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def test_openapi_says_what_is_served_of_words_and_pictures(reading: HttpServer, case: Any) -> None:
+    """Made up words, and what is no picture; then the same request with a word and a picture that are right."""
+    response = case.call(base_url=reading.url)
+    case.validate_response(response, checks=CHECKS)
+    if isinstance(case.body, dict):
+        case.body = {**case.body, "words": ["cat"], "images": [picture(1)], "max_tokens": 2}
+        response = case.call(base_url=reading.url)
+        case.validate_response(response, checks=CHECKS[:3])
+
+
+def test_openapi_served_with_a_picture_is_a_text(reading: HttpServer) -> None:
+    """What the test above would miss if every request of it were refused."""
+    body = {"prompt": "a", "max_tokens": 2, "words": ["cat"], "images": [picture(1)], "guidance": 1.0}
+    case = api["/v1/completions"]["POST"].Case(body=body, media_type="application/json")
+    response = case.call(base_url=reading.url)
+    assert response.status_code == 200 and response.json()["choices"], response.text
+    case.validate_response(response, checks=CHECKS[:3])
 
 
 def test_openapi_has_every_path_and_field(server: HttpServer) -> None:
