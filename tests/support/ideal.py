@@ -28,6 +28,7 @@ class Ideal:
         self.p = np.array(list(canvases.values()))
         assert math.isclose(self.p.sum(), 1.0)
         self.config = SimpleNamespace(time_input=False)
+        self.device = torch.device("cpu")
         self.lanes = 1
 
     def marginals(self, canvas: NDArray[np.int64]) -> NDArray[np.float64]:

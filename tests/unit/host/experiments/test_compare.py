@@ -122,7 +122,7 @@ class AsDenoiser:
     """The baseline, as `nelbo_sums` asks a network."""
 
     def __init__(self, baseline: Baseline) -> None:
-        self.baseline, self.config = baseline, baseline.config
+        self.baseline, self.config, self.device = baseline, baseline.config, torch.device("cpu")
 
     def score_canvas(self, canvas: Tensor, t: Tensor, at: Tensor) -> Tensor:
         scores: Tensor = self.baseline(canvas, t).flatten(0, 1)[at]
