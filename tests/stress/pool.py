@@ -105,10 +105,11 @@ class Devices:
 
 
 def run(
-    requests: int, bundle: Path, *, backend: str, devices: int, seed: int, kill: bool, say: Callable[[str], None]
+    requests: int, bundle: Path, *, backend: str, devices: int, seed: int, strikes: int, say: Callable[[str], None]
 ) -> Report:
-    """Ask and kill until all is asked, and wait for the answers."""
+    """Ask until all is answered, and kill so many times meanwhile, each time at a random number of answers."""
     rng = random.Random(seed)
+    due = sorted(rng.sample(range(requests), strikes))
     most = min(Asker.MOST, max(10, requests // 10))
     with tempfile.TemporaryDirectory(prefix="pool-") as name:
         broker = Broker(Path(name), "max_queued_messages 0").start()
@@ -116,20 +117,20 @@ def run(
         pool = Devices(Path(name), bundle, backend=backend, count=devices, port=broker.port, seed=seed)
         asker = Asker(broker.port, heard, seed, f"edgelm/pool/{POOL}")
         try:
-            strike_s, progress_s, answered = time.monotonic() + 1, time.monotonic(), 0
+            progress_s, answered = time.monotonic(), 0
             while (len(asker.asked) < requests or asker.open) and time.monotonic() < progress_s + SETTLE_S:
                 if len(asker.asked) < requests and len(asker.open) < most:
                     request = {"prompt": "Once upon a time " * rng.randrange(1, 4), "max_tokens": rng.randrange(1, 30)}
                     asker.ask(f"r{len(asker.asked)}", request)
-                    if kill and rng.random() < 0.1:
+                    if strikes and rng.random() < 0.1:
                         asker.repeat(60.0)
                 else:
                     time.sleep(0.01)
                 asker.ask_again()
-                pool.bring_back(everyone=not kill or len(asker.asked) == requests)
-                if kill and len(asker.asked) < requests and time.monotonic() > strike_s:
+                pool.bring_back(everyone=not due)
+                if due and len(heard.answers) >= due[0]:
+                    due.pop(0)
                     pool.strike()
-                    strike_s = time.monotonic() + rng.random() * 3
                     say(f"{len(asker.asked)} asked, {len(asker.open)} open, {pool.killed} killed")
                 if len(heard.answers) > answered:
                     progress_s, answered = time.monotonic(), len(heard.answers)
@@ -171,7 +172,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.stress.pool", description=__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--devices", type=int, default=3)
-    parser.add_argument("--no-kills", action="store_true", help="leave the devices alone, to compare their passes")
+    parser.add_argument(
+        "--strikes", type=int, help="how often to kill, 0 to compare passes (default: 1 in 40 requests)"
+    )
     parser.add_argument("--backend", default="fake:5")
     parser.add_argument("--bundle", type=Path, default=default_bundle())
     parser.add_argument("--seed", type=int, default=0, help="of what happens when")
@@ -182,7 +185,7 @@ def main() -> int:
         backend=args.backend,
         devices=args.devices,
         seed=args.seed,
-        kill=not args.no_kills,
+        strikes=args.requests // 40 if args.strikes is None else args.strikes,
         say=lambda line: print(line, flush=True),
     )
     for name, value in asdict(report).items():
