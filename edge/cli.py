@@ -12,7 +12,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("edge.daemon", "answer requests on a Unix socket and over MQTT"),
     "generate": ("edge.generate", "write a text, by the daemon or without one"),
     "bundle": ("edge.bundle", "install, list, roll back and verify bundles"),
-    "fleet": ("edge.fleet.__main__", "see all devices of a broker"),
+    "fleet": ("edge.fleet.__main__", "see all devices of a broker, and give them a bundle"),
     "build": ("edge.build", "build the TensorRT engine of a bundle on this device"),
     "doctor": ("edge.doctor", "what this device has, what it lacks, and what to fix first"),
     "bench": ("edge.measure.bench", "measure a bundle on this device"),

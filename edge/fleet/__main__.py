@@ -1,14 +1,17 @@
-"""`edgelm fleet`: all devices of a broker, live; `edgelm fleet push`: the same bundle for all of them."""
+"""`edgelm fleet`: all devices of a broker, live; `edgelm fleet push`: one bundle for all of them."""
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from edge.config import CONFIG, Config, load_config, parse_broker, settings_file
+from edge.fleet.push import Route, chosen, packed, push
 from edge.fleet.table import table
 from edge.terminal_view import Redrawn
 from edge.transports.mqtt.fleet import FleetWatch
@@ -18,10 +21,19 @@ REFRESH_S: Final = 1.0
 EPILOG: Final = """examples:
   python -m edge.fleet --mqtt broker.local            a table, every second anew, until Ctrl-C
   python -m edge.fleet --mqtt broker.local --json     once, for programs; without a terminal the table comes once, too
+  python -m edge.fleet push --help                    the same bundle for all of them
 
 Broker, user, TLS and base topic are those of the daemon's settings: --config, EDGELM_MQTT_HOST, EDGELM_MQTT_USERNAME,
 EDGELM_MQTT_PASSWORD_FILE, EDGELM_MQTT_CA_FILE, … A device that the broker lost is `vanished`, one that was shut down
 `stopped`. Tokens/s and watts are told every minute."""
+
+PUSH_EPILOG: Final = """examples:
+  python -m edge.fleet push bundles/NAME --wave 2 --ssh admin@{host}.local
+  python -m edge.fleet push https://files.example/bundles/NAME --wave 2 -- -F ssh_config -i key
+
+A folder travels through ssh; from an https address each device downloads for itself, and wants a signature. On the
+device the user must be root, or allowed to run sudo without a password. ssh asks nothing: keys and host keys must be
+known."""
 
 
 def show(config: Config, *, as_json: bool) -> None:
@@ -43,6 +55,31 @@ def show(config: Config, *, as_json: bool) -> None:
                 lines = table(devices, left_out=watch.left_out)
                 screen.draw(lines, f"{there} of {len(devices)} devices of {watch.broker} are there{lost}")
                 time.sleep(REFRESH_S)
+
+
+def give(config: Config, args: argparse.Namespace, ssh_arguments: Sequence[str]) -> None:
+    """Push a bundle, and say who runs what. Raises BundleError, ConfigError, and DeviceError where it stopped."""
+    route = Route(args.ssh, ssh_arguments)
+    with packed(args.bundle) as parcel, FleetWatch(config.mqtt) as watch:
+        members = chosen(watch.settle(), args.device, parcel.model)
+        if len(members) > 1 and route.command("a", "") == route.command("b", ""):
+            raise ConfigError(
+                f"--ssh {args.ssh} leads to one host for all devices: it must have {{device}} or {{host}}"
+            )
+        try:
+            push(parcel, watch, devices=members, wave=args.wave, route=route, say=partial(print, flush=True))
+        finally:
+            devices = watch.devices()
+            print("\n".join(table(devices, left_out=watch.left_out)))
+            serving = sum(device.online and device.bundle == parcel.model for device in devices)
+            print(f"{serving} of {len(devices)} devices serve {parcel.model}", flush=True)
+
+
+def positive(text: str) -> int:
+    """A number of devices, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def broker_settings(args: argparse.Namespace) -> Config:
@@ -72,8 +109,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.set_defaults(config=None, mqtt=None)
     parser.add_argument("--json", action="store_true", help="one object with a list of them")
-    args = parser.parse_args(argv)
-    show(broker_settings(args), as_json=args.json)
+    command = parser.add_subparsers(dest="command").add_parser(
+        "push",
+        help="install a bundle on all of them, in waves",
+        description="Install a bundle on all devices that are there, a wave at a time; the first failure ends it.",
+        epilog=PUSH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
+    )
+    command.add_argument("bundle", metavar="DIR|URL", help="a bundle's folder, or the https address of one")
+    command.add_argument("--wave", type=positive, default=1, metavar="N", help="devices at a time (default: 1)")
+    command.add_argument(
+        "--device", action="append", metavar="NAME", help="only this one; may be repeated (default: all)"
+    )
+    command.add_argument(
+        "--ssh",
+        default="{device}",
+        metavar="DEST",
+        help="where ssh goes: {device} is a device's name, {host} that without its four digits (default: {device})",
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    if args.command == "push":
+        give(broker_settings(args), args, argv[end + 1 :])
+    else:
+        show(broker_settings(args), as_json=args.json)
     return 0
 
 

@@ -43,13 +43,14 @@ class Bounds:
 
 
 class RemoteBundle:
-    """A bundle at an https address, that of its folder. key: what it must be signed by. Raises BundleError.
+    """A bundle at an https address, that of its folder. key: what it must be signed by; None for its manifest alone.
+    Raises BundleError.
 
     Certificates are checked against the system's authorities, or those that SSL_CERT_FILE names; proxies are those of
     https_proxy and no_proxy.
     """
 
-    def __init__(self, address: str, key: Path, bounds: Bounds = Bounds()) -> None:
+    def __init__(self, address: str, key: Path | None, bounds: Bounds = Bounds()) -> None:
         parts = _checked(address)
         if parts.query or parts.fragment:
             raise BundleError(f"{address} has a query or a fragment: give the address of the bundle's folder")
@@ -67,6 +68,7 @@ class RemoteBundle:
 
     def stage(self, store: Store) -> Path:
         """Download into the store.  → a folder for `Store.admit` or `Store.discard`. Raises BundleError."""
+        assert self._key is not None
         self._begin()
         with store.staging(self.address) as staged:
             self._fetch(MANIFEST, staged, most_bytes=MAX_MANIFEST_BYTES)

@@ -1,0 +1,150 @@
+"""Gives a bundle to many devices over ssh, in waves: the next one begins when every device of this one serves it.
+
+ssh, because it already says who may change a device, and the device stays the judge: it checks hashes, signature and
+self-test as `edgelm bundle install` always does, and keeps what it has when one of them fails. The broker only tells
+how it went: whoever may publish there can make a push stop, but cannot have anything installed.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from edge.system.bundle_download import RemoteBundle
+from edge.system.bundle_store import SIGNATURE, check_files
+from edge.transports.mqtt.fleet import Device, FleetWatch
+from shared.errors import ConfigError, DeviceError, one_line
+from shared.manifest import MANIFEST, TOKENIZER, bundle_digest, read_manifest
+
+INSTALL_S: Final = 3600.0
+"""For one device: the bundle's way there, its self-test, on a Jetson its engines."""
+CONFIRM_S: Final = 60.0
+POLL_S: Final = 0.2
+HEALTHY: Final = ("idle", "busy")
+SSH: Final = (
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=15",
+    "-o",
+    "ServerAliveInterval=15",
+    "-o",
+    "ServerAliveCountMax=4",
+)
+INSTALL: Final = """edgelm=/opt/edgelm/current/bin/edgelm
+[ -x "$edgelm" ] || edgelm=edgelm
+sudo=; [ "$(id -u)" = 0 ] || sudo="sudo -n"
+$sudo "$edgelm" bundle install """
+UNPACK: Final = """folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+tar -C "$folder" -xf -
+"""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A bundle on its way. model: NAME@DIGEST. script: for a device's shell; archive: what that reads, if anything."""
+
+    model: str
+    script: str
+    archive: Path | None
+
+
+@contextmanager
+def packed(source: str) -> Iterator[Parcel]:
+    """A folder's bundle as an archive, or one at an https address, which devices download. Raises BundleError."""
+    with tempfile.TemporaryDirectory(prefix="edgelm-push-") as name:
+        folder = Path(name)
+        if "://" in source:
+            remote = RemoteBundle(source, None)
+            remote.fetch_manifest(folder)
+            yield Parcel(_model(folder), INSTALL + shlex.quote(remote.address), None)
+            return
+        bundle, archive = Path(source), folder / "bundle.tar"
+        manifest = check_files(bundle)
+        files = [MANIFEST, TOKENIZER, *(graph.file for graph in manifest.graphs)]
+        with tarfile.open(archive, "w") as tar:
+            for file in [*files, *([SIGNATURE] if (bundle / SIGNATURE).exists() else [])]:
+                tar.add(bundle / file, file)
+        yield Parcel(_model(bundle), f'{UNPACK}{INSTALL}"$folder"', archive)
+
+
+@dataclass(frozen=True)
+class Route:
+    """How to reach a device: `destination` with its name in it, and further arguments of ssh."""
+
+    destination: str
+    arguments: Sequence[str] = ()
+
+    def command(self, device: str, script: str) -> list[str]:
+        """Of ssh; `{host}` is the device's name without the four digits that it has by default."""
+        host = re.sub(r"-[0-9a-f]{4}$", "", device)
+        destination = self.destination.replace("{device}", device).replace("{host}", host)
+        return ["ssh", *self.arguments, *SSH, "--", destination, f"set -eu\n{script}"]
+
+
+def chosen(devices: Sequence[Device], names: Sequence[str] | None, model: str) -> list[Device]:
+    """The devices to change: those named or all that are there, but for those that serve it. Raises ConfigError."""
+    there = {device.device: device for device in devices if device.online}
+    for name in names or ():
+        if name not in there:
+            known = ", ".join(there) or "none"
+            raise ConfigError(f"--device {name}: no such device is there; there are {known}")
+    return [device for name, device in there.items() if name in (names or there) and device.bundle != model]
+
+
+def push(
+    parcel: Parcel, watch: FleetWatch, *, devices: Sequence[Device], wave: int, route: Route, say: Callable[[str], None]
+) -> None:
+    """Install on `wave` devices at a time. Raises DeviceError behind the first wave in which one failed."""
+    waves = [devices[start : start + wave] for start in range(0, len(devices), wave)]
+    with ThreadPoolExecutor(max_workers=wave) as pool:
+        for number, members in enumerate(waves, 1):
+            say(f"wave {number} of {len(waves)}: {', '.join(device.device for device in members)}")
+            failures = []
+            for device, failure in zip(
+                members, pool.map(lambda d: _give(parcel, watch, d, route), members), strict=True
+            ):
+                say(f"{device.device}: {failure or f'serves {parcel.model}'}")
+                failures += [f"{device.device} failed: {failure}"] if failure else []
+            if failures:
+                raise DeviceError(f"stopped at wave {number} of {len(waves)}: {'; '.join(failures)}")
+
+
+def _give(parcel: Parcel, watch: FleetWatch, device: Device, route: Route) -> str | None:
+    """Install on one device, and wait until it says on the broker that it serves.  → why it does not"""
+    command = route.command(device.device, parcel.script)
+    try:
+        with (parcel.archive or Path(os.devnull)).open("rb") as archive:
+            done = subprocess.run(
+                command, stdin=archive, capture_output=True, text=True, errors="replace", timeout=INSTALL_S
+            )
+    except subprocess.TimeoutExpired:
+        return f"not installed within {INSTALL_S:g} s"
+    except FileNotFoundError:
+        return "ssh is not installed here"
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"ssh ends with {done.returncode}"]
+        return one_line(lines[-1].removeprefix("error: "))
+    give_up_s = time.monotonic() + CONFIRM_S
+    while True:
+        now = next((d for d in watch.devices() if d.device == device.device), device)
+        if now.bundle == parcel.model and (now.state in HEALTHY or now.state == device.state):
+            return None
+        if time.monotonic() > give_up_s:
+            return f"installed, but it serves {now.bundle} and is {now.state}, {CONFIRM_S:g} s later"
+        time.sleep(POLL_S)
+
+
+def _model(folder: Path) -> str:
+    """As devices name it."""
+    return f"{read_manifest(folder).name}@{bundle_digest(folder)[:12]}"
