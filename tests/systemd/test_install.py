@@ -135,7 +135,8 @@ def test_install_shows_the_systems_tensorrt_to_the_program(device: Machine) -> N
     (device.root / "etc/nv_tegra_release").unlink()
     assert "TensorRT not found" in without and "apt install python3-libnvinfer" in without
     assert "TensorRT found" in said and "apt install" not in said
-    assert "-m venv --system-site-packages /opt/edgelm/releases/" in said and "\\[cuda12\\]" in said
+    assert "-m venv --system-site-packages /opt/edgelm/releases/" in said
+    assert "cuda12\\]" in said  # perhaps behind `images`, which an upgrade keeps
 
 
 def test_install_on_a_jetson_that_is_too_old_is_refused(device: Machine) -> None:
