@@ -37,7 +37,7 @@ class LoadedBundle:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
         self.backend, self.backend_name, self.degraded, self.rows = chosen
-        # Found once: isinstance with a protocol takes 20 µs, a quarter of what Python does for a pass.
+        # Found once: isinstance with a protocol takes 15 µs, and a pass would ask each time.
         self._loop = self.rows if isinstance(self.rows, BlocksLoop) else None
         self._host_rows = self.rows if isinstance(self.rows, RowsBackend) else None
         self._slots = None if self.rows is None else Slots(self.rows)
