@@ -5,23 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from edge.config import Config, HttpConfig
-from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.transports.http.server import HttpServer
+from tests.support.http_server import served
 
 
 @pytest.fixture
 def server(debug_bundle: Path, tmp_path: Path) -> Iterator[HttpServer]:
-    loaded = LoadedBundle.load(debug_bundle, "fake:2")
-    worker = Scheduler(loaded, queue_size=4)
-    made = HttpServer(Config(state=tmp_path, http=HttpConfig(listen="127.0.0.1:0")), worker)
-    made.start()
-    worker.start()
-    yield made
-    worker.stop()
-    made.close()
-    loaded.close()
+    with served(debug_bundle, "fake:2", tmp_path) as made:
+        yield made
 
 
 @pytest.fixture

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 
-from edge.config import Config, HttpConfig
-from edge.serving.loaded_bundle import LoadedBundle
-from edge.serving.scheduler import Scheduler
 from edge.transports.http import places
 from edge.transports.http.openai_shape import UNSUPPORTED, CompletionRequest
 from edge.transports.http.openapi import openapi_document
 from edge.transports.http.routes import Routes
 from edge.transports.http.server import HttpServer
 from tests.integration.harness import ROOT
+from tests.support.http_server import served
 from tests.support.picture_files import picture
 
 schemathesis = pytest.importorskip("schemathesis", reason="of the extra `dev`")
@@ -62,15 +60,8 @@ def test_openapi_says_what_is_served(quick: HttpServer, case: Any) -> None:
 def reading(conditioned_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HttpServer]:
     """A server whose bundle takes words and pictures."""
     monkeypatch.setattr(places, "RATE", 1e6)
-    loaded = LoadedBundle.load(conditioned_bundle, "ort", threads=1)
-    worker = Scheduler(loaded, queue_size=4)
-    made = HttpServer(Config(state=tmp_path, http=HttpConfig(listen="127.0.0.1:0")), worker)
-    made.start()
-    worker.start()
-    yield made
-    worker.stop()
-    made.close()
-    loaded.close()
+    with served(conditioned_bundle, "ort", tmp_path) as made:
+        yield made
 
 
 @pytest.mark.slow
