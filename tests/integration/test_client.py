@@ -210,12 +210,23 @@ def served_by(path: Path) -> int:
     return int(pid)
 
 
+LINGERING_DEMO = f"""
+import time
+from edge import demo
+from shared.errors import run_main
+ask = demo.ask_daemon
+demo.ask_daemon = lambda *arguments: (ask(*arguments), time.sleep({TIMEOUT_S}))[0]
+run_main(demo.main)
+"""
+"""The text is there within a tenth of a second, and then stays, so that the signal finds the program."""
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "kill"])
 def test_demo_when_interrupted_stops_its_daemon(
     number: int, exit_code: int, debug_bundle: Path, temporary: Path
 ) -> None:
     leader, follower = pty.openpty()  # on a terminal, as a user sees it
-    command = [sys.executable, "-m", "edge.demo", "--bundle", str(debug_bundle)]
+    command = [sys.executable, "-c", LINGERING_DEMO, "--bundle", str(debug_bundle)]
     environment = clean_environment() | {"TERM": "xterm", "TMPDIR": str(temporary)}
     demo = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=follower, stderr=follower, text=True)
     os.close(follower)
