@@ -1,7 +1,7 @@
 """A client of the Unix socket. Imports no runtime, so that it starts at once."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -12,6 +12,8 @@ from shared.errors import ConfigError, RequestError
 from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, Health, HealthRequest, Partial, Response, encode
 
 HEALTH_S: Final = 5.0
+REPLIES: Final = msgspec.json.Decoder(Partial | Response)
+HEALTH: Final = msgspec.json.Decoder(Health)
 
 
 def connect(path: Path) -> socket.socket | None:
@@ -31,7 +33,7 @@ def connect(path: Path) -> socket.socket | None:
     return connection
 
 
-def ask(connection: socket.socket, request: GenerateRequest) -> Iterator[Partial | Response]:
+def ask(connection: socket.socket, request: GenerateRequest) -> Generator[Partial | Response, None, None]:
     """Send one request.  → its snapshots, if it streams, then its response
 
     Raises RequestError when the daemon leaves before its answer.
@@ -41,7 +43,7 @@ def ask(connection: socket.socket, request: GenerateRequest) -> Iterator[Partial
             connection.sendall(encode(request) + b"\n")
         with connection.makefile("rb") as lines:
             for line in lines:
-                reply = msgspec.json.decode(line, type=Partial | Response)
+                reply = REPLIES.decode(line)
                 yield reply
                 if isinstance(reply, Response):
                     return
@@ -58,6 +60,6 @@ def health(connection: socket.socket) -> Health | None:
     try:
         connection.sendall(encode(HealthRequest()) + b"\n")
         with connection.makefile("rb") as lines:
-            return msgspec.json.decode(lines.readline(MAX_MESSAGE_BYTES), type=Health)
+            return HEALTH.decode(lines.readline(MAX_MESSAGE_BYTES))
     except (OSError, msgspec.MsgspecError):
         return None

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
@@ -78,22 +78,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--bundle", type=Path, default=default_bundle(), metavar="DIR", help="default: the shipped one")
     args = parser.parse_args(argv)
+    settings = best_settings(args.bundle)  # read first: msgspec swallows a signal that meets it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="edgelm-") as name:
         folder = Path(name)
         with (folder / "daemon.log").open("w+b") as log, running_daemon(args.bundle, folder / "socket", log) as ready:
             print(ready)
-            _tell_story(folder / "socket", args.bundle)
+            _tell_story(folder / "socket", args.bundle, settings)
     return 0
 
 
-def _tell_story(socket: Path, bundle: Path) -> None:
+def _tell_story(socket: Path, bundle: Path, settings: Mapping[str, Any]) -> None:
     started_s = time.monotonic()
     connection = connect(socket)
     if connection is None:
         raise ConfigError(f"the daemon said it was ready, but nothing listens at {socket}")
     with connection, View(sys.stdout) as view:
-        request = GenerateRequest(prompt=PROMPT, stream=True, **best_settings(bundle))
+        request = GenerateRequest(prompt=PROMPT, stream=True, **settings)
         response = ask_daemon(connection, request, view.show)
     seconds = time.monotonic() - started_s
     text = unwrap(response)
@@ -101,13 +102,13 @@ def _tell_story(socket: Path, bundle: Path) -> None:
     tokens, steps = response.usage.generated_tokens, response.usage.steps
     print(f"\n{laid_out(text, sys.stdout)}\n")
     print(f"{tokens} tokens in {steps} steps and {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
-    print(f"again: {command_to_repeat(bundle, response.seed)}")
+    print("again:", command_to_repeat(bundle, {**settings, "seed": response.seed}))
 
 
-def command_to_repeat(bundle: Path, seed: int) -> str:
+def command_to_repeat(bundle: Path, settings: Mapping[str, Any]) -> str:
     """The command that writes the same text again, in a shell in this folder with any active environment."""
     command = [_short(Path(sys.executable)), "-m", "edge.generate", PROMPT, "--bundle", _short(bundle), "--stream"]
-    for name, value in {**best_settings(bundle), "seed": seed}.items():
+    for name, value in settings.items():
         command += [f"--{name}", str(value)]
     return shlex.join(command)
 

@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -92,10 +92,11 @@ def find_daemon(config: Config, named: bool = False) -> socket.socket | None:
 
 def ask_daemon(connection: socket.socket, request: GenerateRequest, show: Callable[[Partial], None]) -> Response:
     """The daemon's answer; `show` gets the snapshots before it. Raises RequestError when the daemon leaves."""
-    for reply in ask(connection, request):
-        if isinstance(reply, Response):
-            return reply
-        show(reply)
+    with closing(ask(connection, request)) as replies:  # else a signal at its end would be swallowed
+        for reply in replies:
+            if isinstance(reply, Response):
+                return reply
+            show(reply)
     raise AssertionError("ask ends with a response")
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,13 @@ run_main(demo.main)
 """The text is there within a tenth of a second, and then stays, so that the signal finds the program."""
 
 
+def read_on(terminal: int) -> None:
+    """Show what a program draws to nobody, until it ends: a terminal that nobody reads stops its program."""
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "kill"])
 def test_demo_when_interrupted_stops_its_daemon(
     number: int, exit_code: int, debug_bundle: Path, temporary: Path
@@ -232,6 +240,7 @@ def test_demo_when_interrupted_stops_its_daemon(
     os.close(follower)
     try:
         assert os.read(leader, 4096).decode().startswith("ready in ")
+        threading.Thread(target=read_on, args=[leader], daemon=True).start()
         (socket_path,) = temporary.glob("*/socket")
         daemon_pid = served_by(socket_path)
         demo.send_signal(number)

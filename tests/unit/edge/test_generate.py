@@ -1,10 +1,11 @@
 """The client's command line: what its flags ask for."""
 
 import base64
+import io
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -12,9 +13,9 @@ import pytest
 from edge import config as config_module
 from edge import generate
 from edge.config import Config, default_socket
-from edge.generate import build_request, command_line, find_daemon, parse_infill, unwrap
+from edge.generate import ask_daemon, build_request, command_line, find_daemon, parse_infill, unwrap
 from shared.errors import ConfigError, DiffusionLLMError, RequestError
-from shared.messages import ErrorInfo, Gap, Response
+from shared.messages import ErrorInfo, Gap, GenerateRequest, Response, encode
 
 
 @pytest.mark.parametrize(
@@ -141,3 +142,22 @@ def test_find_daemon_does_not_trust_a_strangers_socket(tmp_path: Path, monkeypat
         else:
             monkeypatch.setattr(os, "getuid", lambda: me + 1)
         assert find_daemon(Config(socket=default_socket())) is None
+
+
+def test_ask_daemon_when_interrupted_at_its_end_is_interrupted() -> None:
+    """A signal's exception that meets the closing of the connection is not lost in a destructor."""
+
+    class Interrupted(io.BytesIO):
+        def close(self) -> None:
+            super().close()
+            raise KeyboardInterrupt
+
+    class Connection:
+        def sendall(self, data: bytes) -> None:
+            pass
+
+        def makefile(self, mode: str) -> io.BytesIO:
+            return Interrupted(encode(Response(id="a", status="ok", text="Tom")) + b"\n")
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_daemon(cast(socket.socket, Connection()), GenerateRequest(prompt="a"), lambda partial: None)
