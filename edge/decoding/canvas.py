@@ -139,7 +139,7 @@ def num_to_commit(
     """
     if step < sampling.steps - 1:
         if sampling.threshold is not None:
-            return max(1, int(np.count_nonzero(confidence >= np.log(np.float32(sampling.threshold)))))
+            return max(1, int(np.count_nonzero(confidence >= sampling.least_confidence)))
         if sampling.entropy_bound is not None:
             before = np.cumsum(entropy[order][:-1])  # entropies ascend: a set's sum less its largest
             return 1 + int(np.count_nonzero(before <= sampling.entropy_bound))

@@ -41,6 +41,13 @@ class Sampling:
         return self.threshold is not None or (self.entropy_bound is None and self.selection == "confidence")
 
     @property
+    def least_confidence(self) -> np.float32:
+        """The threshold as a log-probability, −87 at least: float32 knows no smaller ones."""
+        assert self.threshold is not None
+        bound: np.float32 = np.log(max(np.float32(self.threshold), np.finfo(np.float32).tiny))
+        return bound
+
+    @property
     def by_chance(self) -> bool:
         """Whether the positions to commit are known before the step; then only they are scored."""
         return self.threshold is None and self.entropy_bound is None and self.selection == "random"

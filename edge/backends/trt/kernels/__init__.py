@@ -81,7 +81,7 @@ def row_of(sampling: Sampling, step: int) -> tuple[int | float, ...]:
     """A request's settings as a ROW."""
     rule, bound = _SELECTIONS[sampling.selection], 0.0
     if sampling.threshold is not None:
-        rule, bound = _THRESHOLD, float(np.log(np.float32(sampling.threshold)))
+        rule, bound = _THRESHOLD, float(sampling.least_confidence)
     elif sampling.entropy_bound is not None:
         rule, bound = _ENTROPY_BOUND, sampling.entropy_bound
     return (sampling.seed, step, sampling.steps, rule, sampling.top_k, sampling.temperature, sampling.top_p, bound, 0)

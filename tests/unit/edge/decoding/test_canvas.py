@@ -113,6 +113,7 @@ def test_num_to_commit_by_threshold_and_in_the_last_step() -> None:
 
     assert count(replace(PLAIN, threshold=0.55)) == 2
     assert count(replace(PLAIN, threshold=1.0)) == 1
+    assert count(replace(PLAIN, threshold=5e-324)) == 4  # nothing in float32
     assert count(replace(PLAIN, threshold=1.0), step=63) == 4
 
 
