@@ -196,7 +196,11 @@ def _make_http(
     except ModuleNotFoundError as error:
         missing = f"HTTP needs the package {error.name}: pip install 'diffusion-llm[web]'"
         raise ConfigError(missing) from None
-    return HttpServer(config, worker, None if mqtt is None else mqtt.outbox, inherited)
+    if mqtt is None:
+        return HttpServer(config, worker, inherited=inherited)
+    from edge.transports.mqtt.fleet_on_demand import FleetOnDemand
+
+    return HttpServer(config, worker, outbox=mqtt.outbox, inherited=inherited, fleet=FleetOnDemand(config.mqtt))
 
 
 def _ready_line(path: Path, worker: Scheduler, *, mqtt: "MqttTransport | None", http: "HttpServer | None") -> str:

@@ -76,6 +76,7 @@ ERROR_CODES: Final[dict[str, tuple[int, bool]]] = {
     "headers_too_large": (431, False),
     "cancelled": (499, False),
     "internal": (500, False),
+    "broker_lost": (502, True),
     "draining": (503, True),
     "timeout": (504, False),
     "storage_full": (507, True),

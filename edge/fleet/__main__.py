@@ -14,7 +14,7 @@ from edge.config import CONFIG, Config, load_config, parse_broker, settings_file
 from edge.fleet.push import Route, chosen, packed, push
 from edge.fleet.table import table
 from edge.terminal_view import Redrawn
-from edge.transports.mqtt.fleet import FleetWatch
+from edge.transports.mqtt.fleet_watch import FleetWatch
 from shared.errors import ConfigError, command_name, run_main
 
 REFRESH_S: Final = 1.0
@@ -39,21 +39,17 @@ known."""
 def show(config: Config, *, as_json: bool) -> None:
     """The devices, once, or on a terminal until Ctrl-C. Raises DeviceError when the broker cannot be used."""
     with FleetWatch(config.mqtt) as watch:
-        devices = watch.settle()
+        fleet = watch.settle()
         screen = Redrawn(sys.stdout)
-        if as_json:
-            print(msgspec.json.encode({"broker": watch.broker, "devices": devices}).decode())
-            return
-        if not screen.live:
-            print("\n".join(table(devices, left_out=watch.left_out)))
+        if as_json or not screen.live:
+            print(msgspec.json.encode(fleet).decode() if as_json else "\n".join(table(fleet)))
             return
         with screen:
             while True:
-                devices = watch.devices()
-                there = sum(device.online for device in devices)
-                lost = "" if watch.connected else "; the broker is lost, trying again"
-                lines = table(devices, left_out=watch.left_out)
-                screen.draw(lines, f"{there} of {len(devices)} devices of {watch.broker} are there{lost}")
+                fleet = watch.view()
+                there = sum(device.online for device in fleet.devices)
+                lost = "" if fleet.connected else "; the broker is lost, trying again"
+                screen.draw(table(fleet), f"{there} of {len(fleet.devices)} devices of {fleet.broker} are there{lost}")
                 time.sleep(REFRESH_S)
 
 
@@ -61,7 +57,7 @@ def give(config: Config, args: argparse.Namespace, ssh_arguments: Sequence[str])
     """Push a bundle, and say who runs what. Raises BundleError, ConfigError, and DeviceError where it stopped."""
     route = Route(args.ssh, ssh_arguments)
     with packed(args.bundle) as parcel, FleetWatch(config.mqtt) as watch:
-        members = chosen(watch.settle(), args.device, parcel.model)
+        members = chosen(watch.settle().devices, args.device, parcel.model)
         if len(members) > 1 and route.command("a", "") == route.command("b", ""):
             raise ConfigError(
                 f"--ssh {args.ssh} leads to one host for all devices: it must have {{device}} or {{host}}"
@@ -69,10 +65,10 @@ def give(config: Config, args: argparse.Namespace, ssh_arguments: Sequence[str])
         try:
             push(parcel, watch, devices=members, wave=args.wave, route=route, say=partial(print, flush=True))
         finally:
-            devices = watch.devices()
-            print("\n".join(table(devices, left_out=watch.left_out)))
-            serving = sum(device.online and device.bundle == parcel.model for device in devices)
-            print(f"{serving} of {len(devices)} devices serve {parcel.model}", flush=True)
+            fleet = watch.view()
+            print("\n".join(table(fleet)))
+            serving = sum(device.online and device.bundle == parcel.model for device in fleet.devices)
+            print(f"{serving} of {len(fleet.devices)} devices serve {parcel.model}", flush=True)
 
 
 def positive(text: str) -> int:

@@ -21,7 +21,8 @@ from typing import Final
 
 from edge.system.bundle_download import RemoteBundle
 from edge.system.bundle_store import SIGNATURE, check_files
-from edge.transports.mqtt.fleet import Device, FleetWatch
+from edge.transports.mqtt.fleet import Device
+from edge.transports.mqtt.fleet_watch import FleetWatch
 from shared.errors import ConfigError, DeviceError, one_line
 from shared.manifest import MANIFEST, TOKENIZER, bundle_digest, read_manifest
 
@@ -137,7 +138,7 @@ def _give(parcel: Parcel, watch: FleetWatch, device: Device, route: Route) -> st
         return one_line(lines[-1].removeprefix("error: "))
     give_up_s = time.monotonic() + CONFIRM_S
     while True:
-        now = next((d for d in watch.devices() if d.device == device.device), device)
+        now = next((d for d in watch.view().devices if d.device == device.device), device)
         if now.bundle == parcel.model and (now.state in HEALTHY or now.state == device.state):
             return None
         if time.monotonic() > give_up_s:

@@ -1,18 +1,16 @@
 """The devices of a broker as a table."""
 
-from collections.abc import Sequence
-
 from edge.terminal_view import printable
-from edge.transports.mqtt.fleet import MAX_DEVICES, Device
+from edge.transports.mqtt.fleet import MAX_DEVICES, Device, FleetView
 
 HEADS = ("DEVICE", "STATE", "BUNDLE", "VERSION", "BACKEND", "QUEUE", "TOKENS/S", "WATTS", "LAST SEEN")
 NUMBERS = ("QUEUE", "TOKENS/S", "WATTS")
 MAX_CELL = 40
 
 
-def table(devices: Sequence[Device], *, left_out: bool) -> list[str]:
+def table(fleet: FleetView) -> list[str]:
     """Lines: a head, a line a device, and a line for each that tells why it is not well."""
-    rows = [HEADS, *map(_row, devices)]
+    rows = [HEADS, *map(_row, fleet.devices)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
     lines = [
         "  ".join(
@@ -21,8 +19,8 @@ def table(devices: Sequence[Device], *, left_out: bool) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-    failures = [f"{d.device}: {printable(d.failure)}" for d in devices if d.failure]
-    more = [f"more than {MAX_DEVICES} devices: the others are left out"] if left_out else []
+    failures = [f"{d.device}: {printable(d.failure)}" for d in fleet.devices if d.failure]
+    more = [f"more than {MAX_DEVICES} devices: the others are left out"] if fleet.left_out else []
     return [*lines, *failures, *more]
 
 

@@ -19,7 +19,7 @@ import pyte
 import pytest
 
 from edge.fleet.table import table
-from edge.transports.mqtt.fleet import MAX_DEVICES, Device, Fleet
+from edge.transports.mqtt.fleet import MAX_DEVICES, Device, Fleet, FleetView
 from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, Listener, clean_environment, run_module, until
 from tests.support.certificates import make_authority, make_certificate
 
@@ -107,7 +107,8 @@ def test_fleet_logs_in_as_the_settings_say(make_broker: Callable[..., Broker], t
     (tmp_path / "word").write_text("word\n")
     done = run_module("edge.fleet", "--config", str(settings), "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"broker": broker.address, "devices": []}
+    expected = {"broker": broker.address, "connected": True, "left_out": False, "devices": []}
+    assert json.loads(done.stdout) == expected
     (tmp_path / "word").write_text("wrong\n")
     done = run_module("edge.fleet", "--config", str(settings), "--json")
     assert done.returncode == 69 and "refuses the login of user 'monitor'" in done.stderr
@@ -219,6 +220,6 @@ def test_fleet_forgets_what_is_cleared_and_keeps_a_bounded_number() -> None:
 
 def test_fleet_table_cannot_steer_a_terminal() -> None:
     nasty = Device(device="a", state="degraded", bundle="\x1b[2J" + "x" * 100, failure="no\x1b]0;GPU")
-    lines = table([nasty], left_out=True)
+    lines = table(FleetView(broker="b", connected=True, left_out=True, devices=[nasty]))
     assert not any(character in "\n".join(lines) for character in "\x1b\x07") and len(lines) == 4
     assert lines[2].startswith("a: no") and max(map(len, lines)) < 140

@@ -221,7 +221,9 @@ def test_page_speaks_to_screen_readers(page: Browser) -> None:
     assert len(controls) >= 12 and all(name for _, name in controls), controls
     assert {("textbox", "Prompt"), ("radio", "from the left"), ("button", "Write"), ("heading", "Text")} <= named
     live = page.js("return [...document.querySelectorAll('[role=status], [role=alert], [aria-live]')].map((e) => e.id)")
-    assert live == ["status", "error", "verdict"], "the text itself is no live region: it would be read at every pass"
+    assert live == ["status", "error", "verdict", "fleet-trouble"], (
+        "the text itself is no live region: it would be read at every pass"
+    )
     assert page.find("article").get_dom_attribute("aria-busy") == "false"
 
 

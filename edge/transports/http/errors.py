@@ -14,6 +14,7 @@ TYPES: Final[dict[str, str]] = {
     "forbidden": "permission_error",
     "queue_full": "rate_limit_error",
     "internal": "server_error",
+    "broker_lost": "server_error",
     "draining": "server_error",
     "timeout": "server_error",
     "storage_full": "server_error",

@@ -7,10 +7,11 @@ import msgspec
 from edge.transports.http.errors import ErrorBody
 from edge.transports.http.models import Model, ModelList
 from edge.transports.http.openai_shape import Completion, CompletionRequest
+from edge.transports.mqtt.fleet import FleetView
 from shared.errors import ERROR_CODES
 from shared.messages import Health
 
-SCHEMAS: Final = (CompletionRequest, Completion, ErrorBody, Model, ModelList, Health)
+SCHEMAS: Final = (CompletionRequest, Completion, ErrorBody, Model, ModelList, Health, FleetView)
 ALWAYS: Final = (
     *("bad_request", "unauthorized", "forbidden", "not_found", "method_not_allowed", "too_slow", "too_large"),
     *("queue_full", "headers_too_large", "internal"),
@@ -35,8 +36,8 @@ TAKES: Final[list[dict[str, Any]]] = [
 Object = dict[str, Any]
 
 
-def openapi_document(version: str) -> Object:
-    """The document. version: of the daemon."""
+def openapi_document(version: str, *, fleet: bool) -> Object:
+    """The document. version: of the daemon. fleet: whether it has a broker, and so knows other devices."""
     _, components = msgspec.json.schema_components(SCHEMAS, ref_template="#/components/schemas/{name}")
     # `\\Z` is Python's end of text; in the schema's dialect that is `$`.
     schemas: Object = msgspec.json.decode(msgspec.json.encode(components).replace(rb"\\Z", b"$"))
@@ -49,6 +50,7 @@ def openapi_document(version: str) -> Object:
     model["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     health = _operation("State of the daemon", "health", _json(Health))
     health["responses"]["503"] = {"description": "draining, or the device has failed", "content": _json(Health)}
+    devices = _operation("All devices of the broker", "fleet", _json(FleetView), (*ALWAYS, "broker_lost", "draining"))
     return {
         "openapi": "3.1.0",
         "info": {"title": "edgelm", "version": version},
@@ -60,6 +62,7 @@ def openapi_document(version: str) -> Object:
             "/metrics": {
                 "get": _operation("For Prometheus", "metrics", {"text/plain": {"schema": {"type": "string"}}})
             },
+            **({"/fleet": {"get": devices}} if fleet else {}),
         },
         "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],

@@ -15,6 +15,7 @@ from edge.transports.http.access import Access
 from edge.transports.http.completion import Answering
 from edge.transports.http.errors import MethodError
 from edge.transports.http.exchange import Exchange, Request
+from edge.transports.http.fleet import FleetReaders
 from edge.transports.http.models import model_list
 from edge.transports.http.openai_shape import CompletionRequest, decode_completion, to_generate
 from edge.transports.http.openapi import openapi_document
@@ -47,13 +48,21 @@ class Routes:
     """Answers requests for a scheduler. device: its name in the metrics."""
 
     def __init__(
-        self, scheduler: Scheduler, direct: DirectRequests, *, access: Access, queue_size: int, device: str
+        self,
+        scheduler: Scheduler,
+        direct: DirectRequests,
+        *,
+        access: Access,
+        queue_size: int,
+        device: str,
+        fleet: FleetReaders,
     ) -> None:
         self._scheduler = scheduler
         self._direct = direct
         self._access = access
         self._queue_size = queue_size
         self._device = device
+        self._fleet = fleet
         self._page = {f"/page/{file.name}": file for file in PAGE.iterdir() if file.suffix in KINDS}
         self._page["/"] = PAGE / "index.html"
         self._routes: dict[str, tuple[str, Handler]] = {
@@ -61,6 +70,7 @@ class Routes:
             "/v1/models": ("GET", self._models),
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
+            "/fleet": ("GET", lambda _, exchange: fleet.serve(exchange)),
             "/openapi.json": ("GET", self._openapi),
         }
 
@@ -118,7 +128,8 @@ class Routes:
         exchange.answer(encode(health), status=503 if out_of_service else 200)
 
     def _openapi(self, request: Request, exchange: Exchange) -> None:
-        exchange.answer(msgspec.json.encode(openapi_document(self._scheduler.health().version)))
+        document = openapi_document(self._scheduler.health().version, fleet=self._fleet.known)
+        exchange.answer(msgspec.json.encode(document))
 
     def _metrics(self, request: Request, exchange: Exchange) -> None:
         text = prometheus_text(self._scheduler.metrics(), device=self._device)

@@ -16,6 +16,7 @@ from edge.system.heartbeat import Sign
 from edge.transports.http.access import Access
 from edge.transports.http.connection import Connection
 from edge.transports.http.exchange import Exchange, Request
+from edge.transports.http.fleet import FleetReaders, FleetSource
 from edge.transports.http.places import MAX_CONNECTIONS, Pace, Places
 from edge.transports.http.routes import Routes
 from shared.errors import ConfigError, RequestError
@@ -32,15 +33,17 @@ class HttpServer:
     """Serves a scheduler over HTTP. Raises ConfigError when an address cannot be taken, or would be open to strangers.
 
     outbox: of MQTT, which has the journal; without it the server has one of its own. inherited: listening sockets of
-    systemd's, served instead of `http.listen`.
+    systemd's, served instead of `http.listen`. fleet: the devices of the broker, which the server closes.
     """
 
     def __init__(
         self,
         config: Config,
         scheduler: Scheduler,
+        *,
         outbox: Outbox | None = None,
         inherited: Sequence[socket.socket] = (),
+        fleet: FleetSource | None = None,
     ) -> None:
         token = read_token(config.http)
         self._listeners = list(inherited) or open_listeners(config.http.listen or "")
@@ -56,8 +59,14 @@ class HttpServer:
         self._own_outbox = None
         if outbox is None:
             self._own_outbox = outbox = Outbox(Journal(config.state), scheduler)
+        self._fleet = FleetReaders(fleet)
         self._routes = Routes(
-            scheduler, outbox.direct, access=Access(token), queue_size=config.queue_size, device=config.device
+            scheduler,
+            outbox.direct,
+            access=Access(token),
+            queue_size=config.queue_size,
+            device=config.device,
+            fleet=self._fleet,
         )
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -92,6 +101,7 @@ class HttpServer:
 
     def close(self) -> None:
         """Send the last answers and hang up; bounded in time."""
+        self._fleet.close()
         if self._own_outbox is not None:
             self._own_outbox.close(FLUSH_S)
         self._loop.call_soon_threadsafe(self._stop.set)

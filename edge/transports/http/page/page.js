@@ -1,6 +1,7 @@
 /** The page: what is asked, what comes of it, and what is said. */
 
 import { complete, get, keepToken } from "./device.js";
+import { watchFleet } from "./fleet.js";
 import { segmentsOf } from "./gaps.js";
 import { Pictures } from "./pictures.js";
 import { Settings } from "./settings.js";
@@ -32,7 +33,7 @@ function at(id) {
 
 /** Learn what the device takes, and make the form of it; without a token that it wants, ask for that. */
 async function connect() {
-  const [{ data }, { components }, { backend, state, failure }] = await Promise.all(
+  const [{ data }, { components, paths }, { backend, state, failure }] = await Promise.all(
     ["/v1/models", "/openapi.json", "/health"].map(get),
   );
   const [model] = data;
@@ -45,6 +46,7 @@ async function connect() {
   unlock.hidden = true;
   ask.hidden = false;
   prompt.focus();
+  if ("/fleet" in paths) watchFleet();
 }
 
 /** @param {string[]} decoders what the device writes by, its default first */

@@ -36,7 +36,7 @@ CHECKS = [
     negative_data_rejection,
     unsupported_method,
 ]
-DOCUMENT = openapi_document("1")
+DOCUMENT = openapi_document("1", fleet=True)
 api = schemathesis.openapi.from_dict(DOCUMENT)
 
 

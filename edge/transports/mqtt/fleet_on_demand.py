@@ -1,0 +1,89 @@
+"""The devices of the broker for those who ask now and then: it is listened to while they do, and some seconds more."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import msgspec
+
+from edge.config import MqttConfig
+from edge.transports.mqtt.fleet_watch import FleetWatch
+from shared.errors import DiffusionLLMError, RequestError
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 10.0
+"""How long the broker is listened to after somebody asked."""
+FRESH_S: Final = 1.0
+"""For so long all who ask get the same answer."""
+RETRY_S: Final = 5.0
+"""How long a broker that cannot be used is left alone."""
+CLOSE_S: Final = 2.0
+
+Reader = Callable[[bytes | RequestError], None]
+"""Takes a `FleetView` as JSON, or why there is none, in a thread of ours."""
+
+
+class FleetOnDemand:
+    """Answers who asks. Until somebody does it has neither a thread nor a connection, and again no connection after."""
+
+    def __init__(self, config: MqttConfig) -> None:
+        self._config = config
+        self._readers: queue.SimpleQueue[Reader | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def ask(self, reader: Reader) -> None:
+        """Have `reader` told once the broker has said what it knows. For one thread alone. Raises RequestError."""
+        if self._closed:
+            raise RequestError("draining", "the daemon is stopping")
+        self._readers.put(reader)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Tell those who wait that the daemon stops, and hang up; bounded in time."""
+        self._closed = True
+        self._readers.put(None)
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+        while not self._readers.empty():
+            if (reader := self._readers.get()) is not None:
+                reader(RequestError("draining", "the daemon is stopping"))
+
+    def _run(self) -> None:
+        while (reader := self._next()) is not None:
+            try:
+                self._listen(reader)
+                continue
+            except DiffusionLLMError as error:
+                refusal = RequestError("broker_lost", str(error), round(RETRY_S * 1e3))
+            except Exception:  # those who wait must be told
+                log.exception("the devices of the broker cannot be told")
+                refusal = RequestError("internal", "the devices cannot be told; the daemon's log has the details")
+            again_s = time.monotonic() + RETRY_S
+            while reader is not None:
+                reader(refusal)
+                reader = self._next(max(0.0, again_s - time.monotonic()))
+
+    def _listen(self, reader: Reader | None) -> None:
+        """Answer it and all who ask until nobody has for LOOK_S. Raises ConfigError, DeviceError."""
+        answer, made_s = b"", float("-inf")
+        with FleetWatch(self._config) as watch:
+            watch.settle()
+            while reader is not None:
+                if time.monotonic() - made_s >= FRESH_S:
+                    answer, made_s = msgspec.json.encode(watch.view()), time.monotonic()
+                reader(answer)
+                reader = self._next(LOOK_S)
+
+    def _next(self, wait_s: float | None = None) -> Reader | None:
+        """Who asks next; None when the time is over, or at the end."""
+        with suppress(queue.Empty):
+            return None if self._closed else self._readers.get(timeout=wait_s)
+        return None
