@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.fleet import push
 from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, clean_environment, until
 from tests.integration.test_bundle_command import bundle_command, needs_minisign, variant
 from tests.integration.test_fleet import devices
@@ -100,20 +101,16 @@ class Site:
         shell(f"minisign -S -s {self.key} -m {folder}/manifest.json")
         return folder
 
-    def push(self, source: object, *more: str) -> "subprocess.CompletedProcess[str]":
-        """By ssh, to 127.0.0.1 as root, with the key of each device."""
+    def push(self, source: object, *more: str, confirm_s: float = push.CONFIRM_S) -> "subprocess.CompletedProcess[str]":
+        """By ssh, to 127.0.0.1 as root, with each device's key. confirm_s: how long it waits to hear of success."""
         lines = ["User root", "HostName 127.0.0.1", f"Port {self.port}", f"UserKnownHostsFile {self.folder}/known"]
         lines += ["IdentitiesOnly yes", f"IdentityFile {self.folder}/%n/key", "HostKeyAlgorithms ssh-ed25519"]
         (self.folder / "config").write_text("\n".join(["Host *", *lines, ""]))
         command = ["push", str(source), "--mqtt", self.broker.address, *more, "--", "-F", str(self.folder / "config")]
         environment = clean_environment() | {"TMPDIR": str(self.folder)}
+        program = [sys.executable, "-m", "tests.support.impatient_fleet", str(confirm_s)]
         return subprocess.run(
-            [sys.executable, "-m", "edge.fleet", *command],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
+            [*program, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
         )
 
     def bundles(self) -> dict[str, str]:
@@ -164,7 +161,7 @@ def test_fleet_push_gives_a_folder_to_all_in_waves_and_stops_at_a_failure(site: 
 
     site.daemons["shed"].signal(signal.SIGSTOP)  # it takes the bundle, but never serves it
     try:
-        given = site.push(third, "--device", "shed", "--device", "attic")
+        given = site.push(third, "--device", "shed", "--device", "attic", confirm_s=1)
     finally:
         site.daemons["shed"].signal(signal.SIGCONT)
     assert given.returncode == 69 and "shed failed: installed, but it serves second@" in given.stderr
