@@ -3,12 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from edge.serving.counters import Served
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Run
 from shared.errors import RequestError
 from shared.messages import GenerateRequest, Partial, Reply, Response, Timing, Usage
+
+EARLY_SNAPSHOTS: Final = 8
+"""Of a request, after its first passes: a short text is over before a second one is due."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -17,7 +21,7 @@ class Job:
 
     number: in the order of acceptance. gone: whether the answer is no longer wanted. tag: its name for the scheduler's
     `watch`. alone: a batch with it failed or ended the process, so it shares none. partial_every_s: the least time
-    between two snapshots.
+    between two snapshots after the early ones.
     """
 
     request: GenerateRequest
@@ -55,7 +59,8 @@ class Job:
     def partial(self) -> Partial | None:
         """A snapshot, if one is due."""
         now = time.monotonic()
-        if not self.request.stream or now - self.last_partial_s < self.partial_every_s:
+        wait_s = 0.0 if self.partials < EARLY_SNAPSHOTS else self.partial_every_s
+        if not self.request.stream or now - self.last_partial_s < wait_s:
             return None
         self.last_partial_s = now
         self.partials += 1

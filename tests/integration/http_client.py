@@ -40,6 +40,12 @@ def address_of(daemon: Daemon) -> tuple[str, int]:
     return found[1].strip("[]"), int(found[2])
 
 
+def url_of(daemon: Daemon) -> str:
+    """Of the page."""
+    host, port = address_of(daemon)
+    return f"http://{host}:{port}/"
+
+
 def connect(daemon: Daemon, source: str = "") -> http.client.HTTPConnection:
     """A connection. source: the address to come from."""
     host, port = address_of(daemon)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,21 @@ pytest.importorskip("selenium", reason="the driver of Chromium, in the extra `de
 from selenium.webdriver.common.keys import Keys
 
 from tests.integration.harness import ROOT, Daemon, until
-from tests.integration.http_client import address_of, ask, complete
-from tests.support.browser import Browser, contrast, luminance
-from tests.support.picture_files import picture_file
+from tests.integration.http_client import ask, complete, url_of
+from tests.support.browser import Browser, contrast, luminance, set_field
 
 pytestmark = pytest.mark.slow
 DONE = "Done."
+DRAWN = """
+window.drawn = [];
+const look = () => requestAnimationFrame(() => setTimeout(() => {
+  const text = document.querySelector("article:last-child .text")?.textContent;
+  if (text && text !== window.drawn.at(-1)) window.drawn.push(text);
+  look();
+}));
+look();
+"""
+"""Keeps each text that a frame was drawn with; what changes a text does so before a frame, and not after it."""
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +46,6 @@ def daemon(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     started.close()
 
 
-def url_of(daemon: Daemon) -> str:
-    host, port = address_of(daemon)
-    return f"http://{host}:{port}/"
-
-
 @pytest.fixture
 def page(browser: Browser, daemon: Daemon) -> Iterator[Browser]:
     """The page, loaded. At its end the browser has nothing to complain of, and has asked nobody but the daemon."""
@@ -51,13 +54,6 @@ def page(browser: Browser, daemon: Daemon) -> Iterator[Browser]:
     assert browser.complaints() == []
     requested = browser.requested()
     assert requested and all(url.startswith((url_of(daemon), "data:")) for url in requested), requested
-
-
-def set_field(page: Browser, **values: object) -> None:
-    if page.js("return !document.querySelector('details').open"):
-        page.find("summary").click()
-    for name, value in values.items():
-        page.fill(name, str(value))
 
 
 def test_page_shows_a_text_as_it_is_written(page: Browser) -> None:
@@ -75,6 +71,23 @@ def test_page_shows_a_text_as_it_is_written(page: Browser) -> None:
     assert figures["tokens per pass"] == pytest.approx(figures["tokens"] / figures["passes"], abs=0.006)
     assert figures["tokens per pass"] > 1.2 and figures["tokens/s"] > 0 and figures["seed"] == 7
     assert page.text("status") == DONE
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields"),
+    [
+        ("Once upon a", {"max_tokens": 4, "seed": 1, "window": 1}),
+        ("Once upon a time", {"max_tokens": 8, "seed": 1}),
+        ("Tom had a ___:3 and it was ___:4.", {"seed": 25}),
+    ],
+)
+def test_page_draws_a_short_text_in_steps(page: Browser, prompt: str, fields: dict[str, int]) -> None:
+    """What an eye can see: the states in which the browser has drawn the text, each for a frame at least."""
+    set_field(page, **fields)
+    page.js(DRAWN)
+    text = page.write(prompt)
+    drawn = page.js("return window.drawn")
+    assert drawn[-1] == text and len(drawn) >= 4, drawn  # three that came, beside the one that it began with
 
 
 def test_page_text_is_that_of_the_daemon(page: Browser, daemon: Daemon) -> None:
@@ -269,80 +282,3 @@ def test_page_runs_no_script_but_its_own(page: Browser) -> None:
     page.js("const s = document.createElement('script'); s.textContent = 'window.broken = 1'; document.body.append(s)")
     assert page.js("return window.broken") is None
     assert any("Content Security Policy" in complaint for complaint in page.complaints())
-
-
-def test_page_takes_words_and_pictures(browser: Browser, conditioned_bundle: Path, tmp_path: Path) -> None:
-    photo = tmp_path / "photo.png"
-    photo.write_bytes(picture_file(1, size=(1600, 1200)))
-    able = Daemon(tmp_path, conditioned_bundle, "--http", "127.0.0.1:0")
-    try:
-        limits = ask(able, "/v1/models").object["data"][0]["limits"]
-        browser.open(url_of(able))
-        assert browser.shown("conditions") and str(limits["words"]) in browser.text("words-hint")
-        set_field(browser, seed=4, max_tokens=6, guidance=1)
-        browser.fill("words", "dog, red boat")
-        fields = {"prompt": "Tom", "seed": 4, "max_tokens": 6, "guidance": 1}
-        with_words = complete(able, words=["dog", "red boat"], **fields).object
-        assert browser.write("Tom") == "Tom" + with_words["choices"][0]["text"] and browser.text("error") == ""
-
-        browser.fill("words", "")
-        browser.find("#images").send_keys(str(photo))
-        browser.until(lambda: browser.all("#pictures img"), "the picture is shown")
-        sent = str(browser.js("return document.querySelector('#pictures img').src")).partition(",")[2]
-        assert len(sent) < limits["message_bytes"] / 2
-        with_picture = complete(able, images=[sent], **fields).object
-        assert browser.write("Tom") == "Tom" + with_picture["choices"][0]["text"] and browser.text("error") == ""
-
-        browser.find("#pictures button").click()
-        assert not browser.all("#pictures img")
-        browser.fill("words", "?!")
-        assert browser.write("Tom") == ""
-        assert browser.text("error") == complete(able, words=["?!"], **fields).error["message"]
-        browser.all("#decode input")[1].click()
-        assert not browser.shown("conditions") and browser.write("Tom") != "", "a canvas takes none"
-        assert browser.complaints() == []
-    finally:
-        able.close()
-
-
-def test_page_asks_for_the_token(browser: Browser, debug_bundle: Path, tmp_path: Path) -> None:
-    secret = tmp_path / "token"
-    secret.write_text("s3cret-s3cret-s3cret\n")
-    secret.chmod(0o600)
-    flags = ("--backend", "fake", "--http", "127.0.0.1:0")
-    guarded = Daemon(tmp_path, debug_bundle, *flags, HTTP_TOKEN_FILE=str(secret))
-    try:
-        browser.open(url_of(guarded))
-        assert browser.shown("unlock") and not browser.shown("ask") and browser.text("error") == ""
-        browser.fill("token", "wrong")
-        browser.press(Keys.ENTER)
-        browser.until(lambda: browser.text("error") == "This is not the token of this device.", "a refusal")
-        browser.fill("token", secret.read_text().strip())
-        browser.press(Keys.ENTER)
-        browser.until(lambda: browser.shown("ask"), "the form")
-        assert browser.write("Tom").startswith("Tom") and browser.text("error") == ""
-        assert browser.js("return [Object.values(sessionStorage), Object.values(localStorage), document.cookie]") == [
-            [secret.read_text().strip()],
-            [],
-            "",
-        ]
-        browser.open(url_of(guarded))
-        assert browser.shown("ask"), "it is kept while the tab is open"
-    finally:
-        guarded.close()
-
-
-def test_page_says_that_the_daemon_is_gone(browser: Browser, debug_bundle: Path, tmp_path: Path) -> None:
-    slow = Daemon(tmp_path, debug_bundle, "--backend", "fake:20", "--http", "127.0.0.1:0")
-    try:
-        browser.open(url_of(slow))
-        browser.find("#write").click()
-        browser.until(lambda: browser.all("article dd"), "it begins")
-        slow.process.kill()
-        browser.until_idle()
-        assert browser.text("error") == "The device hung up before the text was whole."
-        assert browser.text("status") == "" and browser.find("article .text").text, "what came stays"
-    finally:
-        slow.close()
-    browser.write("Tom")
-    assert browser.text("error") == "The device does not answer: is its daemon running?"

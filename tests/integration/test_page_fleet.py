@@ -11,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 
 from edge.transports.mqtt.fleet import MAX_DEVICES
 from tests.integration.harness import Broker, Daemon, Listener
-from tests.integration.http_client import address_of, ask
+from tests.integration.http_client import ask, url_of
 from tests.support.browser import Browser, contrast
 
 pytestmark = pytest.mark.slow
@@ -38,10 +38,6 @@ def other(browser: Browser, broker: Broker, listen: Callable[..., Listener]) -> 
 @pytest.fixture
 def daemon(browser: Browser, start_daemon: Callable[..., Daemon], broker: Broker) -> Daemon:
     return start_daemon("--mqtt", broker.address, "--http", "127.0.0.1:0", DEVICE="kitchen")
-
-
-def url_of(daemon: Daemon) -> str:
-    return "http://{}:{}/".format(*address_of(daemon))
 
 
 def rows(page: Browser) -> dict[str, list[str]]:

@@ -144,6 +144,14 @@ class Browser:
         self.driver.quit()
 
 
+def set_field(page: Browser, **values: object) -> None:
+    """Type into settings, which are opened for it."""
+    if page.js("return !document.querySelector('details').open"):
+        page.find("summary").click()
+    for name, value in values.items():
+        page.fill(name, str(value))
+
+
 def luminance(color: list[float]) -> float:
     """Of an sRGB colour (WCAG 2.2)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]

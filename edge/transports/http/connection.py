@@ -177,13 +177,10 @@ class Connection(asyncio.Protocol):
                 else:  # PAUSED, or the end of the connection
                     return
         except h11.RemoteProtocolError as error:
-            too_large = error.error_status_hint == 431
-            what = (
-                f"request line and headers may have {MAX_HEAD_BYTES} bytes"
-                if too_large
-                else f"this is not HTTP: {error}"
-            )
-            self._fail(RequestError("headers_too_large" if too_large else "bad_request", what))
+            refusal = RequestError("bad_request", f"this is not HTTP: {error}")
+            if error.error_status_hint == 431:
+                refusal = RequestError("headers_too_large", f"request line and headers may have {MAX_HEAD_BYTES} bytes")
+            self._fail(refusal)
         except RequestError as error:
             self._fail(error)
 

@@ -41,7 +41,10 @@ class FleetReaders:
 
         def tell(answer: bytes | RequestError) -> None:
             with suppress(RuntimeError):  # the loop has ended: the daemon stops
-                loop.call_soon_threadsafe(_answer, exchange, answer)
+                if isinstance(answer, RequestError):
+                    loop.call_soon_threadsafe(exchange.refuse, answer)
+                else:
+                    loop.call_soon_threadsafe(exchange.answer, answer)
 
         self._source.ask(tell)
         self._readers.append(exchange)
@@ -50,10 +53,3 @@ class FleetReaders:
         """Leave the broker."""
         if self._source is not None:
             self._source.close()
-
-
-def _answer(exchange: Exchange, answer: bytes | RequestError) -> None:
-    if isinstance(answer, RequestError):
-        exchange.refuse(answer)
-    else:
-        exchange.answer(answer)

@@ -114,6 +114,7 @@ async function write(story, fields, signal) {
     else if (message.usage) {
       const { completion_tokens: tokens, steps: passes } = message.usage;
       const ms = end.timing.total_ms - end.timing.queue_ms;
+      await story.drawn;
       story.finish(text, { tokens, passes, ms, seed: fields.seed ?? String(end.seed) });
     } else {
       text += message.choices[0].text;

@@ -17,6 +17,7 @@ import { givenRanges } from "./gaps.js";
 const OPEN = "░";
 const REPLAY_MS = 300;
 const MOST_SNAPSHOTS = 1000;
+const MOST_BEHIND = 10;
 
 /** A text with a heading and its figures. */
 export class Story {
@@ -28,6 +29,9 @@ export class Story {
     this.segments = segments;
     /** @type {Snapshot[]} */
     this.snapshots = [];
+    /** @type {Snapshot[]} that were not drawn yet */
+    this.waiting = [];
+    this.drawn = Promise.resolve();
     this.text = "";
     this.heading = element("h2", "", title);
     this.figures = element("dl", "figures");
@@ -42,8 +46,19 @@ export class Story {
   advance(snapshot) {
     snapshot.at_ms = performance.now();
     if (this.snapshots.length < MOST_SNAPSHOTS) this.snapshots.push(snapshot);
-    this.show(snapshot.parts);
-    this.tell(progressOf(snapshot, this.snapshots[0]));
+    if (this.waiting.push(snapshot) === 1) this.drawn = this.draw();
+  }
+
+  /** Show what came, each for a frame at least: several may come between two of them. */
+  async draw() {
+    while (this.waiting.length) {
+      await frame();
+      this.waiting = this.waiting.slice(-MOST_BEHIND);
+      this.show(this.waiting[0].parts);
+      this.tell(progressOf(this.waiting[0], this.snapshots[0]));
+      this.waiting.shift();
+    }
+    await frame();
   }
 
   /**
@@ -160,6 +175,19 @@ function figuresOf({ tokens, passes, ms, seed }) {
     ...rates(tokens, passes, ms),
     ["seed", seed],
   ];
+}
+
+/** @returns {Promise<void>} when the browser is about to draw; at once while nobody sees it */
+function frame() {
+  return new Promise((resolve) => {
+    const drawn = () => {
+      document.removeEventListener("visibilitychange", drawn);
+      resolve();
+    };
+    document.addEventListener("visibilitychange", drawn);
+    if (document.hidden) drawn();
+    else requestAnimationFrame(drawn);
+  });
 }
 
 /**

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edge.backends.fake import FakeBackend
+from edge.serving.job import EARLY_SNAPSHOTS
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Plan, Run
 from edge.serving.scheduler import Scheduler
@@ -195,8 +196,17 @@ def test_scheduler_sends_snapshots_on_request_and_at_a_bounded_rate(scheduler: S
         [reply for reply in mailbox.replies if isinstance(reply, Partial)] for mailbox in streams.values()
     )
     assert steps[0] is not None and len(every) == steps[0].steps - 1 > 1
-    assert 1 <= len(some) <= allowed and len(one) == 1
+    assert len(one) == EARLY_SNAPSHOTS <= len(some) <= EARLY_SNAPSHOTS + allowed
     assert len(plain.replies) == 1
+
+
+def test_scheduler_sends_every_snapshot_of_a_short_text(scheduler: Scheduler, loaded: GatedBundle) -> None:
+    loaded.go()
+    mailbox = Mailbox()
+    scheduler.submit(GenerateRequest(prompt="Once", stream=True, steps=4), mailbox, partial_every_s=3600.0)
+    usage = mailbox.response().usage
+    assert usage is not None and 3 <= usage.steps <= EARLY_SNAPSHOTS
+    assert len(mailbox.replies) == usage.steps
 
 
 def test_scheduler_health_is_idle_busy_or_draining(scheduler: Scheduler, loaded: GatedBundle) -> None:
