@@ -20,7 +20,10 @@ from tests.support.certificates import make_authority, make_certificate
 SHIPPED = ROOT / "deploy" / "mosquitto"
 USERS = ("edge01", "edge02", "alice", "bob", "monitor", "homeassistant")
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed"),
+]
 
 
 @pytest.fixture(scope="module")

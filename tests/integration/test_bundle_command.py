@@ -66,6 +66,7 @@ def test_bundle_install_keeps_the_previous_bundle_for_a_rollback(debug_bundle: P
     assert links(store) == (second, third)
 
 
+@pytest.mark.slow
 def test_bundle_install_of_the_current_bundle_changes_nothing(debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = install(store, debug_bundle)
@@ -80,6 +81,7 @@ def test_bundle_rollback_without_a_previous_bundle_is_refused(debug_bundle: Path
     assert "no previous bundle" in refusal(bundle_command(tmp_path / "store", "rollback"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["graph", "tokenizer", "manifest", "missing file", "graph that does not load"])
 def test_bundle_install_of_a_faulty_bundle_leaves_nothing(damage: str, debug_bundle: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"

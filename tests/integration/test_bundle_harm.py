@@ -123,6 +123,7 @@ def small_disk(tmp_path: Path, debug_bundle: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
 def test_bundle_harm_full_disk_changes_nothing(small_disk: Path, debug_bundle: Path, tmp_path: Path) -> None:
     store, second = small_disk / "store", variant(debug_bundle, tmp_path, "second")
@@ -209,6 +210,7 @@ def test_bundle_harm_store_without_links_keeps_its_bundles(debug_bundle: Path, t
     assert install(store, store / next(iter(names))) in names, "one of them can be served again"
 
 
+@pytest.mark.slow
 def test_bundle_harm_refused_bundle_removes_nothing(debug_bundle: Path, tmp_path: Path) -> None:
     """Bundles are removed after the new one was verified, and not before it was even read."""
     store = tmp_path / "store"

@@ -174,6 +174,7 @@ def temporary() -> Iterator[Path]:
     folder.rmdir()
 
 
+@pytest.mark.slow
 def test_demo_shows_a_story_and_leaves_nothing(debug_bundle: Path, temporary: Path) -> None:
     result = run_module("edge.demo", "--bundle", str(debug_bundle), temporary=temporary)
 

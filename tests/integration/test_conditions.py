@@ -132,6 +132,7 @@ def test_conditions_of_a_bundle_without_encoders_are_refused(
         assert error["message"] == f"`{name}`: this bundle takes neither words nor pictures"
 
 
+@pytest.mark.slow
 def test_conditions_from_the_command_line(conditioned_bundle: Path, tmp_path: Path, daemon: Daemon) -> None:
     (tmp_path / "card.png").write_bytes(picture_file(1))
     flags = ["a", "--seed", "3", "--max-tokens", "40", "--word", "dragon", "--guidance", "2"]

@@ -43,6 +43,7 @@ def last(line: Line) -> dict[str, Any]:
     return reply
 
 
+@pytest.mark.slow
 def test_device_failure_is_a_typed_error_and_ends_the_daemon(start: Start) -> None:
     daemon = start(3)
     lines = [daemon.line() for _ in range(3)]

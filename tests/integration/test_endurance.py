@@ -31,6 +31,7 @@ def test_endurance_leak_would_be_reported() -> None:
     assert "descriptors" in (grown(Resources(50_000, 9), Resources(50_000, 11)) or "")
 
 
+@pytest.mark.slow
 def test_endurance_every_socket_line_gets_its_reply(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     counts = fuzz_socket(daemon, 2000, random.Random(1))
@@ -40,6 +41,7 @@ def test_endurance_every_socket_line_gets_its_reply(start_daemon: StartDaemon) -
     assert "Traceback" not in daemon.log.read_text()
 
 
+@pytest.mark.slow
 @needs_mosquitto
 def test_endurance_every_mqtt_message_gets_its_reply(start_daemon: StartDaemon, broker: Broker) -> None:
     daemon = start_daemon("--mqtt", broker.address, DEVICE="dev")

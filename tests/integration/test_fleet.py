@@ -86,6 +86,7 @@ def test_fleet_tells_of_every_device_and_of_those_that_are_gone(
     assert all(row.endswith(" ago") for row in rows)
 
 
+@pytest.mark.slow
 def test_fleet_is_below_the_base_topic(broker: Broker, start: Callable[..., Daemon]) -> None:
     start("kitchen", broker, MQTT_BASE_TOPIC="home/stories")
     until(lambda: list(devices(broker, MQTT_BASE_TOPIC="home/stories")) == ["kitchen"], "the device")
@@ -123,6 +124,7 @@ def test_fleet_without_a_broker_says_so(broker: Broker) -> None:
     assert done.returncode == 69 and f"the broker {broker.address} cannot be reached" in done.stderr
 
 
+@pytest.mark.slow
 def test_fleet_lives_on_a_terminal(broker: Broker, start: Callable[..., Daemon]) -> None:
     """Rows come, change, and survive a restart of the broker; Ctrl-C ends it."""
     daemon = start("kitchen", broker)

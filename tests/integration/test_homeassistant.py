@@ -63,6 +63,7 @@ def test_homeassistant_prompt_is_answered_where_its_event_listens(
     assert body(listener, components["story"]["state_topic"])["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_homeassistant_is_told_of_the_end_of_the_option(
     announced: Callable[..., Daemon], broker: Broker, listen: Callable[..., Listener], tmp_path: Path
 ) -> None:

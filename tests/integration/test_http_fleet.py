@@ -47,6 +47,7 @@ def well(daemon: Daemon) -> set[str]:
     return {name for name, device in by_name(daemon).items() if device["state"] == "idle"}
 
 
+@pytest.mark.slow
 def test_http_fleet_is_what_the_command_shows(daemon: Daemon, broker: Broker, listen: Callable[..., Listener]) -> None:
     listen(broker).publish("edgelm/attic/state", STATE, retain=True)
     until(lambda: {"attic", "kitchen"} <= well(daemon), "both devices")
@@ -63,6 +64,7 @@ def test_http_fleet_is_what_the_command_shows(daemon: Daemon, broker: Broker, li
     assert by_name(daemon)["attic"]["queued"] == 3
 
 
+@pytest.mark.slow
 def test_http_fleet_follows_what_happens(daemon: Daemon, broker: Broker, listen: Callable[..., Listener]) -> None:
     other = listen(broker)
     other.publish("edgelm/attic/state", STATE)
@@ -130,6 +132,7 @@ def test_http_fleet_has_few_readers_at_once(start_daemon: Callable[..., Daemon])
         assert ask(daemon, "/health").status == 200
 
 
+@pytest.mark.slow
 def test_http_fleet_hanging_up_frees_a_place(start_daemon: Callable[..., Daemon]) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
         daemon = start_daemon("--mqtt", f"127.0.0.1:{silent.getsockname()[1]}", "--http", "127.0.0.1:0")

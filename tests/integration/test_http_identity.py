@@ -103,6 +103,7 @@ def test_identity_survives_the_process(start_daemon: Callable[..., Daemon]) -> N
     assert keyed(start_daemon("--http", "127.0.0.1:0"), "d", **BODY).body == first.body
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_identity_what_was_accepted_is_answered_by_the_next_process(
     start_daemon: Callable[..., Daemon], number: signal.Signals
@@ -147,6 +148,7 @@ def test_identity_drain_answers_what_was_accepted_and_refuses_more(start_daemon:
     assert "Traceback" not in daemon.log.read_text() and "ERROR" not in daemon.log.read_text()
 
 
+@pytest.mark.slow
 def test_identity_a_state_folder_of_another_daemon_is_named(
     start_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:

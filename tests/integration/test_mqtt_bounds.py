@@ -39,6 +39,7 @@ def body(message: MQTTMessage) -> dict[str, Any]:
     return decoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topic", "payload"),
     [

@@ -61,6 +61,7 @@ class Guarded:
         time.sleep(0.5)  # nothing says when it is done
 
 
+@pytest.mark.slow
 def test_mqtt_answer_that_the_broker_refused_for_a_while_comes(
     serve: Serve, make_broker: Callable[..., Broker], listen: Listen, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_mqtt_answer_that_the_broker_refused_for_a_while_comes(
     assert body(listener.next(ALICE))["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_mqtt_answer_that_the_broker_refused_before_a_restart_comes_after_it(
     serve: Serve, make_broker: Callable[..., Broker], listen: Listen, tmp_path: Path
 ) -> None:

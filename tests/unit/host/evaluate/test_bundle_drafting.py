@@ -95,6 +95,7 @@ def test_bundle_drafting_counts_tokens_over_passes(blocks_bundle: Path) -> None:
     assert found.same_texts == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

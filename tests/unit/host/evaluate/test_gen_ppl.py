@@ -198,6 +198,7 @@ def test_score_takes_200_texts_by_default() -> None:
     assert gen_ppl.COUNT == inspect.signature(sweep.sweep).parameters["count"].default == 200
 
 
+@pytest.mark.slow
 def test_score_of_a_run_and_of_files_stands_beside_the_data(
     trained: Path, scorer_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

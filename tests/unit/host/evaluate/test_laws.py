@@ -43,6 +43,7 @@ def held_out(n: int = 20) -> HeldOut:
     return HeldOut("noise", canvases, np.ones(VOCAB, np.int64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
 def test_drafting_counts_the_passes_of_the_reference_decoder(model: Denoiser, temperature: float) -> None:
     for seed in range(6):

@@ -138,6 +138,7 @@ def set_version(path: Path) -> None:
     path.write_text(json.dumps(manifest | {"format_version": 99}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -41,6 +41,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_compare_prints_a_table_and_draws_a_picture(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +55,7 @@ def test_compare_prints_a_table_and_draws_a_picture(
     assert matplotlib.image.imread(picture).shape == (450, 1100, 4)
 
 
+@pytest.mark.slow
 def test_compare_charges_a_run_for_the_one_it_began_with(runs: Path) -> None:
     parent = read_progress(find_checkpoint(runs / "ar"))
     with (runs / "ours" / "log.csv").open(newline="") as file:
@@ -66,6 +68,7 @@ def test_compare_charges_a_run_for_the_one_it_began_with(runs: Path) -> None:
     assert [p.tokens for p in points] == [parent.tokens_seen + int(row["tokens"]) for row in logged]
 
 
+@pytest.mark.slow
 def test_compare_keeps_what_a_run_began_with(runs: Path, data: Path, tmp_path: Path) -> None:
     """However long that one is trained afterwards, and when it is gone."""
     parent, child = tmp_path / "ar", tmp_path / "ours"

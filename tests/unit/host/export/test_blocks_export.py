@@ -109,6 +109,7 @@ def with_outlier(model: Denoiser, norm: str, layer: str) -> None:
     model.get_parameter(f"{layer}.weight")[:, 0] /= 1e4
 
 
+@pytest.mark.slow
 def test_best_ranges_clip_what_is_rare_and_put_the_worst_layer_first() -> None:
     rng, model = np.random.default_rng(0), untrained(CONFIGS["debug"])[0]
     skewed, even = rng.normal(size=(40_000, 64)), rng.uniform(-1, 1, (4_000, 64))

@@ -68,6 +68,7 @@ class ReadsSeldom(Trainer):
         self.read_every = 4
 
 
+@pytest.mark.slow
 def test_steps_that_are_read_together_are_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--steps", 11, "--valid-every", 5)
     call(train.main, *small(data, tmp_path / "each", *flags))

@@ -31,7 +31,10 @@ from tests.support.emulator.fake_tensorrt import FakeTensorRT
 from tests.support.emulator.fakes import MAKES, PROCESSORS, FakeDriver, Result
 from tests.support.emulator.reference import reduce_logits
 
-pytestmark = pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings"),
+]
 
 ALLOCATES = re.compile(
     r"cu(Mem|Stream|Event|Graph)\w*(Alloc|Create|Instantiate|BeginCapture)|cuModuleLoad\w*|cuMemFree"

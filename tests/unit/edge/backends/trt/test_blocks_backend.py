@@ -34,7 +34,10 @@ from tests.support.emulator.fake_tensorrt import FakeTensorRT
 from tests.support.emulator.fakes import FakeDriver, Result
 from tests.unit.edge.backends.trt.test_backend import ALLOCATES, SYNCHRONISES
 
-pytestmark = pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings"),
+]
 
 VOCAB, LENGTH, DEPTH = 512, 64, 3
 ROOM = 14  # of an open end: each pass takes the emulator a tenth of a second

@@ -205,6 +205,7 @@ def agreement(found: dict[str, str], batch: int, length: int) -> int:
     return int(value.partition(" ms, ")[2].partition("%")[0])
 
 
+@pytest.mark.slow
 def test_doctor_of_a_healthy_board_reports_nothing_to_fix(jetson: Jetson, capsys: pytest.CaptureFixture[str]) -> None:
     place = jetson.fulfil()
     capsys.readouterr()
@@ -225,6 +226,7 @@ def test_doctor_names_a_missing_engine(jetson: Jetson, capsys: pytest.CaptureFix
     assert fix == f"python -m edge.build --bundle {jetson.bundle}"
 
 
+@pytest.mark.slow
 def test_doctor_names_an_engine_that_disagrees_with_the_cpu(
     jetson: Jetson, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
