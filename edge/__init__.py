@@ -1,3 +1,3 @@
-"""The edge: a lean daemon that serves a bundle, and its commands. The loops are in `edge.decoding`, what runs the
-graphs in `edge.backends`. Imports neither torch, onnx nor `host`: training and export are there.
+"""The edge: a lean daemon that serves a bundle, and its commands. Decoding loops are in `edge.decoding`, runtimes in
+`edge.backends`. Imports neither torch nor onnx, and nothing of `host`, which trains and exports.
 """

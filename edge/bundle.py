@@ -47,8 +47,8 @@ EPILOG = """examples:
   python -m edge.bundle verify                        check the bundle that is served
 
 With a minisign key at /etc/edgelm/minisign.pub every bundle must be signed by it (sign the manifest:
-minisign -Sm NAME/manifest.json); without one, signatures are not checked, and nothing is downloaded. Authorities that
-vouch for web servers are the system's, or those of SSL_CERT_FILE; a proxy is what https_proxy names."""
+minisign -Sm NAME/manifest.json); without one, signatures are not checked, and nothing is downloaded. Web servers are
+checked against the system's certificate authorities, or those of SSL_CERT_FILE; https_proxy names a proxy."""
 
 
 def self_test(folder: Path, config: Config) -> None:

@@ -11,8 +11,8 @@ Guidance = Annotated[float, Meta(ge=0, le=MAX_GUIDANCE)]
 
 
 class AskedFor(Frozen, frozen=True):
-    """How often what a text was to tell of occurs in it, in any of its forms, and how often in texts that were not
-    asked. given: "words", "pictures, trained styles" or "pictures, STYLE (held out)". number: words or pictures a text.
+    """How often a text contains what was asked for, in any of its forms, and how often other texts do. given: "words",
+    "pictures, trained styles" or "pictures, STYLE (held out)". number: words or pictures a text.
     """
 
     given: str

@@ -176,9 +176,9 @@ class Part(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
 class Partial(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="partial"):
     """A snapshot of the whole canvas: replaces the one before. text marks each open position with "░".
 
-    parts: the same canvas with what is drafted at the open positions, committed and draft told apart. Where the
-    device tells no draft it says "░", and nothing where the text is drafted to have ended. appended: what a prompt's
-    text has grown by since the last snapshot, by blocks: all of them and the rest of the answer are its text.
+    parts: the same canvas in pieces, committed or drafted. A position without a draft is "░", and one after a drafted
+    end is left out. appended: what a prompt's text has grown by since the last snapshot, by blocks: all of them and the
+    rest of the answer are its text.
     """
 
     id: str | None

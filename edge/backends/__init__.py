@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Chosen(NamedTuple):
     """A loaded backend. degraded: why this device does not use its GPU; None where all is well.
 
-    backend, rows: for the decoders canvas and blocks; None where the bundle, or the device, has not that one.
+    backend, rows: for the decoders canvas and blocks; None where the bundle or the device lacks it.
     """
 
     backend: AnyBackend | None
@@ -52,7 +52,7 @@ def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) ->
 
 
 def _load_trt(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
-    """Canvas and blocks, each on its engine. Without that of blocks, which older caches lack, canvas serves alone."""
+    """Canvas and blocks, each on an engine of its own. Without the engine of blocks, canvas serves alone."""
     from edge.backends.trt import backend as trt
 
     blocks = has_role(manifest, "cuda", "step") and "blocks" in manifest.decoders

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU, for blocks with conditions: the encoders, and the graphs whose rows read a memory.
 
-Nothing of it is read from disk before the first request with a condition.
+Nothing is read from disk until the first request with a condition.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from shared.errors import BundleError, one_line
 from shared.manifest import Manifest, Role
 
 PLAIN: Final = "plain_"
-"""Begins the names of the caches of rows that read no memory, in the guided graph."""
+"""Prefix of the caches of rows that read no memory, in the guided graph."""
 ENCODERS: Final[dict[Role, tuple[str, ...]]] = {
     "encode.text": ("tokens", "places", "words"),
     "encode.image": ("pixels",),
@@ -52,7 +52,7 @@ class OrtConditions:
         self._loaded: Locked[set[Role]] = Locked(set())
 
     def load(self, condition: Condition, check: Callable[[Role], None]) -> None:
-        """Load what a condition needs and no request has needed before. check: of a conditioned step graph.
+        """Load the graphs that a condition needs, unless they are loaded. check: of a conditioned step graph.
 
         Raises BundleError for a graph that is damaged, has other inputs and outputs, or does not run.
         """

@@ -27,7 +27,7 @@ from shared.tokens import BOS
 ROLES: Final[tuple[Role, ...]] = ("step", "prefill", "draft")
 STEP_INPUTS: Final = ("tokens", "positions", "key_positions", "last", "total", "scored")
 NARROW: Final = 256
-"""Up to this width a request by itself has one thread, too: its rows are done before a second one has woken up."""
+"""Up to this width a lone request has one thread, too: its rows are done before a second thread wakes up."""
 DRAFT_INPUTS: Final = ("state", "token", "noise", "temperature")
 
 
@@ -52,7 +52,7 @@ class _Memory:
 class OrtRows:
     """The step, prefill and draft graphs of a bundle. A row scores the same for any number of threads, to the bit.
 
-    conditions: the graphs of texts that are to tell of something; None in a bundle without them.
+    conditions: the graphs for requests with words or pictures; None in a bundle without them.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int) -> None:
@@ -195,7 +195,7 @@ class OrtRows:
         return drafts
 
     def _pass_of(self, slot: Slot, size: int) -> tuple[Any, dict[tuple[int, int, int], _Bound]]:
-        """The session of a slot's passes, and those that are bound: they end with what it is conditioned on."""
+        """The session of a slot's passes, and those bound so far: its condition's, if it has one."""
         remembered: Remembered | None = slot.condition
         if remembered is None:
             return self._graphs.open("step", size), slot.memory.passes
@@ -203,7 +203,7 @@ class OrtRows:
         return self.conditions.graphs.open(remembered.role, size), remembered.passes
 
     def _bind_pass(self, session: Any, slot: Slot, rows: int, scored: int) -> _Bound:
-        """Keys and values are read and written where they lie."""
+        """Bind inputs and outputs of a pass; keys and values are written in place."""
         # ONNX Runtime sums a lone row in another order: given twice, it is equal to the bit to any other.
         given: dict[str, NDArray[Any]] = {
             name: np.empty((1, max(2, rows)), np.int32) for name in ("tokens", "positions")

@@ -1,9 +1,9 @@
 """The blocks loop: a pass over the last committed token and the drafts after it, kept as far as the law draws the same.
 
-Backend-blind. The token of position p is the arg max of the filtered scores of the row at p − 1 plus the noise of
-(seed, p, token); a draft for p is the arg max of the drafter's plus the same noise. So drafts change how many passes a
-text takes, never the text (Daliri et al., arXiv 2408.07978). `host.sampling.blocks` says the same in torch; a golden
-test holds the two together.
+Independent of the backend. The token of position p is the arg max of the filtered scores of the row at p − 1 plus the
+noise of (seed, p, token); a draft for p is the arg max of the drafter's plus the same noise. So drafts change how many
+passes a text takes, never the text (Daliri et al., arXiv 2408.07978). `host.sampling.blocks` is the same loop in torch;
+a golden test compares the two.
 L: canvas length, N: rows of a pass, M: scored rows, V: vocabulary, C: rows that a slot holds.
 """
 
@@ -20,7 +20,7 @@ from edge.decoding.types import Bools, Floats, Ids
 from shared.tokens import EOS, MASK, PAD
 
 NOISE_BLOCK: Final = 8
-"""Positions whose noise is made at once: one alone costs three times as much."""
+"""Positions whose noise is made together: one by one, each costs three times as much."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Law:
 
 
 class RowScores(NamedTuple):
-    """Of each scored row. They hold until the slot's next pass."""
+    """Of each scored row. Valid until the slot's next pass."""
 
     scores: Floats  # (M, V), before the softmax
     states: Floats  # (M, D), that they are read from
@@ -45,7 +45,7 @@ class RowScores(NamedTuple):
 class Slot:
     """Keys and values of one request on a backend. `cached` rows are kept; what lies behind them is overwritten.
 
-    condition: what its rows read beside them; None where the text is of nothing in particular.
+    condition: the encoded words and pictures that its rows read; None without any.
     """
 
     positions: Ids  # (C,) of the rows
@@ -75,13 +75,14 @@ class RowsBackend(Protocol):
 
     def rows(self, slot: Slot, tokens: Ids, *, positions: Ids, scored: int, under_way: int = 1) -> RowScores:
         """One pass over rows (N,), each of which sees the kept rows, the ones before it and itself; the last `scored`
-        are scored. Keeps none of them: who adds to `slot.cached` does. under_way: requests that share the threads.
+        are scored. Keeps none of them: the caller does, by adding to `slot.cached`. under_way: requests that share the
+        threads.
         """
 
     def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         """Drafts (depth,) for the positions after `token`'s.  state (D,) of the row that drew it, noise (depth, V)
 
-        They hold until the slot's next drafts.
+        Valid until the slot's next drafts.
         """
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ class ConditionedRows(RowsBackend, Protocol):
     """Whether the given text around gaps can read it, too."""
 
     def load(self, condition: Condition) -> None:
-        """Be ready for such a condition. The first of its kind may take a while: not for the thread of a lane."""
+        """Load what such a condition needs. The first of its kind may take a while: not for the thread of a lane."""
 
     def encode(self, slot: Slot, condition: Condition) -> None:
         """Encode it for an empty slot, whose rows read it from then on."""
@@ -128,7 +129,7 @@ class Noise:
 
 @dataclass(eq=False)
 class Writing:
-    """One canvas (L,) on its way, its gaps filled in place from the left. It knows nothing of its neighbours.
+    """One canvas (L,) in progress, its gaps filled in place from the left. Independent of other requests.
 
     fill (L,): the positions of the gaps, each laid out at its full size. open_end: it is a prompt, whose one gap has
     nothing after it, and all rows are causal; else the given text is prefilled as evidence. condition: to encode before
@@ -227,7 +228,7 @@ AnyRows = RowsBackend | BlocksLoop
 
 
 def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
-    """One pass: commits one token and every draft that the law draws too, then drafts anew."""
+    """One pass: commits one token and every draft that the law draws too, then drafts again."""
     w, slot, law = writing, writing.slot, writing.law
     assert slot is not None
     if w.condition is not None:
@@ -259,8 +260,8 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
 def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
     """The token of each row (M,), after temperature, top-k and top-p, with its position's noise. Ties: the lower id.
 
-    scores, noise (M, V). Of all tokens the one with the best noisy score is the draw if top-k and top-p keep it, and
-    they mostly do; only in other rows are they sought. RuntimeError for scores that are not numbers.
+    scores, noise (M, V). The token with the best noisy score of all is the draw if top-k and top-p keep it, as they
+    mostly do; only for other rows is the vocabulary filtered. RuntimeError for scores that are not numbers.
     """
     cooled = np.float32(max(law.temperature, COLDEST))
     noisy = scores
@@ -281,7 +282,7 @@ def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
 
 
 def _filtered(scaled: Floats, noisy: Floats, law: Law) -> int:
-    """One row's token (V,) among those that top-k and top-p keep, sought."""
+    """The draw of one row (V,) among the tokens that top-k and top-p keep."""
     least = np.partition(scaled, scaled.size - law.top_k)[scaled.size - law.top_k]
     ids = np.flatnonzero(scaled >= least)
     ids = ids[np.argsort(-scaled[ids], kind="stable")][: law.top_k]

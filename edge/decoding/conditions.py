@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROWS_OF_A_PICTURE: Final = 16
-"""Of a pass, which cost about as much as encoding it."""
+"""Encoding a picture costs about as much as so many rows of a pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Condition:
 
     @property
     def cost(self) -> int:
-        """Of encoding it, in rows of a pass."""
+        """What encoding it costs, in rows of a pass."""
         return sum(map(len, self.words)) + ROWS_OF_A_PICTURE * len(self.pixels)
 
     def word_rows(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:

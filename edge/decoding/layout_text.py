@@ -14,7 +14,7 @@ from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Part
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 
 HALF: Final = "\N{REPLACEMENT CHARACTER}"
-"""What stands for bytes that only later tokens make a character of."""
+"""What stands for bytes that are no whole character yet."""
 GAP_OF_CANVAS: Final = 4
 GAP_OF_BLOCKS: Final = 16
 """Tokens of a gap that names no size: a canvas fills all of them, blocks end it where they like."""

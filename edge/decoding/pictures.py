@@ -1,4 +1,4 @@
-"""A stranger's picture as pixels: PNG or JPEG, decoded by Pillow within limits, upright, on white, square.
+"""Decodes untrusted pictures: PNG or JPEG, by Pillow, within limits; made upright, square and white behind.
 
 Pillow is an optional package (extra `images`) and loads with the first picture: a daemon that gets none pays nothing.
 """

@@ -1,7 +1,7 @@
 """Requests with an id whose client waits on a connection of its own, as over HTTP: kept in the journal, answered there.
 
-A hang-up leaves them: the client that comes again under its id gets the answer, the same bytes for as long as the
-journal keeps them. As soon as an answer is stored it counts as delivered: from then on its day runs.
+Hanging up does not cancel them: a client that asks again under the id gets the answer, the same bytes for as long as
+the journal keeps it. A stored answer counts as delivered: its day begins then.
 """
 
 from collections.abc import Callable

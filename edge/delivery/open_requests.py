@@ -1,4 +1,4 @@
-"""Accepted requests that have no answer yet, those on their way to be, and their senders."""
+"""Requests without an answer, accepted or still being checked, and their senders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Sender:
 
 @dataclass(eq=False)
 class OpenRequest:
-    """A request without an answer. again: to acknowledge once it is accepted or refused, for it was sent again."""
+    """A request without an answer. again: acknowledge its repeats, once it is accepted or refused."""
 
     client: str
     address: str

@@ -19,21 +19,21 @@ from shared.errors import ConfigError, command_name, run_main
 
 REFRESH_S: Final = 1.0
 EPILOG: Final = """examples:
-  python -m edge.fleet --mqtt broker.local            a table, every second anew, until Ctrl-C
-  python -m edge.fleet --mqtt broker.local --json     once, for programs; without a terminal the table comes once, too
+  python -m edge.fleet --mqtt broker.local            a table, updated every second, until Ctrl-C
+  python -m edge.fleet --mqtt broker.local --json     once, for programs; without a terminal the table is printed once
   python -m edge.fleet push --help                    the same bundle for all of them
 
 Broker, user, TLS and base topic are those of the daemon's settings: --config, EDGELM_MQTT_HOST, EDGELM_MQTT_USERNAME,
 EDGELM_MQTT_PASSWORD_FILE, EDGELM_MQTT_CA_FILE, … A device that the broker lost is `vanished`, one that was shut down
-`stopped`. Tokens/s and watts are told every minute."""
+`stopped`. Tokens/s and watts are reported every minute."""
 
 PUSH_EPILOG: Final = """examples:
   python -m edge.fleet push bundles/NAME --wave 2 --ssh admin@{host}.local
   python -m edge.fleet push https://files.example/bundles/NAME --wave 2 -- -F ssh_config -i key
 
-A folder travels through ssh; from an https address each device downloads for itself, and wants a signature. On the
-device the user must be root, or allowed to run sudo without a password. ssh asks nothing: keys and host keys must be
-known."""
+A folder is copied through ssh; from an https address each device downloads for itself, and requires a signature. On
+the device the user must be root, or allowed to run sudo without a password. ssh asks nothing: keys and host keys must
+be known."""
 
 
 def show(config: Config, *, as_json: bool) -> None:

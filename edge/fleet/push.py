@@ -1,7 +1,7 @@
 """Gives a bundle to many devices over ssh, in waves: the next one begins when every device of this one serves it.
 
-ssh, because it already says who may change a device, and the device stays the judge: it checks hashes, signature and
-self-test as `edgelm bundle install` always does, and keeps what it has when one of them fails. The broker only tells
+By ssh, because it already says who may change a device. The device decides for itself: it checks hashes, signature and
+self-test as `edgelm bundle install` always does, and keeps what it has when one of them fails. The broker only reports
 how it went: whoever may publish there can make a push stop, but cannot have anything installed.
 """
 
@@ -106,7 +106,7 @@ def chosen(devices: Sequence[Device], names: Sequence[str] | None, model: str) -
 def push(
     parcel: Parcel, watch: FleetWatch, *, devices: Sequence[Device], wave: int, route: Route, say: Callable[[str], None]
 ) -> None:
-    """Install on `wave` devices at a time. Raises DeviceError behind the first wave in which one failed."""
+    """Install on `wave` devices at a time. Raises DeviceError after the first wave in which one failed."""
     waves = [devices[start : start + wave] for start in range(0, len(devices), wave)]
     with ThreadPoolExecutor(max_workers=wave) as pool:
         for number, members in enumerate(waves, 1):

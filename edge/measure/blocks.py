@@ -54,7 +54,7 @@ def measure_blocks(loaded: LoadedBundle) -> Blocks | None:
 
 
 def pass_costs(rows: RowsBackend) -> list[Pass]:
-    """In turns, so that a disturbance meets all sizes alike."""
+    """Interleaved, so that a disturbance affects all sizes alike."""
     slot, times = rows.open_slot(), {n: list[float]() for n in ROWS}
     slot.cached = CACHED
     slot.positions[:CACHED] = np.arange(CACHED)
@@ -81,7 +81,7 @@ def draft_cost(loaded: LoadedBundle, rows: RowsBackend) -> float:
 
 
 def drafting(loaded: LoadedBundle, windows: list[int]) -> list[Drafting]:
-    """The same texts with each window, in turns."""
+    """The same texts with each window, interleaved."""
     figures: dict[int, list[tuple[float, float, float]]] = {window: [] for window in windows}
     for seed in range(TEXTS):
         for window in windows:

@@ -85,7 +85,7 @@ def encode_cost(rows: ConditionedRows, condition: Condition) -> float:
 
 
 def pass_cost(rows: ConditionedRows, slots: list[Slot], n: int) -> Pass:
-    """In turns, so that a disturbance meets all kinds alike."""
+    """Interleaved, so that a disturbance affects all kinds alike."""
     tokens, places = np.full(n, FIRST_TEXT_ID, np.int32), np.arange(CACHED, CACHED + n, dtype=np.int32)
     medians: list[list[float]] = []
     for _ in range(ROUNDS):

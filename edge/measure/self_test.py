@@ -18,7 +18,7 @@ STEPS: Final = 5
 """Denoising steps per profile."""
 TEXTS: Final = 8
 TOKENS: Final = 4
-"""That blocks write behind each text."""
+"""That blocks write after each text."""
 SHORT: Final = 8
 """Tokens of a text that is not to fill a profile."""
 MIN_AGREEMENT: Final = 0.8

@@ -1,4 +1,4 @@
-"""What a request's text is to tell of, as the encoders take it: checked, tokenized, decoded."""
+"""A request's words and pictures: checked, tokenized and decoded for the encoders."""
 
 import base64
 import binascii

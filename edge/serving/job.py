@@ -40,12 +40,12 @@ class Job:
     compute_s: float = 0.0
     alone: bool = False
     served: Served | None = None
-    """What it came to, once `answer` was called."""
+    """For the counters, once `answer` was called."""
     partials: int = 0
     last_partial_s: float = float("-inf")
 
     def obstacle(self) -> RequestError | None:
-        """Why it must not go on, if so."""
+        """Why it must stop; None while it may go on."""
         if self.gone():
             return RequestError("cancelled", "its client cancelled it, or hung up")
         if time.monotonic() >= self.deadline_s:

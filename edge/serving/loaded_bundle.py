@@ -1,4 +1,4 @@
-"""A loaded bundle that turns requests into text: tokenizer, backends and decoders behind one door."""
+"""A loaded bundle that turns requests into text: tokenizer, backends and decoders behind one interface."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ from shared.manifest import MAX_STEPS, TOKENIZER, Decoder, Manifest, bundle_dige
 from shared.messages import MAX_MESSAGE_BYTES, GenerateRequest, Limits
 
 LEAST_TOP_P: Final = 1e-30
-"""The likeliest token alone; below it a float32 is 0, and would leave none."""
+"""Keeps the likeliest token alone; much below it a float32 is 0, and would keep none."""
 
 
 class LoadedBundle:
     """One bundle on one backend. Thread-safe for `prepare`, and for `step` in as many threads as it has `lanes`.
 
-    backend, rows: what runs the decoders canvas and blocks; None where the bundle, or the device, has not that one.
+    backend, rows: what runs the decoders canvas and blocks; None where the bundle or the device lacks it.
     backend_name: "ort", "trt" or "fake". degraded: why the device computes with less than it has, or None. window: the
     drafts in a pass of requests that name no number, as many as pay on this device.
     """
@@ -37,7 +37,7 @@ class LoadedBundle:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
         self.backend, self.backend_name, self.degraded, self.rows = chosen
-        # Found once: isinstance with a protocol takes 15 µs, and a pass would ask each time.
+        # Once, not at every pass: isinstance with a protocol takes 15 µs.
         self._loop = self.rows if isinstance(self.rows, BlocksLoop) else None
         self._host_rows = self.rows if isinstance(self.rows, RowsBackend) else None
         self._slots = None if self.rows is None else Slots(self.rows)

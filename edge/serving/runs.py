@@ -1,4 +1,4 @@
-"""A checked request on its way to its text, by either decoder."""
+"""A checked request, from its plan to its text, by either decoder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -63,7 +63,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of a plan. canvas (L,): the final ids. full: whether the text fills all the room that it had.
+    """The result of a plan. canvas (L,): the final ids. full: whether the text fills all the room that it had.
 
     tried[n], kept[n]: how many passes of blocks held n drafts, and kept n of them.
     """
@@ -78,7 +78,7 @@ class Completion:
 
 
 class Run(Protocol):
-    """A plan under way."""
+    """A plan in progress."""
 
     plan: Plan
 
@@ -96,13 +96,13 @@ class Run(Protocol):
         """How many positions its next pass computes."""
 
     def snapshot(self) -> Snapshot:
-        """How far it is."""
+        """Its state between two passes."""
 
     def completion(self) -> Completion:
-        """What came of it, once it is done."""
+        """Its result, once it is done."""
 
     def close(self) -> None:
-        """Give its place on the backend back."""
+        """Free its place on the backend."""
 
 
 class CanvasRun:
@@ -113,7 +113,7 @@ class CanvasRun:
         self.plan, self._texts = plan, texts
         self.row = Row(plan.layout.canvas.copy(), plan.layout.fill, plan.sampling)
         self._most = min(plan.sampling.steps, self.row.left)
-        # Asked of every request at every pass: isinstance with a protocol would cost more than all the rest.
+        # Once, not at every pass: isinstance with a protocol would cost more than all the rest.
         self._lengths: tuple[int, ...] | None = getattr(backend, "lengths", None)
 
     @property

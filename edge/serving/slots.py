@@ -23,7 +23,7 @@ class _Pool:
 class Slots:
     """A pool of slots, made when first needed. Thread-safe. A slot stays with its request until that is done.
 
-    So that nobody waits for a whole text of one client, a client holds half of them at most, or as many as the backend
+    So that no client waits for a whole text of another, a client holds half of them at most, or as many as the backend
     computes at once if these are more, and never all.
     """
 

@@ -1,6 +1,6 @@
 """How many drafts a pass should have on this device: as many as give the most tokens per second.
 
-What a pass costs is measured when a bundle is loaded, in some milliseconds; how many tokens it keeps is in the
+The cost of a pass is measured when a bundle is loaded, in a few milliseconds; how many tokens it keeps is in the
 manifest. The text is the same with any number.
 """
 
@@ -22,7 +22,7 @@ ROUNDS: Final = 8
 MARGIN: Final = 1.1
 """Fewer drafts than the bundle makes must be this much faster: neighbours disturb what is measured."""
 GIVEN: Final = 0.25
-"""Of the canvas is full before the passes that are measured, as in the middle of a story."""
+"""Share of the canvas that is filled before the measured passes, as in the middle of a story."""
 
 
 def best_window(rows: RowsBackend, manifest: Manifest) -> int:
@@ -60,7 +60,7 @@ def tokens_per_pass(manifest: Manifest, most: int) -> list[float] | None:
 
 
 def pass_seconds(rows: RowsBackend, manifest: Manifest, most: int) -> list[float]:
-    """The least time of a pass with 0 to `most` drafts, in turns; what it draws and the drafts after it included.
+    """The least time of a pass with 0 to `most` drafts, interleaved; drawing and the next drafts included.
 
     Not the noise: it costs a token the same in any pass. CPU time of this thread, which other processes disturb less.
     """

@@ -22,7 +22,7 @@ BOS_TEMPLATE: Final = (
     b'{"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<BOS>": {"id": "<BOS>", "ids": [1], '
     b'"tokens": ["<BOS>"]}}}'
 )
-"""What makes the Hugging Face libraries begin a text with BOS; here whoever encodes a text lays it out himself."""
+"""Makes the Hugging Face libraries begin a text with BOS; in this project the caller adds it."""
 
 
 def head(text: str, canvas_len: int = CANVAS_LEN) -> str:

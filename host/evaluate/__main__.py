@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--conditions",
         action="store_true",
-        help="measure words and pictures: what texts tell of that they were to tell of, and the law given a condition",
+        help="measure words and pictures: how many of those asked for occur in texts, and the law given a condition",
     )
     parser.add_argument(
         "--guidance",

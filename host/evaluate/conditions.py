@@ -1,4 +1,4 @@
-"""Conditions on held-out stories: whether texts tell of what they were asked to, and what the law gains by knowing it.
+"""Conditions on held-out stories: how often texts contain what was asked for, and what the law gains by knowing it.
 
 Each figure has its control beside it: texts that were not asked, the law without a condition, and the law given the
 condition of another story.
@@ -57,7 +57,7 @@ class ConditionFigures(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Wish:
-    """A condition and what a text is to have for it: stems of words, or numbers of concepts."""
+    """A condition, and what its text must contain: stems of words, or numbers of concepts."""
 
     condition: Condition
     words: tuple[str, ...] = ()

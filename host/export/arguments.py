@@ -12,12 +12,12 @@ from shared.manifest import SamplingDefaults
 DESCRIPTION: Final = """
 Export a trained model as a bundle: `python -m host.export --int8` takes the newest diffusion run.
 
-Graphs of blocks of a run that learned ar, of canvas of one that learned canvas, for CPU and CUDA.
+A run that learned ar gets graphs for blocks, one that learned canvas graphs for canvas; for CPU and CUDA.
 
 no flag   FP32 graphs for the CPU
---int8    INT8 graphs: of blocks with static scales; of canvas for the CPU every scheme is tried, the fastest to pass
-          the parity gate is kept; for CUDA explicit Q/DQ around the linear layers, FP16 elsewhere. Layers that cost the
-          gate stay in float.
+--int8    INT8 graphs: for blocks with static scales; for canvas on the CPU the fastest scheme that passes the parity
+          gate; for CUDA explicit Q/DQ around the linear layers, FP16 elsewhere. Layers without which the gate would be
+          missed stay in float.
 --fp16    FP16 graphs for CUDA; goes with --int8 or alone
 --hf OUT  the weights as a folder that the Hugging Face libraries load, which host.train --init also takes; alone, or
           with --out, --int8 or --fp16 beside a bundle

@@ -80,10 +80,8 @@ def model_spec(config: ModelConfig) -> ModelSpec:
 
 
 def check_replaceable(out: Path) -> None:
-    """What would refuse the bundle in the end refuses it now.
-
-    ConfigError when `out` is something other than a bundle, or its name cannot be a bundle's; DiffusionLLMError when
-    no folder can be made beside it.
+    """Fail early: ConfigError when `out` is something other than a bundle, or its name cannot be a bundle's;
+    DiffusionLLMError when no folder can be made beside it.
     """
     if out.exists() and not (out / MANIFEST).is_file():
         raise ConfigError(f"{out} exists and is not a bundle: choose another --out")

@@ -25,7 +25,7 @@ from host.model.conditions import DEPTH, PICTURE_SIZE
 from host.model.network import Denoiser
 
 PLAIN: Final = "plain_"
-"""Before the names of the caches of rows that read no memory."""
+"""Prefix of the caches of rows that read no memory."""
 
 
 class ReadingBuilder(RowBuilder):
@@ -103,7 +103,7 @@ def conditioned_step_graph(
             plain, layer_cache = cached_attention(g, qkv, layer=i, bias=bias, kind=PLAIN)
             cache += layer_cache
             mixed = g.op("Concat", f"{b}.mixed.both", mixed, plain, axis=1)
-        if last:  # the rows that nobody scores are done: their keys and values are made
+        if last:  # rows that are not scored are done: their keys and values are made
             x, mixed = (g.op("Gather", f"{name}.scored", name, scored, axis=1) for name in (x, mixed))
         read = g.read(queries, i, "scored" if last else "")
         if guided:

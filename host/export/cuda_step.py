@@ -17,7 +17,7 @@ from shared.messages import MAX_SEGMENTS
 from shared.tokens import BOS, MASK, PAD
 
 DRAFTER: Final = "drafter."
-"""Begins the names of constants that no node reads: kernels draft with them."""
+"""Prefix of constants that no node reads: kernels draft with them."""
 LIKELY: Final = "drafter.likely"
 """Ids that a draft can be, int32 (F,)."""
 
@@ -28,7 +28,7 @@ def cuda_step_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProt
     layer → logits float16 (R, M, V), states float16 (R, M, D), new_keys.i, new_values.i float16 (R, H, N, D/H).
 
     Cached rows are never copied: their scores are computed beside those of the new rows, and one softmax spans both.
-    What lies in a slot behind its `cached` rows is read and has no weight: it must be finite.
+    A slot's values after its `cached` rows are read with weight 0: they must be finite.
     The drafter's weights, and the tokens that it drafts among, are constants beside the graph.
     """
     g = StepBuilder(model, "float16", fp32_norms)
@@ -44,7 +44,7 @@ def cuda_step_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProt
     for i in range(config.layers):
         b = f"blocks.{i}"
         mixed = _attention(g, i, g.linear(g.norm(x, f"{b}.norm1"), f"{b}.qkv", f"{b}.qkv.out"), biases)
-        if i == config.layers - 1:  # the rows that nobody scores are done: their keys and values are made
+        if i == config.layers - 1:  # rows that are not scored are done: their keys and values are made
             flat = g.constant("flat", np.array([-1, config.d_model]))
             x, mixed = (
                 g.op("Gather", f"{name}.scored", g.op("Reshape", f"{name}.flat", name, flat), "scored", axis=0)

@@ -1,13 +1,11 @@
-"""What a long command does now, and how long the rest will take."""
+"""Progress of a long command: its stage, and the time left."""
 
 import time
 from collections.abc import Mapping
 
 
 class Stages:
-    """Prints one line a stage. costs: stage → what it takes, in any unit; from the second stage on, the time that the
-    stages so far took tells what the unit is.
-    """
+    """Prints one line a stage. costs: stage → its cost, in any unit; the time left follows from that of stages done."""
 
     def __init__(self, costs: Mapping[str, float]) -> None:
         self._costs = dict(costs)
@@ -17,7 +15,7 @@ class Stages:
         self._started = time.monotonic()
 
     def begin(self, name: str) -> None:
-        """The stage before is done."""
+        """Begin a stage; the one before is done."""
         self._number += 1
         self._spent += self._current
         self._current = self._costs[name]

@@ -33,9 +33,9 @@ def step_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelProto
     (1,): T − 1; total int32 (1,): T; scored int32 (M,): row numbers; keys.i, values.i float32 (1, H, C, D/H), of each
     layer → scores float32 (M, V), before the softmax; states float32 (M, D); new_keys.i, new_values.i (1, H, C, D/H):
     the caches with rows S … T − 1 written. Bound to the memory of keys.i and values.i they are written in place, and
-    nothing is copied. Rows from T on are never read: whoever takes back a row writes the next one over it.
+    nothing is copied. Rows from T on are never read: a row that is taken back is overwritten by the next.
 
-    The best K are not sought here: that costs 10 µs a row, and a draw needs them only where its token might not be one.
+    The best K are not computed here: that costs 10 µs a row, and few draws need them.
 
     A pass needs two rows: give a lone one twice, score the first, and write the next over the second. For N = 1 ONNX
     Runtime sums attention in another order, which INT8's rounding turns into other scores (of 128,000 tokens 158 were
@@ -50,7 +50,7 @@ def step_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelProto
         b = f"blocks.{i}"
         mixed, layer_cache = cached_attention(g, [g.product(h, f"{b}.qkv", bias=True), "", ""], layer=i, bias=bias)
         cache += layer_cache
-        if i == config.layers - 1:  # the rows that nobody scores are done: their keys and values are made
+        if i == config.layers - 1:  # rows that are not scored are done: their keys and values are made
             x, mixed = (g.op("Gather", f"{name}.scored", name, "scored", axis=1) for name in (x, mixed))
         following = f"blocks.{i + 1}.norm1" if i < config.layers - 1 else "norm"
         h, x = g.rest_of_block(x, mixed, block=b, next_norm=following)
@@ -112,7 +112,7 @@ def prefill_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelPr
 
 
 def last_keys_and_values(g: RowBuilder, h: str, block: str) -> tuple[str, str]:
-    """Of rows that nothing more is asked of.  → twice (1, N, D)"""
+    """Of rows whose attention is not needed.  → twice (1, N, D)"""
     kv = g.product(h, f"{block}.qkv", columns=slice(g.config.d_model, 3 * g.config.d_model), bias=True)
     g.op("Split", f"{block}.kv2", kv, outputs=2, axis=-1, num_outputs=2)
     return f"{block}.kv2.0", f"{block}.kv2.1"

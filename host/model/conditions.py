@@ -75,9 +75,9 @@ class Memory(NamedTuple):
 class WordEncoder(nn.Module):
     """Tokens of words through two bidirectional blocks; a learned row stands before them.
 
-    Each token is its row of the body's embedding and its row of the LM head, so that whoever reads it can write the
-    direction that scores it, of rare words too. A word of one token alone would be read with the same weight at every
-    place of the text, as softmax over one row is 1; with the row beside it, it need not be read.
+    Each token is its row of the body's embedding and its row of the LM head, so that a reader has the direction that
+    scores it, also for rare words. Softmax over one row is 1: without the learned row, a word of one token would be
+    read with the same weight at every place of the text.
     """
 
     def __init__(self, d_model: int, heads: int) -> None:
@@ -125,8 +125,8 @@ class PictureEncoder(nn.Module):
 class Read(nn.Module):
     """A block's cross-attention: queries of the rows, keys and values of the memory.
 
-    Values start as the memory itself, and `gain` passes them on by channel: few numbers that learn fast that what was
-    asked for is to be written, of all words at once.
+    Values start as the memory itself, and `gain` scales them by channel: few parameters, shared by all words, that
+    learn quickly to write what was asked for.
     """
 
     def __init__(self, d_model: int, heads: int) -> None:

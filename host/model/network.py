@@ -185,7 +185,7 @@ class Denoiser(nn.Module):
         t: Tensor | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
-        """What `logits` reads the token of each row's next position from.
+        """States from which `logits` scores the token of each row's next position.
 
         tokens (B, N), positions (B or 1, N), visible (B or 1, N, S + N) bool, the cached rows first; a row that sees
         nothing gets NaN. at (M,): only these rows, counted over the batch. t (B,): diffusion time, if conditioned on
@@ -213,12 +213,12 @@ class Denoiser(nn.Module):
         return states
 
     def remember(self, given: Given) -> Memory:
-        """What the blocks read of conditions, each text's words and pictures; once a text."""
+        """Encode conditions, each text's words and pictures, into what the blocks read; once a text."""
         assert self.conditions is not None
         return self.conditions.remember(given, self.word_rows(given.tokens))
 
     def word_rows(self, tokens: Tensor) -> Tensor:
-        """What the encoder of words reads of tokens: embedding and row of the LM head.  (B, R) → (B, R, 2·D)"""
+        """Input of the word encoder: each token's embedding and row of the LM head.  (B, R) → (B, R, 2·D)"""
         return torch.cat([self.token_embedding(tokens), nn.functional.embedding(tokens, self.head.weight)], -1)
 
     def attention_bias(self, positions: Tensor, visible: Tensor, cached: Tensor | None = None) -> Tensor:

@@ -161,7 +161,7 @@ def _load_weights(model: Denoiser, path: Path, tensors: dict[str, Tensor]) -> No
     try:
         model.load_state_dict(tensors)
     except RuntimeError:
-        raise DataError(f"{path} does not hold the weights that its header promises") from None
+        raise DataError(f"{path} does not hold the weights that its header describes") from None
 
 
 def init_from(model: Denoiser, path: Path) -> None:

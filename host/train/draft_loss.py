@@ -1,8 +1,8 @@
 """Stage B: the chain drafter learns the frozen network's own law, by total variation.
 
 A draft is kept where the law draws the same token with the same noise. That happens with a probability of at least
-(1 − TV) / (1 + TV) (Gumbel coupling, arXiv 2408.07978), so TV is what is to fall; a little cross-entropy helps while
-the two laws are far apart (DSpark, arXiv 2607.05147).
+(1 − TV) / (1 + TV) (Gumbel coupling, arXiv 2408.07978), so TV is minimized; a little cross-entropy helps while the two
+laws are far apart (DSpark, arXiv 2607.05147).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a batch costs in operations of matrix products: the measure that speeds are set against a peak by."""
+"""Operations in the matrix products of a batch, by which speed is compared with a peak."""
 
 import numpy as np
 

@@ -1,12 +1,12 @@
-"""Stage "pictures": the encoder of pictures learns to say what that of words says of the same concept.
+"""Stage "pictures": the picture encoder learns to output the memory that the word encoder makes of the same concept.
 
-Blocks read words already, so that a picture with a word's memory is told of as that word is, and no pass of the network
-is needed to learn it. A word's memory is a row that stands for no word and its tokens; a picture's 16 rows are to be
-these, each as often: softmax over copies is softmax over the rows.
+The blocks can read words already, so a picture with a word's memory acts like that word, and training needs no pass of
+the network. A word's memory is a row that stands for no word, then its tokens; a picture's 16 rows are trained to be
+these, each repeated equally often: softmax over copies is softmax over the rows.
 
-Squared error alone is slow to tell concepts apart: the best guess of who knows nothing is their mean. Beside it stands
-a contrastive loss (InfoNCE, Oord et al., arXiv 1807.03748): which of the batch's words is a picture's, where the score
-of a word is minus the squared distance to its memory.
+Squared error alone is slow to separate concepts, since without knowledge the best guess is their mean. A contrastive
+loss is added (InfoNCE, Oord et al., arXiv 1807.03748): which of the batch's words is a picture's, where the score of a
+word is minus the squared distance to its memory.
 """
 
 from typing import Final

@@ -1,4 +1,4 @@
-"""What host.export --hf writes of a run, as training reads it: a folder that takes a run's place behind --init.
+"""What host.export --hf writes of a run, as training reads it: a folder that --init takes in place of a run.
 
 The weights are model.safetensors, under the network's own names; config.json has the shape and what made the weights.
 """

@@ -1,4 +1,4 @@
-"""What steps leave on the device until it is read: on CUDA once in a few steps, since a reading waits for it."""
+"""Losses and gradient norms stay on the device until they are read: on CUDA every few steps, since reading waits."""
 
 import math
 import resource

@@ -1,5 +1,5 @@
 """TensorRT for blocks, with the whole loop on the GPU: the engine scores rows over slots that never leave the device;
-kernels lay the rows out, draw with the common noise, keep the longest run of drafts, append its rows, and draft anew.
+kernels lay the rows out, draw with the common noise, keep the longest run of drafts, append its rows, and draft again.
 
 Each pass is one CUDA graph launch for up to eight requests. The host writes a request's record once, and where one of
 its gaps begins; it reads what was committed from mapped memory. R: places of a pass, N: rows of each, C: rows that a
@@ -138,7 +138,7 @@ class TrtBlocks(Captured):
             drawn=memory.device(4 * scored),
         )
         for address, size in ((at.kept, kept_bytes), (at.key_positions, positions_bytes)):
-            self._gpu.call("cuMemsetD8Async", address, 0, size, self._stream)  # nothing there may be no number
+            self._gpu.call("cuMemsetD8Async", address, 0, size, self._stream)  # no NaN may be there
         self._places = places[0].view(np.int32)
         self._writings = writings[0].view(kernels.WRITING)
         self._reading = reading[0][: kernels.READING.itemsize].view(kernels.READING)
@@ -224,7 +224,7 @@ class TrtBlocks(Captured):
             raise DeviceError("the engine's scores are not all numbers: FP16 overflows in this network")
 
     def _read(self, w: Writing) -> bool:
-        """Give a request that is new its record, and read its given text. → whether that was its pass"""
+        """Write the record of a new request, and read its given text.  → whether that was its pass"""
         number = _number(w)
         if self._placed[number] is w:
             return False
@@ -258,7 +258,7 @@ class TrtBlocks(Captured):
         record["drafts"] = 0
 
     def _collected(self, w: Writing) -> bool:
-        """Take over what the pass committed. → False when a score was not a number: then nothing has changed"""
+        """Take over what the pass committed.  → False when a score was not a number: then nothing has changed"""
         record = self._writings[_number(w)]  # a view
         assert w.slot is not None
         if record["broken"]:

@@ -16,14 +16,14 @@ class FleetSource(Protocol):
     """Knows the devices."""
 
     def ask(self, reader: Callable[[bytes | RequestError], None]) -> None:
-        """Have `reader` told of them as JSON, in any thread, or of why that cannot be. Raises RequestError."""
+        """Call `reader` with them as JSON, in any thread, or with an error. Raises RequestError."""
 
     def close(self) -> None:
-        """Tell no more; bounded in time."""
+        """Call no reader any more; bounded in time."""
 
 
 class FleetReaders:
-    """Those who ask; for the event loop's thread. source: None where there is no broker. known: there is one."""
+    """Readers of the fleet; for the event loop's thread. source: None without a broker. known: there is one."""
 
     def __init__(self, source: FleetSource | None) -> None:
         self._source = source

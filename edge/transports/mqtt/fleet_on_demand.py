@@ -1,4 +1,4 @@
-"""The devices of the broker for those who ask now and then: it is listened to while they do, and some seconds more."""
+"""The devices of the broker for occasional readers: listens while somebody asks, and a few seconds longer."""
 
 import logging
 import queue
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 LOOK_S: Final = 10.0
 """How long the broker is listened to after somebody asked."""
 FRESH_S: Final = 1.0
-"""For so long all who ask get the same answer."""
+"""Within this time readers get the same answer."""
 RETRY_S: Final = 5.0
-"""How long a broker that cannot be used is left alone."""
+"""Delay before a broker that cannot be used is tried again."""
 CLOSE_S: Final = 2.0
 
 Reader = Callable[[bytes | RequestError], None]
@@ -29,7 +29,7 @@ Reader = Callable[[bytes | RequestError], None]
 
 
 class FleetOnDemand:
-    """Answers who asks. Until somebody does it has neither a thread nor a connection, and again no connection after."""
+    """Answers readers. Its thread starts with the first of them; it connects only while there are some."""
 
     def __init__(self, config: MqttConfig) -> None:
         self._config = config
@@ -38,7 +38,7 @@ class FleetOnDemand:
         self._closed = False
 
     def ask(self, reader: Reader) -> None:
-        """Have `reader` told once the broker has said what it knows. For one thread alone. Raises RequestError."""
+        """Call `reader` once the broker has sent what it keeps. For one thread alone. Raises RequestError."""
         if self._closed:
             raise RequestError("draining", "the daemon is stopping")
         self._readers.put(reader)
@@ -47,7 +47,7 @@ class FleetOnDemand:
             self._thread.start()
 
     def close(self) -> None:
-        """Tell those who wait that the daemon stops, and hang up; bounded in time."""
+        """Refuse the readers that wait, and disconnect; bounded in time."""
         self._closed = True
         self._readers.put(None)
         if self._thread is not None:
@@ -72,7 +72,7 @@ class FleetOnDemand:
                 reader = self._next(max(0.0, again_s - time.monotonic()))
 
     def _listen(self, reader: Reader | None) -> None:
-        """Answer it and all who ask until nobody has for LOOK_S. Raises ConfigError, DeviceError."""
+        """Answer this reader and the next ones, until LOOK_S without any. Raises ConfigError, DeviceError."""
         answer, made_s = b"", float("-inf")
         with FleetWatch(self._config) as watch:
             watch.settle()
@@ -83,7 +83,7 @@ class FleetOnDemand:
                 reader = self._next(LOOK_S)
 
     def _next(self, wait_s: float | None = None) -> Reader | None:
-        """Who asks next; None when the time is over, or at the end."""
+        """The next reader; None after the timeout, or at the end."""
         with suppress(queue.Empty):
             return None if self._closed else self._readers.get(timeout=wait_s)
         return None

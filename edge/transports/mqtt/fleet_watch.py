@@ -24,7 +24,7 @@ QUIET_S: Final = 0.3
 class FleetWatch:
     """Listens at the configured broker; a context manager. Raises ConfigError, and DeviceError if that cannot be.
 
-    Connects anew by itself when the connection breaks.
+    Reconnects by itself.
     """
 
     def __init__(self, config: MqttConfig) -> None:
@@ -104,7 +104,7 @@ class FleetWatch:
         self.connected = refused is None
         self._answer_with(refused)
         self._heard_s = time.monotonic()
-        # Brokers serve a client's packets one after the other: this is answered behind all that was retained.
+        # Brokers serve a client's packets one after the other: this is answered after all retained messages.
         client.unsubscribe(f"{self._config.base_topic}/-/-")
 
     def _on_disconnect(self, *_: Any) -> None:

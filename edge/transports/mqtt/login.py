@@ -51,7 +51,7 @@ def _show(context: ssl.SSLContext, cert: Path, key: Path) -> None:
         except OSError as error:
             raise ConfigError(f"{name} {file} cannot be read: {error.strerror}") from None
         if b"ENCRYPTED" in text:
-            raise ConfigError(f"{name} {file} is encrypted: a daemon has nobody to ask for the passphrase")
+            raise ConfigError(f"{name} {file} is encrypted: a daemon cannot ask for the passphrase")
     try:
         context.load_cert_chain(cert, key, password="")  # else OpenSSL would ask on the terminal
     except ssl.SSLError as error:

@@ -37,10 +37,7 @@ MODELING: Final = "modeling_diffusion_llm"
 
 
 def check_publishable(out: Path) -> None:
-    """What would refuse the folder in the end refuses it now.
-
-    ConfigError when `out` is something other than such a folder; DiffusionLLMError when none can be made beside it.
-    """
+    """Fail early: ConfigError when `out` is not such a folder; DiffusionLLMError when none can be made beside it."""
     if out.exists():
         try:
             assert is_published(out)

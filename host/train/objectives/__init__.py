@@ -51,7 +51,7 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def shares_of_batch(mixture: Mapping[str, float], step: int, size: int) -> dict[str, int]:
-    """Stories of a batch of `size` for each objective at `step`: integers that meet the shares on average over steps.
+    """Stories of a batch of `size` for each objective at `step`: whole numbers that average to the shares over steps.
 
     Cumulative shares are rounded, so that the counts add up to `size`.
     """

@@ -1,11 +1,11 @@
-"""Autoregressive, given words and pictures of what the story tells of, drawn anew each time.
+"""Autoregressive, given words and pictures that the story tells of, drawn again each time it is seen.
 
-Tokens that the condition names have weight 1, the others REST: they are a few of two hundred, and the gradients of the
-others, of which the condition says little, are noise to what is learned here. So the law leans to what it is asked for,
-by odds of up to 1 / REST where it cannot know better.
+Tokens that the condition names have weight 1, the others REST. Only a few of two hundred are named; the gradients of
+the others, about which the condition says little, are noise here. So the law favours what is asked for, by odds of up
+to 1 / REST where it cannot know better.
 
-A story whose condition is dropped has the law of the body alone. With the body frozen nothing is to be learned of it,
-so that no conditions are dropped; beside it, `ar` is the objective of such stories.
+No conditions are dropped: with the body frozen, a story without one teaches nothing. Where the body learns, too, `ar`
+is the objective of such stories.
 """
 
 from dataclasses import replace
