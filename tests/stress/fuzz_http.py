@@ -13,8 +13,10 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -26,6 +28,10 @@ from tests.integration.http_client import address_of, ask, complete
 from tests.stress.soak import resources
 from tests.support.spoilt import wrong
 
+AT_ONCE: Final = 4
+"""Connections."""
+ROUND: Final = 200
+"""Connections between two looks at the daemon; each repeats itself by the seed and its number."""
 PIPELINED: Final = 40
 """Requests sent before their answers are read, at most: the first that may break the framing is the last of its
 connection, so that every request sent is one that the daemon has to look at.
@@ -34,7 +40,7 @@ BREAKING: Final = 0.06
 """Share of requests whose head or bytes are changed so that the next one may not be found."""
 ADDRESSES: Final = 200 * 250
 """Of this machine's own network, from which the connections come in turn: one alone is refused 20 times a second."""
-SETTLED: Final = 500
+SETTLED: Final = 600
 """Connections after which memory is looked at first."""
 MOST_GROWTH_KB: Final = 16 * 1024
 TIMEOUT_S: Final = 60.0
@@ -46,7 +52,7 @@ BODIES: Final[tuple[dict[str, object], ...]] = (
     {"prompt": "a", "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True}, "snapshots": True},
     {"prompt": "a", "max_tokens": 2, "stop": ["b", "c"], "model": "m", "user": "u", "n": 1, "logprobs": None},
 )
-PATHS: Final = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/openapi.json", "/page/script.js")
+PATHS: Final = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/openapi.json", "/fleet", "/page/page.js")
 METHODS: Final = ("GET", "POST", "PUT", "OPTIONS", "DELETE", "PRI")
 HEADERS: Final = (
     "Expect: 100-continue",
@@ -205,8 +211,9 @@ def check(status: int, body: bytes) -> str:
     return code
 
 
-def one_connection(address: tuple[str, int], number: int, luck: random.Random) -> tuple[int, Counter[str]]:
+def one_connection(address: tuple[str, int], number: int, seed: int) -> tuple[int, Counter[str]]:
     """Send mutated requests, the last of them perhaps broken, and read to the end.  → how many, and what came back"""
+    luck = random.Random(f"{seed} {number}")
     sent: list[bytes] = []
     whole = PIPELINED
     while len(sent) < PIPELINED:
@@ -224,24 +231,24 @@ def one_connection(address: tuple[str, int], number: int, luck: random.Random) -
         if whole < PIPELINED:
             sock.shutdown(socket.SHUT_WR)  # or the other half of a request would be waited for
         got += Counter(check(status, body) for status, body in answers)
-    assert got.total() >= whole, (whole, got, sent)
+    assert got.total() >= whole, (number, whole, got, sent)
     return len(sent), got
 
 
-def run(requests: int, bundle: Path, seed: int, say: Callable[[str], None]) -> Counter[str]:
+def run(*, requests: int, bundle: Path, seed: int, flags: Sequence[str], say: Callable[[str], None]) -> Counter[str]:
     """Fuzz a daemon of its own. Raises AssertionError with what was answered wrongly."""
-    luck = random.Random(seed)
     found: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        daemon = Daemon(Path(name), bundle, "--backend", "fake", "--http", "127.0.0.1:0")
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name, ThreadPoolExecutor(AT_ONCE) as pool:
+        daemon = Daemon(Path(name), bundle, "--backend", "fake", "--http", "127.0.0.1:0", *flags)
         try:
             address, began_s = address_of(daemon), time.monotonic()
             sent = number = 0
             first_kb = 0
             while sent < requests:
-                count, got = one_connection(address, number, luck)
-                sent, number = sent + count, number + 1
-                found += got
+                for count, got in pool.map(partial(one_connection, address, seed=seed), range(number, number + ROUND)):
+                    sent += count
+                    found += got
+                number += ROUND
                 if number == SETTLED:
                     first_kb = resources(daemon.process.pid).resident_kb
                 if number % 2000 == 0:
@@ -252,7 +259,7 @@ def run(requests: int, bundle: Path, seed: int, say: Callable[[str], None]) -> C
             log = daemon.log.read_text()
             assert "Traceback" not in log and "ERROR" not in log, log[-5000:]
             grown_kb = resources(daemon.process.pid).resident_kb - first_kb
-            if number < SETTLED:
+            if number <= SETTLED:
                 grown_kb = 0
             say(f"{sent} requests on {number} connections, {found.total()} answers; {grown_kb:+} kB after {SETTLED}")
             assert grown_kb < MOST_GROWTH_KB
@@ -267,8 +274,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--bundle", type=Path, default=default_bundle())
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mqtt", metavar="HOST:PORT", help="a broker for the daemon, whose devices /fleet then tells")
     args = parser.parse_args()
-    found = run(args.requests, args.bundle, args.seed, lambda line: print(line, flush=True))
+    flags = () if args.mqtt is None else ("--mqtt", args.mqtt)
+    found = run(requests=args.requests, bundle=args.bundle, seed=args.seed, flags=flags, say=partial(print, flush=True))
     print(dict(found.most_common()))
     return 0
 
