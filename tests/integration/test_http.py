@@ -174,6 +174,11 @@ def test_http_wrong_place_is_named(daemon: Daemon, method: str, path: str, statu
     assert path.partition("?")[0] in answer.error["message"]
 
 
+def test_http_chat_is_told_where_texts_are(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="does not chat: see /v1/completions"):
+        client.chat.completions.create(model="", messages=[{"role": "user", "content": "Hello"}])
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_http_curl_works_and_is_told_of_the_content_type(daemon: Daemon) -> None:
     host, port = address_of(daemon)

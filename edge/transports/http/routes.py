@@ -86,7 +86,9 @@ class Routes:
         if request.path.startswith("/v1/models/"):
             handler = self._model
         if handler is None:
-            raise RequestError("not_found", f"there is nothing at {request.path}: see /v1/models, /health or /")
+            chat = "this model continues text and does not chat: " if "/chat/" in request.path else ""
+            there = "see /v1/completions, /v1/models, /health or /"
+            raise RequestError("not_found", f"there is nothing at {request.path}: {chat}{there}")
         if request.method != method and (method, request.method) != ("GET", "HEAD"):
             raise MethodError(request.path, request.method, takes=method)
         handler(request, exchange)
