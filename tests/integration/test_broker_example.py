@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from edge.config import MqttConfig
 from edge.transports.mqtt.login import try_login
+from tests.integration import http_client
 from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, run_module, until
 from tests.support.certificates import make_authority, make_certificate
 
@@ -77,6 +78,8 @@ def daemon(broker: Broker, certificates: Path, start_daemon: Callable[..., Daemo
     daemon = start_daemon(
         "--mqtt",
         broker.address,
+        "--http",
+        "127.0.0.1:0",
         backend="fake:20",
         DEVICE="edge01",
         MQTT_USERNAME="edge01",
@@ -258,3 +261,14 @@ def test_broker_example_login_that_fails_has_one_sentence(broker: Broker, certif
     ):
         why = try_login(replace(config, **changed), "edgelm-edge01-doctor")
         assert why is not None and sentence in why and "\n" not in why
+
+
+def test_broker_example_tells_a_device_of_the_others_but_their_counters(daemon: Daemon) -> None:
+    """What its own page shows, with its own login."""
+
+    def seen() -> dict[str, object]:
+        (device,) = http_client.ask(daemon, "/fleet").object["devices"] or [{}]
+        return dict(device)
+
+    until(lambda: seen().get("state") == "idle", "the device")
+    assert (seen()["device"], seen()["backend"], seen()["tokens_per_s"]) == ("edge01", "fake", None)

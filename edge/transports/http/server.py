@@ -157,7 +157,8 @@ def open_listeners(listen: str) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        raise ConfigError(f"http.listen {listen} cannot be opened: {error.strerror or error}") from None
+        why = str(error.strerror or error).partition(" (while attempting")[0]
+        raise ConfigError(f"http.listen {listen} cannot be opened: {why}") from None
     return listeners
 
 
