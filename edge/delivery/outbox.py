@@ -50,7 +50,8 @@ class Outbox:
     """Accepts requests for a scheduler and delivers their answers.
 
     send: see Publisher. show: publishes a snapshot (client, id, correlation data, partial). Both must return at once;
-    they are for MQTT. member: of a pool of devices. direct: accepts the requests of clients that wait on a connection.
+    they are for MQTT. member: of a pool of devices. redeliver: see Replies. direct: accepts the requests of clients
+    that wait on a connection.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class Outbox:
         send: Send = lambda connection, message: None,
         show: Callable[[str, str, bytes | None, Partial], None] = lambda client, id, correlation, partial: None,
         member: Member | None = None,
+        redeliver: Callable[[], None] = lambda: None,
     ) -> None:
-        self.replies = Replies(scheduler, lambda m: self._work.put(lambda: self._publisher.add_reply(m)))
+        self.replies = Replies(scheduler, lambda m: self._work.put(lambda: self._publisher.add_reply(m)), redeliver)
         self._journal = journal
         self._scheduler = scheduler
         self._show = show

@@ -147,8 +147,10 @@ class Pool:
             payload = encode(error_response(conflict(entry.id), entry.id))
         elif payload is None and (opened := self._open.get(seq)) is not None:
             opened.correlation = heard.correlation
-        if payload is None or not self._replies.limits.take(entry.client, reliable=True):
+        if payload is None:
             return False
+        if not self._replies.limits.take(entry.client, reliable=True):
+            return True  # the claim comes again
 
         def done() -> None:
             self._replies.limits.give_back()

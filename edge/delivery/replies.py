@@ -11,10 +11,14 @@ from shared.messages import encode, error_response
 
 
 class Replies:
-    """send: has a message published soon; called in any thread."""
+    """send: has a message published soon; called in any thread. redeliver: has the broker deliver again what was not
+    acknowledged.
+    """
 
-    def __init__(self, scheduler: Scheduler, send: Callable[[Message], None]) -> None:
-        self.limits = ReplyLimits(on_drop=lambda: scheduler.requests.note_lost(dropped=1))
+    def __init__(
+        self, scheduler: Scheduler, send: Callable[[Message], None], redeliver: Callable[[], None] = lambda: None
+    ) -> None:
+        self.limits = ReplyLimits(lambda: scheduler.requests.note_lost(dropped=1), on_room=redeliver)
         self.send = send
         self._scheduler = scheduler
 
@@ -30,10 +34,12 @@ class Replies:
     def reply(self, sender: Sender, payload: Callable[[], bytes], seq: int | None = None) -> None:
         """Send a reply, or the answer of number `seq` again, and acknowledge the request.
 
-        payload: called only if ReplyLimits allow the reply; in a flood most are dropped.
+        payload: called only if ReplyLimits allow the reply. In a flood most to QoS 0 are dropped; a request of QoS 1
+        then stays unacknowledged, and the broker delivers it again.
         """
         if not self.limits.take(sender.client, sender.reliable):
-            sender.acknowledge()
+            if not sender.reliable:
+                sender.acknowledge()
             return
 
         def done() -> None:

@@ -11,7 +11,10 @@ from edge.system.locked import Locked
 MAX_REPLIES: Final = 32
 """Replies in flight at once; beyond, those to QoS 0 requests are dropped."""
 MAX_RELIABLE_REPLIES: Final = 1024
-"""The same for QoS 1. A broker should deliver few at a time, but mosquitto 2.0 exceeds the Receive Maximum."""
+"""The same for QoS 1; beyond, a request is left with the broker, unacknowledged, until there is room.
+
+A broker should deliver few at a time, but mosquitto 2.0 exceeds the Receive Maximum by far.
+"""
 BURST: Final = 50
 RATE: Final = 20.0
 """Replies a second to QoS 0 requests of one client, after a burst."""
@@ -21,9 +24,12 @@ MAX_CLIENTS: Final = 256
 
 @dataclass
 class _Spent:
-    """The replies so far. clients: client → (replies counted against its rate, when)."""
+    """The replies so far. left: whether a request was left with the broker. clients: client → (replies counted against
+    its rate, when).
+    """
 
     under_way: int = 0
+    left: bool = False
     clients: OrderedDict[str, tuple[float, float]] = field(default_factory=OrderedDict)
 
     def within_rate(self, client: str) -> bool:
@@ -39,24 +45,28 @@ class _Spent:
 
 
 class ReplyLimits:
-    """Decides which replies are sent. Thread-safe. on_drop: called for each that is not."""
+    """Decides which replies are sent. Thread-safe.
 
-    def __init__(self, on_drop: Callable[[], None]) -> None:
-        self._on_drop = on_drop
+    on_drop: called for each that is not. on_room: called when there is room again for what was left with the broker.
+    """
+
+    def __init__(self, on_drop: Callable[[], None], on_room: Callable[[], None]) -> None:
+        self._on_drop, self._on_room = on_drop, on_room
         self._spent = Locked(_Spent())
 
     def take(self, client: str, reliable: bool) -> bool:
         """Whether another reply may be sent; `give_back` ends it.
 
-        reliable: the request came at QoS 1.
+        reliable: the request came at QoS 1; refused, it must not be acknowledged, and comes again after `on_room`.
         """
         with self._spent as spent:
             if reliable:
                 allowed = spent.under_way < MAX_RELIABLE_REPLIES
+                spent.left |= not allowed
             else:
                 allowed = spent.under_way < MAX_REPLIES and spent.within_rate(client)
             spent.under_way += allowed
-        if not allowed:
+        if not (allowed or reliable):
             self._on_drop()
         return allowed
 
@@ -68,3 +78,7 @@ class ReplyLimits:
         """A reply was delivered or lost."""
         with self._spent as spent:
             spent.under_way -= 1
+            room = spent.left and spent.under_way < MAX_REPLIES
+            spent.left &= not room
+        if room:
+            self._on_room()

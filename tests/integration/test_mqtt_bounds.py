@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +99,32 @@ def test_mqtt_every_bad_request_of_qos_1_is_answered(
         listener.client.publish(REQUEST, b"{", qos=1)
     for _ in range(10 * RECEIVE_MAXIMUM):
         assert body(listener.next("edgelm/dev/response"))["error"]["code"] == "bad_request"
+
+
+def test_mqtt_what_has_no_room_for_a_refusal_stays_with_the_broker_and_is_answered_later(
+    make_broker: Callable[..., Broker], tmp_path: Path, debug_bundle: Path, listen: Listen
+) -> None:
+    """A daemon that holds four replies at most: in an overload mosquitto 2.0 delivers far more than it was told to."""
+    broker = make_broker("max_queued_messages 0").start()
+    few = ("-m", "tests.support.few_replies", "4")
+    daemon = Daemon(tmp_path, debug_bundle, "--backend", "fake", "--mqtt", broker.address, DEVICE="dev", program=few)
+    try:
+        until(lambda: "mqtt connected" in daemon.log.read_text(), "the daemon to connect")
+        listener = listen(broker, "edgelm/dev/response/#")
+        ids = {str(number) for number in range(12)}
+        daemon.signal(signal.SIGSTOP)  # so that they come at once
+        for id in ids:
+            listener.client.publish(REQUEST, json.dumps({"id": id, "prompt": 1}).encode(), qos=1)
+        daemon.signal(signal.SIGCONT)
+        told = set[str]()
+        while told != ids:
+            answer = body(listener.heard.get(timeout=TIMEOUT_S))
+            assert answer["error"]["code"] == "bad_request"
+            told.add(answer["id"])
+        assert "connecting anew" in daemon.log.read_text()
+        assert daemon.log.read_text().count("mqtt connected") > 1 and "another client" not in daemon.log.read_text()
+    finally:
+        daemon.close()
 
 
 def test_mqtt_correlation_data_is_bounded(serve: Callable[..., Daemon], broker: Broker, listen: Listen) -> None:

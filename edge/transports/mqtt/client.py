@@ -103,7 +103,14 @@ class MqttTransport:
             events=self,
         )
         member = None if self._pool is None else Member(config.device, self._pool.own("claim"))
-        self._outbox = Outbox(Journal(config.state), scheduler, send=self._send, show=self._show, member=member)
+        self._outbox = Outbox(
+            Journal(config.state),
+            scheduler,
+            send=self._send,
+            show=self._show,
+            member=member,
+            redeliver=self._link.renew,
+        )
         self._status = Status(scheduler, config.queue_size, publish=self._publish, announce=self._discovery.announce)
 
     @property

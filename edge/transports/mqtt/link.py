@@ -165,6 +165,13 @@ class Link:
         if client is not None:
             client.unsubscribe(topics)
 
+    def renew(self) -> None:
+        """Have the broker deliver again what was not acknowledged: it does on a new connection."""
+        log.info("connecting anew, for the requests that the broker was left with")
+        client = self._client
+        if client is not None:
+            client.disconnect()
+
     def close(self, last_availability: bytes, timeout_s: float) -> None:
         """Publish a last availability and disconnect; the broker keeps undelivered messages."""
         self._stopping.set()
@@ -317,7 +324,8 @@ class Link:
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
         if not self._stopping.is_set():  # else the broker keeps it for the next daemon
-            self._events.on_message(message, lambda: _acknowledge(client, message))
+            mid, qos = message.mid, message.qos  # not the message, which may have a picture
+            self._events.on_message(message, lambda: _acknowledge(client, mid, qos))
 
     def _on_publish(
         self, client: Client, userdata: Any, mid: int, reason: ReasonCode, carried: Properties | None
@@ -332,5 +340,5 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _acknowledge(client: Client, message: MQTTMessage) -> None:
-    client.ack(message.mid, message.qos)
+def _acknowledge(client: Client, mid: int, qos: int) -> None:
+    client.ack(mid, qos)
