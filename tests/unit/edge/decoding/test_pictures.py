@@ -128,7 +128,7 @@ def test_pictures_with_damaged_exif_are_taken() -> None:
         (file_of(plain("RGB", "red", (1, 1))), "bad_request", "has 1 × 1 pixels; each side must have 8"),
         (file_of(plain("RGB", "red", (500, 7))), "bad_request", "has 500 × 7 pixels; each side must have 8"),
         (png_of(100_000, 100_000), "too_large", f"has 100000 × 100000 pixels; at most {MAX_PICTURE_PIXELS}"),
-        (file_of(plain("1", 1, (30_000, 30_000))), "too_large", "has 30000 × 30000 pixels"),
+        (file_of(plain("1", 1, (5_000, 5_000))), "too_large", "has 5000 × 5000 pixels"),
         (b"\x89PNG" + b"\0" * MAX_PICTURE_BYTES, "too_large", f"bytes; a picture may have {MAX_PICTURE_BYTES}"),
         (png_of(SIDE, SIDE, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * (2 << 20)))), "bad_request", "is damaged"),
         (png_of(2 * SIDE, SIDE), "bad_request", "is damaged"),

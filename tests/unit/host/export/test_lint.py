@@ -1,6 +1,6 @@
 """The lint finds nothing in our graphs, and finds each thing that was broken on purpose."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,28 +16,33 @@ from host.export.random_weights import untrained
 from host.model.network import CONFIGS
 from shared.tokens import BOS, MASK
 
-MODEL = untrained(CONFIGS["debug"])[0]
-FP16 = cuda_graph(MODEL)
-CANVAS = np.full(64, MASK, np.int32)
-CANVAS[0] = BOS
-INT8 = quantize_linears(FP16, activation_ranges(FP16, [(CANVAS, 1.0)])["largest"], [])
+
+@pytest.fixture(scope="module")
+def fp16() -> onnx.ModelProto:
+    return cuda_graph(untrained(CONFIGS["debug"])[0])
 
 
-def graphs() -> Iterator[tuple[str, onnx.ModelProto]]:
-    yield "FP16", FP16
-    yield "INT8", INT8
-    yield "FP32 norms", cuda_graph(MODEL, fp32_norms=True)
-    untimed = untrained(replace(CONFIGS["debug"], time_input=False))[0]
-    yield "without time", cuda_graph(untimed)
+@pytest.fixture(scope="module")
+def ranges(fp16: onnx.ModelProto) -> dict[str, float]:
+    canvas = np.full(64, MASK, np.int32)
+    canvas[0] = BOS
+    return activation_ranges(fp16, [(canvas, 1.0)])["largest"]
 
 
-GRAPHS = dict(graphs())
+@pytest.fixture(scope="module")
+def int8(fp16: onnx.ModelProto, ranges: dict[str, float]) -> onnx.ModelProto:
+    return quantize_linears(fp16, ranges, [])
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_lint_finds_nothing_in_our_graphs(name: str) -> None:
-    assert violations(GRAPHS[name]) == []
-    assert slow_shapes(GRAPHS[name]) == []
+@pytest.mark.parametrize("name", ["FP16", "INT8", "FP32 norms", "without time"])
+def test_lint_finds_nothing_in_our_graphs(name: str, fp16: onnx.ModelProto, int8: onnx.ModelProto) -> None:
+    if name in ("FP16", "INT8"):
+        graph = int8 if name == "INT8" else fp16
+    else:
+        timed = name == "FP32 norms"
+        graph = cuda_graph(untrained(replace(CONFIGS["debug"], time_input=timed))[0], fp32_norms=timed)
+    assert violations(graph) == []
+    assert slow_shapes(graph) == []
 
 
 def tensor(graph: onnx.ModelProto, name: str) -> TensorProto:
@@ -118,9 +123,9 @@ BROKEN: dict[Callable[[onnx.ModelProto], None], str] = {
 
 
 @pytest.mark.parametrize("spoil", BROKEN, ids=lambda spoil: spoil.__name__)
-def test_lint_names_each_broken_rule(spoil: Callable[[onnx.ModelProto], None]) -> None:
+def test_lint_names_each_broken_rule(spoil: Callable[[onnx.ModelProto], None], int8: onnx.ModelProto) -> None:
     graph = onnx.ModelProto()
-    graph.CopyFrom(INT8)
+    graph.CopyFrom(int8)
     spoil(graph)
     assert any(BROKEN[spoil] in sentence for sentence in violations(graph)), violations(graph)
 
@@ -130,10 +135,9 @@ def test_lint_names_sides_that_waste_tiles() -> None:
     assert slow_shapes(graph) == ["head.matmul: its weights are 64 × 300; multiples of 64 are faster"]
 
 
-@pytest.mark.slow
-def test_cuda_int8_graph_leaves_kept_layers_in_float() -> None:
+def test_cuda_int8_graph_leaves_kept_layers_in_float(fp16: onnx.ModelProto, ranges: dict[str, float]) -> None:
     kept = ["head.matmul", "blocks.1.up.out.matmul"]
-    graph = quantize_linears(FP16, activation_ranges(FP16, [(CANVAS, 1.0)])["largest"], kept)
+    graph = quantize_linears(fp16, ranges, kept)
     still = {layer.name for layer in linear_layers(gs.import_onnx(graph))}
     assert still == set(kept)
     assert violations(graph) == []
