@@ -1,6 +1,6 @@
 """Who answers an id of a pool, as the journal keeps it: the device whose claim the broker handed on first.
 
-For use inside the journal's transactions. All devices hear all claims in the broker's order, and judge alike.
+For use inside the journal's transactions. All devices hear all claims in the broker's order, and so decide alike.
 """
 
 import sqlite3
@@ -39,7 +39,7 @@ def is_taken(db: sqlite3.Connection, key: bytes) -> bool:
     return db.execute("SELECT 1 FROM claim WHERE key = ? AND seq IS NULL", (key,)).fetchone() is not None
 
 
-def judge(db: sqlite3.Connection, key: bytes, own: bool, now_s: float) -> tuple[Outcome, int | None]:
+def settle(db: sqlite3.Connection, key: bytes, own: bool, now_s: float) -> tuple[Outcome, int | None]:
     """Take note of a claim.  → what it means for the request here, and its number
 
     own: whether this device made it. A request that lost is deleted: its owner answers it.

@@ -200,11 +200,11 @@ class Journal:
         with self._db as db:
             return claims.is_taken(db, key)
 
-    def judge(self, heard: Iterable[tuple[bytes, bool]]) -> list[tuple[claims.Outcome, int | None]]:
-        """What claims, each a key and whether it is our own, mean for the requests here: see claims.judge."""
+    def settle(self, heard: Iterable[tuple[bytes, bool]]) -> list[tuple[claims.Outcome, int | None]]:
+        """What claims, each a key and whether it is our own, mean for the requests here: see claims.settle."""
         now_s = self._now_s()
         with self._transaction() as db:
-            return [claims.judge(db, key, own, now_s) for key, own in heard]
+            return [claims.settle(db, key, own, now_s) for key, own in heard]
 
     def unsettled(self) -> list[tuple[bytes, int, bytes, bytes | None]]:
         """The requests whose claim has not come back, oldest first: see claims.unsettled."""

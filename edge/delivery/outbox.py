@@ -308,7 +308,7 @@ class Outbox:
             self._work.get()()
 
     def _timeout_s(self) -> float:
-        if self._unstored or self._publisher.outcomes or self._pool.unjudged:
+        if self._unstored or self._publisher.outcomes or self._pool.waiting:
             return RETRY_S
         next_s = self._publisher.next_s
         return PRUNE_S if next_s is None else max(0.0, next_s - time.monotonic())

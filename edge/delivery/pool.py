@@ -106,18 +106,18 @@ class Pool:
         self._heard.append(_Heard(claim, correlation, acknowledge))
 
     @property
-    def unjudged(self) -> bool:
+    def waiting(self) -> bool:
         """Whether claims wait for room on the disk."""
         return bool(self._heard)
 
     def settle(self) -> None:
-        """Judge the claims that came, in one transaction. On a full disk they wait."""
+        """Settle the claims that came, in one transaction. On a full disk they wait."""
         self._complain()
         if not self._heard or self._member is None:
             return
         claims = [(bytes.fromhex(h.claim.key), h.claim.device == self._member.device) for h in self._heard]
         try:
-            outcomes = self._journal.judge(claims)
+            outcomes = self._journal.settle(claims)
         except sqlite3.Error as error:
             log.warning("%d claims of the pool wait to be stored: %s", len(claims), error)
             return

@@ -26,7 +26,7 @@ from edge.config import default_bundle
 from edge.transports.unix_socket import MAX_CONNECTIONS
 from shared.errors import run_main
 from tests.integration.harness import Broker, Daemon, Line, Listener
-from tests.stress.chaos_report import Journal, Report, forgotten, hurried, judge, read_journal
+from tests.stress.chaos_report import Journal, Report, forgotten, hurried, read_journal, verdict_of
 from tests.support.askers import BASE, Asker, Heard, Vanishers
 from tests.support.flood import flood
 from tests.support.wall_clock import COMPILER, WallClock
@@ -265,7 +265,7 @@ def run(
 
 
 def _report(chaos: Chaos, heard: Heard, asker: Asker, vanishers: Vanishers, *, keep_s: float) -> Report:
-    verdict = judge(heard.answers, [chaos.journals, *chaos.doubles], keep_s)
+    verdict = verdict_of(heard.answers, [chaos.journals, *chaos.doubles], keep_s)
     times_s = [kept.accepted_s for journal in chaos.journals for kept in journal.kept.values()]
     return Report(
         requests=len(asker.asked) + len(vanishers.names),

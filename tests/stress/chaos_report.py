@@ -113,7 +113,7 @@ class Verdict:
     unstored: set[str]
 
 
-def judge(heard: Answers, daemons: Sequence[Sequence[Journal]], keep_s: float) -> Verdict:
+def verdict_of(heard: Answers, daemons: Sequence[Sequence[Journal]], keep_s: float) -> Verdict:
     """Every answer that was heard or kept, by the times of the journals and by those of the clients.
 
     daemons: the journals of each daemon in the order in which they were read. An answer names the daemon that computed

@@ -1,4 +1,4 @@
-"""Samples in numbers: many at once as one by one, judged exactly, beside the data; and the sweep over settings."""
+"""Samples in numbers: many at once as one by one, scored exactly, beside the data; and the sweep over settings."""
 
 import inspect
 import json
@@ -45,7 +45,7 @@ def network() -> Denoiser:
 
 @pytest.fixture(scope="session")
 def scorer_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "judge"
+    out = tmp_path_factory.mktemp("runs") / "scorer"
     call(train.main, *small(data, out, "--objectives", "ar", "--steps", 40, "--lr", 3e-3, "--valid-every", 40))
     return out
 
@@ -202,7 +202,7 @@ def test_score_takes_200_texts_by_default() -> None:
 def test_score_of_a_run_and_of_files_stands_beside_the_data(
     trained: Path, scorer_run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for samples, name in ((trained, "trained, sampled"), (scorer_run, "judge, sampled"), (corpus, "stories")):
+    for samples, name in ((trained, "trained, sampled"), (scorer_run, "scorer, sampled"), (corpus, "stories")):
         call(evaluate.main, "--samples", samples, "--scorer", scorer_run, "--count", 3, "--source", corpus)
         lines = capsys.readouterr().out.splitlines()
         assert [line[:32].strip() for line in lines] == [
@@ -291,33 +291,33 @@ def test_evaluate_of_an_autoregressive_run_is_its_exact_likelihood(
     ("flags", "code", "words"),
     [
         (["--samples", "{trained}"], 78, "--samples and --sweep need --scorer AR_RUN"),
-        (["--scorer", "{judge}"], 78, "--scorer and --count need --samples or --sweep"),
-        (["--sweep", "--scorer", "{judge}", "--count", 0], 78, "--count must be a number above 0, not 0"),
+        (["--scorer", "{scorer}"], 78, "--scorer and --count need --samples or --sweep"),
+        (["--sweep", "--scorer", "{scorer}", "--count", 0], 78, "--count must be a number above 0, not 0"),
         (
             ["--samples", "{trained}", "--scorer", "{trained}"],
             78,
             "{trained} cannot score texts: it did not learn",
         ),
-        (["--samples", "nowhere.txt", "--scorer", "{judge}"], 65, "nowhere.txt does not exist"),
+        (["--samples", "nowhere.txt", "--scorer", "{scorer}"], 65, "nowhere.txt does not exist"),
         (
-            ["--sweep", "--run", "{judge}", "--scorer", "{judge}"],
+            ["--sweep", "--run", "{scorer}", "--scorer", "{scorer}"],
             78,
-            "{judge} did not learn the objective canvas: a sweep",
+            "{scorer} did not learn the objective canvas: a sweep",
         ),
-        (["--sweep", "--json", "--scorer", "{judge}"], 78, "--sweep measures a run, and prints one table"),
+        (["--sweep", "--json", "--scorer", "{scorer}"], 78, "--sweep measures a run, and prints one table"),
         (
-            ["--samples", "{trained}", "--run", "{trained}", "--scorer", "{judge}"],
+            ["--samples", "{trained}", "--run", "{trained}", "--scorer", "{scorer}"],
             78,
             "--samples names what is scored: it cannot be combined with --run or --bundle",
         ),
-        (["--samples", "{trained}", "--draws", 3, "--scorer", "{judge}"], 78, "the number of samples is --count"),
+        (["--samples", "{trained}", "--draws", 3, "--scorer", "{scorer}"], 78, "the number of samples is --count"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
 def test_score_refuses_what_cannot_be_scored(
     trained: Path, scorer_run: Path, capsys: pytest.CaptureFixture[str], flags: list[object], code: int, words: str
 ) -> None:
-    names = {"trained": trained, "judge": scorer_run}
+    names = {"trained": trained, "scorer": scorer_run}
     found, sentence = refusal(capsys, evaluate.main, *(str(flag).format(**names) for flag in flags))
     assert found == code
     assert words.format(**names) in sentence
@@ -337,11 +337,11 @@ def test_scorer_of_another_tokenizer_is_refused(
 def test_scorer_without_its_tokenizer_is_refused(
     trained: Path, scorer_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judge = tmp_path / "judge"
-    shutil.copytree(scorer_run, judge)
-    (judge / TOKENIZER).unlink()
-    code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--scorer", judge)
+    scorer = tmp_path / "scorer"
+    shutil.copytree(scorer_run, scorer)
+    (scorer / TOKENIZER).unlink()
+    code, sentence = refusal(capsys, evaluate.main, "--samples", trained, "--scorer", scorer)
     assert (code, sentence) == (
         65,
-        f"{judge / TOKENIZER} is missing, or not the tokenizer that the run was trained with",
+        f"{scorer / TOKENIZER} is missing, or not the tokenizer that the run was trained with",
     )
