@@ -178,7 +178,7 @@ def command_line() -> argparse.ArgumentParser:
         "--bundle", metavar="DIR", help="generate in this process with this bundle (default: the daemon's)"
     )
     sampling = parser.add_argument_group(
-        "sampling", "Defaults are those of the bundle's manifest; in brackets, what a bundle has unless told otherwise."
+        "sampling", "Defaults are those of the bundle's manifest; in brackets, those of most bundles."
     )
     add = sampling.add_argument
     add("--seed", type=int, help="repeats a text exactly, on the same kind of processor (random)")

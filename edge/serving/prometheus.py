@@ -24,7 +24,7 @@ def prometheus_text(metrics: Metrics, *, device: str) -> str:
     m = metrics
     none: Labels = {}
     decoders: tuple[Decoder, ...] = get_args(Decoder)
-    told = {d: m.decoded.get(d) for d in decoders}
+    by_decoder = {d: m.decoded.get(d) for d in decoders}
     codes = dict.fromkeys(("ok", *ERROR_CODES), 0) | m.answered
     info = {"device": device, "version": m.version, "bundle": m.model, "backend": m.backend}
     families = [
@@ -52,13 +52,13 @@ def prometheus_text(metrics: Metrics, *, device: str) -> str:
             "generated_tokens_total",
             "counter",
             "Tokens of answers, by decoder.",
-            [({"decoder": d}, decoded.tokens if decoded else 0) for d, decoded in told.items()],
+            [({"decoder": d}, decoded.tokens if decoded else 0) for d, decoded in by_decoder.items()],
         ),
         _family(
             "passes_total",
             "counter",
             "Evaluations of the network for answers, by decoder.",
-            [({"decoder": d}, decoded.passes if decoded else 0) for d, decoded in told.items()],
+            [({"decoder": d}, decoded.passes if decoded else 0) for d, decoded in by_decoder.items()],
         ),
         _family("steps_total", "counter", "Runs of the network; a batch counts once.", [(none, m.steps)]),
         _family("tokens_per_second", "gauge", "Tokens of answers, over the last minute.", [(none, m.tokens_per_s)]),

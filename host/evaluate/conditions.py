@@ -136,12 +136,12 @@ def shares_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: Tens
     tells_of = (lambda text, concept: False) if conditioner.pictures is None else conditioner.pictures.tells_of
     texts = [text_of(conditioner.tokenizer, canvas) for canvas in canvases.numpy()]
     stems = [{stem(word) for word in normalized(text).split()} for text in texts]
-    told, asked = np.zeros((1, len(wishes))), np.zeros((1, len(wishes)))
+    occurring, requested = np.zeros((1, len(wishes))), np.zeros((1, len(wishes)))
     for i, wish in enumerate(wishes):
-        asked[0, i] = len(wish.words) + len(wish.concepts)
-        told[0, i] = sum(word in stems[i] for word in wish.words)
-        told[0, i] += sum(tells_of(texts[i], concept) for concept in wish.concepts)
-    return ratio(told, asked)
+        requested[0, i] = len(wish.words) + len(wish.concepts)
+        occurring[0, i] = sum(word in stems[i] for word in wish.words)
+        occurring[0, i] += sum(tells_of(texts[i], concept) for concept in wish.concepts)
+    return ratio(occurring, requested)
 
 
 def _distinct(canvases: Tensor) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ MAX_CONNECTIONS: Final = 256
 ADDRESS_CONNECTIONS: Final = 64
 """Most connections of one address."""
 MAX_TURNED_AWAY: Final = 128
-"""Connections above these limits that are being told so; more are cut off without a word."""
+"""Connections above these limits that are refused with an answer; more are cut off without one."""
 BURST: Final = 50
 RATE: Final = 20.0
 """Refusals a second to one address, after a burst; further ones are sent late, and their connection waits."""

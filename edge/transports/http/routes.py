@@ -98,11 +98,11 @@ class Routes:
         if kind != "application/json":
             message = f"send JSON, with the header `Content-Type: application/json`, not {kind or 'none'!r}"
             raise RequestError("unsupported_media", message)
-        asked = decode_completion(request.body)
-        id = _id_of(request, asked)
-        wanted = to_generate(asked, id)
+        completion = decode_completion(request.body)
+        id = _id_of(request, completion)
+        wanted = to_generate(completion, id)
         client, now_s = f"http:{request.unit}", time.time()
-        answering = Answering(exchange, asked, id=id, model=self._scheduler.model)
+        answering = Answering(exchange, completion, id=id, model=self._scheduler.model)
         if id is None:
             self._scheduler.submit(
                 wanted,
@@ -111,7 +111,7 @@ class Routes:
                 client=client,
             )
             return
-        digest = hashlib.sha256(encode(asked)).digest()
+        digest = hashlib.sha256(encode(completion)).digest()
         self._direct.accept(wanted, answering, digest=digest, client=client, accepted_s=now_s, every_s=SNAPSHOT_S)
 
     def _models(self, request: Request, exchange: Exchange) -> None:
@@ -138,12 +138,12 @@ class Routes:
         exchange.answer(text.encode(), kind=CONTENT_TYPE)
 
 
-def _id_of(request: Request, asked: CompletionRequest) -> str | None:
+def _id_of(request: Request, completion: CompletionRequest) -> str | None:
     """The request's id, of its header or its body. Raises RequestError."""
     key = request.headers.get("idempotency-key")
     if key is None:
-        return asked.id
-    if asked.id not in (None, key):
+        return completion.id
+    if completion.id not in (None, key):
         raise RequestError("bad_request", "`id` and the header Idempotency-Key differ: give one of them")
     try:
         return msgspec.convert(key, Id)

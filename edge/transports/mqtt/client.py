@@ -228,8 +228,8 @@ class MqttTransport:
             return
         self._outbox.hear_claim(claim, correlation, acknowledge)
 
-    def _generate(self, asked: _Request) -> None:
-        payload = bytes(asked.message.payload)
+    def _generate(self, incoming: _Request) -> None:
+        payload = bytes(incoming.message.payload)
         request: GenerateRequest | None = None
         bad: RequestError | None = None
         try:
@@ -237,12 +237,12 @@ class MqttTransport:
         except RequestError as error:
             bad = error
         topic, id = (None, id_of(payload)) if request is None else (request.response_topic, request.id)
-        sender, misplaced = self._sender(asked, topic=topic, id=id)
+        sender, misplaced = self._sender(incoming, topic=topic, id=id)
         refusal = bad or misplaced
         if request is not None and refusal is None:
             try:
-                expiry_s = sent_with(asked.message, "MessageExpiryInterval")
-                self._outbox.accept(sender, request, expiry_s, lambda r: self._attachments.attached(asked.client, r))
+                expiry_s = sent_with(incoming.message, "MessageExpiryInterval")
+                self._outbox.accept(sender, request, expiry_s, lambda r: self._attachments.attached(incoming.client, r))
             except RequestError as error:
                 refusal = error
             except Exception:  # such as a journal that cannot be read: reported to the sender
@@ -251,43 +251,44 @@ class MqttTransport:
         if refusal is not None:
             self._outbox.replies.refuse(sender, refusal, id)
 
-    def _attach(self, asked: _Request, name: str) -> None:
+    def _attach(self, incoming: _Request, name: str) -> None:
         try:
             if not self._scheduler.loaded.takes_conditions:
                 raise RequestError("bad_request", "this device takes no pictures with the bundle that it serves")
-            self._attachments.put(asked.client, name, bytes(asked.message.payload))
+            self._attachments.put(incoming.client, name, bytes(incoming.message.payload))
         except RequestError as error:
-            sender, _ = self._sender(asked, topic=None, id=name)
+            sender, _ = self._sender(incoming, topic=None, id=name)
             self._outbox.replies.refuse(sender, error, name)
             return
-        asked.acknowledge()
+        incoming.acknowledge()
 
-    def _cancel(self, asked: _Request) -> None:
-        payload = bytes(asked.message.payload)
+    def _cancel(self, incoming: _Request) -> None:
+        payload = bytes(incoming.message.payload)
         try:
             request = decode_cancel(payload)
         except RequestError as error:
             id = id_of(payload)
-            sender, _ = self._sender(asked, topic=None, id=id)
+            sender, _ = self._sender(incoming, topic=None, id=id)
             self._outbox.replies.refuse(sender, error, id)
             return
-        topic: str | None = sent_with(asked.message, "ResponseTopic")
-        self._outbox.cancel(asked.client, request.id, request.response_topic if topic is None else topic)
-        asked.acknowledge()
+        topic: str | None = sent_with(incoming.message, "ResponseTopic")
+        self._outbox.cancel(incoming.client, request.id, request.response_topic if topic is None else topic)
+        incoming.acknowledge()
 
-    def _sender(self, asked: _Request, *, topic: str | None, id: str | None) -> tuple[Sender, RequestError | None]:
+    def _sender(self, incoming: _Request, *, topic: str | None, id: str | None) -> tuple[Sender, RequestError | None]:
         """The sender of a message, and what is wrong with its reply topic or correlation data, if anything.
 
         topic: for the answer, unless the message's properties name one.
         """
-        named: str | None = sent_with(asked.message, "ResponseTopic")
-        address, refusal = asked.topics.address(topic if named is None else named, asked.client, id)
-        correlation: bytes | None = sent_with(asked.message, "CorrelationData")
+        named: str | None = sent_with(incoming.message, "ResponseTopic")
+        address, refusal = incoming.topics.address(topic if named is None else named, incoming.client, id)
+        correlation: bytes | None = sent_with(incoming.message, "CorrelationData")
         if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
             limit = f"correlation data may have {MAX_CORRELATION_BYTES} bytes; this message has {len(correlation)}"
             correlation, refusal = None, RequestError("too_large", limit)
-        name = asked.topics.sender(address) if asked.client is None else asked.client
-        return Sender(name, address, correlation, asked.message.qos > 0, asked.acknowledge, asked.pooled), refusal
+        name = incoming.topics.sender(address) if incoming.client is None else incoming.client
+        reliable = incoming.message.qos > 0
+        return Sender(name, address, correlation, reliable, incoming.acknowledge, incoming.pooled), refusal
 
     def _send(self, connection: int, message: Message) -> int | None:
         carried = answer_properties(message.payload, message.correlation)

@@ -39,7 +39,7 @@ class _Metrics(Struct, tag="metrics"):
 
 
 class Device(Struct, frozen=True, kw_only=True):
-    """One device, as far as it was heard. None: not told yet.
+    """One device, as far as it was heard. None: not reported yet.
 
     state: that of Health; "stopped" behind an orderly end, "vanished" where the broker lost it. watts: of the board's
     largest rail, which is its input where it has a sensor there. seen_s_ago: seconds since it spoke; if that was before

@@ -63,9 +63,9 @@ class FleetOnDemand:
                 continue
             except DiffusionLLMError as error:
                 refusal = RequestError("broker_lost", str(error), round(RETRY_S * 1e3))
-            except Exception:  # those who wait must be told
-                log.exception("the devices of the broker cannot be told")
-                refusal = RequestError("internal", "the devices cannot be told; the daemon's log has the details")
+            except Exception:  # the readers must hear of it
+                log.exception("the devices of the broker cannot be listed")
+                refusal = RequestError("internal", "the devices cannot be listed; the daemon's log has the details")
             again_s = time.monotonic() + RETRY_S
             while reader is not None:
                 reader(refusal)

@@ -68,7 +68,7 @@ class FleetWatch:
         return FleetView(broker=self.broker, connected=self.connected, left_out=left_out, devices=devices)
 
     def settle(self) -> FleetView:
-        """What the broker knows, once it has told all that it kept, or has taken too long."""
+        """All devices, once the broker has sent what it retains, or has taken too long."""
         give_up_s = time.monotonic() + LOGIN_S
         self._complete.wait(LOGIN_S)
         while time.monotonic() < min(self._heard_s + QUIET_S, give_up_s):

@@ -65,7 +65,7 @@ class Discovery:
             if removed:
                 _remember(self._file, (known | self._wanted) - removed)
         except OSError as error:
-            log.warning("what Home Assistant was told cannot be remembered, so it is not told: %s", error)
+            log.warning("the announcement to Home Assistant cannot be recorded, so none is sent: %s", error)
 
 
 def object_id(device: str) -> str:
