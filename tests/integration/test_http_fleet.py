@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from edge.transports.http.fleet import MAX_READERS
-from edge.transports.mqtt.fleet_on_demand import FRESH_S, LOOK_S, RETRY_S
+from edge.transports.mqtt.fleet_on_demand import FRESH_S, LOOK_S
+from edge.transports.mqtt.fleet_watch import RETRY_S
 from tests.integration.harness import Broker, Daemon, Listener, run_module, until
 from tests.integration.http_client import address_of, ask
 
@@ -114,7 +115,7 @@ def test_http_fleet_whose_broker_is_not_there_is_refused_in_a_sentence(daemon: D
     refused = [ask(daemon, "/fleet") for _ in range(3)]
     assert {(answer.status, answer.error["code"]) for answer in refused} == {(502, "broker_lost")}
     assert f"the broker {broker.address} cannot be reached" in refused[0].error["message"]
-    assert refused[0].headers["retry-after-ms"] == f"{RETRY_S * 1e3:.0f}"
+    assert refused[0].headers["retry-after-ms"] == str(RETRY_S * 1000)
     broker.start()
     until(lambda: ask(daemon, "/fleet").status == 200, "its return")
     assert "Traceback" not in daemon.log.read_text()

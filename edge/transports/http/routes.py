@@ -87,8 +87,7 @@ class Routes:
             handler = self._model
         if handler is None:
             chat = "this model continues text and does not chat: " if "/chat/" in request.path else ""
-            there = "see /v1/completions, /v1/models, /health or /"
-            raise RequestError("not_found", f"there is nothing at {request.path}: {chat}{there}")
+            raise RequestError("not_found", f"nothing is at {request.path}: {chat}see /v1/completions, /health or /")
         if request.method != method and (method, request.method) != ("GET", "HEAD"):
             raise MethodError(request.path, request.method, takes=method)
         handler(request, exchange)

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from edge.config import MqttConfig
-from edge.transports.mqtt.fleet_watch import FleetWatch
+from edge.transports.mqtt.fleet_watch import RETRY_S, FleetWatch
 from shared.errors import DiffusionLLMError, RequestError
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,6 @@ LOOK_S: Final = 10.0
 """How long the broker is listened to after somebody asked."""
 FRESH_S: Final = 1.0
 """Within this time readers get the same answer."""
-RETRY_S: Final = 5.0
-"""Delay before a broker that cannot be used is tried again."""
 CLOSE_S: Final = 2.0
 
 Reader = Callable[[bytes | RequestError], None]
@@ -62,7 +60,7 @@ class FleetOnDemand:
                 self._listen(reader)
                 continue
             except DiffusionLLMError as error:
-                refusal = RequestError("broker_lost", str(error), round(RETRY_S * 1e3))
+                refusal = RequestError("broker_lost", str(error), RETRY_S * 1000)
             except Exception:  # the readers must hear of it
                 log.exception("the devices of the broker cannot be listed")
                 refusal = RequestError("internal", "the devices cannot be listed; the daemon's log has the details")

@@ -19,6 +19,8 @@ from shared.errors import DeviceError
 from shared.messages import MAX_MESSAGE_BYTES
 
 QUIET_S: Final = 0.3
+RETRY_S: Final = 5
+"""Longest delay before a broker that is lost, or cannot be used, is tried again."""
 
 
 class FleetWatch:
@@ -78,6 +80,7 @@ class FleetWatch:
     def _make_client(self, version: MQTTProtocolVersion) -> Client:
         client = Client(CallbackAPIVersion.VERSION2, self._id, protocol=version)
         client.connect_timeout = LOGIN_S
+        client.reconnect_delay_set(max_delay=RETRY_S)
         give_credentials(client, self._config, read_password(self._config))
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
