@@ -29,7 +29,7 @@ from edge.system.bundle_download import RemoteBundle
 from edge.system.bundle_store import Links, Store, check_files, check_signature
 from edge.system.privileges import become_nobody
 from shared.errors import BundleError, ConfigError, DiffusionLLMError, RequestError, command_name, run_main
-from shared.manifest import bundle_digest, read_manifest
+from shared.manifest import model_name, read_manifest
 from shared.messages import GenerateRequest, Response
 
 KEY: Final = Path("/etc/edgelm/minisign.pub")
@@ -53,7 +53,6 @@ checked against the system's certificate authorities, or those of SSL_CERT_FILE;
 
 def self_test(folder: Path, config: Config) -> None:
     """Write ten tokens twice by each decoder, and compare them. Drops root for good. Raises BundleError."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported
     from edge.serving.loaded_bundle import LoadedBundle  # listing and rolling back need no runtime
 
     with suppress(ImportError):  # while still root: Python may be in a folder that nobody cannot read
@@ -159,19 +158,14 @@ def switch(store: Store, links: Links, service: Service) -> str:
     if not service.serves(store):
         return f"{links.current} is current; no service runs on this store, and the next to start serves it"
     try:
-        service.serve(model_of(store.folder / links.current))
+        service.serve(model_name(store.folder / links.current))
     except (BundleError, ConfigError) as error:
         store.point(before)
         if before.current is None:
             raise
-        service.serve(model_of(store.folder / before.current))
+        service.serve(model_name(store.folder / before.current))
         raise BundleError(f"{before.current} serves again, because {links.current} did not work: {error}") from None
     return f"{links.current} is served"
-
-
-def model_of(folder: Path) -> str:
-    """Name and digest, as in the daemon's answers."""
-    return f"{read_manifest(folder).name}@{bundle_digest(folder)[:12]}"
 
 
 def build_engine(folder: Path, config: Config) -> str:

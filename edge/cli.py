@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-import os
 import sys
 from typing import Final
 
@@ -44,7 +43,6 @@ def main(arguments: list[str]) -> int | None:
         return 0
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read as ONNX Runtime is imported: its wheels report usage
     if name != "serve":  # the daemon configures its own log
         from edge.config import log_level
 

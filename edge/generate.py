@@ -102,7 +102,6 @@ def ask_daemon(connection: socket.socket, request: GenerateRequest, show: Callab
 
 def generate_here(config: Config, request: GenerateRequest, show: Callable[[Partial], None]) -> Response:
     """The same answer from this very process. Raises BundleError or ConfigError."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime is imported
     from edge.serving.loaded_bundle import LoadedBundle  # not at the top: a client of the daemon needs no runtime
     from edge.serving.scheduler import Scheduler
 

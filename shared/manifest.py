@@ -325,6 +325,11 @@ def graph_digest(manifest: Manifest, graph: Graph) -> str:
     return graph.sha256 if weights is None else hashlib.sha256((graph.sha256 + weights.sha256).encode()).hexdigest()
 
 
+def model_name(folder: Path) -> str:
+    """NAME@DIGEST of a bundle, as answers and health state it."""
+    return f"{read_manifest(folder).name}@{bundle_digest(folder)[:12]}"
+
+
 def bundle_digest(folder: Path) -> str:
     """The bundle's identity: sha256 of its manifest, which holds the hash of every other file."""
     return sha256_of(folder / MANIFEST)

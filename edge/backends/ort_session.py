@@ -1,6 +1,5 @@
-"""ONNX Runtime sessions on the CPU, with the options and the environment that all of them share."""
+"""ONNX Runtime sessions on the CPU, with the options that all of them share."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ def open_session(
     threads: of one run, the caller's included; 0: as many as the machine has. profile: prefix of a file for the
     record of each node's time. sizes: of dimensions that the graph leaves open, by name.
     """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read at import: wheels from 1.29 on report usage
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -24,7 +24,7 @@ from edge.system.bundle_store import SIGNATURE, check_files
 from edge.transports.mqtt.fleet import Device
 from edge.transports.mqtt.fleet_watch import FleetWatch
 from shared.errors import ConfigError, DeviceError, one_line
-from shared.manifest import MANIFEST, TOKENIZER, bundle_digest, read_manifest
+from shared.manifest import MANIFEST, TOKENIZER, model_name
 
 INSTALL_S: Final = 3600.0
 """For one device: the bundle's way there, its self-test, on a Jetson its engines."""
@@ -68,7 +68,7 @@ def packed(source: str) -> Iterator[Parcel]:
         if "://" in source:
             remote = RemoteBundle(source, None)
             remote.fetch_manifest(folder)
-            yield Parcel(_model(folder), INSTALL + shlex.quote(remote.address), None)
+            yield Parcel(model_name(folder), INSTALL + shlex.quote(remote.address), None)
             return
         bundle, archive = Path(source), folder / "bundle.tar"
         manifest = check_files(bundle)
@@ -76,7 +76,7 @@ def packed(source: str) -> Iterator[Parcel]:
         with tarfile.open(archive, "w") as tar:
             for file in [*files, *([SIGNATURE] if (bundle / SIGNATURE).exists() else [])]:
                 tar.add(bundle / file, file)
-        yield Parcel(_model(bundle), f'{UNPACK}{INSTALL}"$folder"', archive)
+        yield Parcel(model_name(bundle), f'{UNPACK}{INSTALL}"$folder"', archive)
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,3 @@ def _give(parcel: Parcel, watch: FleetWatch, device: Device, route: Route) -> st
         if time.monotonic() > give_up_s:
             return f"installed, but it serves {now.bundle} and is {now.state}, {CONFIRM_S:g} s later"
         time.sleep(POLL_S)
-
-
-def _model(folder: Path) -> str:
-    """As devices name it."""
-    return f"{read_manifest(folder).name}@{bundle_digest(folder)[:12]}"

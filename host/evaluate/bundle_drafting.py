@@ -20,7 +20,7 @@ from host.evaluate.likelihood import HeldOut, held_out_files, held_out_split, ra
 from host.progress import progress
 from shared.errors import ConfigError, DataError
 from shared.figures import Figure
-from shared.manifest import TOKENIZER, Manifest, bundle_digest, read_manifest, verified_bytes
+from shared.manifest import TOKENIZER, Manifest, model_name, read_manifest, verified_bytes
 from shared.tokens import BOS, MASK, PAD
 
 TEMPERATURES: Final = (0.0, 0.8, 1.0)
@@ -121,7 +121,7 @@ def measure_drafting(
         raise DataError(f"{held_out.name} has no text of more than {PROMPT_TOKENS} tokens: nothing to continue")
     prompts = long_enough[:, 1 : 1 + PROMPT_TOKENS]
     prompted = tuple(measure_prompted(backend, manifest, prompts, temperature) for temperature in TEMPERATURES)
-    name = f"{manifest.name}@{bundle_digest(bundle)[:12]}"
+    name = model_name(bundle)
     if scorer is None:
         return BundleDrafting(name, held_out.name, manifest.blocks.window, prompted)
     texts = {}
