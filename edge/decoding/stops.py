@@ -1,11 +1,15 @@
-"""Stop strings: what is written ends before the first of them."""
+"""Stop strings: what is written ends before the first of them that is whole."""
 
 from collections.abc import Sequence
 
 
 def stop_at(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop string in a text begins; None without one."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+    """Where the stop string begins that is whole first, of two that end there the longer; None without one.
+
+    However much of the text comes at a time, it is the same one.
+    """
+    ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return min(ends)[1] if ends else None
 
 
 def begun(text: str, stops: Sequence[str]) -> int:

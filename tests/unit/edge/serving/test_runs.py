@@ -105,6 +105,16 @@ def test_stop_spares_the_passes_after_it(blocks_bundle: Path) -> None:
     assert cut.steps < whole.steps
 
 
+def test_stop_does_not_depend_on_the_window(blocks_bundle: Path) -> None:
+    """One stop string lies within another: a pass of one token sees it whole first, one of four tokens both at once."""
+    fake = LoadedBundle.load(blocks_bundle, "fake")  # all its drafts hold
+    text = fake.run(fake.prepare(PROMPT)).text
+    for first in range(4, 20):
+        request = replace(PROMPT, stop=[text[first : first + 4], text[first + 1 : first + 2]])
+        texts = {fake.run(fake.prepare(replace(request, window=window))).text for window in range(4)}
+        assert len(texts) == 1, texts
+
+
 @pytest.mark.parametrize("decode", ["blocks", "canvas"])
 def test_stop_is_never_shown_in_part(loaded: LoadedBundle, decode: Decoder) -> None:
     """A snapshot holds back what may become a stop string; all that was appended is a beginning of the answer."""
