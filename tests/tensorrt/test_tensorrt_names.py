@@ -5,15 +5,21 @@ them. That is enough to import, and to list what is there.
 """
 
 import ast
+import inspect
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.emulator import builder
+from tests.support.emulator.fakes import FakeDriver
 from tests.support.packages import installed
 
 pytestmark = [
@@ -104,17 +110,39 @@ PROBE = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import tensorrt_bindings as trt
-found = {"": sorted(dir(trt))}
+found, documents = {"": sorted(dir(trt))}, {}
 for name in dir(trt):
-    if isinstance(getattr(trt, name), type):
-        found[name] = sorted(dir(getattr(trt, name)))
-print(json.dumps([trt.__version__, found]))
+    kind = getattr(trt, name)
+    if isinstance(kind, type):
+        found[name] = sorted(dir(kind))
+        documents[name] = {one: getattr(kind, one).__doc__ or "" for one in dir(kind)}
+print(json.dumps([trt.__version__, found, documents]))
 """
+
+SIGNATURE = re.compile(r"(?:\d+\. )?(\w+)\(self: (?:[^,()]|\([^()]*\))*?(?:, (.*))?\) -> ")
+"""A line of a method's document, once for each overload: its name and the parameters after `self`."""
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """One version. names: class → its attributes; "" → the module's. documents: class → method → its document."""
+
+    names: dict[str, set[str]]
+    documents: dict[str, dict[str, str]]
+
+    def overloads(self, kind: str, method: str) -> list[tuple[list[str], int]]:
+        """→ of each overload, the parameters' names, and how many are required"""
+        found = []
+        for line in self.documents[kind][method].splitlines():
+            if (match := SIGNATURE.match(line.strip())) is not None and match[1] == method:
+                parameters = re.findall(r"(?:^|, )(\w+): ([^=]*?)( = .*?)?(?=, \w+: |$)", match[2] or "")
+                found.append(([name for name, _, _ in parameters], sum(not default for _, _, default in parameters)))
+        return found
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
-def names(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
-    """Class → its attributes; "" → the module's."""
+def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bindings:
+    """The real ones."""
     folder = installed(VERSIONS[request.param], "--no-deps")
     stub = tmp_path_factory.mktemp("stub")
     (stub / "stub.c").write_text(STUB)
@@ -127,9 +155,15 @@ def names(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         [sys.executable, "-c", PROBE, str(folder)], env={"LD_LIBRARY_PATH": str(stub)}, capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()
-    version, found = json.loads(done.stdout)
+    version, found, documents = json.loads(done.stdout)
     assert version.startswith(request.param)
-    return {name: set(attributes) for name, attributes in found.items()}
+    return Bindings({name: set(attributes) for name, attributes in found.items()}, documents)
+
+
+@pytest.fixture(scope="module")
+def names(bindings: Bindings) -> dict[str, set[str]]:
+    """Class → its attributes; "" → the module's."""
+    return bindings.names
 
 
 def module_chains() -> set[tuple[str, ...]]:
@@ -176,6 +210,30 @@ def test_tensorrt_names_table_is_complete(names: dict[str, set[str]]) -> None:
     known = set().union(*USED.values())
     theirs = set().union(*(names[kind] for kind in USED))
     assert {name for name in touched & theirs if not name.startswith("__")} - known - others == set()
+
+
+def recorded() -> dict[tuple[str, str], list[str]]:
+    """The recording TensorRT's methods, with their parameters' names."""
+    driver: Any = FakeDriver(None)  # type: ignore[arg-type]
+    trt: Any = builder.BuildingTensorRT(driver, [])
+    kinds = {name: getattr(trt, name, None) for name in USED}
+    kinds |= {"IBuilderConfig": builder.Config, "ITimingCache": builder.Cache, "IOptimizationProfile": builder.Profile}
+    methods = {(kind, name): getattr(kinds[kind], name, None) for kind, used in USED.items() for name in used}
+    return {
+        method: [name for name in inspect.signature(one).parameters if name != "self"]
+        for method, one in methods.items()
+        if inspect.isfunction(one)
+    }
+
+
+def test_tensorrt_names_and_parameters_of_the_recording_one_are_the_bindings(bindings: Bindings) -> None:
+    """So what the recording TensorRT lets pass is a call that the bindings take."""
+    methods = recorded()
+    assert len(methods) >= 18
+    for (kind, method), parameters in methods.items():
+        overloads = bindings.overloads(kind, method)
+        fits = [names[: len(parameters)] == parameters and len(parameters) >= least for names, least in overloads]
+        assert any(fits), f"{kind}.{method}({', '.join(parameters)}): the bindings have {overloads}"
 
 
 def test_tensorrt_names_removed_ones_are_not_used() -> None:

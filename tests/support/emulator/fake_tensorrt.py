@@ -46,9 +46,10 @@ class FakeTensorRT:
                 outer.live.remove(type(self).__name__)
 
         class Runtime(Counted):
-            def deserialize_cuda_engine(self, engine: bytes) -> Any:
+            def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
                 outer.profiles.clear()
-                return None if "engine" in outer.refuses or engine == STALE else Engine(engine)
+                refused = "engine" in outer.refuses or serialized_engine == STALE
+                return None if refused else Engine(serialized_engine)
 
         class Engine(Counted):
             device_memory_size_v2 = 4096
@@ -62,7 +63,7 @@ class FakeTensorRT:
                 self.outputs = {value.name: value for value in self.session.get_outputs()}
 
             def create_execution_context(self, strategy: str) -> Any:
-                assert strategy == "user managed"
+                assert strategy == "user managed", "a context that takes memory of its own"
                 return Context(self)
 
         class Context(Counted):
@@ -79,19 +80,19 @@ class FakeTensorRT:
                 assert outer.driver.capturing is None, "a context is changed while a stream is captured"
                 assert not self.enqueued, "a context that was run is reused for another shape or address"
 
-            def set_device_memory(self, address: int, size: int) -> None:
+            def set_device_memory(self, memory: int, size: int) -> None:
                 self.changes()
-                assert size >= 4096
-                assert address in outer.driver.buffers
+                assert size >= self.engine.device_memory_size_v2, "less scratch memory than the engine needs"
+                assert outer.driver.holds(memory, size), "scratch memory that is not the caller's"
                 self.scratch = True
 
-            def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+            def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
                 self.changes()
                 assert not self.shape, "shapes are those of a profile: it comes first"
-                assert profile not in outer.profiles, "two contexts of one profile"
-                outer.profiles.add(profile)
-                self.profile = profile
-                return profile < len(outer.shapes)
+                assert profile_index not in outer.profiles, "two contexts of one profile"
+                outer.profiles.add(profile_index)
+                self.profile = profile_index
+                return profile_index < len(outer.shapes)
 
             def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
                 self.changes()
@@ -101,11 +102,11 @@ class FakeTensorRT:
                 self.shape[name] = shape
                 return shape == wanted and "shape" not in outer.refuses
 
-            def set_tensor_address(self, name: str, address: int) -> bool:
+            def set_tensor_address(self, name: str, memory: int) -> bool:
                 self.changes()
-                assert name in self.engine.inputs or name in self.engine.outputs
-                assert address % 256 == 0, f"{name} lies at an address that TensorRT refuses"
-                self.at[name] = address
+                assert name in self.engine.inputs or name in self.engine.outputs, f"the engine has no {name}"
+                assert memory % 256 == 0, f"{name} lies at an address that TensorRT refuses"
+                self.at[name] = memory
                 return True
 
             def infer_shapes(self) -> list[str]:
@@ -119,7 +120,7 @@ class FakeTensorRT:
                     }
                 return tuple(sizes[d] if isinstance(d, str) else d for d in self.engine.outputs[name].shape)
 
-            def execute_async_v3(self, stream: int) -> bool:
+            def execute_async_v3(self, stream_handle: int) -> bool:
                 assert self.scratch and {*self.engine.inputs, *self.engine.outputs} == set(self.at), "unbound tensors"
                 assert not self.infer_shapes(), "inputs without a shape"
                 if "capture" in outer.refuses and outer.driver.capturing is not None:
@@ -127,12 +128,14 @@ class FakeTensorRT:
                 assert self.enqueued or outer.driver.capturing is None, (
                     "captured before it ever ran: TensorRT loads lazily"
                 )
+                assert stream_handle in outer.driver.live["cuStreamDestroy"], "no living stream"
                 self.enqueued += 1
                 outer.driver.run(self.run)
                 return "enqueue" not in outer.refuses
 
             def run(self) -> None:
                 outer.runs += 1
+                self.check_memory()
                 feed = {
                     name: array_at(self.at[name], NUMPY[value.type], *self.shape[name])
                     for name, value in self.engine.inputs.items()
@@ -144,7 +147,13 @@ class FakeTensorRT:
                 for name, array in zip(self.engine.outputs, made, strict=True):
                     array_at(self.at[name], array.dtype, *array.shape)[...] = array
 
-        self.Runtime = Runtime
+            def check_memory(self) -> None:
+                for name, value in {**self.engine.inputs, **self.engine.outputs}.items():
+                    shape = self.shape[name] if name in self.engine.inputs else self.get_tensor_shape(name)
+                    size = int(np.prod(shape)) * np.dtype(NUMPY[value.type]).itemsize
+                    assert outer.driver.holds(self.at[name], size), f"{name} reaches beyond the caller's memory"
+
+        self.Runtime, self.ICudaEngine, self.IExecutionContext = Runtime, Engine, Context
 
     def nothing_lives(self) -> bool:
         gc.collect()

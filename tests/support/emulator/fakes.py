@@ -1,12 +1,15 @@
 """A CUDA driver that records every call and does the work on this processor; a TensorRT goes with it.
 
 Device memory is this process's memory, kernels are the emulator's, and the engine is the bundle's own CUDA graph run
-by ONNX Runtime: the backend above them is the real one, and what it generates is real.
+by ONNX Runtime: the backend above them is the real one, and what it generates is real. What a device would refuse, or
+do wrong without a word, is an AssertionError here; test_recording_driver tries each.
 """
 
+import bisect
 import ctypes
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, IntEnum, IntFlag
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +55,67 @@ MAKES = {
 }
 """Function that makes something → function that must free it."""
 
+PARAMETERS = {
+    "cuInit": 1,
+    "cuDeviceGetCount": 0,
+    "cuDeviceGet": 1,
+    "cuDeviceGetName": 2,
+    "cuDeviceGetAttribute": 2,
+    "cuDriverGetVersion": 0,
+    "cuDevicePrimaryCtxRetain": 1,
+    "cuDevicePrimaryCtxRelease": 1,
+    "cuCtxSetCurrent": 1,
+    "cuMemGetInfo": 0,
+    "cuMemAlloc": 1,
+    "cuMemFree": 1,
+    "cuMemHostAlloc": 2,
+    "cuMemFreeHost": 1,
+    "cuMemHostGetDevicePointer": 2,
+    "cuMemcpyHtoD": 3,
+    "cuMemsetD8Async": 4,
+    "cuStreamCreate": 1,
+    "cuStreamDestroy": 1,
+    "cuStreamBeginCapture": 2,
+    "cuStreamEndCapture": 1,
+    "cuEventCreate": 1,
+    "cuEventDestroy": 1,
+    "cuEventRecord": 2,
+    "cuEventSynchronize": 1,
+    "cuGraphInstantiate": 2,
+    "cuGraphDestroy": 1,
+    "cuGraphExecDestroy": 1,
+    "cuGraphLaunch": 2,
+    "cuModuleLoadData": 1,
+    "cuModuleUnload": 1,
+    "cuModuleGetFunction": 2,
+    "cuLaunchKernel": 11,
+}
+"""Of each function that may be called, as the bindings have it: test_driver_takes_as_many_arguments asks them."""
+
+ANYWHERE = {name for name in PARAMETERS if name.startswith(("cuDe", "cuDr"))} | {"cuInit", "cuCtxSetCurrent"}
+"""Needs no current context."""
+HANDLES = {
+    "cuStreamDestroy": {0: "stream"},
+    "cuStreamBeginCapture": {0: "stream"},
+    "cuStreamEndCapture": {0: "stream"},
+    "cuEventDestroy": {0: "event"},
+    "cuEventRecord": {0: "event", 1: "stream"},
+    "cuEventSynchronize": {0: "event"},
+    "cuGraphInstantiate": {0: "graph"},
+    "cuGraphLaunch": {0: "executable graph", 1: "stream"},
+    "cuModuleGetFunction": {0: "module"},
+    "cuMemsetD8Async": {3: "stream"},
+    "cuLaunchKernel": {8: "stream"},
+}
+"""Which arguments are handles, of what."""
+FREES = {
+    "stream": "cuStreamDestroy",
+    "event": "cuEventDestroy",
+    "graph": "cuGraphDestroy",
+    "executable graph": "cuGraphExecDestroy",
+    "module": "cuModuleUnload",
+}
+
 
 def array_at(address: int, dtype: Any, *shape: int) -> NDArray[Any]:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -73,18 +137,26 @@ class FakeDriver:
         self.calls: list[str] = []
         self.fails: dict[str, Result] = {}  # function → the code it gives from now on
         self.live: dict[str, set[int]] = {}  # function that frees → handles it has yet to free
-        self.buffers: dict[int, Any] = {}
+        self.buffers: dict[int, Any] = {}  # of memory that is not freed
+        self.sizes: dict[int, int] = {}
         self.checked = Counter[str]()  # codes that somebody compared
         self.capturing: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self._next = 1000
+        self._freed: list[Any] = []  # kept, so that no address comes again
+        self._functions: dict[str, int] = {}  # name → its module
+        self._started = False
+        self._thread = threading.local()
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
             raise AttributeError(name)
         work = getattr(self, f"_{name}", lambda *arguments: ())
 
+        assert name in PARAMETERS, f"{name}: whoever calls a function more adds it to PARAMETERS"
+
         def function(*arguments: Any) -> tuple[Any, ...]:
+            self._check(name, arguments)
             self.calls.append(name)
             code = Code(self, name, self.fails.get(name, Result.CUDA_SUCCESS))
             if code.result is not Result.CUDA_SUCCESS:
@@ -100,6 +172,22 @@ class FakeDriver:
 
         return function
 
+    def _check(self, name: str, arguments: Sequence[Any]) -> None:
+        """That the call is one that a driver takes now, in this thread."""
+        assert len(arguments) == PARAMETERS[name], f"{name} takes {PARAMETERS[name]} arguments, not {len(arguments)}"
+        assert name == "cuInit" or self._started, f"{name} before cuInit"
+        current = getattr(self._thread, "context", None)
+        assert name in ANYWHERE or current in self.live["cuDevicePrimaryCtxRelease"], f"{name} without a context"
+        for place, kind in HANDLES.get(name, {}).items():
+            living = self.live.get(FREES[kind], set())
+            assert arguments[place] in living, f"{name}: its argument {place} is no living {kind}"
+
+    def holds(self, address: int, size: int = 1) -> bool:
+        """Whether these bytes lie in memory that was taken and not freed."""
+        starts = sorted(self.buffers)
+        at = bisect.bisect(starts, address) - 1
+        return at >= 0 and address + size <= starts[at] + self.sizes[starts[at]]
+
     def _handle(self) -> tuple[int]:
         self._next += 1
         return (self._next,)
@@ -110,6 +198,10 @@ class FakeDriver:
             work()
         else:
             self.capturing.append(work)
+
+    def _cuInit(self, flags: int) -> tuple[()]:
+        self._started = True
+        return ()
 
     def _cuDeviceGetCount(self) -> tuple[int]:
         return (1,)
@@ -137,25 +229,37 @@ class FakeDriver:
         return self._handle()
 
     def _cuEventCreate(self, flags: int) -> tuple[int]:
-        assert flags & EventFlags.CU_EVENT_BLOCKING_SYNC
+        assert flags & EventFlags.CU_EVENT_BLOCKING_SYNC, "the host would spin while it waits"
         return self._handle()
 
     def _cuModuleLoadData(self, cubin: bytes) -> tuple[int]:
         return self._handle()
 
     def _cuModuleGetFunction(self, module: int, name: bytes) -> tuple[str]:
+        self._functions[name.decode()] = module
         return (name.decode(),)
+
+    def _cuCtxSetCurrent(self, context: int) -> tuple[()]:
+        self._thread.context = context
+        return ()
 
     def _cuMemAlloc(self, size: int) -> tuple[int]:
         assert self.capturing is None, "memory is taken while a stream is captured"
         buffer = (ctypes.c_uint8 * (size + 256))()
         ctypes.memset(buffer, 0xFF, size + 256)  # no number in FP16: a device's memory is not zeroed either
         address = -(-ctypes.addressof(buffer) // 256) * 256
-        self.buffers[address] = buffer
+        self.buffers[address], self.sizes[address] = buffer, size
         return (address,)
 
+    def _cuMemFree(self, address: int) -> tuple[()]:
+        assert self.capturing is None, "memory is freed while a stream is captured"
+        self._freed.append(self.buffers.pop(address))
+        return ()
+
+    _cuMemFreeHost = _cuMemFree
+
     def _cuMemsetD8Async(self, address: int, value: int, size: int, stream: int) -> tuple[()]:
-        assert address in self.buffers
+        assert self.holds(address, size), "memory that is not the caller's"
 
         def fill() -> None:
             ctypes.memset(address, value, size)
@@ -165,7 +269,7 @@ class FakeDriver:
 
     def _cuMemcpyHtoD(self, address: int, host: int, size: int) -> tuple[()]:
         assert self.capturing is None, "a copy that waits, while a stream is captured"
-        assert address in self.buffers
+        assert self.holds(address, size), "memory that is not the caller's"
         ctypes.memmove(address, host, size)
         return ()
 
@@ -178,7 +282,7 @@ class FakeDriver:
         return ()
 
     def _cuMemHostAlloc(self, size: int, flags: int) -> tuple[int]:
-        assert flags == self.CU_MEMHOSTALLOC_DEVICEMAP
+        assert flags == self.CU_MEMHOSTALLOC_DEVICEMAP, "memory that the device does not see"
         return self._cuMemAlloc(size)
 
     def _cuMemHostGetDevicePointer(self, host: int, flags: int) -> tuple[int]:
@@ -191,13 +295,13 @@ class FakeDriver:
 
     def _cuStreamEndCapture(self, stream: int) -> tuple[int]:
         (graph,) = self._handle()
-        assert self.capturing is not None
+        assert self.capturing is not None, "no stream is captured"
         self.graphs[graph], self.capturing = self.capturing, None
         return (graph,)
 
     def _cuGraphInstantiate(self, graph: int, flags: int) -> tuple[int]:
         (executable,) = self._handle()
-        self.graphs[executable] = self.graphs[graph]
+        self.graphs[executable] = list(self.graphs[graph])
         return (executable,)
 
     def _cuGraphDestroy(self, graph: int) -> tuple[()]:
@@ -207,17 +311,24 @@ class FakeDriver:
     _cuGraphExecDestroy = _cuGraphDestroy
 
     def _cuGraphLaunch(self, graph: int, stream: int) -> tuple[()]:
-        assert self.capturing is None and graph in self.live["cuGraphExecDestroy"], "not an executable graph"
+        assert self.capturing is None, "a graph is launched while a stream is captured"
         for work in self.graphs[graph]:
             work()
         return ()
 
     def _cuLaunchKernel(self, function: str, *rest: Any) -> tuple[()]:
         gx, gy, gz, threads, _, _, _, _, (values, kinds), _ = rest
-        assert threads == kernels.THREADS
-        assert len(values) == len(kinds)
-        assert min(gx, gy, gz) >= 1 and max(gy, gz) <= 65535
-        self.run(lambda: self.emulator.launch(function, (gx, gy, gz), values))
+        assert threads == kernels.THREADS, "the kernels are written for blocks of another size"
+        assert len(values) == len(kinds), "arguments without a kind"
+        assert min(gx, gy, gz) >= 1 and max(gy, gz) <= 65535, "no grid that a device takes"
+        assert self._functions.get(function) in self.live["cuModuleUnload"], f"{function} is of no loaded module"
+        pointers = [v for v, kind in zip(values, kinds, strict=True) if kind is ctypes.c_void_p]
+
+        def work() -> None:
+            assert all(map(self.holds, pointers)), f"{function} is given memory that is not the caller's"
+            self.emulator.launch(function, (gx, gy, gz), values)
+
+        self.run(work)
         return ()
 
 

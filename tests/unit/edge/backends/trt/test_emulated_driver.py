@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.emulator import build_driver
+from tests.support.emulator.fakes import PARAMETERS
 from tests.support.packages import installed
 
 pytestmark = [pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")]
@@ -30,6 +31,11 @@ names = set(dir(driver)) | set(dir(nvrtc))
 names |= {name for kind in vars(driver).values() if isinstance(kind, type) for name in dir(kind)}
 names |= {name for kind in vars(nvrtc).values() if isinstance(kind, type) for name in dir(kind)}
 print(json.dumps(sorted(names)))
+"""
+ARITY_PROBE = """
+import inspect, json, sys
+from cuda.bindings import driver
+print(json.dumps({name: len(inspect.signature(getattr(driver, name)).parameters) for name in sys.argv[1:]}))
 """
 
 
@@ -52,6 +58,16 @@ def test_driver_names_that_are_used_exist(version: str) -> None:
     names = set(json.loads(done.stdout))
     assert {"cuLaunchKernel", "CUevent_flags", "CU_EVENT_BLOCKING_SYNC", "nvrtcGetCUBIN"} <= used()
     assert used() - names == set()
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_driver_takes_as_many_arguments_as_the_recording_one(version: str) -> None:
+    """So what the recording driver lets pass is a call that the bindings take."""
+    command = [sys.executable, "-c", ARITY_PROBE, *PARAMETERS]
+    done = subprocess.run(command, env=environment(version), capture_output=True, check=True)
+    assert json.loads(done.stdout) == PARAMETERS
+    assert {name for name in used() if name.startswith("cu")} == PARAMETERS.keys()
 
 
 @pytest.mark.slow
