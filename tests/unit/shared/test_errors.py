@@ -94,7 +94,7 @@ def test_run_main_takes_a_closed_pipe_as_success(lines: int) -> None:
 def test_request_error_knows_whether_to_retry(code: str) -> None:
     error = RequestError(code, "because")
     assert (error.code, str(error), error.retry_after_ms) == (code, "because", None)
-    assert error.retryable == (code in {"too_slow", "queue_full", "draining", "storage_full"})
+    assert error.retryable == (code in {"broker_lost", "too_slow", "queue_full", "draining", "storage_full"})
 
 
 def test_request_error_of_an_unknown_code_is_a_bug() -> None:
