@@ -58,14 +58,21 @@ def test_shipped_bundle_is_what_the_readme_says() -> None:
     manifest = read_manifest(default_bundle())
     readme = (ROOT / "README.md").read_text("utf-8")
     (law,) = [law for law in manifest.laws if law.graph == find_graph(default_bundle(), manifest, "cpu", "step").file]
-    bits = law.left_to_right_bits_per_byte
+    (canvas,) = [one for one in manifest.evaluations if one.graph.startswith("canvas.cpu")]
+    bits, bound = law.left_to_right_bits_per_byte, canvas.bits_per_byte
     for figure in (
         f"{manifest.name}@{bundle_digest(default_bundle())[:12]}",
         f"{manifest.model.parameters / 1e6:.1f} M parameters",
         f"{manifest.data.tokens_seen / 1e6:.1f} M tokens",
         f"{bits.value:.3f} ± {bits.stderr:.3f} bits per byte",
+        f"{bound.value:.3f} ± {bound.stderr:.3f} bits per byte",
     ):
         assert figure in readme, figure
+    conditions = read_manifest(ROOT / "bundle" / "tinystories-conditions").conditions
+    assert conditions is not None
+    told = {one.given: one.told for one in conditions.asked_for}
+    kinds = ("words", "pictures, noto", "pictures, openmoji (held out)")
+    assert ", ".join(f"{100 * told[kind].value:.0f} ± {100 * told[kind].stderr:.0f} %" for kind in kinds) in readme
     assert len(set(re.findall(rf"{manifest.name}@[0-9a-f]{{12}}", readme))) == 1
 
 
