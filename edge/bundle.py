@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("install", parents=[shared, checked], help="verify a bundle, and serve it")
     command.add_argument("source", metavar="DIR|URL", help="a folder, or the https address of one")
     commands.add_parser("list", parents=[shared], help="what is installed, and what is served")
-    commands.add_parser("rollback", parents=[shared], help="serve the bundle before")
+    commands.add_parser("rollback", parents=[shared], help="serve the previous bundle")
     command = commands.add_parser(
         "verify", parents=[shared, checked], help="check hashes and signature, write ten tokens"
     )

@@ -227,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="STYLE",
-        help="of pictures: only to measure on (default: none)",
+        help="with --pictures: drawing styles kept for evaluation (default: none)",
     )
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(

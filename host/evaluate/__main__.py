@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         "--guidance",
         type=float,
         nargs="+",
-        help=f"of --conditions (default: {' '.join(f'{one:g}' for one in GUIDANCES)})",
+        help=f"with --conditions: values to try (default: {' '.join(f'{one:g}' for one in GUIDANCES)})",
     )
     args = parser.parse_args()
     check_numbers(args, dict.fromkeys(("stories", "draws", "count"), math.inf))

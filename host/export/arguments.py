@@ -61,19 +61,19 @@ def parse_arguments() -> argparse.Namespace:
         "--steps",
         type=int,
         default=SamplingDefaults().steps,
-        help="of a request that names none (default: %(default)s)",
+        help="denoising steps of canvas requests that name none (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=SamplingDefaults().temperature,
-        help="of a request that names none (default: %(default)s)",
+        help="temperature of requests that name none (default: %(default)s)",
     )
     parser.add_argument(
         "--guidance",
         type=float,
         default=0.0,
-        help="of a request with a condition that names none (default: %(default)s)",
+        help="guidance of requests with a condition that name none (default: %(default)s)",
     )
     parser.add_argument("--report", action="store_true", help="also print each layer's error and every graph's figures")
     return parser.parse_args()

@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=parse_mixture,
         default=DEFAULT_OBJECTIVES,
         metavar="NAME[=WEIGHT],...",
-        help=f"objectives and their weights: {', '.join(OBJECTIVES)} (default: %(default)s)",
+        help=f"objectives and their weights: {', '.join(name for name in OBJECTIVES if name != 'shown')} (default: %(default)s)",
     )
     _add_canvas(parser)
     _add_optimization(parser)
