@@ -56,12 +56,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
     length.add_argument("--minutes", type=float, help="minutes of training in all, validation excluded")
+    names = ", ".join(name for name in OBJECTIVES if name != "shown")  # which is that of --stage pictures
     parser.add_argument(
         "--objectives",
         type=parse_mixture,
         default=DEFAULT_OBJECTIVES,
         metavar="NAME[=WEIGHT],...",
-        help=f"objectives and their weights: {', '.join(name for name in OBJECTIVES if name != 'shown')} (default: %(default)s)",
+        help=f"objectives and their weights: {names} (default: %(default)s)",
     )
     _add_canvas(parser)
     _add_optimization(parser)
