@@ -169,9 +169,8 @@ class BlocksRun:
         """See `Run`."""
         return self.writing.done or self._stopped
 
-    def advance(self, rows: RowsBackend, under_way: int) -> None:
-        """One pass. A stop string ends the text of a prompt; a gap is filled to its end, and cut there."""
-        blocks.advance(rows, self.writing, under_way)
+    def look_for_stop(self) -> None:
+        """After each pass: a stop string ends the text of a prompt; a gap is filled to its end, and cut there."""
         layout = self.plan.layout
         self._stopped = bool(layout.stops) and layout.open_end and self._texts.stopped(layout, self.writing.canvas)
 
@@ -249,11 +248,14 @@ def step(
     """One pass of unfinished runs of one decoder, and of equal `positions`. rows, loop: what blocks are decoded by."""
     first = runs[0]
     if isinstance(first, BlocksRun):
+        together = [run for run in runs if isinstance(run, BlocksRun)]
         if loop is not None:
-            loop.advance([run.writing for run in runs if isinstance(run, BlocksRun)])
-            return
-        assert rows is not None and len(runs) == 1
-        first.advance(rows, under_way)
+            loop.advance([run.writing for run in together])
+        else:
+            assert rows is not None and len(runs) == 1
+            blocks.advance(rows, first.writing, under_way)
+        for run in together:
+            run.look_for_stop()
     else:
         assert backend is not None
         advance(backend, manifest.schedule, [run.row for run in runs if isinstance(run, CanvasRun)], under_way)

@@ -1,5 +1,6 @@
 """Blocks in the scheduler: places for keys and values, and the same text in any company."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from edge.backends import Chosen
 from edge.backends.fake import FakeBackend
+from edge.decoding.blocks import Slot, Writing, advance
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Snapshot, whole_characters
 from edge.serving.scheduler import Scheduler
@@ -103,6 +106,39 @@ def test_stop_spares_the_passes_after_it(blocks_bundle: Path) -> None:
     whole = fake.run(fake.prepare(PROMPT))
     cut = fake.run(fake.prepare(replace(PROMPT, stop=[whole.text[8:10]])))
     assert cut.steps < whole.steps
+
+
+class Loop:
+    """A backend that keeps the loop to itself, as one on a GPU does."""
+
+    lanes = 1
+    fills_gaps = True
+
+    def __init__(self, rows: FakeBackend) -> None:
+        self.batches: tuple[int, ...] = (1, 2, 4, 8)
+        self.failure: str | None = None
+        self._rows, self.depth = rows, rows.depth
+
+    def open_slot(self) -> Slot:
+        return self._rows.open_slot()
+
+    def advance(self, writings: Sequence[Writing]) -> None:
+        for writing in writings:
+            advance(self._rows, writing)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def test_stop_ends_a_text_on_a_gpu_as_early_as_on_a_cpu(blocks_bundle: Path) -> None:
+    fake = LoadedBundle.load(blocks_bundle, "fake")
+    assert isinstance(fake.rows, FakeBackend)
+    chosen = Chosen(fake.backend, "trt", None, Loop(FakeBackend(fake.manifest)))
+    on_gpu = LoadedBundle(blocks_bundle, fake.manifest, chosen, fake._texts)
+    whole = fake.run(fake.prepare(PROMPT))
+    request = replace(PROMPT, stop=[whole.text[8:10]])
+    cut, found = (bundle.run(bundle.prepare(request)) for bundle in (fake, on_gpu))
+    assert (found.text, found.steps) == (cut.text, cut.steps) and found.steps < whole.steps
 
 
 def test_stop_does_not_depend_on_the_window(blocks_bundle: Path) -> None:
