@@ -51,6 +51,7 @@ class HttpServer:
             check_exposure(listener, token)
             for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
                 listener.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
         self.places: Places[Connection] = Places()
         self.pace = Pace()
         self.closing = False

@@ -38,6 +38,16 @@ def dial(server: HttpServer) -> Iterator[Callable[..., socket.socket]]:
         sock.close()
 
 
+def test_connection_sends_small_pieces_at_once(server: HttpServer, dial: Callable[..., socket.socket]) -> None:
+    """Else the kernel keeps the second of two for the client's acknowledgement: 40 ms for a head and its body."""
+    sock = dial()
+    sock.sendall(GET)
+    assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+    (served,) = server.places
+    accepted = served._transport.get_extra_info("socket")
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
 def read_all(sock: socket.socket) -> bytes:
     """Everything until the server hangs up."""
     data = bytearray()
