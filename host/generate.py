@@ -72,11 +72,7 @@ def parse_arguments() -> argparse.Namespace:
         "--word", action="append", default=[], help="what to tell of, up to three times (default: none)"
     )
     parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        type=Path,
-        help="a picture of it, up to three times (default: none)",
+        "--image", action="append", default=[], type=Path, help="a picture of it, up to three times (default: none)"
     )
     parser.add_argument(
         "--guidance", type=float, default=0.0, help="how hard words and pictures pull (default: %(default)s)"
@@ -158,13 +154,7 @@ def main() -> None:
         given = layout.canvas[1:][~layout.fill[1:]].tolist()
         for one in settings:
             print_written(
-                model,
-                texts,
-                layout=layout,
-                prompt=given,
-                settings=one,
-                condition=condition,
-                guidance=args.guidance,
+                model, texts, layout=layout, prompt=given, settings=one, condition=condition, guidance=args.guidance
             )
         return
     if condition is not None:

@@ -319,9 +319,7 @@ def error_response(error: RequestError, id: str | None) -> Response:
     status: Literal["error", "cancelled"] = "cancelled" if error.code == "cancelled" else "error"
     assert error.code in ERROR_CODES
     return Response(
-        id=id,
-        status=status,
-        error=ErrorInfo(error.code, str(error), error.retryable, error.retry_after_ms),
+        id=id, status=status, error=ErrorInfo(error.code, str(error), error.retryable, error.retry_after_ms)
     )
 
 

@@ -10,17 +10,7 @@ from typing import Final
 import numpy as np
 
 from edge.decoding.philox import ORDER_DOMAIN, gumbel, uniform
-from edge.decoding.types import (
-    AnyBackend,
-    Backend,
-    Floats,
-    Ids,
-    LoopBackend,
-    Positions,
-    Row,
-    Sampling,
-    StepResult,
-)
+from edge.decoding.types import AnyBackend, Backend, Floats, Ids, LoopBackend, Positions, Row, Sampling, StepResult
 from shared.schedule import ScheduleName, reveal_count, time_of_masked_fraction
 from shared.tokens import EOS, FIRST_TEXT_ID, MASK, PAD
 

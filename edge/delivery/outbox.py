@@ -25,15 +25,7 @@ from edge.serving.runs import Plan
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Heartbeat
 from shared.errors import RequestError
-from shared.messages import (
-    MAX_DEADLINE_MS,
-    GenerateRequest,
-    Partial,
-    Reply,
-    Response,
-    encode,
-    error_response,
-)
+from shared.messages import MAX_DEADLINE_MS, GenerateRequest, Partial, Reply, Response, encode, error_response
 
 log = logging.getLogger(__name__)
 

@@ -31,16 +31,7 @@ INSTALL_S: Final = 3600.0
 CONFIRM_S: Final = 60.0
 POLL_S: Final = 0.2
 HEALTHY: Final = ("idle", "busy")
-SSH: Final = (
-    "-o",
-    "BatchMode=yes",
-    "-o",
-    "ConnectTimeout=15",
-    "-o",
-    "ServerAliveInterval=15",
-    "-o",
-    "ServerAliveCountMax=4",
-)
+SSH: Final = ("-oBatchMode=yes", "-oConnectTimeout=15", "-oServerAliveInterval=15", "-oServerAliveCountMax=4")
 INSTALL: Final = """edgelm=/opt/edgelm/current/bin/edgelm
 [ -x "$edgelm" ] || edgelm=edgelm
 sudo=; [ "$(id -u)" = 0 ] || sudo="sudo -n"

@@ -91,11 +91,7 @@ def main() -> None:
     train.add_argument("--config", nargs="+", default=["tiny", "small"], help="shapes (default: tiny small)")
     train.add_argument("--data", type=Path, default=DEFAULT_OUT, help="prepared data (default: %(default)s)")
     train.add_argument(
-        "--objectives",
-        nargs="+",
-        default=["canvas"],
-        metavar="MIXTURE",
-        help="see host.train (default: canvas)",
+        "--objectives", nargs="+", default=["canvas"], metavar="MIXTURE", help="see host.train (default: canvas)"
     )
     train.add_argument("--optimizer", choices=["adamw", "muon"], default="muon", help="of ours (default: %(default)s)")
     train.add_argument("--batch-size", type=int, help="stories in a step of ours (default: as in host.train)")

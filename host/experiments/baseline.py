@@ -185,10 +185,7 @@ def main() -> None:
     )
     parser.add_argument("--valid-every", type=int, default=VALID_EVERY, help="steps (default: %(default)s)")
     parser.add_argument(
-        "--seed",
-        type=int,
-        default=TrainConfig.seed,
-        help="of weights and batches (default: %(default)s)",
+        "--seed", type=int, default=TrainConfig.seed, help="of weights and batches (default: %(default)s)"
     )
     args = parser.parse_args()
     check_numbers(args, AT_MOST)

@@ -14,14 +14,7 @@ from host.export.arguments import parse_arguments
 from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8, cuda_blocks, law_reference
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
 from host.export.conditions_pipeline import conditions_of_run, conditions_spec, measured_conditions
-from host.export.hub.publish import (
-    Dtype,
-    check_publishable,
-    figures_of_bundle,
-    measured_figures,
-    publish,
-    training_of,
-)
+from host.export.hub.publish import Dtype, check_publishable, figures_of_bundle, measured_figures, publish, training_of
 from host.export.law_parity import graph_laws
 from host.export.parity import dropped_mass
 from host.export.pipeline import Wanted, build, build_untrained, check

@@ -47,10 +47,7 @@ def parse_arguments() -> argparse.Namespace:
         "--hf-dtype", choices=get_args(Dtype), help="of the weights there (default: float32; float16 takes half)"
     )
     parser.add_argument(
-        "--hf-figures",
-        type=Path,
-        metavar="BUNDLE",
-        help="bundle of the run that has its figures (default: measure)",
+        "--hf-figures", type=Path, metavar="BUNDLE", help="bundle of the run that has its figures (default: measure)"
     )
     parser.add_argument("--target", choices=["cpu", "cuda"], help="only the graphs of this target")
     parser.add_argument("--source", type=Path, help="text files to measure on (default: the run's validation split)")

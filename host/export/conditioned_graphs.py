@@ -13,14 +13,7 @@ from onnx import TensorProto
 
 from host.export.graph_builder import NEVER, Value
 from host.export.row_builder import Ranges, RowBuilder
-from host.export.step_graph import (
-    ROWS,
-    CacheValue,
-    cached_attention,
-    last_keys_and_values,
-    scored_rows,
-    seen_bias,
-)
+from host.export.step_graph import ROWS, CacheValue, cached_attention, last_keys_and_values, scored_rows, seen_bias
 from host.model.conditions import DEPTH, PICTURE_SIZE
 from host.model.network import Denoiser
 

@@ -77,10 +77,7 @@ def conditions_of_run(
     rng, settings = np.random.default_rng(0), Settings(conditioner=conditioner)
     few, stories = (
         torch.from_numpy(canvases.astype(np.int64))
-        for canvases in (
-            held_out.canvases[:PARITY_STORIES],
-            train.first(CALIBRATION_STORIES),
-        )
+        for canvases in (held_out.canvases[:PARITY_STORIES], train.first(CALIBRATION_STORIES))
     )
     calibration = calibration_rows(stories.numpy().astype(np.uint16), learned)
     calibration += conditioned.examples(stories, rng, settings) + conditioned.examples(stories, rng, settings)

@@ -48,10 +48,7 @@ def nodes_of(layer: str) -> list[str]:
 
 
 def quantize(
-    graph: onnx.ModelProto,
-    scheme: Scheme,
-    calibration: Canvases,
-    kept_float: Sequence[str] = (),
+    graph: onnx.ModelProto, scheme: Scheme, calibration: Canvases, kept_float: Sequence[str] = ()
 ) -> onnx.ModelProto:
     """The graph with INT8 matrix products.
 

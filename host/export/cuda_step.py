@@ -69,10 +69,7 @@ def cuda_step_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProt
         elif not name.endswith((".up.bias", ".down.bias")):
             g.weight(name)
     scored = ("requests", config.draft_depth + 1)
-    made += [
-        ("logits", "float16", (*scored, config.vocab_size)),
-        ("states", "float16", (*scored, config.d_model)),
-    ]
+    made += [("logits", "float16", (*scored, config.vocab_size)), ("states", "float16", (*scored, config.d_model))]
     return g.model(read, made, contrib=False)
 
 

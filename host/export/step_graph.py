@@ -67,10 +67,7 @@ def seen_bias(g: RowBuilder) -> str:
 
 def scored_rows(config: ModelConfig) -> list[Value]:
     """What step graphs return beside the caches."""
-    return [
-        ("scores", "float32", ("scored", config.vocab_size)),
-        ("states", "float32", ("scored", config.d_model)),
-    ]
+    return [("scores", "float32", ("scored", config.vocab_size)), ("states", "float32", ("scored", config.d_model))]
 
 
 def cached_attention(

@@ -180,12 +180,7 @@ def init_from(model: Denoiser, path: Path) -> None:
 
 
 def restore(
-    path: Path,
-    model: Denoiser,
-    *,
-    ema: Ema,
-    optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
+    path: Path, model: Denoiser, *, ema: Ema, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
 ) -> Progress:
     """Load everything that `save_checkpoint` wrote into objects built from the same configuration."""
     progress = read_progress(path)

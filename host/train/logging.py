@@ -36,11 +36,7 @@ class LogRow:
 
 LOG_COLUMNS = tuple(field.name for field in fields(LogRow))
 FORMATS = dict(
-    zip(
-        LOG_COLUMNS,
-        ("d", "d", ".1f", ".4f", ".4f", ".2e", ".3f", ".0f", ".1f", ".1f", ".3f", ".0f"),
-        strict=True,
-    )
+    zip(LOG_COLUMNS, ("d", "d", ".1f", ".4f", ".4f", ".2e", ".3f", ".0f", ".1f", ".1f", ".3f", ".0f"), strict=True)
 )
 
 

@@ -25,10 +25,7 @@ FLOORS: Final[dict[str, tuple[str, ...]]] = {
     "host 0": ("host.device", "host.files", "host.progress"),
     "host 1": ("host.data", "host.model"),
     "host 2": ("host.sampling", "host.train"),
-    "host 3": (
-        "host.evaluate",
-        "host.join",
-    ),
+    "host 3": ("host.evaluate", "host.join"),
     "host 4": ("host.export",),
     "host 5": ("host.experiments", "host.generate"),
     "host 6": ("host.baseline", "host.bench", "host.compare"),
@@ -58,10 +55,7 @@ LATE: Final[dict[tuple[str, str], str]] = {
     ("edge.bundle", "edge.backends"): "the self-test loads the runtime before root is given up, listing does not",
     ("edge.bundle", "edge.serving"): "listing and rolling back need no runtime",
     ("edge.cli", "*"): "a sub-command loads what it needs itself, so that `edgelm --version` answers at once",
-    (
-        "edge.daemon",
-        "edge.transports",
-    ): "a daemon without a broker saves 60 ms and 12 MB, one without HTTP 20 ms and 4 MB",
+    ("edge.daemon", "edge.transports"): "60 ms and 12 MB saved without a broker, 20 ms and 4 MB without HTTP",
     ("edge.generate", "edge.serving"): "a client of the daemon needs no runtime",
     ("edge.measure", "edge.backends"): "other backends are measured without ONNX Runtime",
 }

@@ -72,15 +72,7 @@ class TrtBlocks(Captured):
     lanes = 1
 
     def __init__(
-        self,
-        trt: ModuleType,
-        gpu: Gpu,
-        *,
-        memory: Memory,
-        manifest: Manifest,
-        step: Graph,
-        graph: bytes,
-        built: Built,
+        self, trt: ModuleType, gpu: Gpu, *, memory: Memory, manifest: Manifest, step: Graph, graph: bytes, built: Built
     ) -> None:
         """Load an engine built for `step_profiles`, and warm every profile up. graph: the step graph's bytes.
 

@@ -183,10 +183,7 @@ def _throttled(report: Callable[[str, int, int], None]) -> Callable[[str, int, i
 def main() -> int:
     """Read the order from the command line, build, and print the result."""
     if not sys.argv[1:] or sys.argv[1].startswith("-"):
-        print(
-            "this program is started by edge.build: see python -m edge.build --help",
-            file=sys.stderr,
-        )
+        print("this program is started by edge.build: see python -m edge.build --help", file=sys.stderr)
         return ConfigError.exit_code
     order = msgspec.json.decode(sys.argv[1], type=Order)
     try:

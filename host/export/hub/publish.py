@@ -22,14 +22,7 @@ from host.train.checkpoint import Progress
 from host.train.published import CONFIG, MODEL_TYPE, WEIGHTS, Published, Training, is_published, read_published
 from host.train.run_folder import training_stages, work_behind
 from shared.errors import ConfigError, DataError, DiffusionLLMError
-from shared.manifest import (
-    TOKENIZER,
-    Evaluation,
-    LawFigures,
-    SamplingDefaults,
-    bundle_digest,
-    read_manifest,
-)
+from shared.manifest import TOKENIZER, Evaluation, LawFigures, SamplingDefaults, bundle_digest, read_manifest
 from shared.tokens import BOS, EOS, PAD, SPECIAL_TOKENS
 
 Dtype = Literal["float32", "float16"]
