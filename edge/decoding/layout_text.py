@@ -153,7 +153,7 @@ class Texts:
         is_open = ids == MASK
         before = ids[: np.argmax(is_open)] if is_open.any() else ids
         text: str = self._tokenizer.decode(before[before >= FIRST_TEXT_ID].tolist())
-        return text.rstrip(HALF) if is_open.any() else text
+        return text.rstrip(HALF)
 
     def _decode(self, ids: NDArray[np.int32], draft: NDArray[np.int32]) -> list[Part]:
         is_open = ids == MASK
@@ -164,4 +164,6 @@ class Texts:
             if is_text or is_mask:
                 text = self._tokenizer.decode(stretch) if is_text else OPEN_POSITION * len(stretch)
                 pieces.append(Part(text, is_draft))
+        if pieces and not is_open.any():  # a character that its last token has only begun
+            pieces[-1] = Part(pieces[-1].text.rstrip(HALF))
         return pieces

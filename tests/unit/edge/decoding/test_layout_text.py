@@ -184,6 +184,23 @@ def test_read_decodes_a_character_of_several_tokens_whole(texts: Texts, tokenize
     assert half.count(OPEN_POSITION) == 1
 
 
+def test_read_leaves_out_a_character_that_the_last_token_has_only_begun(texts: Texts, tokenizer: Tokenizer) -> None:
+    """Where the room ends within it; bytes in the middle that are no character stay visible."""
+    heart = tokenizer.encode("💜", add_special_tokens=False).ids
+    for begun in (heart[:1], heart[:3]):
+        for request in (infill("Tom", len(heart) + len(begun), "."), GenerateRequest(prompt="Tom", max_tokens=8)):
+            layout = texts.lay_out(request)
+            canvas = layout.canvas.copy()
+            where = np.flatnonzero(layout.fill)
+            canvas[where] = PAD
+            canvas[where[: len(heart) + len(begun)]] = [*heart, *begun]
+            assert texts.read(layout, canvas) == "Tom💜" + "." * (request.prompt is None)
+    layout = texts.lay_out(infill("Tom", 5, "."))
+    canvas = layout.canvas.copy()
+    canvas[layout.fill] = [heart[0], *heart]
+    assert texts.read(layout, canvas) == "Tom\ufffd💜."
+
+
 def test_read_marks_each_open_position(texts: Texts, tokenizer: Tokenizer) -> None:
     layout = texts.lay_out(infill("Tom had a ", 4, " and it was ", 3, "."))
     assert texts.read(layout, layout.canvas).count(OPEN_POSITION) == 7
