@@ -2,13 +2,16 @@
 
 import json
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from paho.mqtt.client import MQTTMessage
 
+from edge.config import MqttConfig
+from edge.transports.mqtt.link import Link
 from tests.integration.harness import Broker, Daemon, Listener
 
 BASE = "edgelm/dev"
@@ -131,3 +134,14 @@ def test_mqtt_metrics_come_when_the_daemon_does_and_state_ends_with_it(
     while body(listener.next("edgelm/second/state"))["state"] != "draining":
         pass
     assert daemon.exit_code() == 0
+
+
+def test_mqtt_link_sends_small_packets_at_once(broker: Broker) -> None:
+    """Else an answer waits for 40 ms behind the acknowledgement of its request."""
+    config = MqttConfig(host="127.0.0.1", port=broker.port)
+    link = Link(config, "dev", topics=[], pool=[], availability="edgelm/dev/availability", events=cast("Any", None))
+    client = link._make_client()
+    client.connect("127.0.0.1", broker.port)
+    opened = cast("socket.socket", client.socket())
+    assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+    opened.close()

@@ -7,6 +7,7 @@ at the broker outlives all connections.
 
 import ipaddress
 import logging
+import socket
 import sys
 import threading
 import time
@@ -250,6 +251,8 @@ class Link:
         )
         give_credentials(client, self._config, self._password)
         client.will_set(self._availability, "offline", qos=1, retain=True)
+        # The second of two small packets would wait for the broker's acknowledgement of the first, 40 ms.
+        client.on_socket_open = lambda *args: args[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
