@@ -18,7 +18,7 @@ from host.evaluate.gen_ppl import SampleScorer, distinct
 from host.evaluate.likelihood import SEED, HeldOut, ratio
 from host.evaluate.scorers import TorchScorer
 from host.model.conditions import Condition, Given, Memory
-from host.model.diffusion import autoregressive_sums
+from host.model.diffusion import autoregressive_nats
 from host.model.network import Denoiser
 from host.sampling.many import sample_autoregressive
 from host.sampling.reference import TOP_K, Settings
@@ -162,7 +162,7 @@ def conditional_law(model: Denoiser, held_out: HeldOut, wishes: Sequence[Wish | 
         lengths = (x0 != PAD).sum(1)
         for part in lengths.argsort(stable=True).split(TorchScorer.batch_rows):
             memory = None if known is None else _remembered(model, [known[i] for i in part.tolist()])
-            sums = autoregressive_sums(model, x0[part, : int(lengths[part].max())], memory)
+            sums = autoregressive_nats(model, x0[part, : int(lengths[part].max())], memory).sum(1)
             nats[0, part.numpy()] = sums.double().numpy()
         bits.append(ratio(nats / np.log(2), size))
     return ConditionalLaw(

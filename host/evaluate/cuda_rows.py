@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from host.evaluate.scorers import session_of
 from host.train.objectives import Example
-from shared.tokens import EOS
 
 Made = dict[str, NDArray[np.float16]]
 
@@ -55,36 +54,15 @@ class CudaRows:
             self.positions[r, first:end] = positions[r, :count]
             self.cached[r] = end
 
-    def nats(self, example: Example) -> float:
-        """Negative log-likelihood of an example's targets; rows before its first scored one are evidence, if any."""
+    def scores(self, example: Example) -> Tensor:
+        """Of every token at an example's targets (M, V); rows before its first scored one are evidence, if any."""
         tokens, positions = (part.numpy().astype(np.int32) for part in example.rows[:2])
         given, n = int(example.at[0]), tokens.shape[1]
         sees = np.arange(1, n + 1, dtype=np.int32)[None]
         sees[:, :given] = given
         self.empty(1)
         made = self.run(tokens, positions, sees=sees, scored=example.at.numpy().astype(np.int32)[None])
-        logits = torch.from_numpy(made["logits"][0]).float()
-        return float(F.cross_entropy(logits, example.target, reduction="sum"))
-
-    def greedy_texts(self, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-        """The likeliest token after the likeliest, from prompts of one length to an EOS, or up to `length` tokens."""
-        texts = [list(prompt) for prompt in prompts]
-        self.empty(len(texts))
-        new = np.array(texts, np.int32).reshape(len(texts), -1)
-        for end in range(new.shape[1], length):
-            n = new.shape[1]
-            positions = np.tile(np.arange(end - n, end, dtype=np.int32), (len(texts), 1))
-            sees = np.tile(np.arange(1, n + 1, dtype=np.int32), (len(texts), 1))
-            scored = np.arange(n - 1, n * len(texts), n, dtype=np.int32)[:, None]
-            made = self.run(new, positions, sees=sees, scored=scored)
-            self.keep(made, positions, [n] * len(texts))
-            new = made["logits"][:, 0].argmax(-1).astype(np.int32)[:, None]
-            for text, token in zip(texts, new[:, 0].tolist(), strict=True):
-                if text[-1] != EOS:
-                    text.append(token)
-            if all(text[-1] == EOS for text in texts):
-                break
-        return texts
+        return torch.from_numpy(made["logits"][0]).float()
 
 
 def _free_scored(step: onnx.ModelProto) -> onnx.ModelProto:

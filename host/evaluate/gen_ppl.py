@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from host.data.shards import DataFolder, SplitName
 from host.data.tokenizer import identity_of, load_tokenizer
 from host.device import mixed_precision_dtype
-from host.evaluate.likelihood import held_out_files, held_out_split, ratio, story_nats
+from host.evaluate.likelihood import held_out_files, held_out_split, ratio, token_nats
 from host.model.diffusion import counted_tokens
 from host.model.network import Denoiser
 from host.progress import progress
@@ -98,7 +98,7 @@ class SampleScorer:
 
     def score(self, name: str, canvases: np.ndarray) -> Scored:
         """canvases (n, L): BOS, text, EOS, PAD."""
-        nats, tokens = story_nats(self.model, canvases), (canvases >= FIRST_TEXT_ID).sum(1)
+        nats, tokens = token_nats(self.model, canvases).sum(1), (canvases >= FIRST_TEXT_ID).sum(1)
         counted = counted_tokens(torch.from_numpy(canvases.astype(np.int64))).numpy()
         mean = ratio(nats[None], counted[None])
         texts = [row[1 : 1 + n].tolist() for row, n in zip(canvases, tokens, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from host.evaluate.likelihood import SEED, HeldOut, ratio
 from host.model.diffusion import Corrupted, cross_entropy_at, low_discrepancy_times
-from host.model.layouts import causal, stack
+from host.model.layouts import stack
 from host.model.network import NO_PADDING, Denoiser
 from host.train.objectives import Example
 from host.train.objectives.example import story
@@ -40,22 +40,34 @@ def held_out_gaps(held_out: HeldOut) -> tuple[list[Tensor], list[Example]]:
     """Stories that are long enough, and each of them with one to three random gaps of known sizes."""
     x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
     rng = np.random.default_rng(SEED)
-    stories = [story(row) for row in x0 if int((row != PAD).sum()) > 3]
+    stories = [story(row) for row in x0[_lengths(held_out) > 3]]
     gap = functools.partial(gapped, rng=rng, length=x0.shape[1], most_gaps=GAPS, open_ends=0.0, slack_gaps=0.0)
     return stories, [gap(one.tolist()) for one in stories]
 
 
-def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: bool) -> Infilling:
-    """Each story once, with its gaps; the bound takes `draws` draws of each."""
+def _lengths(held_out: HeldOut) -> np.ndarray:
+    """BOS, text and EOS of each story.  → (n,)"""
+    lengths: np.ndarray = (held_out.canvases != PAD).sum(1)
+    return lengths
+
+
+def evaluate_infilling(
+    model: Denoiser, held_out: HeldOut, *, token_nats: np.ndarray, draws: int, canvas: bool
+) -> Infilling:
+    """Each story once, with its gaps; the bound takes `draws` draws of each.
+
+    token_nats (n, L): of the held-out stories' tokens under the autoregressive law.
+    """
     stories, gaps = held_out_gaps(held_out)
     tokens = np.array([len(one.at) for one in gaps])[None]
     order = np.argsort([one.rows.tokens.shape[1] for one in gaps])
-    law, left = np.zeros((1, len(gaps))), np.zeros((1, len(gaps)))
+    law = np.zeros((1, len(gaps)))
     bound = np.zeros((draws, len(gaps)))
     for start in range(0, len(order), STORIES_AT_ONCE):
         here = order[start : start + STORIES_AT_ONCE]
         law[0, here] = _law(model, [gaps[i] for i in here])
-        left[0, here] = _left_to_right(model, [stories[i] for i in here], [gaps[i] for i in here])
+    own = token_nats[_lengths(held_out) > 3]
+    left = [own[i, one.rows.positions[0, one.at] + 1].sum() for i, one in enumerate(gaps)]
     for draw in range(draws if canvas else 0):
         noise = np.random.default_rng((SEED, draw))
         times = np.array(low_discrepancy_times(len(gaps), noise.random()))[noise.permutation(len(gaps))]
@@ -66,7 +78,7 @@ def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: b
     return Infilling(
         gap_tokens=int(tokens.sum()),
         infilling=ratio(law, tokens),
-        autoregressive=ratio(left, tokens),
+        autoregressive=ratio(np.array([left]), tokens),
         bound=ratio(bound, np.broadcast_to(tokens, bound.shape)) if canvas else None,
     )
 
@@ -75,13 +87,6 @@ def evaluate_infilling(model: Denoiser, held_out: HeldOut, draws: int, canvas: b
 def _law(model: Denoiser, gaps: list[Example]) -> list[float]:
     states = model(*stack([one.rows for one in gaps]).to(model.device))
     return [_nats(model, states[b, one.at], one.target) for b, one in enumerate(gaps)]
-
-
-@torch.no_grad()
-def _left_to_right(model: Denoiser, stories: list[Tensor], gaps: list[Example]) -> list[float]:
-    """The gap tokens under the autoregressive law, given all tokens before them."""
-    states = model(*stack([causal(one[None, :-1]) for one in stories]).to(model.device))
-    return [_nats(model, states[b, one.rows.positions[0, one.at]], one.target) for b, one in enumerate(gaps)]
 
 
 def _nats(model: Denoiser, states: Tensor, target: Tensor) -> float:

@@ -9,7 +9,7 @@ import msgspec
 from host.device import mixed_precision_dtype
 from host.evaluate.drafting import Drafting, evaluate_drafting, print_drafting
 from host.evaluate.infilling import Infilling, evaluate_infilling, print_infilling
-from host.evaluate.likelihood import HeldOut, evaluate, exact_likelihood, print_table
+from host.evaluate.likelihood import HeldOut, evaluate, exact_likelihood, print_table, token_nats
 from host.evaluate.scorers import TorchScorer
 from host.model.network import Denoiser
 from host.train.checkpoint import Progress
@@ -36,13 +36,17 @@ def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draw
     if drafts and model.drafter is None:
         raise ConfigError("--drafts needs a run with a drafter: train one with host.train --stage drafter --init RUN")
     learned = progress.objectives
-    nats, bits = exact_likelihood(model, held_out) if "ar" in learned else (None, None)
+    own = token_nats(model, held_out.canvases) if "ar" in learned or "infill" in learned else None
+    nats, bits = (None, None) if own is None or "ar" not in learned else exact_likelihood(own, held_out)
+    gaps = None
+    if own is not None and "infill" in learned:
+        gaps = evaluate_infilling(model, held_out, token_nats=own, draws=draws, canvas="canvas" in learned)
     dtype = mixed_precision_dtype(model.device)
     return Laws(
         source=held_out.name,
         nats_per_token=nats,
         bits_per_byte=bits,
-        infilling=evaluate_infilling(model, held_out, draws, "canvas" in learned) if "infill" in learned else None,
+        infilling=gaps,
         canvas=evaluate(TorchScorer(model), held_out, progress.schedule, draws) if "canvas" in learned else None,
         drafting=evaluate_drafting(model, held_out, dtype=dtype) if drafts else (),
     )
@@ -50,8 +54,11 @@ def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draw
 
 def law_figures(model: Denoiser, held_out: HeldOut, learned: Collection[str]) -> LawFigures:
     """What a bundle's manifest says of the laws in float32; drafts on the first stories, with all the drafter makes."""
-    nats, bits = exact_likelihood(model, held_out)
-    gaps = evaluate_infilling(model, held_out, draws=0, canvas=False) if "infill" in learned else None
+    own = token_nats(model, held_out.canvases)
+    nats, bits = exact_likelihood(own, held_out)
+    gaps = None
+    if "infill" in learned:
+        gaps = evaluate_infilling(model, held_out, token_nats=own, draws=0, canvas=False)
     kept = None
     if model.drafter is not None:
         few = replace(held_out, canvases=held_out.canvases[:DRAFTED_STORIES])

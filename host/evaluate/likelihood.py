@@ -1,7 +1,7 @@
 """A model on held-out text: NELBO, bits per byte, masked cross-entropy, exact likelihood, with standard errors."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,7 +14,7 @@ from host.data.shards import DataFolder, Split, SplitName
 from host.data.sources import read_texts
 from host.data.tokenizer import encode_stories, load_tokenizer, token_byte_lengths
 from host.evaluate.scorers import Scorer, TorchScorer
-from host.model.diffusion import Corrupted, autoregressive_sums, corrupt, counted_tokens, low_discrepancy_times
+from host.model.diffusion import Corrupted, autoregressive_nats, corrupt, counted_tokens, low_discrepancy_times
 from host.model.network import Denoiser
 from host.progress import progress
 from shared.errors import DataError
@@ -55,14 +55,8 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
     masked, masked_tokens = np.zeros((draws, n)), np.zeros((draws, n))
     with progress(total=2 * draws * n, desc=scorer.name, unit=" canvases", unit_scale=True) as bar:
         for draw in range(draws):
-            noise = np.random.default_rng((SEED, draw))
-            t = np.array(low_discrepancy_times(n, noise.random()))[noise.permutation(n)]
-            for rows, batch in _batches(x0, t, noise=noise, schedule=schedule, size=scorer.batch_rows):
-                times = t[rows].tolist()
-                losses, row = scorer.losses(batch, x0[rows, : batch.xt.shape[1]], times)
-                weights = np.array([loss_weight(schedule, value) for value in times])
-                nelbo[draw, rows] = weights * _row_sums(losses, row, len(rows))
-                bar.update(len(rows))
+            noise, t = _draw(n, draw)
+            nelbo[draw] = _nelbos(scorer, x0, t, noise=noise, schedule=schedule, done=bar.update)
             for rows, batch in _batches(x0, t, noise=noise, schedule="cosine", size=scorer.batch_rows):
                 clean = x0[rows, : batch.xt.shape[1]]
                 text = Corrupted(batch.xt, batch.scored & (clean != PAD), batch.active_len)
@@ -85,6 +79,39 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
         bits_per_byte=bits,
         masked_cross_entropy=ratio(masked, masked_tokens),
     )
+
+
+def nelbo_per_token(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName) -> float:
+    """The NELBO of `evaluate` in one draw, by half of its passes."""
+    x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
+    noise, t = _draw(len(x0), 0)
+    return float(_nelbos(scorer, x0, t, noise=noise, schedule=schedule).sum() / counted_tokens(x0).sum())
+
+
+def _draw(n: int, draw: int) -> tuple[np.random.Generator, np.ndarray]:
+    """Noise, and a time for each of n stories."""
+    noise = np.random.default_rng((SEED, draw))
+    return noise, np.array(low_discrepancy_times(n, noise.random()))[noise.permutation(n)]
+
+
+def _nelbos(
+    scorer: Scorer,
+    x0: Tensor,
+    t: np.ndarray,
+    *,
+    noise: np.random.Generator,
+    schedule: ScheduleName,
+    done: Callable[[int], object] = lambda stories: None,
+) -> np.ndarray:
+    """NELBO of each story in nats, of one draw.  x0 (n, L) → (n,)"""
+    nelbo = np.zeros(len(x0))
+    for rows, batch in _batches(x0, t, noise=noise, schedule=schedule, size=scorer.batch_rows):
+        times = t[rows].tolist()
+        losses, row = scorer.losses(batch, x0[rows, : batch.xt.shape[1]], times)
+        weights = np.array([loss_weight(schedule, value) for value in times])
+        nelbo[rows] = weights * _row_sums(losses, row, len(rows))
+        done(len(rows))
+    return nelbo
 
 
 def _batches(
@@ -149,18 +176,19 @@ def print_table(evaluations: Sequence[Evaluation]) -> None:
 
 
 @torch.no_grad()
-def story_nats(model: Denoiser, canvases: np.ndarray) -> np.ndarray:
-    """Exact negative log-likelihood of each canvas under the autoregressive law.  (n, L) → (n,)"""
+def token_nats(model: Denoiser, canvases: np.ndarray) -> np.ndarray:
+    """Exact negative log-likelihood of each token under the autoregressive law, 0 of BOS and PAD.  (n, L) → (n, L)"""
     x0 = torch.from_numpy(canvases.astype(np.int64))
-    nats = np.zeros(len(x0))
+    nats = np.zeros(x0.shape)
     lengths = (x0 != PAD).sum(1)
     for rows in lengths.argsort(stable=True).split(TorchScorer.batch_rows):
-        nats[rows.numpy()] = autoregressive_sums(model, x0[rows, : int(lengths[rows].max())]).double().numpy()
+        longest = int(lengths[rows].max())
+        nats[rows.numpy(), :longest] = autoregressive_nats(model, x0[rows, :longest]).numpy()
     return nats
 
 
-def exact_likelihood(model: Denoiser, held_out: HeldOut) -> tuple[Figure, Figure]:
-    """The autoregressive law on held-out text.  → nats per token, bits per byte"""
-    nats = story_nats(model, held_out.canvases)[None]
+def exact_likelihood(token_nats: np.ndarray, held_out: HeldOut) -> tuple[Figure, Figure]:
+    """The autoregressive law, by `token_nats` of held-out text.  → nats per token, bits per byte"""
+    nats = token_nats.sum(1)[None]
     tokens = counted_tokens(torch.from_numpy(held_out.canvases.astype(np.int64))).numpy()[None]
     return ratio(nats, tokens), ratio(nats / np.log(2), held_out.text_bytes[None])

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from host.evaluate.likelihood import HeldOut
 from host.evaluate.scorers import session_of
@@ -92,19 +92,15 @@ class RowGraphs:
         rows.arrays = dict(zip(self._shapes, made, strict=True))
         return logits, states
 
-    def nats(self, example: Example) -> float:
-        """Negative log-likelihood of an example's targets; rows before its first scored one are evidence, if any."""
+    def scores(self, example: Example) -> Tensor:
+        """Of every token at an example's targets (M, V); rows before its first scored one are evidence, if any."""
         given = int(example.at[0])
         tokens, positions = (part[0].tolist() for part in example.rows[:2])
         rows = self.empty(len(tokens), example.condition)
         if given:
             self.read_evidence(rows, tokens[:given], positions[:given])
         logits, _ = self.append(rows, tokens[given:], positions[given:], range(len(tokens) - given))
-        return float(F.cross_entropy(torch.from_numpy(logits), example.target, reduction="sum"))
-
-    def greedy_texts(self, prompts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-        """`greedy` of each."""
-        return [self.greedy(prompt, length) for prompt in prompts]
+        return torch.from_numpy(logits)
 
     def greedy(self, prompt: Sequence[int], length: int, condition: Condition | None = None) -> list[int]:
         """The likeliest token after the likeliest, from a prompt to an EOS, or up to `length` tokens."""

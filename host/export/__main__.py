@@ -165,12 +165,10 @@ def export_run(
     on_cuda: list[Blocks] = []
     if "ar" in learned and (wanted.cpu_int8 or wanted.cuda):
         stages.begin(BLOCKS)
-        laws_of = law_reference(model, learned, held_out)
+        laws_of = law_reference(model, learned, held_out, text)
         if wanted.cpu_int8:
-            blocks = blocks_int8(model, learned, reference=laws_of, text=text)
-        on_cuda = cuda_blocks(
-            model, learned, reference=laws_of, text=text, precisions=wanted.cuda, fp32_norms=wanted.fp32_norms
-        )
+            blocks = blocks_int8(laws_of)
+        on_cuda = cuda_blocks(laws_of, wanted.cuda, wanted.fp32_norms)
         check([graph for one in on_cuda for graph in one.graphs])
     elif wanted.cpu_fp32:
         blocks = Blocks(blocks_graphs(model, learned))

@@ -97,38 +97,26 @@ def _cuda_step(step: onnx.ModelProto, ranges: Ranges | None) -> BundleGraph:
     return BundleGraph(quantized, "step", "int8", "cuda")
 
 
-def law_reference(model: Denoiser, learned: Collection[str], held_out: HeldOut) -> LawReference:
-    """What other graphs of blocks are compared with, in float32."""
+def law_reference(
+    model: Denoiser, learned: Collection[str], held_out: HeldOut, text: NDArray[np.uint16]
+) -> LawReference:
+    """What other graphs of blocks are compared with, in float32; the first stories (n, L) of `text` choose scales."""
     few = replace(held_out, canvases=held_out.canvases[:PARITY_STORIES])
-    return LawReference(row_graphs(blocks_graphs(model, learned)), few, fills_gaps="infill" in learned)
+    return LawReference(model, learned, row_graphs(blocks_graphs(model, learned)), few, text[:CALIBRATION_STORIES])
 
 
-def blocks_int8(
-    model: Denoiser, learned: Collection[str], *, reference: LawReference, text: NDArray[np.uint16]
-) -> Blocks:
-    """INT8 graphs for the CPU that pass the gate.
-
-    text: stories (n, L), of which the first choose the scales. Raises BundleError; see `_first_to_pass`.
-    """
+def blocks_int8(reference: LawReference) -> Blocks:
+    """INT8 graphs for the CPU that pass the gate. Raises BundleError; see `_first_to_pass`."""
+    model, learned = reference.model, reference.learned
     print_speed(blocks_graphs(model, learned)[0])
-    blocks = _first_to_pass(
-        model, learned, reference=reference, text=text, make=lambda ranges: blocks_graphs(model, learned, ranges)
-    )
+    blocks = _first_to_pass(reference, lambda ranges: blocks_graphs(model, learned, ranges))
     print_speed(blocks.graphs[0])
     return blocks
 
 
-def cuda_blocks(
-    model: Denoiser,
-    learned: Collection[str],
-    *,
-    reference: LawReference,
-    text: NDArray[np.uint16],
-    precisions: Collection[Precision],
-    fp32_norms: bool,
-) -> list[Blocks]:
+def cuda_blocks(reference: LawReference, precisions: Collection[Precision], fp32_norms: bool) -> list[Blocks]:
     """The step graph for CUDA in each precision, held to the same gate. Raises BundleError."""
-    step = cuda_step_graph(model, fp32_norms)
+    step = cuda_step_graph(reference.model, fp32_norms)
     built = []
     if "fp16" in precisions:
         graphs = [_cuda_step(step, None)]
@@ -138,32 +126,20 @@ def cuda_blocks(
             raise BundleError(f"the FP16 step graph misses its gate ({GATE}); nothing was written")
         built.append(Blocks(graphs, (parity,)))
     if "int8" in precisions:
-        built.append(
-            _first_to_pass(
-                model, learned, reference=reference, text=text, make=lambda ranges: [_cuda_step(step, ranges)]
-            )
-        )
+        built.append(_first_to_pass(reference, lambda ranges: [_cuda_step(step, ranges)]))
     return built
 
 
-def _first_to_pass(
-    model: Denoiser,
-    learned: Collection[str],
-    *,
-    reference: LawReference,
-    text: NDArray[np.uint16],
-    make: Callable[[Ranges], list[BundleGraph]],
-) -> Blocks:
+def _first_to_pass(reference: LawReference, make: Callable[[Ranges], list[BundleGraph]]) -> Blocks:
     """While the gate is missed, leave 1, 2, 4 … of the worst layers in float. BundleError when half do not help."""
-    calibration = text[:CALIBRATION_STORIES]
-    ranges, worst_first = best_ranges(model, observe(model, calibration_rows(calibration, learned)))
+    ranges, worst_first = reference.ranges
     kept: list[str] = []
     while True:
         graphs = make({name: bounds for name, bounds in ranges.items() if name not in kept})
         parity = measure_law(reference, graphs, SCHEME, kept)
         say(parity)
         if passes_law(parity):
-            return Blocks(graphs, (parity,), f"{parity.graph}: {len(calibration)} stories of training, {SCHEME}")
+            return Blocks(graphs, (parity,), f"{parity.graph}: {len(reference.text)} stories of training, {SCHEME}")
         count = 2 * len(kept) or 1
         if count > len(worst_first) // 2:
             raise BundleError(

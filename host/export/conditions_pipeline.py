@@ -22,7 +22,7 @@ from host.export.conditioned_graphs import (
     encode_image_graph,
     encode_text_graph,
 )
-from host.export.law_parity import GATE, passes_law, total_nats
+from host.export.law_parity import GATE, agreeing, passes_law, read, total_nats
 from host.export.random_weights import random_conditions
 from host.export.row_builder import Ranges
 from host.export.row_ranges import best_ranges, calibration_rows, observe
@@ -128,13 +128,12 @@ def conditions_int8(
     while True:
         graphs = conditioned_graphs(model, learned, {name: ranges[name] for name in ranges if name not in kept})
         measured = _row_graphs(graphs)
-        same = [a == b for a, b in zip(_greedy(measured, held_out), texts, strict=True)]
         parity = LawParity(
             graph=next(graph.file for graph in graphs if graph.role == "step.conditioned"),
             scheme=SCHEME,
             law_ratio=total_nats(measured, held_out) / nats,
             infilling_ratio=None,
-            texts_agreeing=sum(same) / len(same),
+            texts_agreeing=agreeing(measured, texts, PROMPT_TOKENS),
             kept_float=tuple(kept),
         )
         say(parity)
@@ -153,7 +152,9 @@ def _row_graphs(graphs: Sequence[BundleGraph]) -> RowGraphs:
     return RowGraphs(by_role["step.conditioned"], encoders=encoders)
 
 
-def _greedy(graphs: RowGraphs, held_out: Sequence[Example]) -> list[list[int]]:
+def _greedy(graphs: RowGraphs, held_out: Sequence[Example]) -> list[Example]:
     """What graphs write after the first tokens of each story, given its condition."""
     beginnings = [(one.rows.tokens[0, :PROMPT_TOKENS].tolist(), one) for one in held_out]
-    return [graphs.greedy(first, one.rows.tokens.shape[1], one.condition) for first, one in beginnings]
+    return [
+        read(graphs.greedy(first, one.rows.tokens.shape[1], one.condition), one.condition) for first, one in beginnings
+    ]

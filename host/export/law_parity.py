@@ -1,11 +1,13 @@
 """How closely INT8 and FP16 graphs of blocks follow float32: the gate of the laws that texts are written by."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from host.evaluate.cuda_rows import CudaRows
@@ -13,7 +15,11 @@ from host.evaluate.infilling import held_out_gaps
 from host.evaluate.likelihood import HeldOut, ratio
 from host.evaluate.row_graphs import RowGraphs, left_to_right
 from host.export.bundle_writer import BundleGraph
-from host.train.objectives import Example
+from host.export.row_builder import Ranges
+from host.export.row_ranges import best_ranges, calibration_rows, observe
+from host.model.conditions import Condition
+from host.model.network import Denoiser
+from host.train.objectives import Example, Settings, ar
 from shared.manifest import LawFigures, LawParity
 from shared.tokens import PAD
 
@@ -30,12 +36,19 @@ GREEDY_TEXTS: Final = 16
 class LawReference:
     """float32 graphs, and few held-out stories to compare others with them on. What they say is computed once.
 
-    fills_gaps: whether the network learned to.
+    text (n, L): stories of training, which choose the scales of INT8.
     """
 
-    graphs: AnyRows
+    model: Denoiser
+    learned: Collection[str]
+    graphs: RowGraphs
     few: HeldOut
-    fills_gaps: bool
+    text: NDArray[np.uint16]
+
+    @cached_property
+    def ranges(self) -> tuple[Ranges, list[str]]:
+        """Of the inputs of linear layers, and the layers, the worst in INT8 first."""
+        return best_ranges(self.model, observe(self.model, calibration_rows(self.text, self.learned)))
 
     @cached_property
     def stories(self) -> list[Example]:
@@ -45,7 +58,7 @@ class LawReference:
     @cached_property
     def gaps(self) -> list[Example]:
         """The stories with gaps in them."""
-        return held_out_gaps(self.few)[1] if self.fills_gaps else []
+        return held_out_gaps(self.few)[1] if "infill" in self.learned else []
 
     @cached_property
     def nats(self) -> tuple[float, float]:
@@ -53,43 +66,61 @@ class LawReference:
         return total_nats(self.graphs, self.stories), total_nats(self.graphs, self.gaps)
 
     @cached_property
-    def texts(self) -> list[list[int]]:
-        """Greedy continuations."""
-        return self.greedy(self.graphs)
-
-    def greedy(self, graphs: AnyRows) -> list[list[int]]:
-        """What graphs write after the first tokens of the first stories."""
+    def texts(self) -> list[Example]:
+        """Greedy continuations of the first tokens of the first stories."""
         long_enough = self.few.canvases[self.few.canvases[:, PROMPT_TOKENS] != PAD][:GREEDY_TEXTS]
         length = self.few.canvases.shape[1]
-        return graphs.greedy_texts([story[: 1 + PROMPT_TOKENS].tolist() for story in long_enough], length)
+        return [read(self.graphs.greedy(story[: 1 + PROMPT_TOKENS].tolist(), length)) for story in long_enough]
+
+
+def nats(graphs: AnyRows, example: Example) -> float:
+    """Negative log-likelihood of an example's targets."""
+    return float(F.cross_entropy(graphs.scores(example), example.target, reduction="sum"))
 
 
 def total_nats(graphs: AnyRows, examples: Sequence[Example]) -> float:
     """Of all targets."""
-    return sum(graphs.nats(one) for one in examples)
+    return sum(nats(graphs, one) for one in examples)
 
 
-def row_graphs(graphs: Collection[BundleGraph]) -> AnyRows:
-    """Step and prefill graph, to be measured; the step graph for CUDA reads evidence itself."""
-    if cuda := [graph.model for graph in graphs if (graph.target, graph.role) == ("cuda", "step")]:
-        return CudaRows(cuda[0])
+def read(text: Sequence[int], condition: Condition | None = None) -> Example:
+    """A whole text, from left to right."""
+    (example,) = ar.examples(torch.tensor([text]), np.random.default_rng(0), Settings())
+    return replace(example, condition=condition)
+
+
+def agreeing(graphs: AnyRows, texts: Sequence[Example], given: int) -> float:
+    """Share of greedy texts that graphs would write, too, after their first `given` tokens: one pass over each.
+
+    A text is theirs to the last token if each of its tokens is their likeliest after the tokens before it.
+    """
+    same = [bool((graphs.scores(one).argmax(-1) == one.target)[given - 1 :].all()) for one in texts]
+    return sum(same) / max(1, len(same))
+
+
+def row_graphs(graphs: Collection[BundleGraph]) -> RowGraphs:
+    """Step and prefill graph for the CPU, to be measured."""
     by_role = {graph.role: graph.model for graph in graphs}
     return RowGraphs(by_role["step"], by_role.get("prefill"))
+
+
+def any_rows(graphs: Collection[BundleGraph]) -> AnyRows:
+    """The same, or the step graph for CUDA, which reads evidence itself."""
+    cuda = [graph.model for graph in graphs if (graph.target, graph.role) == ("cuda", "step")]
+    return CudaRows(cuda[0]) if cuda else row_graphs(graphs)
 
 
 def measure_law(
     reference: LawReference, graphs: Collection[BundleGraph], scheme: str, kept_float: Sequence[str] = ()
 ) -> LawParity:
     """Both laws' nats, graph over float32, and the share of greedy texts that are the same to the last token."""
-    measured, (law, infilling) = row_graphs(graphs), reference.nats
-    texts = zip(reference.greedy(measured), reference.texts, strict=True)
-    same = [found == expected for found, expected in texts]
+    measured, (law, infilling) = any_rows(graphs), reference.nats
     return LawParity(
         graph=_step_file(graphs),
         scheme=scheme,
         law_ratio=total_nats(measured, reference.stories) / law,
         infilling_ratio=total_nats(measured, reference.gaps) / infilling if reference.gaps else None,
-        texts_agreeing=sum(same) / max(1, len(same)),
+        texts_agreeing=agreeing(measured, reference.texts, 1 + PROMPT_TOKENS),
         kept_float=tuple(kept_float),
     )
 
@@ -98,14 +129,14 @@ def graph_laws(graphs: Collection[BundleGraph], held_out: HeldOut) -> LawFigures
     """The laws as the graphs have them, by the figures of `host.evaluate`."""
     measured, left = row_graphs(graphs), left_to_right(held_out)
     gaps = held_out_gaps(held_out)[1] if any(graph.role == "prefill" for graph in graphs) else []
-    nats = np.array([[measured.nats(one) for one in left]])
-    gap_nats = np.array([[measured.nats(one) for one in gaps]])
+    left_nats = np.array([[nats(measured, one) for one in left]])
+    gap_nats = np.array([[nats(measured, one) for one in gaps]])
     return LawFigures(
         graph=_step_file(graphs),
         source=held_out.name,
         stories=len(left),
-        left_to_right_nats_per_token=ratio(nats, _targets(left)),
-        left_to_right_bits_per_byte=ratio(nats / np.log(2), held_out.text_bytes[None]),
+        left_to_right_nats_per_token=ratio(left_nats, _targets(left)),
+        left_to_right_bits_per_byte=ratio(left_nats / np.log(2), held_out.text_bytes[None]),
         infilling_nats_per_gap_token=ratio(gap_nats, _targets(gaps)) if gaps else None,
     )
 

@@ -6,7 +6,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from host.evaluate.likelihood import evaluate
+from host.evaluate.likelihood import nelbo_per_token
 from host.evaluate.scorers import Canvases, GraphScorer, TorchScorer
 from host.export.reference import Reference
 from host.model.network import Denoiser
@@ -18,7 +18,7 @@ MIN_TOP1_AGREEMENT: Final = 0.95
 
 def measure(reference: Reference, graph: GraphScorer, scheme: str, kept_float: Sequence[str] = ()) -> Parity:
     """NELBO on the same noise, and the share of masked positions whose likeliest token is the same in both."""
-    nelbo = evaluate(graph, reference.few, reference.progress.schedule, draws=1).nelbo_nats_per_token.value
+    nelbo = nelbo_per_token(graph, reference.few, reference.progress.schedule)
     pairs = zip(reference.canvases, reference.likeliest, strict=True)
     same = np.concatenate([graph.logits(canvas, t).argmax(-1) == best for (canvas, t), best in pairs])
     return Parity(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from host.evaluate.likelihood import HeldOut, evaluate
+from host.evaluate.likelihood import HeldOut, nelbo_per_token
 from host.evaluate.scorers import Canvases, TorchScorer
 from host.export.cuda_graph import cuda_graph
 from host.export.sensitivity import LayerError, layer_errors
@@ -50,7 +50,7 @@ class Reference:
     @cached_property
     def nelbo(self) -> float:
         """Nats per token of the network itself on `few`, in one draw."""
-        return evaluate(TorchScorer(self.model), self.few, self.progress.schedule, draws=1).nelbo_nats_per_token.value
+        return nelbo_per_token(TorchScorer(self.model), self.few, self.progress.schedule)
 
     @cached_property
     def likeliest(self) -> list[NDArray[np.int64]]:

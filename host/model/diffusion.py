@@ -82,13 +82,13 @@ def cross_entropy_at(model: Denoiser, batch: Corrupted, x0: Tensor, t: list[floa
     return losses.cpu(), at // x0.shape[1]
 
 
-def autoregressive_sums(model: Denoiser, x0: Tensor, memory: Memory | None = None) -> Tensor:
-    """Each row's exact negative log-likelihood under a causal mask, in nats; given a memory or not.
+def autoregressive_nats(model: Denoiser, x0: Tensor, memory: Memory | None = None) -> Tensor:
+    """Each token's exact negative log-likelihood under a causal mask, 0 of BOS and PAD; given a memory or not.
 
-    → (B,), on the CPU
+    x0 (B, L) → (B, L), on the CPU
     """
     x0 = x0.to(model.device)
     at = ((x0 != PAD) & (x0 != BOS)).flatten().nonzero()[:, 0]
     logits = model.logits(model(*causal(x0), at=at - 1, memory=memory), NO_PADDING)
     losses = F.cross_entropy(logits, x0.flatten()[at].long(), reduction="none")
-    return torch.zeros(x0.shape[0], device=x0.device).index_add(0, at // x0.shape[1], losses).cpu()
+    return torch.zeros(x0.numel(), device=x0.device).index_copy(0, at, losses).view(x0.shape).cpu()

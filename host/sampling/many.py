@@ -1,6 +1,7 @@
 """Many samples at once: the passes of `host.sampling.reference`, with batched network calls."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -113,7 +114,10 @@ def _continue(
     memories: of the rows that are written by; with guidance also that of the others, which is none.
     """
     caches = [Cache.empty(model.config, len(canvases), model.device) for _ in memories]
-    going = torch.ones(len(canvases), dtype=torch.bool)
+    going, seeds = torch.ones(len(canvases), dtype=torch.bool), torch.tensor([one.seed for one in settings])
+    alike: dict[Settings, list[int]] = {}  # rows that are drawn at once
+    for row, one in enumerate(settings):
+        alike.setdefault(replace(one, seed=0), []).append(row)
     for i in range(start, canvases.shape[1]):
         rows = causal(canvases[:, :i]).to(model.device)
         new, laws = torch.arange(len(caches[0]), i), []
@@ -124,8 +128,10 @@ def _continue(
                 laws.append(model.logits(states, NO_PADDING).log_softmax(-1).cpu())
             cache.keep(torch.arange(len(new)))
         logp = guided(laws[0], laws[-1], guidance, min(TOP_K, laws[0].shape[1])) if guidance else laws[0]
-        for row in going.nonzero()[:, 0].tolist():
-            canvases[row, i] = drawn(logp[row : row + 1], torch.tensor([i]), settings[row])[0]
+        for one, rows_alike in alike.items():
+            at = torch.tensor([row for row in rows_alike if going[row]], dtype=torch.long)
+            if len(at):
+                canvases[at, i] = drawn(logp[at], torch.full((len(at),), i), one, seeds[at])[0]
         going &= canvases[:, i] != EOS
         if not going.any():
             break

@@ -49,8 +49,8 @@ class Sampled:
     margin: float
 
 
-def philox(counter: Tensor, key: int) -> Tensor:
-    """Philox 4x32-10.  counter (..., 4) int64 holding 32-bit words → (..., 4)"""
+def philox(counter: Tensor, key: int | Tensor) -> Tensor:
+    """Philox 4x32-10.  counter (..., 4) int64 holding 32-bit words, key: one, or int64 (...) → (..., 4)"""
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
@@ -75,7 +75,7 @@ def uniforms(seed: int, step: int, *, position: Tensor, token: Tensor, domain: i
     return ((philox(counter, seed)[..., 0] >> 9).double() + 0.5) * 2.0**-23
 
 
-def block_uniforms(seed: int, position: Tensor, token: Tensor) -> Tensor:
+def block_uniforms(seed: int | Tensor, position: Tensor, token: Tensor) -> Tensor:
     """The same for decoding by blocks: token i takes word i mod 4 of the counter (i div 4, position, 0, 2)."""
     position, token = torch.broadcast_tensors(position, token)
     counter = torch.stack([token // 4, position, torch.zeros_like(token), torch.full_like(token, 2)], -1)
@@ -151,13 +151,14 @@ def _draw(logp: Tensor, ids: Tensor, uniform: Tensor, s: Settings) -> tuple[Tens
     return token[:, 0], logp[ids == token], (best - second)[:, 0]
 
 
-def drawn(logp: Tensor, position: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def drawn(logp: Tensor, position: Tensor, settings: Settings, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each row's token by temperature, top-k and top-p, with the noise of blocks: of (seed, position, token).
 
-    logp (M, V), position (M,) → token (M,), gap to the second best (M,)
+    logp (M, V), position (M,), seeds (M,): in place of that of the settings → token (M,), gap to the second best (M,)
     """
     best, ids = _best(logp, min(max(2, settings.top_k), logp.shape[-1]))
-    token, _, gap = _draw(best, ids, block_uniforms(settings.seed, position[:, None], ids), settings)
+    seed = settings.seed if seeds is None else seeds[:, None]
+    token, _, gap = _draw(best, ids, block_uniforms(seed, position[:, None], ids), settings)
     return token, gap
 
 

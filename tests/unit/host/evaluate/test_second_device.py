@@ -18,7 +18,7 @@ from host.evaluate import __main__ as evaluate_command
 from host.evaluate.conditions import Wish, conditional_law
 from host.evaluate.drafting import evaluate_drafting
 from host.evaluate.infilling import evaluate_infilling
-from host.evaluate.likelihood import HeldOut, evaluate, exact_likelihood
+from host.evaluate.likelihood import HeldOut, evaluate, exact_likelihood, token_nats
 from host.evaluate.scorers import TorchScorer
 from host.export import __main__ as export
 from host.model.conditions import Condition, Given
@@ -106,8 +106,10 @@ def written(model: Denoiser) -> list[list[list[int]]]:
 
 
 MEASURED: dict[str, Callable[[Denoiser], Any]] = {
-    "left to right": lambda model: exact_likelihood(model, held_out()),
-    "infilling": lambda model: evaluate_infilling(model, held_out(), draws=2, canvas=True),
+    "left to right": lambda model: exact_likelihood(token_nats(model, held_out().canvases), held_out()),
+    "infilling": lambda model: evaluate_infilling(
+        model, held_out(), token_nats=token_nats(model, held_out().canvases), draws=2, canvas=True
+    ),
     "canvas": lambda model: evaluate(TorchScorer(model), held_out(), "linear", draws=2),
     "drafting": lambda model: evaluate_drafting(model, longer(), [0.0, 0.9]),
     "condition": lambda model: conditional_law(model, held_out(3), [Wish(one) for one in CONDITIONS], "both"),

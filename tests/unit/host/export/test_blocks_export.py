@@ -9,8 +9,8 @@ import torch
 from host.evaluate.laws import law_figures
 from host.evaluate.likelihood import held_out_split
 from host.export import __main__ as export
-from host.export.blocks_pipeline import blocks_int8, law_reference
-from host.export.law_parity import passes_law
+from host.export.blocks_pipeline import blocks_graphs, blocks_int8, law_reference
+from host.export.law_parity import agreeing, passes_law, read, row_graphs
 from host.export.random_weights import untrained
 from host.export.row_builder import LEVELS_U8, activation_scale
 from host.export.row_ranges import Observed, best_ranges, rounding_errors
@@ -92,13 +92,13 @@ def test_blocks_leave_layers_in_float_that_int8_ruins(runs: tuple[Path, Path], r
     folder = data_of(runs[0])
     held_out, text = held_out_split(folder, 16), folder.train.take(np.arange(16))
     learned = progress.objectives
-    reference = law_reference(model, learned, held_out)
+    reference = law_reference(model, learned, held_out, text)
     if ruined == 1:
-        (parity,) = blocks_int8(model, learned, reference=reference, text=text).parity
+        (parity,) = blocks_int8(reference).parity
         assert parity.kept_float == ("blocks.0.up",) and passes_law(parity)
     else:
         with pytest.raises(BundleError, match="INT8 for blocks misses its gate"):
-            blocks_int8(model, learned, reference=reference, text=text)
+            blocks_int8(reference)
 
 
 @torch.no_grad()
@@ -140,3 +140,14 @@ def test_activation_scale_keeps_zero_exact_and_covers_the_range() -> None:
 def test_gate_of_laws_is_half_a_percent_and_one(law: float, infilling: float | None, passing: bool) -> None:
     parity = LawParity(graph="g", scheme="static", law_ratio=law, infilling_ratio=infilling, texts_agreeing=0.0)
     assert passes_law(parity) is passing
+
+
+def test_agreeing_counts_the_greedy_texts_that_graphs_would_write_themselves() -> None:
+    networks = [untrained(CONFIGS["debug"], seed)[:2] for seed in (0, 1)]
+    own, other = (row_graphs(blocks_graphs(model, progress.objectives)) for model, progress in networks)
+    texts = [own.greedy([1, first, 9], 24) for first in (7, 8)]
+    assert agreeing(own, [read(text) for text in texts], 3) == 1.0
+    late = [*texts[0][:-1], texts[0][-1] % 30 + 5]  # its last token alone is another
+    assert late != texts[0] and agreeing(own, [read(late), read(texts[1])], 3) == 0.5
+    expected = sum(other.greedy(text[:3], 24) == text for text in texts) / 2
+    assert agreeing(other, [read(text) for text in texts], 3) == expected

@@ -1,9 +1,11 @@
 """The reference sampler where its decisions are close: one candidate, ties, the entropy bound."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from host.sampling.reference import Settings, commit_pass
+from host.sampling.reference import Settings, commit_pass, drawn
 from shared.manifest import Selection
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK
 
@@ -54,3 +56,12 @@ def test_entropy_bound_is_the_sum_less_the_largest() -> None:
         tokens = committed(logp, Settings(seed=1, steps=64, entropy_bound=bound))
         assert sum(token != MASK for token in tokens) == count
         assert tokens[2] != MASK
+
+
+def test_drawn_takes_a_seed_for_each_row() -> None:
+    logp, places = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1), torch.arange(5)
+    seeds, settings = [3, 3, 2**40, 0, 2**63 - 1], Settings(0, temperature=0.9, top_k=7, top_p=0.9)
+    together = drawn(logp, places, settings, torch.tensor(seeds))
+    for row, seed in enumerate(seeds):
+        alone = drawn(logp[row : row + 1], places[row : row + 1], replace(settings, seed=seed))
+        assert all(torch.equal(a[row : row + 1], b) for a, b in zip(together, alone, strict=True))

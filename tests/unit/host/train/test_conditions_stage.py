@@ -13,7 +13,7 @@ from host import generate, join
 from host.data import prepare
 from host.data.shards import load_data
 from host.evaluate import __main__ as evaluate
-from host.evaluate.likelihood import held_out_split, story_nats
+from host.evaluate.likelihood import held_out_split, token_nats
 from host.export import __main__ as export
 from host.model.conditions import PICTURE_SIZE, Given
 from host.train import trainer as train
@@ -130,7 +130,7 @@ def test_conditions_stage_leaves_the_network_to_the_bit_and_learns(data: Path, r
     valid = [float(row["valid"]) for row in read_log(conditions / LOG_FILE) if row["valid"]]
     assert valid[-1] < valid[0]
     stories = held_out_split(load_data(data), 16).canvases
-    plain, after_it = (story_nats(load_run(run)[0], stories) for run in (body, conditions))
+    plain, after_it = (token_nats(load_run(run)[0], stories) for run in (body, conditions))
     assert np.array_equal(plain, after_it)  # the law without a condition
     assert [stage.objectives for stage in training_stages(conditions)] == [("ar", "infill"), ("conditions",)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import host.model.block
 from host.data.shards import Split
 from host.model.block import attend
-from host.model.diffusion import Weighting, autoregressive_sums, corrupt, token_weight
+from host.model.diffusion import Weighting, autoregressive_nats, corrupt, token_weight
 from host.model.network import RELATIVE_UNIT, Denoiser, config_named, first_relative_bias
 from host.train import batches
 from host.train.batches import Batch, make_batch, story_indices
@@ -146,7 +146,7 @@ def test_loss_of_the_ar_objective_is_the_exact_likelihood() -> None:
     made = make_batch(stories(), 0, seed=3, batch_size=24, micro_size=5, mixture={"ar": 1.0}, settings=Settings())
     by_parts = sum(float(WeightedLoss(model, HeadLoss)(part)) for part in made.parts)
     x0 = torch.from_numpy(stories().take(np.arange(24)).astype(np.int64))
-    assert by_parts == pytest.approx(float(autoregressive_sums(model, x0).sum()), rel=1e-5)
+    assert by_parts == pytest.approx(float(autoregressive_nats(model, x0).sum()), rel=1e-5)
 
 
 def test_batch_is_shared_by_processes_without_remainder_or_change() -> None:
