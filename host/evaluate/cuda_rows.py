@@ -1,7 +1,5 @@
 """The step graph for CUDA as a model under evaluation: its slots as arrays, its passes run by ONNX Runtime."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx
 import torch
@@ -44,15 +42,6 @@ class CudaRows:
         feed |= {"key_positions": self.positions, "scored": scored}
         made = self._session.run(None, feed | self.memory)
         return dict(zip(self._outputs, made, strict=True))
-
-    def keep(self, made: Made, positions: NDArray[np.int32], counts: Sequence[int]) -> None:
-        """Append the first so many rows of each request, as the device's kernel does."""
-        for r, count in enumerate(counts):
-            first, end = self.cached[r], self.cached[r] + count
-            for name, memory in self.memory.items():
-                memory[r, :, first:end] = made[f"new_{name}"][r, :, :count]
-            self.positions[r, first:end] = positions[r, :count]
-            self.cached[r] = end
 
     def scores(self, example: Example) -> Tensor:
         """Of every token at an example's targets (M, V); rows before its first scored one are evidence, if any."""

@@ -40,15 +40,9 @@ def held_out_gaps(held_out: HeldOut) -> tuple[list[Tensor], list[Example]]:
     """Stories that are long enough, and each of them with one to three random gaps of known sizes."""
     x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
     rng = np.random.default_rng(SEED)
-    stories = [story(row) for row in x0[_lengths(held_out) > 3]]
+    stories = [story(row) for row in x0[(x0 != PAD).sum(1) > 3]]
     gap = functools.partial(gapped, rng=rng, length=x0.shape[1], most_gaps=GAPS, open_ends=0.0, slack_gaps=0.0)
     return stories, [gap(one.tolist()) for one in stories]
-
-
-def _lengths(held_out: HeldOut) -> np.ndarray:
-    """BOS, text and EOS of each story.  → (n,)"""
-    lengths: np.ndarray = (held_out.canvases != PAD).sum(1)
-    return lengths
 
 
 def evaluate_infilling(
@@ -66,7 +60,7 @@ def evaluate_infilling(
     for start in range(0, len(order), STORIES_AT_ONCE):
         here = order[start : start + STORIES_AT_ONCE]
         law[0, here] = _law(model, [gaps[i] for i in here])
-    own = token_nats[_lengths(held_out) > 3]
+    own = token_nats[(held_out.canvases != PAD).sum(1) > 3]
     left = [own[i, one.rows.positions[0, one.at] + 1].sum() for i, one in enumerate(gaps)]
     for draw in range(draws if canvas else 0):
         noise = np.random.default_rng((SEED, draw))

@@ -259,18 +259,18 @@ def stage_costs(
 ) -> dict[str, float]:
     """What each stage takes, roughly, in passes of the network over a canvas, as measured on `tiny`."""
     canvas, blocks = "canvas" in learned, "ar" in learned and (wanted.cpu_int8 or wanted.cpu_fp32)
-    of_blocks = (2000 * wanted.cpu_int8 + 1500 * len(wanted.cuda)) * ("ar" in learned)
+    of_blocks = (1400 * wanted.cpu_int8 + 220 * len(wanted.cuda)) * ("ar" in learned)
     costs: dict[str, float] = {BLOCKS: of_blocks} if of_blocks else {}
     costs |= {CONDITIONS: 3000} if conditions else {}
-    costs |= {SAMPLING: 900} if canvas else {}
-    costs |= {"INT8 for the CPU": 600} if canvas and wanted.cpu_int8 else {}
-    costs |= {"FP16 for CUDA": 500} if canvas and wanted.cuda_fp16 else {}
-    costs |= {"INT8 for CUDA": 2500} if canvas and wanted.cuda_int8 else {}
+    costs |= {SAMPLING: 1100} if canvas else {}
+    costs |= {"INT8 for the CPU": 650} if canvas and wanted.cpu_int8 else {}
+    costs |= {"FP16 for CUDA": 200} if canvas and wanted.cuda_fp16 else {}
+    costs |= {"INT8 for CUDA": 1700} if canvas and wanted.cuda_int8 else {}
     on_cpu = 0.6 * (wanted.cpu_int8 or wanted.cpu_fp32)
     on_cuda = 1.5 * wanted.cuda_fp16 + 2.5 * wanted.cuda_int8
     of_laws = 5 * stories + 3000 if blocks else 0
     costs[FIGURES] = of_laws + 2 * (stories * (1 + on_cpu) + min(stories, CUDA_STORIES) * on_cuda * report) * canvas
-    return costs | ({REPORT: 600} if report and canvas else {})
+    return costs | ({REPORT: 400} if report and canvas else {})
 
 
 def export_untrained(

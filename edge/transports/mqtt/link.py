@@ -193,7 +193,7 @@ class Link:
             try:
                 connected = self._connect_once()
             except (OSError, ValueError) as error:
-                self._complain(f"broker {self.broker} cannot be reached: {error}")
+                self._complain(f"broker {self.broker} cannot be reached: {getattr(error, 'strerror', None) or error}")
             except Exception:  # the thread must go on
                 log.exception("the connection to broker %s failed", self.broker)
             self._stopping.wait(self._pause_s(connected, time.monotonic() - began_s))

@@ -21,6 +21,7 @@ from host.model.layouts import Gap, causal, evidence
 from host.model.network import CONFIGS, NO_PADDING, Denoiser
 from shared.manifest import Role, SamplingDefaults, find_graph, graph_bytes, read_manifest
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
+from tests.support.kept_rows import keep
 
 CONFIG = replace(CONFIGS["debug"], draft_depth=3, time_input=False)
 MODEL: Denoiser = untrained(CONFIG)[0]
@@ -67,7 +68,7 @@ def test_cuda_step_requests_of_any_length_score_as_the_network_scores_them_alone
             at = int(graph.cached[r])
             np.testing.assert_allclose(made["logits"][r, :good], wanted[r][at : at + good], atol=TOLERANCE, rtol=2e-3)
             checked += good
-        graph.keep(made, positions, kept)
+        keep(graph, made, positions, kept)
     assert checked == sum(text.size for text in texts)
 
 
@@ -78,12 +79,12 @@ def test_cuda_step_evidence_is_seen_by_all_of_itself_and_by_the_gaps() -> None:
     positions = np.array([places], np.int32)
     nothing = np.zeros((1, 1), np.int32)
     made = graph.run(given[None], positions, sees=np.full((1, 9), 9, np.int32), scored=nothing)
-    graph.keep(made, positions, [9])
+    keep(graph, made, positions, [9])
     for j, token in enumerate([given[4], *gap]):
         places_now = np.array([[4 + j]], np.int32)
         made = graph.run(np.array([[token]], np.int32), places_now, sees=np.ones((1, 1), np.int32), scored=nothing)
         np.testing.assert_allclose(made["logits"][0, 0], wanted[j], atol=TOLERANCE, rtol=2e-3)
-        graph.keep(made, places_now, [1])
+        keep(graph, made, places_now, [1])
 
 
 def test_cuda_step_never_scores_padding_bos_or_mask() -> None:

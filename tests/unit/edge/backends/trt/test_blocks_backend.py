@@ -32,6 +32,7 @@ from tests.support.decided import decided_network
 from tests.support.emulator import Emulator
 from tests.support.emulator.fake_tensorrt import FakeTensorRT
 from tests.support.emulator.fakes import FakeDriver, Result
+from tests.support.kept_rows import keep
 from tests.unit.edge.backends.trt.test_backend import ALLOCATES, SYNCHRONISES
 
 pytestmark = [
@@ -117,7 +118,7 @@ class OnCpu:
         graph, last = slot.memory
         if last:
             made, places, before = last.pop()
-            graph.keep(made, places, [slot.cached - before])
+            keep(graph, made, places, [slot.cached - before])
         n, places = tokens.size, positions[None].astype(np.int32)
         seen = np.full((1, n), sees, np.int32) if sees else np.arange(1, n + 1, dtype=np.int32)[None]
         made = graph.run(tokens[None], places, sees=seen, scored=np.arange(n - scored, n, dtype=np.int32)[None])
