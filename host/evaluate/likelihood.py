@@ -56,7 +56,7 @@ def evaluate(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName, draws: i
     with progress(total=2 * draws * n, desc=scorer.name, unit=" canvases", unit_scale=True) as bar:
         for draw in range(draws):
             noise, t = _draw(n, draw)
-            nelbo[draw] = _nelbos(scorer, x0, t, noise=noise, schedule=schedule, done=bar.update)
+            nelbo[draw] = _nelbos(scorer, x0, t=t, noise=noise, schedule=schedule, done=bar.update)
             for rows, batch in _batches(x0, t, noise=noise, schedule="cosine", size=scorer.batch_rows):
                 clean = x0[rows, : batch.xt.shape[1]]
                 text = Corrupted(batch.xt, batch.scored & (clean != PAD), batch.active_len)
@@ -85,7 +85,7 @@ def nelbo_per_token(scorer: Scorer, held_out: HeldOut, schedule: ScheduleName) -
     """The NELBO of `evaluate` in one draw, by half of its passes."""
     x0 = torch.from_numpy(held_out.canvases.astype(np.int64))
     noise, t = _draw(len(x0), 0)
-    return float(_nelbos(scorer, x0, t, noise=noise, schedule=schedule).sum() / counted_tokens(x0).sum())
+    return float(_nelbos(scorer, x0, t=t, noise=noise, schedule=schedule).sum() / counted_tokens(x0).sum())
 
 
 def _draw(n: int, draw: int) -> tuple[np.random.Generator, np.ndarray]:
@@ -97,8 +97,8 @@ def _draw(n: int, draw: int) -> tuple[np.random.Generator, np.ndarray]:
 def _nelbos(
     scorer: Scorer,
     x0: Tensor,
-    t: np.ndarray,
     *,
+    t: np.ndarray,
     noise: np.random.Generator,
     schedule: ScheduleName,
     done: Callable[[int], object] = lambda stories: None,

@@ -101,8 +101,13 @@ def law_reference(
     model: Denoiser, learned: Collection[str], held_out: HeldOut, text: NDArray[np.uint16]
 ) -> LawReference:
     """What other graphs of blocks are compared with, in float32; the first stories (n, L) of `text` choose scales."""
-    few = replace(held_out, canvases=held_out.canvases[:PARITY_STORIES])
-    return LawReference(model, learned, row_graphs(blocks_graphs(model, learned)), few, text[:CALIBRATION_STORIES])
+    return LawReference(
+        model=model,
+        learned=learned,
+        graphs=row_graphs(blocks_graphs(model, learned)),
+        few=replace(held_out, canvases=held_out.canvases[:PARITY_STORIES]),
+        text=text[:CALIBRATION_STORIES],
+    )
 
 
 def blocks_int8(reference: LawReference) -> Blocks:

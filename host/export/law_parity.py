@@ -32,7 +32,7 @@ GREEDY_TEXTS: Final = 16
 """That a graph writes: a figure which the gate does not read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LawReference:
     """float32 graphs, and few held-out stories to compare others with them on. What they say is computed once.
 
