@@ -122,6 +122,13 @@ STILL_NEEDS_A_DEVICE: Final = (
 """What no machine without an Orin can prove, in the order in which a first device will probably fail."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a busy machine a slow test may take longer than the usual limit."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Keep the name of the proof that a test belongs to; user properties travel from xdist's workers too."""
     for mark in item.iter_markers("proof"):

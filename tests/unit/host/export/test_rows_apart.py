@@ -58,7 +58,6 @@ def test_rows_that_are_rejected_do_not_change_the_scores_before_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_rows_of_the_shipped_bundle_draw_the_same_tokens_on_1000_prompts() -> None:
     manifest = read_manifest(default_bundle())
     if not has_role(manifest, "cpu", "step"):
