@@ -114,7 +114,7 @@ def test_http_stream_has_no_snapshots_unless_asked(daemon: Daemon) -> None:
         ({"prompt": ["a", "b"]}, "prompt", "`prompt` must be text"),
         ({"suffix": "a"}, "suffix", "`suffix` is what follows"),
         ({}, "prompt", "give exactly one of `prompt` and `segments`"),
-        ({"prompt": "a", "snapshots": True}, "stream_options", "go with `stream`"),
+        ({"prompt": "a", "snapshots": True}, "snapshots", "goes with `stream`"),
         ({"prompt": "a", "window": 2, "steps": 3}, "steps", "`steps` is of decoding by canvas"),
         ({"prompt": "a", "top_k": 10**6}, "top_k", "`top_k` 1000000 is above"),
     ],
@@ -174,9 +174,47 @@ def test_http_wrong_place_is_named(daemon: Daemon, method: str, path: str, statu
     assert path.partition("?")[0] in answer.error["message"]
 
 
-def test_http_chat_is_told_where_texts_are(client: Any) -> None:
-    with pytest.raises(openai.NotFoundError, match="does not chat: see /v1/completions"):
-        client.chat.completions.create(model="", messages=[{"role": "user", "content": "Hello"}])
+def chat(client: Any, *texts: str, **fields: Any) -> Any:
+    """An answer to these messages, of the user and the assistant in turns."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return client.chat.completions.create(**{"model": "any", "messages": messages, "seed": 3, "max_tokens": 8} | fields)
+
+
+def test_http_chat_goes_on_from_the_last_message(client: Any) -> None:
+    text = client.completions.create(model="", prompt="Tom had", seed=3, max_tokens=8)
+    answer = chat(client, "Once", " upon a time", "Tom had")
+    assert answer.choices[0].message.content == text.choices[0].text
+    assert answer.choices[0].message.role == "assistant" and answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 8 and answer.object == "chat.completion"
+    parts = [{"type": "text", "text": "Tom"}, {"type": "text", "text": " had"}]
+    said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": parts}]
+    assert chat(client, messages=said).choices[0].message == answer.choices[0].message
+
+
+def test_http_chat_streams_the_same_text(client: Any) -> None:
+    whole = chat(client, "Tom had").choices[0].message.content
+    chunks = list(chat(client, "Tom had", stream=True, stream_options={"include_usage": True}))
+    assert "".join(choice.delta.content for chunk in chunks for choice in chunk.choices) == whole
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert [choice.finish_reason for choice in chunks[-2].choices] == ["length"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": []}, "`messages` must be a list of at least 1"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, '`messages[0].role` must be one of "assistant"'),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, '`messages[0].content[0].type` must be one of "text"'),
+        ({"max_completion_tokens": 9}, "`max_tokens` and `max_completion_tokens` differ"),
+        ({"n": 2}, "`n` is not supported"),
+        ({"tools": []}, "unknown field `tools`: known are `messages`"),
+    ],
+)
+def test_http_chat_bad_field_is_named(client: Any, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, "Tom had", **fields)
+    assert said in caught.value.message and caught.value.code == "bad_request"
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from edge.transports.http.chat_shape import encode_as_chat
 from edge.transports.http.errors import error_body
 from edge.transports.http.exchange import Exchange
 from edge.transports.http.openai_shape import Choice, Completion, CompletionRequest, final, usage_of, written
@@ -20,10 +21,13 @@ DONE: Final = b"data: [DONE]\n\n"
 class Answering:
     """Answers one request: an `edge.delivery.direct.Waiter`. For the event loop's thread, but for `gone` and `answer`.
 
-    model: NAME@DIGEST, for pieces of a text that is not complete.
+    model: NAME@DIGEST, for pieces of a text that is not complete. chat: answer in the shape of a chat.
     """
 
-    def __init__(self, exchange: Exchange, request: CompletionRequest, *, id: str | None, model: str) -> None:
+    def __init__(
+        self, exchange: Exchange, request: CompletionRequest, *, id: str | None, model: str, chat: bool
+    ) -> None:
+        self._encode = encode_as_chat if chat else _encode_completion
         self._exchange = exchange
         self._request = request
         self._id = f"cmpl-{id or uuid.uuid4().hex}"
@@ -51,7 +55,7 @@ class Answering:
         elif isinstance(reply, Response) and self._request.stream:
             self._finish(reply)
         elif isinstance(reply, Response):
-            self._exchange.answer(msgspec.json.encode(replace(self._whole(reply), usage=usage_of(reply))))
+            self._exchange.answer(self._encode(replace(self._whole(reply), usage=usage_of(reply)), chunk=False))
 
     def _show(self, partial: Partial) -> None:
         """Send what has become final, and the snapshot if it is wanted and the client keeps up."""
@@ -64,7 +68,7 @@ class Answering:
             self._sent = text
 
     def _send_chunk(self, chunk: Completion) -> None:
-        self._exchange.write(b"data: " + msgspec.json.encode(chunk) + b"\n\n")
+        self._exchange.write(b"data: " + self._encode(chunk, chunk=True) + b"\n\n")
 
     def _chunk(self, choices: list[Choice]) -> Completion:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices)
@@ -92,3 +96,7 @@ class Answering:
             return
         self._exchange.write(b"data: " + error_body(error) + b"\n\n")
         self._exchange.end()
+
+
+def _encode_completion(completion: Completion, *, chunk: bool) -> bytes:
+    return msgspec.json.encode(completion)

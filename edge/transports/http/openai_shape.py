@@ -1,6 +1,6 @@
 """Completions as OpenAI's clients write and read them, and what they are among our own messages."""
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -28,7 +28,7 @@ from shared.messages import (
 from shared.validation import explain
 
 Ignored = Annotated[str, Meta(max_length=256)]
-
+Asked = TypeVar("Asked", bound=Struct)
 
 One = Annotated[Any, Meta(extra_json_schema={"enum": [1, None]})]
 Zero = Annotated[Any, Meta(extra_json_schema={"enum": [0, None]})]
@@ -51,6 +51,17 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """include_usage: send a last chunk with the usage."""
 
     include_usage: bool = False
+
+
+def check_openai_fields(request: Struct) -> None:
+    """Raises ValueError for a field of OpenAI's that asks for what this device does not do."""
+    for name, (neutral, why) in UNSUPPORTED.items():
+        given = getattr(request, name, None)
+        if given is not None and (given != neutral or isinstance(given, bool) != isinstance(neutral, bool)):
+            raise ValueError(f"`{name}` is not supported: {why}")
+    for name in ("stream_options", "snapshots"):
+        if getattr(request, name, None) and not getattr(request, "stream", None):
+            raise ValueError(f"`{name}` goes with `stream`")
 
 
 class CompletionRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -95,14 +106,9 @@ class CompletionRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     frequency_penalty: Zero = None
 
     def __post_init__(self) -> None:
-        for name, (neutral, why) in UNSUPPORTED.items():
-            given = getattr(self, name)
-            if given is not None and (given != neutral or isinstance(given, bool) != isinstance(neutral, bool)):
-                raise ValueError(f"`{name}` is not supported: {why}")
+        check_openai_fields(self)
         if self.suffix and self.prompt is None:
             raise ValueError("`suffix` is what follows the gap after `prompt`: give both")
-        if (self.stream_options is not None or self.snapshots) and not self.stream:
-            raise ValueError("`stream_options` and `snapshots` go with `stream`")
 
 
 SHARED: Final = tuple(
@@ -147,14 +153,14 @@ class Completion(Struct, frozen=True, kw_only=True):
     timing: Timing | UnsetType = UNSET
 
 
-def decode_completion(body: bytes) -> CompletionRequest:
+def decode_body(body: bytes, kind: type[Asked]) -> Asked:
     """Decode a request's body. Raises RequestError, `bad_request`, naming the field that is wrong."""
     try:
-        return msgspec.json.decode(body, type=CompletionRequest)
+        return msgspec.json.decode(body, type=kind)
     except UnicodeDecodeError:
         raise RequestError("bad_request", "the message is not UTF-8") from None
     except msgspec.ValidationError as error:
-        raise RequestError("bad_request", explain(error, CompletionRequest, _plain(body))) from None
+        raise RequestError("bad_request", explain(error, kind, _plain(body))) from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError("bad_request", f"the message is not JSON: {error}") from None
 

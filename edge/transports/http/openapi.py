@@ -4,6 +4,7 @@ from typing import Any, Final
 
 import msgspec
 
+from edge.transports.http.chat_shape import ChatCompletion, ChatRequest
 from edge.transports.http.errors import ErrorBody
 from edge.transports.http.models import Model, ModelList
 from edge.transports.http.openai_shape import Completion, CompletionRequest
@@ -11,7 +12,17 @@ from edge.transports.mqtt.fleet import FleetView
 from shared.errors import ERROR_CODES
 from shared.messages import Health
 
-SCHEMAS: Final = (CompletionRequest, Completion, ErrorBody, Model, ModelList, Health, FleetView)
+SCHEMAS: Final = (
+    CompletionRequest,
+    Completion,
+    ChatRequest,
+    ChatCompletion,
+    ErrorBody,
+    Model,
+    ModelList,
+    Health,
+    FleetView,
+)
 ALWAYS: Final = (
     *("bad_request", "unauthorized", "forbidden", "not_found", "method_not_allowed", "too_slow", "too_large"),
     *("queue_full", "headers_too_large", "internal"),
@@ -42,10 +53,8 @@ def openapi_document(version: str, *, fleet: bool) -> Object:
     # `\\Z` is Python's end of text; in the schema's dialect that is `$`.
     schemas: Object = msgspec.json.decode(msgspec.json.encode(components).replace(rb"\\Z", b"$"))
     schemas["CompletionRequest"]["oneOf"] = TAKES
-    complete = _operation("A text", "complete", _json(Completion), (*ALWAYS, *OF_COMPLETIONS))
-    complete["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    complete["requestBody"] = {"required": True, "content": _json(CompletionRequest)}
-    complete["parameters"] = [KEY]
+    complete = _written("A text", "complete", asked=CompletionRequest, answered=Completion)
+    chat = _written("What follows the last message", "chat", asked=ChatRequest, answered=ChatCompletion)
     model = _operation("The bundle by its name", "model", _json(Model))
     model["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     health = _operation("State of the daemon", "health", _json(Health))
@@ -56,6 +65,7 @@ def openapi_document(version: str, *, fleet: bool) -> Object:
         "info": {"title": "edgelm", "version": version},
         "paths": {
             "/v1/completions": {"post": complete},
+            "/v1/chat/completions": {"post": chat},
             "/v1/models": {"get": _operation("The bundle", "models", _json(ModelList))},
             "/v1/models/{model}": {"get": model},
             "/health": {"get": health},
@@ -67,6 +77,14 @@ def openapi_document(version: str, *, fleet: bool) -> Object:
         "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
     }
+
+
+def _written(summary: str, name: str, *, asked: type[msgspec.Struct], answered: type[msgspec.Struct]) -> Object:
+    operation = _operation(summary, name, _json(answered), (*ALWAYS, *OF_COMPLETIONS))
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    operation["requestBody"] = {"required": True, "content": _json(asked)}
+    operation["parameters"] = [KEY]
+    return operation
 
 
 def _operation(summary: str, name: str, content: Object, codes: tuple[str, ...] = ALWAYS) -> Object:

@@ -12,12 +12,13 @@ from edge.delivery.direct import DirectRequests
 from edge.serving.prometheus import CONTENT_TYPE, prometheus_text
 from edge.serving.scheduler import SNAPSHOT_S, Scheduler
 from edge.transports.http.access import Access
+from edge.transports.http.chat_shape import ChatRequest, to_completion
 from edge.transports.http.completion import Answering
 from edge.transports.http.errors import MethodError
 from edge.transports.http.exchange import Exchange, Request
 from edge.transports.http.fleet import FleetReaders
 from edge.transports.http.models import model_list
-from edge.transports.http.openai_shape import CompletionRequest, decode_completion, to_generate
+from edge.transports.http.openai_shape import CompletionRequest, decode_body, to_generate
 from edge.transports.http.openapi import openapi_document
 from shared.errors import RequestError
 from shared.messages import Id, encode
@@ -67,6 +68,7 @@ class Routes:
         self._page["/"] = PAGE / "index.html"
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/completions": ("POST", self._complete),
+            "/v1/chat/completions": ("POST", self._chat),
             "/v1/models": ("GET", self._models),
             "/health": ("GET", self._health),
             "/metrics": ("GET", self._metrics),
@@ -86,22 +88,23 @@ class Routes:
         if request.path.startswith("/v1/models/"):
             handler = self._model
         if handler is None:
-            chat = "this model continues text and does not chat: " if "/chat/" in request.path else ""
-            raise RequestError("not_found", f"nothing is at {request.path}: {chat}see /v1/completions, /health or /")
+            raise RequestError("not_found", f"nothing is at {request.path}: see /v1/completions, /health or /")
         if request.method != method and (method, request.method) != ("GET", "HEAD"):
             raise MethodError(request.path, request.method, takes=method)
         handler(request, exchange)
 
     def _complete(self, request: Request, exchange: Exchange) -> None:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            message = f"send JSON, with the header `Content-Type: application/json`, not {kind or 'none'!r}"
-            raise RequestError("unsupported_media", message)
-        completion = decode_completion(request.body)
+        self._write(request, exchange, decode_body(_json_of(request), CompletionRequest), chat=False)
+
+    def _chat(self, request: Request, exchange: Exchange) -> None:
+        completion = to_completion(decode_body(_json_of(request), ChatRequest))
+        self._write(request, exchange, completion, chat=True)
+
+    def _write(self, request: Request, exchange: Exchange, completion: CompletionRequest, *, chat: bool) -> None:
         id = _id_of(request, completion)
         wanted = to_generate(completion, id)
         client, now_s = f"http:{request.unit}", time.time()
-        answering = Answering(exchange, completion, id=id, model=self._scheduler.model)
+        answering = Answering(exchange, completion, id=id, model=self._scheduler.model, chat=chat)
         if id is None:
             self._scheduler.submit(
                 wanted,
@@ -135,6 +138,15 @@ class Routes:
     def _metrics(self, request: Request, exchange: Exchange) -> None:
         text = prometheus_text(self._scheduler.metrics(), device=self._device)
         exchange.answer(text.encode(), kind=CONTENT_TYPE)
+
+
+def _json_of(request: Request) -> bytes:
+    """The body. Raises RequestError where it is said to be anything else."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"send JSON, with the header `Content-Type: application/json`, not {kind or 'none'!r}"
+        raise RequestError("unsupported_media", message)
+    return request.body
 
 
 def _id_of(request: Request, completion: CompletionRequest) -> str | None:

@@ -1,0 +1,146 @@
+"""Chats as OpenAI's clients write and read them, for programs that know nothing else, such as Open WebUI.
+
+The model was taught no dialogue: the last message is the beginning of a text, and the answer what follows it.
+"""
+
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from edge.transports.http.openai_shape import (
+    Completion,
+    CompletionRequest,
+    CompletionUsage,
+    Ignored,
+    Nothing,
+    One,
+    StreamOptions,
+    Zero,
+    check_openai_fields,
+)
+from shared.messages import MAX_GAP, MAX_STOPS, Id, StopText, Text, Timing
+
+MAX_CHAT: Final = 1024
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+    """What somebody said. name: taken and not used."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: Ignored | None = None
+
+
+class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Ask for what follows the last of `messages`; those before it are taken and not used.
+
+    max_completion_tokens: OpenAI's newer name of max_tokens. The other fields are those of a completion.
+    """
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_CHAT)]
+    model: Ignored | None = None
+    user: Ignored | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    id: Id | None = None
+    n: One = None
+    logprobs: Nothing = None
+    logit_bias: Nothing = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+
+    def __post_init__(self) -> None:
+        check_openai_fields(self)
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("`max_tokens` and `max_completion_tokens` differ: give one of them")
+
+
+class Said(Struct, frozen=True, kw_only=True):
+    """The answer's text, or a piece of it."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(Struct, frozen=True, kw_only=True):
+    """The answer. finish_reason: as of a completion."""
+
+    index: int = 0
+    message: Said
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatDelta(Struct, frozen=True, kw_only=True):
+    """A piece of the answer."""
+
+    index: int = 0
+    delta: Said
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletion(Struct, frozen=True, kw_only=True):
+    """An answer, or a chunk of a streamed one; else as a completion."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[ChatDelta]
+    usage: CompletionUsage | UnsetType = UNSET
+    seed: int | UnsetType = UNSET
+    timing: Timing | UnsetType = UNSET
+
+
+def to_completion(chat: ChatRequest) -> CompletionRequest:
+    """The completion that answers it."""
+    content = chat.messages[-1].content
+    return CompletionRequest(
+        prompt=content if isinstance(content, str) else "".join(part.text for part in content),
+        max_tokens=chat.max_tokens or chat.max_completion_tokens,
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        seed=chat.seed,
+        stop=chat.stop,
+        stream=chat.stream,
+        stream_options=chat.stream_options,
+        id=chat.id,
+    )
+
+
+def encode_as_chat(completion: Completion, *, chunk: bool) -> bytes:
+    """A completion, or a chunk of one, as an answer in a chat, in JSON."""
+    whole: list[ChatChoice] = []
+    pieces: list[ChatDelta] = []
+    for choice in completion.choices:
+        said = Said(content=choice.text)
+        if chunk:
+            pieces.append(ChatDelta(delta=said, finish_reason=choice.finish_reason))
+        else:
+            whole.append(ChatChoice(message=said, finish_reason=choice.finish_reason))
+    answer = ChatCompletion(
+        id=f"chat{completion.id}",
+        object="chat.completion.chunk" if chunk else "chat.completion",
+        created=completion.created,
+        model=completion.model,
+        choices=pieces if chunk else whole,
+        usage=completion.usage,
+        seed=completion.seed,
+        timing=completion.timing,
+    )
+    return msgspec.json.encode(answer)
