@@ -147,7 +147,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons: dict[str, set[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            for proof in {value for name, value in report.user_properties if name == "proof"}:
+            for proof in {value for name, value in getattr(report, "user_properties", ()) if name == "proof"}:
                 tally.setdefault(str(proof), Counter())[outcome] += 1
                 if outcome == "skipped":
                     reasons.setdefault(str(proof), set()).add(report.longrepr[2].removeprefix("Skipped: "))

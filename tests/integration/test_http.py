@@ -205,7 +205,10 @@ def test_http_chat_streams_the_same_text(client: Any) -> None:
     [
         ({"messages": []}, "`messages` must be a list of at least 1"),
         ({"messages": [{"role": "tool", "content": "a"}]}, '`messages[0].role` must be one of "assistant"'),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, '`messages[0].content[0].type` must be one of "text"'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            'content[0].type` must be one of "text"',
+        ),
         ({"max_completion_tokens": 9}, "`max_tokens` and `max_completion_tokens` differ"),
         ({"n": 2}, "`n` is not supported"),
         ({"tools": []}, "unknown field `tools`: known are `messages`"),

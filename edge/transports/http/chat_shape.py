@@ -3,7 +3,7 @@
 The model was taught no dialogue: the last message is the beginning of a text, and the answer what follows it.
 """
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -95,13 +95,26 @@ class ChatDelta(Struct, frozen=True, kw_only=True):
 
 
 class ChatCompletion(Struct, frozen=True, kw_only=True):
-    """An answer, or a chunk of a streamed one; else as a completion."""
+    """An answer; else as a completion."""
 
     id: str
-    object: Literal["chat.completion", "chat.completion.chunk"]
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice] | list[ChatDelta]
+    choices: list[ChatChoice]
+    usage: CompletionUsage | UnsetType = UNSET
+    seed: int | UnsetType = UNSET
+    timing: Timing | UnsetType = UNSET
+
+
+class ChatChunk(Struct, frozen=True, kw_only=True):
+    """A chunk of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatDelta]
     usage: CompletionUsage | UnsetType = UNSET
     seed: int | UnsetType = UNSET
     timing: Timing | UnsetType = UNSET
@@ -125,22 +138,12 @@ def to_completion(chat: ChatRequest) -> CompletionRequest:
 
 def encode_as_chat(completion: Completion, *, chunk: bool) -> bytes:
     """A completion, or a chunk of one, as an answer in a chat, in JSON."""
-    whole: list[ChatChoice] = []
-    pieces: list[ChatDelta] = []
-    for choice in completion.choices:
-        said = Said(content=choice.text)
-        if chunk:
-            pieces.append(ChatDelta(delta=said, finish_reason=choice.finish_reason))
-        else:
-            whole.append(ChatChoice(message=said, finish_reason=choice.finish_reason))
-    answer = ChatCompletion(
-        id=f"chat{completion.id}",
-        object="chat.completion.chunk" if chunk else "chat.completion",
-        created=completion.created,
-        model=completion.model,
-        choices=pieces if chunk else whole,
-        usage=completion.usage,
-        seed=completion.seed,
-        timing=completion.timing,
-    )
-    return msgspec.json.encode(answer)
+    fields: dict[str, Any] = msgspec.structs.asdict(completion)
+    said = [(Said(content=choice.text), choice.finish_reason) for choice in completion.choices]
+    fields["id"] = f"chat{completion.id}"
+    del fields["object"]
+    if chunk:
+        fields["choices"] = [ChatDelta(delta=text, finish_reason=why) for text, why in said]
+        return msgspec.json.encode(ChatChunk(**fields))
+    fields["choices"] = [ChatChoice(message=text, finish_reason=why) for text, why in said]
+    return msgspec.json.encode(ChatCompletion(**fields))
