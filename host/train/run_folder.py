@@ -117,31 +117,18 @@ def work_behind(run: Path) -> Work:
 
 
 def training_stages(run: Path) -> tuple[TrainingStage, ...]:
-    """The runs that a run's weights went through, oldest first.
-
-    Runs of before their names were kept count as one, if the run that this one started from is gone.
-    """
+    """The runs that a run's weights went through, oldest first."""
     if is_published(run):
         return read_published(run).training.stages
     config, progress = read_config(run), read_progress(find_checkpoint(run))
-    before = config.init_stages
-    if not before and config.init is not None and config.init.is_dir():
-        before = training_stages(config.init)
-    elif not before and config.init_work is not None:
-        before = (
-            TrainingStage(
-                name=config.init.name if config.init else "earlier", objectives=(), tokens=config.init_work.tokens
-            ),
-        )
     objectives = tuple(progress.objectives) if config.stage == "body" else (config.stage,)
-    return (*before, TrainingStage(name=run.resolve().name, objectives=objectives, tokens=progress.tokens_seen))
+    stage = TrainingStage(name=run.resolve().name, objectives=objectives, tokens=progress.tokens_seen)
+    return (*config.init_stages, stage)
 
 
 def work_before(config: TrainConfig) -> Work:
     """Cost of the weights that a run started from."""
-    if config.init is None:
-        return Work()
-    return config.init_work or work_behind(config.init)
+    return config.init_work or Work()
 
 
 @contextmanager

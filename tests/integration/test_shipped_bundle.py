@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from safetensors.numpy import load_file
 
 from edge.config import default_bundle
 from edge.serving.loaded_bundle import LoadedBundle
@@ -73,6 +75,11 @@ def test_shipped_bundle_is_what_the_readme_says() -> None:
     told = {one.given: one.told for one in conditions.asked_for}
     kinds = ("words", "pictures, noto", "pictures, openmoji (held out)")
     assert ", ".join(f"{100 * told[kind].value:.0f} ± {100 * told[kind].stderr:.0f} %" for kind in kinds) in readme
+    published = ROOT / "bundle" / "tinystories-hf"
+    seconds = msgspec.json.decode((published / "config.json").read_bytes())["training"]["compute_seconds"]
+    weights = load_file(published / "model.safetensors")
+    drafter = sum(weight.size for name, weight in weights.items() if name.startswith("drafter."))
+    assert f"{drafter / 1e6:.1f} M of them the drafter" in readme and f"{seconds / 3600:.0f} CPU-hours" in readme
     assert len(set(re.findall(rf"{manifest.name}@[0-9a-f]{{12}}", readme))) == 1
 
 
@@ -84,6 +91,8 @@ def test_shipped_bundle_passed_the_gate_and_quality_states_its_figures() -> None
     step = find_graph(default_bundle(), manifest, "cpu", "step").file
     assert {law.graph for law in manifest.laws} == {"torch fp32", step}
     for law in manifest.laws:
+        if (kept := law.tokens_per_pass) is not None:
+            assert "found {:.2f}, {:.2f} and {:.2f}".format(*(kept[heat] for heat in ("0", "0.8", "1"))) in page
         for figure in (
             law.left_to_right_nats_per_token,
             law.left_to_right_bits_per_byte,
