@@ -67,6 +67,7 @@ class Site:
         self.log = (folder / "sshd.log").open("w")
         self.sshd = subprocess.Popen(["unshare", "-m", "sh", "-c", start], stdout=self.log, stderr=self.log)
         until(self._listens, "sshd")
+        until(lambda: sum(d["bundle"] is not None for d in devices(broker).values()) == len(NAMES), "all devices")
 
     def add(self, name: str) -> None:
         """A device of that name, which serves the bundle."""
