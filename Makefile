@@ -35,8 +35,9 @@ demo: $(EDGE)
 test: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore=tests/systemd $(PYTEST_ARGS)
 
+# One process more than there are cores: many of these wait, for a daemon or a broker.
 test-fast: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow" --ignore=tests/systemd $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $$(($$(nproc) + 1)) -m "not slow" --ignore=tests/systemd $(PYTEST_ARGS)
 
 # By itself, in one process: every process would boot a machine of its own. Skipped, with the reason, where none can be.
 test-systemd: $(ALL)

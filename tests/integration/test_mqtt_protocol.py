@@ -27,6 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, debug_bundle: Path) -> Iterat
     broker = Broker(folder).start()
     daemon = Daemon(folder, debug_bundle, "--backend", "fake:20", "--mqtt", broker.address, DEVICE="dev")
     assert broker.tool("mosquitto_sub", "-t", f"{BASE}/availability", "-C", "1", "-W", "20") == "online\n"
+    assert broker.tool("mosquitto_sub", "-t", f"{BASE}/info", "-C", "1", "-W", "20")
     yield broker
     daemon.close()
     broker.stop()

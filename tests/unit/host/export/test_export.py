@@ -1,8 +1,8 @@
 """`python -m host.export`: a whole bundle that passed its gate, or nothing."""
 
-import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -19,7 +19,7 @@ from host.export.pipeline import Built, most_faithful
 from host.export.stages import Stages
 from host.model.network import count_parameters
 from host.train.checkpoint import BEST, LAST, load_model
-from host.train.run_folder import CONFIG_FILE, data_of
+from host.train.run_folder import data_of, read_config, training_stages, work_behind, write_config
 from shared.manifest import MANIFEST, TOKENIZER, Parity, read_manifest, verified_bytes
 from tests.support.commands import call, refusal, small_disk
 
@@ -302,8 +302,10 @@ def test_export_adds_up_the_tokens_of_every_stage(trained: Path, corpus: Path, t
     """A run that began with another's weights learned from that one's tokens too."""
     for run in ("first", "second"):
         shutil.copytree(trained, tmp_path / run)
-    config = json.loads((tmp_path / "second" / CONFIG_FILE).read_text())
-    (tmp_path / "second" / CONFIG_FILE).write_text(json.dumps(config | {"init": str(tmp_path / "first")}))
+    first = tmp_path / "first"
+    config = read_config(tmp_path / "second")
+    began = replace(config, init=first, init_work=work_behind(first), init_stages=training_stages(first))
+    write_config(replace(began, out=tmp_path / "second"))
     out = tmp_path / "bundle"
     call(export.main, "--run", tmp_path / "second", "--out", out, "--source", corpus, "--stories", 2)
     assert read_manifest(out).data.tokens_seen == 2 * load_model(trained / LAST)[1].tokens_seen > 0
