@@ -9,6 +9,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: run `make gpu`")
 def test_report_without_a_gpu_is_one_sentence(tmp_path: Path) -> None:
     script = Path(__file__).with_name("report.sh")

@@ -53,6 +53,7 @@ def test_daemon_serves_the_real_graph_with_onnx_runtime(start_daemon: StartDaemo
     assert reply["status"] == "ok" and str(reply["text"]).startswith("Once upon a time")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_daemon_stop_finishes_accepted_requests_and_refuses_new_ones(start_daemon: StartDaemon, number: int) -> None:
     daemon = start_daemon(backend="fake:50")

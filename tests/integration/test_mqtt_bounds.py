@@ -101,6 +101,7 @@ def test_mqtt_every_bad_request_of_qos_1_is_answered(
         assert body(listener.next("edgelm/dev/response"))["error"]["code"] == "bad_request"
 
 
+@pytest.mark.slow
 def test_mqtt_what_has_no_room_for_a_refusal_stays_with_the_broker_and_is_answered_later(
     make_broker: Callable[..., Broker], tmp_path: Path, debug_bundle: Path, listen: Listen
 ) -> None:

@@ -146,6 +146,7 @@ class HangsUp:
             thread.join(TIMEOUT_S)
 
 
+@pytest.mark.slow
 def test_mqtt_answer_that_ends_connections_keeps_no_other_from_arriving(
     serve: Serve, broker: Broker, listen: Listen
 ) -> None:
@@ -185,6 +186,7 @@ def test_mqtt_answers_survive_a_broker_that_falls_back_to_the_old_version(
     proxy.close()
 
 
+@pytest.mark.slow
 def test_mqtt_drain_leaves_requests_to_the_next_daemon(serve: Serve, broker: Broker, listen: Listen) -> None:
     daemon = serve(broker.address, backend="fake:100", DRAIN_S="20")
     listener = listen(broker)

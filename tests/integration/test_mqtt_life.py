@@ -73,6 +73,7 @@ def test_mqtt_drain_publishes_the_last_answer_before_offline(
     assert listener.next(AVAILABILITY).payload == b"offline"
 
 
+@pytest.mark.slow
 def test_mqtt_without_a_broker_the_socket_serves_and_the_daemon_keeps_trying(
     make_broker: MakeBroker, start_daemon: StartDaemon
 ) -> None:

@@ -64,6 +64,7 @@ def quiet(listener: Listener, topic: str, seconds: float = 1.0) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_mqtt_what_a_killed_daemon_accepted_its_successor_answers_once(serve: Serve, listener: Listener) -> None:
     daemon = serve(backend="fake:50")
     for i in range(5):
@@ -157,6 +158,7 @@ def test_mqtt_request_that_ended_two_daemons_is_not_given_to_a_third(serve: Serv
     assert body(listener.next(f"{RESPONSE}/next"))["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_mqtt_what_a_drain_cuts_off_is_finished_by_the_next_daemon(serve: Serve, listener: Listener) -> None:
     daemon = serve(backend="fake:50", DRAIN_S="0")
     listener.publish(REQUEST, STORY | {"id": "a", "stream": True})
@@ -204,6 +206,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
 def test_mqtt_full_disk_refuses_what_is_new_and_serves_what_is_there(
     serve: Serve, listener: Listener, small_disk: Path
@@ -230,6 +233,7 @@ def test_mqtt_full_disk_refuses_what_is_new_and_serves_what_is_there(
     assert body(listener.next(f"{RESPONSE}/new"))["status"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
 def test_mqtt_answer_that_finds_no_room_waits_for_it(serve: Serve, listener: Listener, small_disk: Path) -> None:
     daemon = serve(backend="fake:50", STATE=str(small_disk))

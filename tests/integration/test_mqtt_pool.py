@@ -73,6 +73,7 @@ def held(folder: Path) -> set[str | None]:
     return {kept.id for kept in read_journal(folder / "journal.sqlite").kept.values()}
 
 
+@pytest.mark.slow
 def test_mqtt_pool_gives_each_request_to_one_device(member: Member, listener: Listener, tmp_path: Path) -> None:
     daemons = [member("a"), member("b")]
     for i in range(6):
@@ -118,6 +119,7 @@ def test_mqtt_pool_refuses_an_id_that_another_device_knows_for_another_request(
         assert answers(listener, 1)[0]["error"]["code"] == "conflict"
 
 
+@pytest.mark.slow
 def test_mqtt_pool_waits_for_the_device_that_has_it_and_writes_nothing_twice(
     member: Member, listener: Listener
 ) -> None:

@@ -115,6 +115,7 @@ def test_mqtt_info_tells_what_requests_may_be(listener: Listener, debug_bundle: 
     assert "\\Z" not in bytes(message.payload).decode()  # no dialect but Python's knows it
 
 
+@pytest.mark.slow
 def test_mqtt_state_follows_the_work(listener: Listener) -> None:
     """The daemon looks twice a second: the story must take longer."""
     listener.publish(REQUEST, STORY | {"id": "s", "steps": 200})

@@ -76,6 +76,7 @@ def test_mqtt_trust_holds_for_senders_on_the_plain_topic(listener: Listener, top
     assert body(listener.next(f"{BASE}/response/y"))["error"]["code"] == "bad_reply_topic"
 
 
+@pytest.mark.slow
 def test_mqtt_trust_keeps_the_ids_of_clients_apart(listener: Listener) -> None:
     """Also where both name the same reply topic, as one of them can on the plain topic."""
     listener.publish(REQUEST, {"id": "same", "prompt": "Once", "max_tokens": 1}, ResponseTopic="edgelm/reply/alice/1")
