@@ -9,17 +9,14 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from edge.transports.http.openai_shape import (
+    AnyRequest,
     Completion,
     CompletionRequest,
     CompletionUsage,
     Ignored,
-    Nothing,
-    One,
-    StreamOptions,
-    Zero,
     check_openai_fields,
 )
-from shared.messages import MAX_GAP, MAX_STOPS, Id, StopText, Text, Timing
+from shared.messages import MAX_GAP, Text, Timing
 
 MAX_CHAT: Final = 1024
 
@@ -39,29 +36,14 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
     name: Ignored | None = None
 
 
-class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ChatRequest(AnyRequest, frozen=True, kw_only=True):
     """Ask for what follows the last of `messages`; those before it are taken and not used.
 
-    max_completion_tokens: OpenAI's newer name of max_tokens. The other fields are those of a completion.
+    max_completion_tokens: OpenAI's newer name of max_tokens.
     """
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_CHAT)]
-    model: Ignored | None = None
-    user: Ignored | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
     max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    id: Id | None = None
-    n: One = None
-    logprobs: Nothing = None
-    logit_bias: Nothing = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
 
     def __post_init__(self) -> None:
         check_openai_fields(self)
@@ -122,18 +104,11 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
 
 def to_completion(chat: ChatRequest) -> CompletionRequest:
     """The completion that answers it."""
+    fields: dict[str, Any] = {name: getattr(chat, name) for name in AnyRequest.__struct_fields__}
+    fields["max_tokens"] = chat.max_tokens or chat.max_completion_tokens
     content = chat.messages[-1].content
-    return CompletionRequest(
-        prompt=content if isinstance(content, str) else "".join(part.text for part in content),
-        max_tokens=chat.max_tokens or chat.max_completion_tokens,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        seed=chat.seed,
-        stop=chat.stop,
-        stream=chat.stream,
-        stream_options=chat.stream_options,
-        id=chat.id,
-    )
+    prompt = content if isinstance(content, str) else "".join(part.text for part in content)
+    return CompletionRequest(prompt=prompt, **fields)
 
 
 def encode_as_chat(completion: Completion, *, chunk: bool) -> bytes:

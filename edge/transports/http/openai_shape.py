@@ -64,19 +64,14 @@ def check_openai_fields(request: Struct) -> None:
             raise ValueError(f"`{name}` goes with `stream`")
 
 
-class CompletionRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
-    """Ask for text: a `prompt` that is continued, up to a `suffix` if there is one, or `segments` of text and gaps.
+class AnyRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """What completions and chats have in common.
 
-    model, user: taken and not used; the one bundle of this device answers. max_tokens: the most tokens to write; with a
-    suffix, in the gap before it. snapshots: with stream, also send `event: snapshot`. id: the same as the header
-    Idempotency-Key. The other fields are those of the protocol's `generate`.
+    model, user: taken and not used; the one bundle of this device answers. id: the same as the header Idempotency-Key.
     """
 
     model: Ignored | None = None
     user: Ignored | None = None
-    prompt: Text | None = None
-    suffix: Text | None = None
-    segments: Annotated[list[Text | Gap], Meta(min_length=1, max_length=MAX_SEGMENTS)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=10)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -84,8 +79,25 @@ class CompletionRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    snapshots: bool | None = None
     id: Id | None = None
+    n: One = None
+    logprobs: Nothing = None
+    logit_bias: Nothing = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+
+
+class CompletionRequest(AnyRequest, frozen=True, kw_only=True):
+    """Ask for text: a `prompt` that is continued, up to a `suffix` if there is one, or `segments` of text and gaps.
+
+    max_tokens: the most tokens to write; with a suffix, in the gap before it. snapshots: with stream, also send
+    `event: snapshot`. The other fields are those of the protocol's `generate`.
+    """
+
+    prompt: Text | None = None
+    suffix: Text | None = None
+    segments: Annotated[list[Text | Gap], Meta(min_length=1, max_length=MAX_SEGMENTS)] | None = None
+    snapshots: bool | None = None
     decode: Decoder | None = None
     window: Annotated[int, Meta(ge=0, le=MAX_WINDOW)] | None = None
     steps: Annotated[int, Meta(ge=1, le=MAX_STEPS)] | None = None
@@ -97,13 +109,8 @@ class CompletionRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only
     images: Annotated[list[Image], Meta(min_length=1, max_length=MAX_CONDITIONS)] | None = None
     guidance: Guidance | None = None
     deadline_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
-    n: One = None
     best_of: One = None
     echo: No = None
-    logprobs: Nothing = None
-    logit_bias: Nothing = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
 
     def __post_init__(self) -> None:
         check_openai_fields(self)

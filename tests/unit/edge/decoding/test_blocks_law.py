@@ -90,7 +90,7 @@ class Table:
         return Slot(np.zeros(2 * LENGTH, np.int32), None)
 
     def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
-        raise NotImplementedError("it has no evidence")
+        raise AssertionError("without gaps nothing is read as evidence")
 
     def rows(self, slot: Slot, tokens: Ids, *, positions: Ids, scored: int, under_way: int = 1) -> RowScores:
         return RowScores(SCORES[tokens[-scored:]], np.zeros((scored, 1), np.float32))
