@@ -270,7 +270,8 @@ def _decode(payload: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise RequestError("bad_request", explain(error, kind, _plain(payload))) from None
     except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError("bad_request", f"the message is not JSON: {error}") from None
+        why = "UTF-8" if "UTF-8" in str(error) else f"JSON: {error}"  # which msgspec calls so from 0.23 on
+        raise RequestError("bad_request", f"the message is not {why}") from None
 
 
 def _plain(payload: bytes) -> object:

@@ -169,7 +169,8 @@ def decode_body(body: bytes, kind: type[Asked]) -> Asked:
     except msgspec.ValidationError as error:
         raise RequestError("bad_request", explain(error, kind, _plain(body))) from None
     except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestError("bad_request", f"the message is not JSON: {error}") from None
+        why = "UTF-8" if "UTF-8" in str(error) else f"JSON: {error}"  # which msgspec calls so from 0.23 on
+        raise RequestError("bad_request", f"the message is not {why}") from None
 
 
 def _plain(body: bytes) -> object:
