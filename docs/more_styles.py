@@ -4,8 +4,8 @@
     python docs/more_styles.py PICTURES OUT node_modules/@iconify-json/fxemoji Symbola.ttf
 
 PICTURES has `concepts.jsonl`, whose lines name characters, their names and the files to draw, and zip files of its
-own styles, which are copied. A set's icons are found by code point, or by the name of the character. OUT is prepared by
-`host.data --pictures OUT`.
+own styles, which are copied. A set's icons are found by code point, by the name of the character, or by a word of the
+concept. OUT is prepared by `host.data --pictures OUT`.
 """
 
 import argparse
@@ -15,16 +15,19 @@ import re
 import shutil
 import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 import resvg_py  # type: ignore[import-not-found]
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, DRAWN = 64, 60  # pixels of a picture, of what is drawn in it
 LARGE, GLYPH = 128, 100  # of an icon, of the letters of a font, before they are made small
-Draw = Callable[[str, str], Image.Image | None]
-"""A character and its name → the drawing on nothing, if there is one."""
+TAILS: Final = ("", "1", "fill", "filled", "bold", "solid", "duotone", "color", "face")
+"""Of an icon's name, behind what it shows."""
+Draw = Callable[[str, Sequence[str]], Image.Image | None]
+"""A character and names of what it shows → the drawing on nothing, if there is one."""
 
 
 def squashed(name: str) -> str:
@@ -37,10 +40,10 @@ def icons_of(folder: Path) -> Draw:
     icons, chars = (json.loads((folder / name).read_text()) for name in ("icons.json", "chars.json"))
     named = {squashed(name): name for name in [*icons.get("aliases", {}), *icons["icons"]]}
 
-    def draw(char: str, name: str) -> Image.Image | None:
+    def draw(char: str, names: Sequence[str]) -> Image.Image | None:
         code = "-".join(f"{ord(c):x}" for c in char if c != "\ufe0f")
         in_unicode = " ".join(unicodedata.name(c, "") for c in char if c not in "\ufe0f\u200d")
-        by_name = [named.get(squashed(one) + tail) for one in (name, in_unicode) for tail in ("", "1")]
+        by_name = [named.get(squashed(one) + tail) for one in (in_unicode, *names) for tail in TAILS]
         found = next(filter(None, [chars.get(code), *by_name]), None)
         if found is None:
             return None
@@ -62,7 +65,7 @@ def glyphs_of(path: Path) -> Draw:
     font = ImageFont.truetype(str(path), GLYPH)
     missing = bytes(font.getmask("\U0010fffd"))
 
-    def draw(char: str, name: str) -> Image.Image | None:
+    def draw(char: str, names: Sequence[str]) -> Image.Image | None:
         char = char.replace("\ufe0f", "")
         if len(char) != 1 or bytes(font.getmask(char)) == missing:
             return None
@@ -103,7 +106,7 @@ def main() -> None:
         with zipfile.ZipFile(args.out / f"{style.stem}.zip", "w") as archive:
             for one in concepts:
                 for char, name, file in zip(one["chars"], one["emoji_names"], one["files"], strict=True):
-                    drawn = draw(char, name)
+                    drawn = draw(char, [name, *one["forms"]])
                     picture = centred(drawn) if drawn is not None else None
                     if picture is not None:
                         png = io.BytesIO()

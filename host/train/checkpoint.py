@@ -14,7 +14,7 @@ from torch import Tensor
 
 from host.model.network import Denoiser, ModelConfig
 from host.train.optim import Ema
-from host.train.published import WEIGHTS, Published, is_published, read_published
+from host.train.published import CONDITIONS, WEIGHTS, Published, is_published, read_published
 from shared.errors import DataError, DiffusionLLMError
 from shared.schedule import ScheduleName
 
@@ -139,6 +139,9 @@ def ema_tensors(path: Path) -> dict[str, Tensor]:
     """The EMA weights of a checkpoint in float32, or published weights; DataError when the file is damaged."""
     try:
         stored = _tensors(path, "" if path.name == WEIGHTS else "ema.")
+        if path.name == WEIGHTS and read_published(path.parent).conditions:
+            path = path.with_name(CONDITIONS)
+            stored |= _tensors(path, "")
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     return {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}

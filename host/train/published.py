@@ -1,6 +1,7 @@
 """What host.export --hf writes of a run, as training reads it: a folder that --init takes in place of a run.
 
 The weights are model.safetensors, under the network's own names; config.json has the shape and what made the weights.
+What a network with conditions reads words and pictures by is conditions.safetensors, which the libraries leave alone.
 """
 
 from pathlib import Path
@@ -16,13 +17,18 @@ from shared.schedule import ScheduleName
 
 MODEL_TYPE: Final = "diffusion_llm"
 WEIGHTS: Final = "model.safetensors"
+CONDITIONS: Final = "conditions.safetensors"
+CONDITIONS_PART: Final = "conditions."
+"""Prefix of the names in there."""
 CONFIG: Final = "config.json"
 
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
 
 
 class Training(Struct, frozen=True, forbid_unknown_fields=True):
-    """What made the weights, and what they measured. stages: oldest first; compute_seconds: of all."""
+    """What made the weights, and what they measured. stages: of model.safetensors, oldest first; condition_stages: of
+    conditions.safetensors alone; compute_seconds: of all.
+    """
 
     config: str
     objectives: dict[str, float]
@@ -36,10 +42,11 @@ class Training(Struct, frozen=True, forbid_unknown_fields=True):
     laws: tuple[LawFigures, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     bundle_sha256: Sha256 | None = None  # of the manifest of the bundle that the figures were taken from
+    condition_stages: tuple[TrainingStage, ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Of all stages."""
+        """Of the stages of model.safetensors."""
         return sum(stage.tokens for stage in self.stages)
 
 
@@ -55,6 +62,7 @@ class Published(Struct, frozen=True):
     time_input: bool
     draft_depth: Annotated[int, Meta(ge=0, le=64)]
     training: Training
+    conditions: bool = False
 
     @property
     def model(self) -> ModelConfig:
@@ -68,6 +76,7 @@ class Published(Struct, frozen=True):
             canvas_len=self.canvas_len,
             time_input=self.time_input,
             draft_depth=self.draft_depth,
+            conditions=self.conditions,
         )
 
 

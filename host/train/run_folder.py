@@ -111,7 +111,7 @@ def work_behind(run: Path) -> Work:
     """Cost of the weights that a run or a published folder holds; DataError when it holds none."""
     if is_published(run):
         training = read_published(run).training
-        return Work(training.compute_seconds, training.tokens)
+        return Work(training.compute_seconds, sum(stage.tokens for stage in training_stages(run)))
     progress, before = read_progress(find_checkpoint(run)), work_before(read_config(run))
     return Work(before.compute_seconds + progress.compute_seconds, before.tokens + progress.tokens_seen)
 
@@ -119,7 +119,8 @@ def work_behind(run: Path) -> Work:
 def training_stages(run: Path) -> tuple[TrainingStage, ...]:
     """The runs that a run's weights went through, oldest first."""
     if is_published(run):
-        return read_published(run).training.stages
+        training = read_published(run).training
+        return training.stages + training.condition_stages
     config, progress = read_config(run), read_progress(find_checkpoint(run))
     objectives = tuple(progress.objectives) if config.stage == "body" else (config.stage,)
     stage = TrainingStage(name=run.resolve().name, objectives=objectives, tokens=progress.tokens_seen)

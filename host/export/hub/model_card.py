@@ -1,12 +1,13 @@
 """The model card: what the model is, how to use it, what it was trained on, what it measured."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from host.data.sources import UNKNOWN_LICENCE
 from host.evaluate.laws import DRAFTED_STORIES
 from host.model.network import count_parameters
-from host.train.published import Published
+from host.train.published import CONDITIONS, Published
 from shared.figures import Figure
 
 CARD: Final = "README.md"
@@ -37,11 +38,15 @@ print(tokenizer.decode(canvas[0], skip_special_tokens=True))
 ```
 """
 
+READING: Final = f"""
+`{CONDITIONS}` is what the network reads words and pictures by, beside the model: `host.train` and `host.export` use it,
+transformers does not. """
+
 
 def model_card(name: str, published: Published, *, dtype: str, temperature: float) -> str:
     """The text of README.md."""
     training, shape = published.training, published.model
-    learned = training.objectives
+    learned, parameters = training.objectives, count_parameters(replace(shape, conditions=False))
     has = [
         "`generate` writes left to right",
         *(["`canvas_logits` scores masked tokens anywhere"] * ("canvas" in learned)),
@@ -53,7 +58,7 @@ def model_card(name: str, published: Published, *, dtype: str, temperature: floa
             f"license: {'other' if training.data_licence == UNKNOWN_LICENCE else training.data_licence.lower()}\n",
             "library_name: transformers\npipeline_tag: text-generation\ntags: [masked-diffusion, infilling]\n---\n\n",
             f"# {name}\n\n",
-            f"A language model of {count_parameters(shape) / 1e6:.2f} M parameters over {shape.vocab_size:,} tokens "
+            f"A language model of {parameters / 1e6:.2f} M parameters over {shape.vocab_size:,} tokens "
             f"(byte-level BPE), for texts of at most {shape.canvas_len} tokens: {', '.join(has)}. ",
             f"Made by diffusion-llm. It samples at temperature {temperature:g} unless told otherwise.\n\n",
             USE,
@@ -67,6 +72,12 @@ def model_card(name: str, published: Published, *, dtype: str, temperature: floa
                 for stage in training.stages
             ),
             f"| all | | {training.tokens:,} |\n",
+            READING * shape.conditions,
+            *(
+                f"{', '.join(stage.objectives)}, {stage.tokens:,} tokens or pictures ({stage.name}). "
+                for stage in training.condition_stages
+            ),
+            "\n" * bool(training.condition_stages),
             "\n## Figures\n\n",
             "Value ± standard error, of the weights in float32",
             f" (here they are rounded to {dtype})" * (dtype != "float32"),

@@ -19,7 +19,17 @@ from host.files import swapped_in
 from host.model.network import Denoiser
 from host.sampling.reference import TOP_K
 from host.train.checkpoint import Progress
-from host.train.published import CONFIG, MODEL_TYPE, WEIGHTS, Published, Training, is_published, read_published
+from host.train.published import (
+    CONDITIONS,
+    CONDITIONS_PART,
+    CONFIG,
+    MODEL_TYPE,
+    WEIGHTS,
+    Published,
+    Training,
+    is_published,
+    read_published,
+)
 from host.train.run_folder import training_stages, work_behind
 from shared.errors import ConfigError, DataError, DiffusionLLMError
 from shared.manifest import TOKENIZER, Evaluation, LawFigures, SamplingDefaults, bundle_digest, read_manifest
@@ -27,6 +37,8 @@ from shared.tokens import BOS, EOS, PAD, SPECIAL_TOKENS
 
 Dtype = Literal["float32", "float16"]
 MODELING: Final = "modeling_diffusion_llm"
+CONDITION_STAGES: Final = (("conditions",), ("pictures",))
+"""Objectives of stages that leave network and drafter as they are."""
 
 
 def check_publishable(out: Path) -> None:
@@ -48,18 +60,19 @@ def training_of(run: Path, progress: Progress) -> Training:
     """What made a run's weights, nothing measured yet; ConfigError when they cannot write left to right."""
     if "ar" not in progress.objectives:
         raise ConfigError(f"{run} did not learn the objective ar, by which a published model writes")
-    if progress.model.conditions:
-        raise ConfigError(f"{run} reads words and pictures, which --hf cannot write: publish the run it started from")
+    stages = training_stages(run)
+    apart = tuple(stage for stage in stages if stage.objectives in CONDITION_STAGES)
     return Training(
         config=progress.model.name,
         objectives=progress.objectives,
         schedule=progress.schedule,
-        stages=training_stages(run),
+        stages=tuple(stage for stage in stages if stage not in apart),
         compute_seconds=work_behind(run).compute_seconds,
         tokenizer_sha256=progress.tokenizer_sha256,
         data_source=progress.data_source,
         data_licence=progress.data_licence,
         data_stories=progress.data_stories,
+        condition_stages=apart,
     )
 
 
@@ -107,6 +120,7 @@ def publish(
         time_input=shape.time_input,
         draft_depth=shape.draft_depth,
         training=training,
+        conditions=shape.conditions,
     )
     ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     classes = {"AutoConfig": "DiffusionLLMConfig", "AutoModelForCausalLM": "DiffusionLLMForCausalLM"}
@@ -143,11 +157,15 @@ def publish(
         kind: torch.dtype = getattr(torch, dtype)
         values = model.state_dict().items()
         weights = {name: (v.to(kind) if v.is_floating_point() else v).contiguous() for name, v in values}
-        try:
-            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise DiffusionLLMError(f"{out} cannot be written: {error}") from None
-        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # as any new file; save_file lets only its owner read
+        apart = {name: weights.pop(name) for name in [*weights] if name.startswith(CONDITIONS_PART)}
+        for file, tensors in ((WEIGHTS, weights), (CONDITIONS, apart)):
+            if not tensors:
+                continue
+            try:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise DiffusionLLMError(f"{out} cannot be written: {error}") from None
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # as any new file; save_file lets only its owner read
         for name, content in (
             (CONFIG, config),
             ("generation_config.json", generation),

@@ -2,18 +2,14 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from host.data.prepare import prepare
 from host.export import __main__ as export
-from host.export.hub.publish import training_of
 from host.train import trainer as train
-from host.train.checkpoint import find_checkpoint, read_progress
 from host.train.published import CONFIG, WEIGHTS
-from shared.errors import ConfigError
 from tests.support.commands import refusal, small, small_disk
 
 
@@ -45,13 +41,6 @@ def test_hub_export_says_before_the_work_what_it_cannot(
     _, said = refusal(capsys, export.main, *given)
     assert said.startswith(sentence.format(tmp=tmp_path, trained=trained)), said
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
-
-
-def test_hub_export_of_a_network_with_conditions_is_refused(joint_runs: tuple[Path, Path]) -> None:
-    progress = read_progress(find_checkpoint(joint_runs[0]))
-    conditioned = replace(progress, model=replace(progress.model, conditions=True))
-    with pytest.raises(ConfigError, match=r"reads words and pictures, which --hf cannot write"):
-        training_of(joint_runs[0], conditioned)
 
 
 def another_kind(folder: Path) -> str:

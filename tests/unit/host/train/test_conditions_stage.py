@@ -22,6 +22,7 @@ from host.train.checkpoint import BEST, LAST, load_model
 from host.train.conditioner import conditioner_of, text_of
 from host.train.logging import LOG_FILE, read_log
 from host.train.objectives import Settings, conditioned
+from host.train.published import CONDITIONS, WEIGHTS, read_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
 from shared.manifest import read_manifest
 from tests.support.commands import call, refusal, small
@@ -159,6 +160,28 @@ def test_join_makes_one_run_of_a_drafter_and_conditions(
     apart = ["--data", data_of(body).path, "--init", other, "--stage", "drafter", "--steps", 2]
     call(train.main, *apart, "--out", tmp_path / "d")
     assert "same network" in refusal(capsys, join.main, tmp_path / "d", conditions, "--out", tmp_path / "c")[1]
+
+
+@pytest.mark.slow
+def test_conditions_are_published_beside_the_network(
+    runs: tuple[Path, Path, Path], data: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network's file is the one that is published without them, and `--stage pictures` starts from the folder."""
+    (body, _, conditions), plain, out = runs, tmp_path / "plain", tmp_path / "hub"
+    for run, folder in ((body, plain), (conditions, out)):
+        call(export.main, "--run", run, "--hf", folder, "--stories", 4)
+    assert (out / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes() and not (plain / CONDITIONS).exists()
+    (model, _), (again, _) = load_run(conditions), load_run(out)
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    training = read_published(out).training
+    assert (training.stages, training.condition_stages) == (training_stages(body), training_stages(conditions)[1:])
+    stage = ["--data", data, "--stage", "pictures", "--init", out, "--pictures", pictures, "--steps", 1]
+    call(train.main, *stage, "--batch-size", 8, "--out", tmp_path / "p")
+    assert training_stages(tmp_path / "p")[:2] == training_stages(conditions)
+    (out / CONDITIONS).unlink()
+    said = refusal(capsys, train.main, *stage, "--out", tmp_path / "q")[1]
+    assert said.startswith(f"{out / CONDITIONS} cannot be read: ")
 
 
 @pytest.mark.slow
