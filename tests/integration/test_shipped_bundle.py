@@ -83,6 +83,12 @@ def test_shipped_bundle_is_what_the_readme_says() -> None:
     assert len(set(re.findall(rf"{manifest.name}@[0-9a-f]{{12}}", readme))) == 1
 
 
+def test_shipped_bundle_readme_shows_the_first_three_texts_of_quality() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text("utf-8").partition("### Twenty texts")[2]
+    shown = re.findall(r"^- (Once upon .*) …$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert [f"\n{seed}. {text}" in page for seed, text in enumerate(shown)] == [True] * 3
+
+
 def test_shipped_bundle_passed_the_gate_and_quality_states_its_figures() -> None:
     manifest = read_manifest(default_bundle())
     assert manifest.parity and all(passes(parity) for parity in manifest.parity)
