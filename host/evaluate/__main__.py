@@ -6,6 +6,9 @@ the exact likelihood of the autoregressive law, nats per gap token of the infill
 per pass of its drafter. With --scorer and --samples or --sweep, texts are scored instead: generative perplexity,
 entropy, distinct n-grams, repetition, lengths and non-words, beside as many stories of the data.
 
+--conditions measures words and pictures: how many of those asked for occur in texts, and, of a run, its law given
+them. With --bundle BUNDLE the texts are by the graphs that ship, and --scorer names the run that has the stories.
+
 --bundle BUNDLE --drafts writes texts by the graphs that ship, each with drafting on and off: tokens per pass on
 prompts, and with --scorer the same figures as above of texts without a prompt, by the bundle's defaults.
 """
@@ -19,6 +22,7 @@ import msgspec
 
 from host.data.shards import SplitName
 from host.device import mixed_precision_dtype
+from host.evaluate.bundle_conditions import evaluate_bundle
 from host.evaluate.bundle_drafting import measure_drafting, print_bundle_drafting
 from host.evaluate.conditions import COUNT as CONDITIONED_TEXTS
 from host.evaluate.conditions import GUIDANCES, evaluate_conditions, print_header, print_laws_given, print_told
@@ -86,11 +90,13 @@ def parse_arguments() -> argparse.Namespace:
     if any(not 0 <= one <= MAX_GUIDANCE for one in args.guidance or ()):
         raise ConfigError(f"--guidance must be from 0 to {MAX_GUIDANCE:g}")
     if args.conditions:
-        if args.bundle or args.samples or args.sweep or args.drafts or args.draws or args.source:
+        if args.samples or args.sweep or args.drafts or args.draws or args.source:
             raise ConfigError(
                 "--conditions measures a run on its own data: it goes with --split, --stories, --count, "
                 "--guidance, --scorer and --json"
             )
+        if args.bundle and not args.scorer:
+            raise ConfigError("--bundle --conditions needs --scorer RUN, whose stories and pictures it asks for")
         return args
     if args.drafts and (args.samples or args.sweep):
         raise ConfigError("--drafts is about a run or a bundle: it cannot be combined with --samples or --sweep")
@@ -147,23 +153,38 @@ def measure_likelihood(args: argparse.Namespace) -> None:
 
 
 def measure_conditions(args: argparse.Namespace) -> None:
-    """Print what a run makes of words and pictures."""
+    """Print what a run or a bundle makes of words and pictures."""
+    guidances, count = args.guidance or GUIDANCES, args.count or CONDITIONED_TEXTS
+    stories, on_row = args.stories or STORIES, (lambda row: None) if args.json else print_told
+    if not args.json:
+        print_header()
+    if args.bundle:
+        of_bundle = evaluate_bundle(
+            args.bundle,
+            args.scorer,
+            split=args.split,
+            stories=stories,
+            count=count,
+            guidances=guidances,
+            on_row=on_row,
+        )
+        if args.json:
+            print(msgspec.json.encode(of_bundle).decode())
+        return
     run = args.run or newest_run()
     model, _ = load_run(run)
     if model.conditions is None:
         raise ConfigError(f"{run} takes no conditions: train them with host.train --stage conditions --init {run}")
     data = data_of(run)
-    if not args.json:
-        print_header()
     figures = evaluate_conditions(
         model,
         conditioner_of(data, pictures_of(run)),
-        held_out=held_out_split(data, args.stories or STORIES, args.split),
-        count=args.count or CONDITIONED_TEXTS,
-        guidances=args.guidance or GUIDANCES,
+        held_out=held_out_split(data, stories, args.split),
+        count=count,
+        guidances=guidances,
         scorer=SampleScorer.load(args.scorer, run / TOKENIZER) if args.scorer else None,
         dtype=mixed_precision_dtype(model.device),
-        on_row=(lambda row: None) if args.json else print_told,
+        on_row=on_row,
     )
     print(msgspec.json.encode(figures).decode()) if args.json else print_laws_given(figures.laws)
 

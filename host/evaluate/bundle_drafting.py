@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edge.backends.ort_rows import OrtRows
 from edge.decoding.blocks import Law, RowsBackend, Writing, advance
+from edge.decoding.conditions import Condition
 from host.data.shards import SplitName
 from host.evaluate.drafting import PROMPT_TOKENS
 from host.evaluate.gen_ppl import SampleScorer, Scored, print_scored
@@ -65,11 +66,18 @@ class Text(NamedTuple):
     kept: list[int]
 
 
-def write_text(backend: RowsBackend, manifest: Manifest, prompt: Sequence[int], law: Law) -> Text:
+def write_text(
+    backend: RowsBackend,
+    manifest: Manifest,
+    *,
+    prompt: Sequence[int] = (),
+    law: Law,
+    condition: Condition | None = None,
+) -> Text:
     """Continue a prompt's tokens by blocks."""
     canvas = np.full(manifest.model.canvas_len, MASK, np.int32)
     canvas[: 1 + len(prompt)] = [BOS, *prompt]
-    w = Writing(canvas, canvas == MASK, True, law, manifest.model.vocab_size, backend.open_slot())
+    w = Writing(canvas, canvas == MASK, True, law, manifest.model.vocab_size, backend.open_slot(), condition)
     while not w.done:
         advance(backend, w)
     return Text(canvas, int((canvas[1 + len(prompt) :] != PAD).sum()), w.passes, w.tried, w.kept)
@@ -89,7 +97,7 @@ def measure_prompted(
     pairs = []
     for seed, prompt in enumerate(progress(prompts.tolist(), desc=f"temperature {temperature:g}", unit="text")):
         laws = [law_of(manifest, seed, temperature, window) for window in (manifest.blocks.window, 0)]
-        pairs.append([write_text(backend, manifest, prompt, law) for law in laws])
+        pairs.append([write_text(backend, manifest, prompt=prompt, law=law) for law in laws])
     on = [pair[0] for pair in pairs]
     tried, kept = (np.sum([getattr(text, name) for text in on], 0) for name in ("tried", "kept"))
     depths = range(1, len(tried))
@@ -127,7 +135,7 @@ def measure_drafting(
     texts = {}
     for label, window in ((ON, manifest.blocks.window), (OFF, 0)):
         laws = [law_of(manifest, seed, manifest.blocks.temperature, window) for seed in range(1, count + 1)]
-        written = [write_text(backend, manifest, [], law) for law in progress(laws, desc=label, unit="text")]
+        written = [write_text(backend, manifest, law=law) for law in progress(laws, desc=label, unit="text")]
         texts[label] = np.stack([text.canvas for text in written])
     return BundleDrafting(
         bundle=name,

@@ -4,14 +4,13 @@ Each figure has its control beside it: texts that were not asked, the law withou
 condition of another story.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
 
 from host.data.words import normalized, stem
 from host.evaluate.gen_ppl import SampleScorer, distinct
@@ -33,6 +32,9 @@ COUNT: Final = 64  # texts of each setting
 TEMPERATURE: Final = 0.8
 WORDS_GIVEN: Final = "words"
 PICTURES_GIVEN: Final = "pictures, trained styles"
+
+Write = Callable[[Sequence[int], Sequence[Condition], float], np.ndarray]
+"""Seeds, a condition of each text, or none of any, and guidance → texts on canvases (n, L)."""
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -78,38 +80,74 @@ def evaluate_conditions(
 ) -> ConditionFigures:
     """Ask for what held-out stories tell of, drawn as in training; the law on all of `held_out`, texts for the first.
 
-    Pictures are of any trained style, and of each held-out one, as they are, without the changes of training. on_row:
-    sees each setting when done.
+    on_row: sees each setting when done.
     """
-    settings = [
-        Settings(seed, temperature=TEMPERATURE, top_k=min(TOP_K, model.config.vocab_size)) for seed in range(count)
+
+    def write(seeds: Sequence[int], conditions: Sequence[Condition], guidance: float) -> np.ndarray:
+        top_k = min(TOP_K, model.config.vocab_size)
+        settings = [Settings(seed, temperature=TEMPERATURE, top_k=top_k) for seed in seeds]
+        texts = sample_autoregressive(model, settings, dtype=dtype, conditions=conditions, guidance=guidance)
+        return texts.numpy()
+
+    laws = [
+        conditional_law(model, held_out, wishes, f"{number} {given}")
+        for given, number, wishes in asked_of(conditioner, held_out, numbers)
     ]
-    plain = sample_autoregressive(model, settings, dtype=dtype)
-    told, laws = [], []
-    pictures = conditioner.pictures
+    told = evaluate_told(
+        write,
+        conditioner,
+        held_out=held_out,
+        count=count,
+        guidances=guidances,
+        numbers=numbers,
+        scorer=scorer,
+        on_row=on_row,
+    )
+    return ConditionFigures(held_out.name, told, laws)
+
+
+def evaluate_told(
+    write: Write,
+    conditioner: Conditioner,
+    *,
+    held_out: HeldOut,
+    count: int,
+    guidances: Sequence[float],
+    numbers: Sequence[int] = NUMBERS,
+    scorer: SampleScorer | None = None,
+    on_row: Callable[[Told], None] = lambda row: None,
+) -> list[Told]:
+    """How many of the first texts contain what they were asked for."""
+    plain, told = write(range(count), (), 0), []
+    for given, number, wishes in asked_of(conditioner, held_out, numbers):
+        few = [wish for wish in wishes if wish is not None][:count]
+        for guidance in guidances:
+            texts = write(range(len(few)), [wish.condition for wish in few], guidance)
+            shares = [shares_told(conditioner, few, canvases) for canvases in (texts, plain)]
+            asked = AskedFor(
+                given=given, number=number, guidance=guidance, texts=len(few), told=shares[0], base=shares[1]
+            )
+            counts = [_distinct(canvases) for canvases in (texts, plain[: len(few)])]
+            perplexity = None if scorer is None else scorer.score(given, texts).perplexity
+            told.append(Told(asked, counts[0], counts[1], perplexity))
+            on_row(told[-1])
+    return told
+
+
+def asked_of(
+    conditioner: Conditioner, held_out: HeldOut, numbers: Sequence[int]
+) -> Iterator[tuple[str, int, list[Wish | None]]]:
+    """What is given, how many, and the wish of each story.
+
+    Pictures are of any trained style, and of each held-out one, as they are, without the changes of training.
+    """
     kinds: dict[str, Sequence[str] | None] = {WORDS_GIVEN: None}
-    if pictures is not None:
+    if (pictures := conditioner.pictures) is not None:
         kinds[PICTURES_GIVEN] = pictures.trained_styles
         kinds |= {f"pictures, {style} (held out)": (style,) for style in pictures.meta.held_out}
     for given, styles in kinds.items():
         for number in numbers:
-            wishes = wishes_of(conditioner, held_out.canvases, number, styles=styles)
-            laws += [conditional_law(model, held_out, wishes, f"{number} {given}")]
-            few = [wish for wish in wishes if wish is not None][:count]
-            for guidance in guidances:
-                conditions = [wish.condition for wish in few]
-                texts = sample_autoregressive(
-                    model, settings[: len(few)], dtype=dtype, conditions=conditions, guidance=guidance
-                )
-                shares = [shares_told(conditioner, few, canvases) for canvases in (texts, plain)]
-                asked = AskedFor(
-                    given=given, number=number, guidance=guidance, texts=len(few), told=shares[0], base=shares[1]
-                )
-                counts = [_distinct(canvases) for canvases in (texts, plain[: len(few)])]
-                perplexity = None if scorer is None else scorer.score(given, texts.numpy()).perplexity
-                told.append(Told(asked, counts[0], counts[1], perplexity))
-                on_row(told[-1])
-    return ConditionFigures(held_out.name, told, laws)
+            yield given, number, wishes_of(conditioner, held_out.canvases, number, styles=styles)
 
 
 def wishes_of(
@@ -131,10 +169,10 @@ def wishes_of(
     return made
 
 
-def shares_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: Tensor) -> Figure:
+def shares_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: np.ndarray) -> Figure:
     """Share of what was asked for that occurs in the texts (n, L), the i-th wish in the i-th text."""
     tells_of = (lambda text, concept: False) if conditioner.pictures is None else conditioner.pictures.tells_of
-    texts = [text_of(conditioner.tokenizer, canvas) for canvas in canvases.numpy()]
+    texts = [text_of(conditioner.tokenizer, canvas) for canvas in canvases]
     stems = [{stem(word) for word in normalized(text).split()} for text in texts]
     occurring, requested = np.zeros((1, len(wishes))), np.zeros((1, len(wishes)))
     for i, wish in enumerate(wishes):
@@ -144,7 +182,7 @@ def shares_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: Tens
     return ratio(occurring, requested)
 
 
-def _distinct(canvases: Tensor) -> tuple[float, float, float]:
+def _distinct(canvases: np.ndarray) -> tuple[float, float, float]:
     texts = [[token for token in canvas if token >= FIRST_TEXT_ID] for canvas in canvases.tolist()]
     return distinct(texts, 1), distinct(texts, 2), distinct(texts, 3)
 

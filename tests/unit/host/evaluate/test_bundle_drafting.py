@@ -70,7 +70,7 @@ def test_bundle_drafting_writes_what_the_edge_and_the_reference_write(
     manifest, model = read_manifest(bundle), load_run(joint_runs[1])[0]
     backend, edge, decided = OrtRows(bundle, manifest, threads=1), LoadedBundle.load(bundle, threads=1), 0
     for seed in range(3):
-        text = write_text(backend, manifest, [], law_of(manifest, seed, 0.8, 3))
+        text = write_text(backend, manifest, law=law_of(manifest, seed, 0.8, 3))
         ids = text.canvas[text.canvas >= FIRST_TEXT_ID].tolist()
         completion = edge.run(edge.prepare(GenerateRequest(prompt="", seed=seed, temperature=0.8, window=3)))
         assert completion.text == edge._texts._tokenizer.decode(ids) and completion.steps == text.passes
@@ -89,7 +89,9 @@ def test_bundle_drafting_counts_tokens_over_passes(blocks_bundle: Path) -> None:
     backend = OrtRows(blocks_bundle, manifest, threads=1)
     prompts = np.arange(10, 10 + 2 * PROMPT_TOKENS).reshape(2, -1)
     found = measure_prompted(backend, manifest, prompts, 1.0)
-    texts = [write_text(backend, manifest, row, law_of(manifest, i, 1.0, 3)) for i, row in enumerate(prompts.tolist())]
+    laws = [law_of(manifest, i, 1.0, 3) for i in range(len(prompts))]
+    pairs = zip(prompts.tolist(), laws, strict=True)
+    texts = [write_text(backend, manifest, prompt=row, law=law) for row, law in pairs]
     tokens = sum(int((text.canvas[1 + PROMPT_TOKENS :] != PAD).sum()) for text in texts)
     assert found.tokens_per_pass.value == pytest.approx(tokens / sum(text.passes for text in texts))
     assert found.same_texts == 2

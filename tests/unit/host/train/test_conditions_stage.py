@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from host import generate, join
 from host.data import prepare
 from host.data.shards import load_data
 from host.evaluate import __main__ as evaluate
+from host.evaluate.conditions import ConditionFigures, evaluate_conditions
 from host.evaluate.likelihood import held_out_split, token_nats
 from host.export import __main__ as export
 from host.model.conditions import PICTURE_SIZE, Given
@@ -222,6 +224,31 @@ def test_conditions_are_evaluated_and_exported(
     assert abs(manifest.law_parity[1].law_ratio - 1) <= 0.005
     assert {one.given for one in manifest.conditions.asked_for} >= {"words", "pictures, trained styles"}
     assert all(one.guidance == 1.5 for one in manifest.conditions.asked_for) and manifest.conditions.laws
+
+
+@pytest.mark.slow
+def test_conditions_in_texts_of_a_bundle_are_those_in_texts_of_its_run(
+    runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, bundle = runs[2], tmp_path / "b"
+    call(export.main, "--run", run, "--out", bundle, "--target", "cpu", "--stories", 4)
+    shown, data = ["--conditions", "--stories", 16, "--count", 3, "--guidance", 1], data_of(run)
+    in_float32 = evaluate_conditions(
+        load_run(run)[0],
+        conditioner_of(data, pictures_of(run)),
+        held_out=held_out_split(data, 16),
+        count=3,
+        guidances=(1.0,),
+    )
+    call(evaluate.main, "--bundle", bundle, "--scorer", run, *shown, "--json")
+    found = msgspec.json.decode(capsys.readouterr().out.splitlines()[-1], type=ConditionFigures)
+    assert [one.asked for one in found.told] == [one.asked for one in in_float32.told] and len(found.told) == 9
+    assert all(one.perplexity for one in found.told) and not found.laws
+    assert "needs --scorer RUN" in refusal(capsys, evaluate.main, "--bundle", bundle, "--conditions")[1]
+    plain = tmp_path / "plain"
+    call(export.main, "--run", runs[1], "--out", plain, "--target", "cpu", "--stories", 4)
+    refused = ["--bundle", plain, "--conditions", "--scorer", run]
+    assert refusal(capsys, evaluate.main, *refused)[1] == f"{plain} takes no words and pictures"
 
 
 def test_conditions_stage_refuses_what_does_not_go_with_it(
