@@ -31,6 +31,7 @@ Target = Literal["cpu", "cuda"]
 Role = Literal[
     "canvas",
     "step",
+    "step.shared",
     "prefill",
     "draft",
     "encode.text",
@@ -40,10 +41,11 @@ Role = Literal[
     "step.guided",
     "weights",
 ]
-"""What a graph computes: scores of a canvas; scores of causal rows over cached ones; keys and values of rows that all
-see each other; drafts of the chain drafter. For conditions: the memory of words, and of pictures; step and prefill of
-rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). Of weights:
-nothing, it holds what the graphs of its target and precision have in common; see `graph_bytes`."""
+"""What a graph computes: scores of a canvas; scores of causal rows over cached ones, and of two rows of each of several
+requests, whose constants lie in the files of step and draft; keys and values of rows that all see each other; drafts of
+the chain drafter. For conditions: the memory of words, and of pictures; step and prefill of rows that read the memory;
+step of rows that do and of rows that do not, guided (docs/training.md). Of weights: nothing, it holds what the graphs
+of its target and precision have in common; see `graph_bytes`."""
 Decoder = Literal["blocks", "canvas"]
 ROLE_OF: Final[dict[Decoder, Role]] = {"blocks": "step", "canvas": "canvas"}
 """The graph that a decoder cannot do without."""

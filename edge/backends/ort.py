@@ -62,7 +62,7 @@ class OrtBackend:
     def _open(self, threads: int, profile: Path | None) -> Any:
         graph = verified_bytes(self._folder, self._graph.file, self._graph.sha256)
         try:
-            return open_session(graph, threads, profile, sizes={"batch": 1})
+            return open_session(graph, threads, profile=profile, sizes={"batch": 1})
         except Exception as error:  # onnxruntime raises types of its own that share no public base
             raise BundleError(f"{self._file} cannot be loaded by ONNX Runtime: {_words(error)}") from None
 

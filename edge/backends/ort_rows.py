@@ -1,10 +1,10 @@
-"""ONNX Runtime on the CPU, for blocks: keys and values in place, one request a pass.
+"""ONNX Runtime on the CPU, for blocks: keys and values in place.
 
-Several requests in one pass would cost as much as a pass each (docs/log.md): they run in lanes, a thread each.
+Requests run in lanes, a thread each; where there are many of them, each lane's share its passes (`ort_shared`).
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from edge.backends.ort import pool_size
 from edge.backends.ort_conditions import PLAIN, OrtConditions, Remembered
 from edge.backends.ort_session import Graphs, check_names
+from edge.backends.ort_shared import OrtShared
 from edge.decoding.blocks import Law, RowScores, Slot
 from edge.decoding.conditions import Condition
+from edge.decoding.together import Seats
 from edge.decoding.types import Floats, Ids
 from shared.errors import BundleError, one_line
 from shared.manifest import Manifest, Role
@@ -65,6 +67,8 @@ class OrtRows:
         self._widths = {"scores": model.vocab_size, "states": model.d_model}
         self._cache = [f"{kind}.{layer}" for layer in range(model.layers) for kind in ("keys", "values")]
         self._graphs = Graphs(folder, manifest)
+        self._shared = OrtShared(self._graphs, manifest)  # first: the others take the memory that opening it frees
+        self.batches = tuple(sorted({1, self._shared.requests}))
         roles = [role for role in ROLES if role == "step" or self._graphs.has(role)]
         self.depth = manifest.blocks.window if manifest.blocks is not None and "draft" in roles else 0
         self.fills_gaps = "prefill" in roles
@@ -176,6 +180,14 @@ class OrtRows:
         given["tokens"][:], given["positions"][:], given["last"][:], given["total"][:] = tokens, positions, end - 1, end
         session.run_with_iobinding(bound.binding)
         return RowScores(bound.outputs["scores"], bound.outputs["states"])
+
+    def seat(self, slots: Sequence[Slot]) -> Seats:
+        """See `edge.decoding.together.SharedRows`."""
+        return self._shared.seat(slots, [slot.memory.cache for slot in slots])
+
+    def rows_together(self, seats: Seats) -> None:
+        """See `edge.decoding.together.SharedRows`."""
+        self._shared.run(seats)
 
     def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         """See `edge.decoding.blocks.RowsBackend`."""

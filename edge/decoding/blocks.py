@@ -243,18 +243,26 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     scored = len(w.drafts) + 1
     places = np.arange(first, first + tokens.size, dtype=np.int32)
     scores, states = backend.rows(slot, tokens, positions=places, scored=scored, under_way=under_way)
-    drawn = draw(scores, w.noise.of(w.position + 1, scored), law).tolist()
+    agreed, is_open = keep(w, draw(scores, w.noise.of(w.position + 1, scored), law).tolist())
+    if is_open:
+        room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
+        w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))
+
+
+def keep(w: Writing, drawn: list[int]) -> tuple[int, bool]:
+    """The end of a pass: commit what was drawn, behind the last token and each draft, as far as the drafts agree.
+
+    → how many do, whether the gap is open still
+    """
+    assert w.slot is not None
     agreed = 0
     while agreed < len(w.drafts) and w.drafts[agreed] == drawn[agreed]:
         agreed += 1
-    slot.cached += len(w.pending) + agreed
-    new = drawn[: agreed + 1]
+    w.slot.cached += len(w.pending) + agreed
     w.passes += 1
     w.tried[len(w.drafts)] += 1
     w.kept[agreed] += 1
-    if commit(w, new):
-        room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
-        w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))
+    return agreed, commit(w, drawn[: agreed + 1])
 
 
 def draw(scores: Floats, noise: Floats, law: Law) -> Ids:

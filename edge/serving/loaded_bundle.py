@@ -12,6 +12,7 @@ from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law, RowsBackend
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import GAP_OF_BLOCKS, GAP_OF_CANVAS, Texts
 from edge.decoding.pictures import MAX_PICTURE_BYTES
+from edge.decoding.together import SharedRows
 from edge.decoding.types import LoopBackend, Sampling
 from edge.serving.conditions import read_condition
 from edge.serving.runs import BlocksRun, CanvasRun, Completion, Plan, Run, Snapshot, step
@@ -39,7 +40,9 @@ class LoadedBundle:
         self.backend, self.backend_name, self.degraded, self.rows = chosen
         # Once, not at every pass: isinstance with a protocol takes 15 µs.
         self._loop = self.rows if isinstance(self.rows, BlocksLoop) else None
+        self._shared_rows = self.rows if isinstance(self.rows, SharedRows) else None
         self._host_rows = self.rows if isinstance(self.rows, RowsBackend) else None
+        self._batches: tuple[int, ...] = getattr(self.rows, "batches", (1,))
         self._slots = None if self.rows is None else Slots(self.rows)
         self.window = 0 if manifest.blocks is None else manifest.blocks.window
         if self.backend_name == "ort" and self._host_rows is not None:
@@ -181,7 +184,7 @@ class LoadedBundle:
         """A plan's canvas, ready for its first pass."""
         if isinstance(plan.sampling, Law):
             assert self._slots is not None
-            rows = None if self._loop is None else self._loop.depth + 1
+            rows = None if self._batches == (1,) or self.rows is None else self.rows.depth + 1
             vocab_size = self.manifest.model.vocab_size
             return BlocksRun(plan, self._texts, slots=self._slots, vocab_size=vocab_size, step_rows=rows)
         assert self.backend is not None
@@ -195,9 +198,9 @@ class LoadedBundle:
 
     def batches(self, run: Run | None = None) -> tuple[int, ...]:
         """How many runs like this one (by canvas without one), of equal `positions`, a step takes, ascending from 1."""
-        if isinstance(run, BlocksRun) and run.writing.reads:
-            return (1,)
-        batches: tuple[int, ...] = getattr(self.rows if isinstance(run, BlocksRun) else self.backend, "batches", (1,))
+        if isinstance(run, BlocksRun):
+            return (1,) if run.writing.reads or run.plan.condition is not None else self._batches
+        batches: tuple[int, ...] = getattr(self.backend, "batches", (1,))
         return batches
 
     @property
@@ -210,8 +213,15 @@ class LoadedBundle:
 
         under_way: how many runs share the backend, these included; a CPU's threads are divided among them.
         """
-        rows, loop = self._host_rows, self._loop
-        step(runs, self.manifest, backend=self.backend, rows=rows, loop=loop, under_way=under_way)
+        step(
+            runs,
+            self.manifest,
+            backend=self.backend,
+            rows=self._host_rows,
+            shared=self._shared_rows,
+            loop=self._loop,
+            under_way=under_way,
+        )
 
     def run(self, plan: Plan, on_step: Callable[[Snapshot], None] | None = None) -> Completion:
         """A plan's text; an exception raised by on_step ends the run and comes out here."""

@@ -88,10 +88,16 @@ class _State:
         sizes = first.loaded.batches(first.run)
         if sizes == (1,):
             return [first]
-        kind = (first.loaded, type(first.run), first.positions())
-        mates = [job for job in order if not job.alone and (job.loaded, type(job.run), job.positions()) == kind]
-        size = max(size for size in sizes if size <= len(mates))
+        kind = (first.loaded, type(first.run), first.positions(), sizes)
+        mates = [job for job in order if not job.alone and self._kind(job) == kind]
+        others = (job for batch in self.batches for job in batch)
+        own_share = -(-(len(mates) + sum(self._kind(job)[:2] == kind[:2] for job in others)) // first.loaded.lanes)
+        size = max(size for size in sizes if size <= min(len(mates), own_share))
         return sorted(mates[:size], key=lambda job: job.number)
+
+    def _kind(self, job: Job) -> tuple[LoadedBundle, type, int, tuple[int, ...]]:
+        """What jobs of one step have in common."""
+        return job.loaded, type(job.run), job.positions(), job.loaded.batches(job.run)
 
     def reason(self, usual: str) -> str:
         """Why requests are not served: a failed device is named before the usual reason."""

@@ -11,6 +11,7 @@ from edge.decoding.blocks import BlocksLoop, Law, RowsBackend, Writing
 from edge.decoding.canvas import advance, bucket
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import HALF, Layout, Texts
+from edge.decoding.together import SharedRows, advance_together
 from edge.decoding.types import AnyBackend, Ids, Row, Sampling
 from edge.serving.slots import Slots
 from shared.manifest import Decoder, Manifest
@@ -242,17 +243,23 @@ def step(
     *,
     backend: AnyBackend | None,
     rows: RowsBackend | None,
+    shared: SharedRows | None,
     loop: BlocksLoop | None,
     under_way: int,
 ) -> None:
-    """One pass of unfinished runs of one decoder, and of equal `positions`. rows, loop: what blocks are decoded by."""
+    """One pass of unfinished runs of one decoder, and of equal `positions`. rows, shared, loop: what blocks are decoded
+    by, one request a pass, several, or on the device.
+    """
     first = runs[0]
     if isinstance(first, BlocksRun):
         together = [run for run in runs if isinstance(run, BlocksRun)]
         if loop is not None:
             loop.advance([run.writing for run in together])
+        elif len(runs) > 1:
+            assert shared is not None
+            advance_together(shared, [run.writing for run in together])
         else:
-            assert rows is not None and len(runs) == 1
+            assert rows is not None
             blocks.advance(rows, first.writing, under_way)
         for run in together:
             run.look_for_stop()

@@ -1,6 +1,6 @@
 """The graphs of blocks for the CPU: one pass of causal rows over a cache, evidence that is encoded once, and drafts.
 
-One request a pass (batch 1): on a CPU, passes of several requests gain nothing over one after another. H: heads, S:
+One request a pass (batch 1); `host.export.shared_step` makes the graph of several requests of these. H: heads, S:
 cached rows, N: rows of the pass, T = S + N, C: rows that a cache has room for, M: scored rows, D: width, V: vocabulary.
 """
 
