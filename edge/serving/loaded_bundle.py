@@ -205,7 +205,7 @@ class LoadedBundle:
 
     @property
     def deterministic(self) -> bool:
-        """Whether a text depends on its plan alone: nothing is ever computed in one batch with it."""
+        """Whether a text depends on its plan alone: what shares a step with it changes no bit of its scores."""
         return self.batches() == (1,) and self._loop is None
 
     def step(self, runs: Sequence[Run], under_way: int = 1) -> None:
