@@ -36,6 +36,7 @@ Role = Literal[
     "draft",
     "encode.text",
     "encode.image",
+    "encode.memory",
     "step.conditioned",
     "prefill.conditioned",
     "step.guided",
@@ -43,13 +44,19 @@ Role = Literal[
 ]
 """What a graph computes: scores of a canvas; scores of causal rows over cached ones, and of two rows of each of several
 requests, whose constants lie in the files of step and draft; keys and values of rows that all see each other; drafts of
-the chain drafter. For conditions: the memory of words, and of pictures; step and prefill of rows that read the memory;
-step of rows that do and of rows that do not, guided (docs/training.md). Of weights: nothing, it holds what the graphs
-of its target and precision have in common; see `graph_bytes`."""
+the chain drafter. For conditions: the memory of words, and of pictures; what blocks read of it; step and prefill of
+rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). Of weights: nothing,
+it holds what the graphs of its target and precision have in common; see `graph_bytes`."""
 Decoder = Literal["blocks", "canvas"]
 ROLE_OF: Final[dict[Decoder, Role]] = {"blocks": "step", "canvas": "canvas"}
 """The graph that a decoder cannot do without."""
-CONDITIONED_ROLES: Final[tuple[Role, ...]] = ("encode.text", "encode.image", "step.conditioned", "step.guided")
+CONDITIONED_ROLES: Final[tuple[Role, ...]] = (
+    "encode.text",
+    "encode.image",
+    "encode.memory",
+    "step.conditioned",
+    "step.guided",
+)
 """The graphs that conditions cannot do without."""
 Selection = Literal["confidence", "random", "margin", "entropy"]
 
@@ -80,7 +87,7 @@ class Tensor(Frozen, frozen=True):
     """One graph input or output; a shape entry is a number or a dimension's name ("batch", "length")."""
 
     name: str
-    dtype: Literal["int32", "int64", "float32", "float16"]
+    dtype: Literal["int8", "int32", "int64", "float32", "float16"]
     shape: tuple[int | str, ...]
 
 

@@ -25,16 +25,17 @@ ENCODERS: Final[dict[Role, tuple[str, ...]]] = {
     "encode.image": ("pixels",),
 }
 """In the order of what they make in the memory."""
+MEMORY: Final[Role] = "encode.memory"
 
 
 @dataclass
 class Remembered:
-    """What a slot is conditioned on. role: of the graph of its passes. memory: keys and values of each layer
-    (1, H, R, D/H), by input name; plain: caches of the rows that read none, likewise. passes: as in `ort_rows`.
+    """What a slot is conditioned on. role: of the graph of its passes. memory: what each layer reads, by input name;
+    plain: caches of the rows that read none, likewise. passes: as in `ort_rows`.
     """
 
     role: Role
-    memory: dict[str, Floats]
+    memory: dict[str, NDArray[Any]]
     guidance: Floats  # ()
     plain: dict[str, Floats]
     passes: dict[tuple[int, int, int], Any] = field(default_factory=dict)
@@ -47,8 +48,8 @@ class OrtConditions:
         self.graphs = Graphs(folder, manifest)
         self.fills_gaps = self.graphs.has("prefill.conditioned")
         layers = range(manifest.model.layers)
-        self._cache = [f"{kind}.{layer}" for layer in layers for kind in ("keys", "values")]
-        self._width, self._heads = manifest.model.d_model // manifest.model.heads, manifest.model.heads
+        kinds, scales = ("keys", "bias", "values"), ("key_scales", "value_scales")
+        self._read, self._scales = ({f"memory_{k}.{i}" for i in layers for k in part} for part in (kinds, scales))
         self._loaded: Locked[set[Role]] = Locked(set())
 
     def load(self, condition: Condition, check: Callable[[Role], None]) -> None:
@@ -57,6 +58,7 @@ class OrtConditions:
         Raises BundleError for a graph that is damaged, has other inputs and outputs, or does not run.
         """
         needed = [encoder for encoder in ENCODERS if _needs(encoder, condition)]
+        needed.append(MEMORY)
         needed.append("step.guided" if condition.guidance else "step.conditioned")
         if self.fills_gaps:
             needed.append("prefill.conditioned")
@@ -66,8 +68,11 @@ class OrtConditions:
                     continue
                 try:
                     if role in ENCODERS:
-                        self._check_encoder(role)
+                        self._check(role)
                         self._encoded(role, condition)
+                    elif role == MEMORY:
+                        self._check(role)
+                        self.remember(condition, {})
                     else:
                         check(role)
                 except BundleError:
@@ -80,10 +85,16 @@ class OrtConditions:
         """Run the encoders. plain: zeroed caches for the rows without a memory, used where there is guidance."""
         role: Role = "step.guided" if condition.guidance else "step.conditioned"
         parts = [self._encoded(encoder, condition) for encoder in ENCODERS if _needs(encoder, condition)]
-        memory = {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+        session = self.graphs.open(MEMORY, 1)
+        made = session.run(None, {"memory": np.concatenate(parts, axis=1)})
+        memory = {output.name: array for output, array in zip(session.get_outputs(), made, strict=True)}
         return Remembered(role, memory, np.array(condition.guidance, np.float32), plain)
 
-    def inputs_of(self, role: Role, remembered: Remembered) -> dict[str, Floats]:
+    def memory_names(self) -> set[str]:
+        """What the graphs of passes read of a memory."""
+        return {output.name for output in self.graphs.open(MEMORY, 1).get_outputs()}
+
+    def inputs_of(self, role: Role, remembered: Remembered) -> dict[str, NDArray[Any]]:
         """The memory as a graph of that role reads it."""
         read = {value.name for value in self.graphs.open(role, 1).get_inputs()}
         return {name: array for name, array in remembered.memory.items() if name in read}
@@ -92,23 +103,24 @@ class OrtConditions:
         """Drop the sessions and their memory."""
         self.graphs.close()
 
-    def _encoded(self, role: Role, condition: Condition) -> dict[str, Floats]:
-        """The memory of the words, or that of the pictures, by input name."""
+    def _encoded(self, role: Role, condition: Condition) -> Floats:
+        """The memory of the words, or that of the pictures.  → (1, R, D)"""
         feed: dict[str, NDArray[Any]]
         if role == "encode.text":
             feed = {name: row[None] for name, row in zip(ENCODERS[role], condition.word_rows(), strict=True)}
         else:
             feed = {"pixels": as_input(condition.pixels)}
-        session = self.graphs.open(role, 1)
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(None, feed), strict=True))
+        memory: Floats = self.graphs.open(role, 1).run(None, feed)[0]
+        return memory
 
-    def _check_encoder(self, role: Role) -> None:
+    def _check(self, role: Role) -> None:
+        """Of an encoder, or of what makes what layers read: in INT8 with scales."""
         session, file = self.graphs.open(role, 1), self.graphs.file(role)
-        check_names(file, session, ({*ENCODERS[role]}, {f"memory_{name}" for name in self._cache}))
-        for output in session.get_outputs():
-            if (output.shape[1], output.shape[3]) != (self._heads, self._width):
-                raise BundleError(f"{file} gives {output.name} of shape {output.shape}, of another network")
+        if role != MEMORY:
+            check_names(file, session, ({*ENCODERS[role]}, {"memory"}))
+            return
+        scales = self._scales & self.memory_names()
+        check_names(file, session, ({"memory"}, self._read | scales))
 
 
 def _needs(encoder: Role, condition: Condition) -> bool:

@@ -134,8 +134,7 @@ class OrtRows:
             file, guided = conditions.graphs.file(role), role == "step.guided"
             if role != "prefill.conditioned":
                 caches = [*self._cache, *(f"{PLAIN}{name}" for name in self._cache if guided)]
-                memory = [f"memory_{name}" for name in self._cache]
-                needed = {*STEP_INPUTS, *caches, *memory, *["guidance"] * guided}
+                needed = {*STEP_INPUTS, *caches, *conditions.memory_names(), *["guidance"] * guided}
                 made = {*RowScores._fields, *(f"new_{name}" for name in caches)}
                 check_names(file, conditions.graphs.open(role, self._alone), (needed, made))
             slot = self.open_slot()

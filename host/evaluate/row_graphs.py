@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ class Rows:
     """
 
     arrays: dict[str, NDArray[np.float32]]
-    memory: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    memory: dict[str, NDArray[Any]] = field(default_factory=dict)
     positions: list[int] = field(default_factory=list)
 
 
@@ -48,19 +49,19 @@ class RowGraphs:
         arrays = {name: np.zeros((1, h, room + 1, d), np.float32) for name, (_, h, _, d) in self._shapes.items()}
         return Rows(arrays, {} if condition is None else self._remember(condition))
 
-    def _remember(self, condition: Condition) -> dict[str, NDArray[np.float32]]:
-        """A condition's memory: of its words, then of its pictures."""
-        given, parts = Given.of([condition]), list[dict[str, NDArray[np.float32]]]()
+    def _remember(self, condition: Condition) -> dict[str, NDArray[Any]]:
+        """What blocks read of a condition's memory: of its words, then of its pictures."""
+        given, parts = Given.of([condition]), list[NDArray[np.float32]]()
         feeds = {
             "encode.text": {name: getattr(given, name).numpy().astype(np.int32) for name in given._fields[:3]},
             "encode.image": {"pixels": given.pixels.numpy()},
         }
         for role, empty in (("encode.text", not condition.words), ("encode.image", not len(given.pixels))):
             if not empty:
-                session = self._encoders[role]
-                names = [value.name for value in session.get_outputs()]
-                parts.append(dict(zip(names, session.run(names, feeds[role]), strict=True)))
-        return {name: np.concatenate([part[name] for part in parts], 2) for name in parts[0]}
+                parts += self._encoders[role].run(["memory"], feeds[role])
+        session = self._encoders["encode.memory"]
+        names = [value.name for value in session.get_outputs()]
+        return dict(zip(names, session.run(names, {"memory": np.concatenate(parts, 1)}), strict=True))
 
     def read_evidence(self, rows: Rows, tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Fill an empty cache with rows that all see each other."""

@@ -43,6 +43,7 @@ from shared.manifest import (
 )
 
 _DTYPES = {
+    int(onnx.TensorProto.INT8): "int8",
     int(onnx.TensorProto.INT32): "int32",
     int(onnx.TensorProto.INT64): "int64",
     int(onnx.TensorProto.FLOAT): "float32",

@@ -21,6 +21,7 @@ from host.export.conditioned_graphs import (
     conditioned_step_graph,
     encode_image_graph,
     encode_text_graph,
+    memory_graph,
 )
 from host.export.law_parity import GATE, agreeing, passes_law, read, total_nats
 from host.export.random_weights import random_conditions
@@ -60,6 +61,7 @@ def conditioned_graphs(model: Denoiser, learned: Collection[str], ranges: Ranges
     graphs: dict[Role, onnx.ModelProto] = {
         "encode.text": encode_text_graph(model, ranges),
         "encode.image": encode_image_graph(model, ranges),
+        "encode.memory": memory_graph(model, ranges),
         "step.conditioned": conditioned_step_graph(model, top_k, ranges),
         "step.guided": conditioned_step_graph(model, top_k, ranges, guided=True),
     }
@@ -148,7 +150,7 @@ def conditions_int8(
 
 def _row_graphs(graphs: Sequence[BundleGraph]) -> RowGraphs:
     by_role = {graph.role: graph.model for graph in graphs}
-    encoders = {role: by_role[role] for role in ("encode.text", "encode.image")}
+    encoders = {role: by_role[role] for role in ("encode.text", "encode.image", "encode.memory")}
     return RowGraphs(by_role["step.conditioned"], encoders=encoders)
 
 

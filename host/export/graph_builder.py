@@ -23,6 +23,7 @@ Float = Literal["float32", "float16"]
 ONNX_TYPE = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }

@@ -97,9 +97,8 @@ class RowBuilder(StepBuilder):
 
         more: what else is added to the residual stream → rows after the LayerNorm, residual stream
         """
-        x = self.op("Add", f"{block}.x1", x, self.product(mixed, f"{block}.attention_out", bias=True))
-        if more:
-            x = self.op("Add", f"{block}.x1.and_more", x, more)
+        result = self.product(mixed, f"{block}.attention_out", bias=True)
+        x = self.op("Sum", f"{block}.x1", x, result, more) if more else self.op("Add", f"{block}.x1", x, result)
         up = self.product(self.norm(x, f"{block}.norm2"), f"{block}.up", bias=True)
         up = self.op("Gelu", f"{block}.gelu", up, approximate="none")
         x = self.op("Add", f"{block}.x2", x, self.product(up, f"{block}.down", bias=True))

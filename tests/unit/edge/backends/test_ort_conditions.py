@@ -16,7 +16,7 @@ from edge.serving.slots import Slots
 from host.export.__main__ import export_untrained
 from host.export.pipeline import Wanted
 from shared.errors import BundleError, RequestError
-from shared.manifest import Role, SamplingDefaults, read_manifest
+from shared.manifest import CONDITIONED_ROLES, Role, SamplingDefaults, read_manifest
 from shared.messages import Gap, GenerateRequest
 from shared.tokens import FIRST_TEXT_ID
 from tests.support.picture_files import picture
@@ -82,6 +82,7 @@ def test_conditioned_graphs_are_loaded_when_they_are_needed_and_no_others(condit
     rows.load(WORDS)
     assert {role for role, _ in rows.conditions.graphs.sizes()} == {
         "encode.text",
+        "encode.memory",
         "step.conditioned",
         "prefill.conditioned",
     }
@@ -89,7 +90,7 @@ def test_conditioned_graphs_are_loaded_when_they_are_needed_and_no_others(condit
     assert {"encode.image", "step.guided"} < {role for role, _ in rows.conditions.graphs.sizes()}
 
 
-@pytest.mark.parametrize("role", ["encode.text", "encode.image", "step.conditioned", "step.guided"])
+@pytest.mark.parametrize("role", CONDITIONED_ROLES)
 @pytest.mark.parametrize("change", [rename_input, drop_output], ids=["input", "output"])
 def test_conditioned_graph_of_other_names_is_refused_at_the_first_request(
     conditioned_bundle: Path, tmp_path: Path, role: Role, change: object

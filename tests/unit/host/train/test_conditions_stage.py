@@ -26,7 +26,7 @@ from host.train.logging import LOG_FILE, read_log
 from host.train.objectives import Settings, conditioned
 from host.train.published import CONDITIONS, WEIGHTS, read_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
-from shared.manifest import read_manifest
+from shared.manifest import CONDITIONED_ROLES, read_manifest
 from tests.support.commands import call, refusal, small
 
 
@@ -219,7 +219,7 @@ def test_conditions_are_evaluated_and_exported(
     manifest = read_manifest(tmp_path / "b")
     assert manifest.conditions is not None and manifest.conditions.guidance == 1.5
     roles = {graph.role for graph in manifest.graphs}
-    assert {"encode.text", "encode.image", "step.conditioned", "step.guided", "prefill.conditioned"} < roles
+    assert {*CONDITIONED_ROLES, "prefill.conditioned"} < roles
     assert [parity.graph for parity in manifest.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]
     assert abs(manifest.law_parity[1].law_ratio - 1) <= 0.005
     assert {one.given for one in manifest.conditions.asked_for} >= {"words", "pictures, trained styles"}
