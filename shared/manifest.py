@@ -45,19 +45,17 @@ Role = Literal[
 """What a graph computes: scores of a canvas; scores of causal rows over cached ones, and of two rows of each of several
 requests, whose constants lie in the files of step and draft; keys and values of rows that all see each other; drafts of
 the chain drafter. For conditions: the memory of words, and of pictures; what blocks read of it; step and prefill of
-rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). Of weights: nothing,
-it holds what the graphs of its target and precision have in common; see `graph_bytes`."""
+rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). For CUDA the rows of
+the one step graph read it, if a bundle has conditions. Of weights: nothing, it holds what the graphs of its target and
+precision have in common; see `graph_bytes`."""
 Decoder = Literal["blocks", "canvas"]
 ROLE_OF: Final[dict[Decoder, Role]] = {"blocks": "step", "canvas": "canvas"}
 """The graph that a decoder cannot do without."""
-CONDITIONED_ROLES: Final[tuple[Role, ...]] = (
-    "encode.text",
-    "encode.image",
-    "encode.memory",
-    "step.conditioned",
-    "step.guided",
-)
-"""The graphs that conditions cannot do without."""
+CONDITIONED_ROLES: Final[dict[Target, tuple[Role, ...]]] = {
+    "cpu": ("encode.text", "encode.image", "encode.memory", "step.conditioned", "step.guided"),
+    "cuda": ("encode.text", "encode.image"),
+}
+"""The graphs that conditions cannot do without; for CUDA beside a step graph whose rows read a memory."""
 Selection = Literal["confidence", "random", "margin", "entropy"]
 
 
@@ -148,7 +146,9 @@ class Parity(Frozen, frozen=True):
 class LawParity(Frozen, frozen=True):
     """How closely a quantized step graph follows float32, the gate likewise: nats per token, graph / float32.
 
-    infilling_ratio: None without the objective infill. texts_agreeing: share of whole greedy texts that are equal.
+    infilling_ratio: None without the objective infill. texts_agreeing: share of whole greedy texts that are equal. Of a
+    step graph for CUDA with conditions also conditioned_ratio: given a condition; memory_error: of what the encoders
+    make, ‖graph − float32‖ / ‖float32‖.
     """
 
     graph: str
@@ -157,6 +157,8 @@ class LawParity(Frozen, frozen=True):
     infilling_ratio: float | None
     texts_agreeing: float
     kept_float: tuple[str, ...] = ()
+    conditioned_ratio: float | None = None
+    memory_error: float | None = None
 
 
 class TrainingStage(Frozen, frozen=True):
@@ -274,12 +276,13 @@ def _contradiction(manifest: Manifest) -> str | None:
     drafts = "draft" in roles or has_role(manifest, "cuda", "step")  # which has the drafter among its constants
     if manifest.blocks is not None and manifest.blocks.window and not drafts:
         return f"the window {manifest.blocks.window}, but no graph of the role draft"
-    missing = [role for role in CONDITIONED_ROLES if role not in roles]
-    if manifest.conditions is not None and missing:
-        return f"conditions, but no graph of the role {missing[0]}"
-    if manifest.conditions is None and len(missing) < len(CONDITIONED_ROLES):
-        return "graphs that take conditions, but no `conditions`"
-    return None
+    given = {(graph.target, graph.role) for graph in manifest.graphs if graph.role in CONDITIONED_ROLES["cpu"]}
+    if manifest.conditions is None:
+        return "graphs that take conditions, but no `conditions`" if given else None
+    targets = {target for target, _ in given} or {"cpu"}
+    needed = [(target, role) for target in sorted(targets) for role in CONDITIONED_ROLES[target]]
+    missing = [role for target, role in needed if (target, role) not in given]
+    return f"conditions, but no graph of the role {missing[0]}" if missing else None
 
 
 def has_role(manifest: Manifest, target: Target, role: Role) -> bool:

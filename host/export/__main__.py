@@ -13,7 +13,7 @@ from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
 from host.export.arguments import parse_arguments
 from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8, cuda_blocks, law_reference
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
-from host.export.conditions_pipeline import conditions_of_run, conditions_spec, measured_conditions
+from host.export.conditions_pipeline import conditions_of_run, conditions_spec, measured_conditions, reference_given
 from host.export.hub.publish import Dtype, check_publishable, figures_of_bundle, measured_figures, publish, training_of
 from host.export.law_parity import graph_laws
 from host.export.parity import dropped_mass
@@ -158,6 +158,7 @@ def export_run(
     held_out = held_out_of(run, source, stories)
     takes = model.conditions is not None and (wanted.cpu_int8 or wanted.cpu_fp32)
     stages = Stages(stage_costs(wanted, learned, stories=len(held_out.canvases), report=report, conditions=takes))
+    conditioner = None if model.conditions is None else conditioner_of(data_of(run), pictures_of(run))
     blocks = Blocks([])
     text = held_out.canvases
     if not source:
@@ -168,17 +169,18 @@ def export_run(
         laws_of = law_reference(model, learned, held_out, text)
         if wanted.cpu_int8:
             blocks = blocks_int8(laws_of)
+        if wanted.cuda and conditioner is not None:
+            laws_of = reference_given(laws_of, conditioner=conditioner, train=data_of(run).train)
         on_cuda = cuda_blocks(laws_of, wanted.cuda, wanted.fp32_norms)
         check([graph for one in on_cuda for graph in one.graphs])
     elif wanted.cpu_fp32:
         blocks = Blocks(blocks_graphs(model, learned))
-    conditioner, conditions = None, Blocks([])
-    if takes:
+    conditions = Blocks([])
+    if takes and conditioner is not None:
         stages.begin(CONDITIONS)
-        data = data_of(run)
-        conditioner = conditioner_of(data, pictures_of(run))
+        train, int8 = data_of(run).train, wanted.cpu_int8
         conditions = conditions_of_run(
-            model, learned, conditioner=conditioner, train=data.train, held_out=held_out, int8=wanted.cpu_int8
+            model, learned, conditioner=conditioner, train=train, held_out=held_out, int8=int8
         )
     top_k = min(TOP_K, model.config.vocab_size)
     built = (blocks, *on_cuda, conditions)
@@ -290,7 +292,7 @@ def export_untrained(
             graphs=graphs,
             top_k=top_k,
             defaults=defaults,
-            conditions=conditions_spec() if any(graph.role == "step.conditioned" for graph in graphs) else None,
+            conditions=conditions_spec() if any(graph.role == "encode.text" for graph in graphs) else None,
         )
     say_what_was_written(out, graphs)
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 from host.evaluate.likelihood import HeldOut
 from host.evaluate.scorers import session_of
 from host.export.bundle_writer import BundleGraph
+from host.export.cuda_memory import cuda_encode_image_graph, cuda_encode_text_graph
 from host.export.cuda_qdq import linear_layers, quantize_linears
 from host.export.cuda_step import DRAFTER, cuda_step_graph
 from host.export.law_parity import GATE, LawReference, measure_law, passes_law, row_graphs
+from host.export.random_weights import random_conditions
 from host.export.row_builder import Ranges
 from host.export.row_ranges import best_ranges, calibration_rows, observe
 from host.export.shared_step import with_shared_step
 from host.export.step_graph import draft_graph, prefill_graph, step_graph
 from host.model.network import Denoiser
 from shared.errors import BundleError
-from shared.manifest import LawParity, Precision
+from shared.manifest import LawParity, Precision, Role
 from shared.tokens import FIRST_TEXT_ID
 
 TEXT_STORIES: Final = 4096
@@ -70,10 +72,13 @@ def untested_cuda_blocks(
     model: Denoiser, learned: Collection[str], precisions: Collection[Precision], fp32_norms: bool
 ) -> list[BundleGraph]:
     """The same for CUDA."""
-    text = _random_text(model)
-    ranges = best_ranges(model, observe(model, calibration_rows(text, learned)))[0] if "int8" in precisions else {}
-    step = cuda_step_graph(model, fp32_norms)
-    return [_cuda_step(step, ranges if precision == "int8" else None) for precision in precisions]
+    rows = calibration_rows(_random_text(model), learned)
+    if model.conditions is not None:
+        some = random_conditions(model.config.vocab_size, len(rows))
+        rows += [replace(row, condition=one) for row, one in zip(rows, some, strict=True)]
+    ranges = best_ranges(model, observe(model, rows))[0] if "int8" in precisions else {}
+    exact = _exact_cuda(model, fp32_norms)
+    return [one for precision in precisions for one in _in_precision(exact, ranges if precision == "int8" else None)]
 
 
 def _random_text(model: Denoiser) -> NDArray[np.uint16]:
@@ -81,21 +86,35 @@ def _random_text(model: Denoiser) -> NDArray[np.uint16]:
     return np.random.default_rng(0).integers(FIRST_TEXT_ID, model.config.vocab_size, shape, np.uint16)
 
 
-def _cuda_step(step: onnx.ModelProto, ranges: Ranges | None) -> BundleGraph:
-    """In FP16, or with Q/DQ around the layers that have a range. Symmetric: a range is its larger side."""
+def _exact_cuda(model: Denoiser, fp32_norms: bool) -> dict[Role, onnx.ModelProto]:
+    """The step graph in FP16, and encoders of conditions where the network takes any."""
+    graphs: dict[Role, onnx.ModelProto] = {"step": cuda_step_graph(model, fp32_norms)}
+    if model.conditions is not None:
+        graphs["encode.text"] = cuda_encode_text_graph(model, fp32_norms)
+        graphs["encode.image"] = cuda_encode_image_graph(model, fp32_norms)
+    return graphs
+
+
+def _in_precision(exact: Mapping[Role, onnx.ModelProto], ranges: Ranges | None) -> list[BundleGraph]:
+    """In FP16, or with Q/DQ around the layers that have a range."""
     if ranges is None:
-        return BundleGraph(step, "step", "fp16", "cuda")
-    layers = {node.name: node.inputs[0].name for node in linear_layers(gs.import_onnx(step))}
-    largest, kept = {}, []
+        return [BundleGraph(graph, role, "fp16", "cuda") for role, graph in exact.items()]
+    return [BundleGraph(_quantized(graph, ranges), role, "int8", "cuda") for role, graph in exact.items()]
+
+
+def _quantized(graph: onnx.ModelProto, ranges: Ranges) -> onnx.ModelProto:
+    """Symmetric: a range is its larger side, and that of the first layer that reads a value."""
+    layers = {node.name: node.inputs[0].name for node in linear_layers(gs.import_onnx(graph))}
+    largest, kept = dict[str, float](), []
     for name, value in layers.items():
         layer = name.removesuffix(".matmul").removesuffix(".out")
         if layer in ranges:
-            largest[value] = max(map(abs, ranges[layer]))
+            largest.setdefault(value, max(map(abs, ranges[layer])))
         else:
             kept.append(name)
-    quantized = quantize_linears(step, largest, kept)  # which drops constants that no node reads
-    quantized.graph.initializer.extend(c for c in step.graph.initializer if c.name.startswith(DRAFTER))
-    return BundleGraph(quantized, "step", "int8", "cuda")
+    quantized = quantize_linears(graph, largest, kept)  # which drops constants that no node reads
+    quantized.graph.initializer.extend(c for c in graph.graph.initializer if c.name.startswith(DRAFTER))
+    return quantized
 
 
 def law_reference(
@@ -115,30 +134,31 @@ def blocks_int8(reference: LawReference) -> Blocks:
     """INT8 graphs for the CPU that pass the gate. Raises BundleError; see `_first_to_pass`."""
     model, learned = reference.model, reference.learned
     print_speed(blocks_graphs(model, learned)[0])
-    blocks = _first_to_pass(reference, lambda ranges: blocks_graphs(model, learned, ranges))
+    blocks = _first_to_pass(reference, lambda ranges: blocks_graphs(model, learned, ranges), reference.ranges)
     print_speed(blocks.graphs[0])
     return replace(blocks, graphs=with_shared_step(blocks.graphs))
 
 
 def cuda_blocks(reference: LawReference, precisions: Collection[Precision], fp32_norms: bool) -> list[Blocks]:
-    """The step graph for CUDA in each precision, held to the same gate. Raises BundleError."""
-    step = cuda_step_graph(reference.model, fp32_norms)
-    built = []
+    """The step graph for CUDA in each precision, and its encoders, held to the same gate. Raises BundleError."""
+    exact, built = _exact_cuda(reference.model, fp32_norms), []
     if "fp16" in precisions:
-        graphs = [_cuda_step(step, None)]
+        graphs = _in_precision(exact, None)
         parity = measure_law(reference, graphs, "half precision")
         say(parity)
         if not passes_law(parity):
             raise BundleError(f"the FP16 step graph misses its gate ({GATE}); nothing was written")
         built.append(Blocks(graphs, (parity,)))
     if "int8" in precisions:
-        built.append(_first_to_pass(reference, lambda ranges: [_cuda_step(step, ranges)]))
+        built.append(_first_to_pass(reference, lambda ranges: _in_precision(exact, ranges), reference.cuda_ranges))
     return built
 
 
-def _first_to_pass(reference: LawReference, make: Callable[[Ranges], list[BundleGraph]]) -> Blocks:
+def _first_to_pass(
+    reference: LawReference, make: Callable[[Ranges], list[BundleGraph]], chosen: tuple[Ranges, list[str]]
+) -> Blocks:
     """While the gate is missed, leave 1, 2, 4 … of the worst layers in float. BundleError when half do not help."""
-    ranges, worst_first = reference.ranges
+    ranges, worst_first = chosen
     kept: list[str] = []
     while True:
         graphs = make({name: bounds for name, bounds in ranges.items() if name not in kept})
@@ -158,6 +178,8 @@ def _first_to_pass(reference: LawReference, make: Callable[[Ranges], list[Bundle
 def say(parity: LawParity) -> None:
     """One line."""
     infilling = f", infilling × {parity.infilling_ratio:.4f}" if parity.infilling_ratio else ""
+    if parity.conditioned_ratio is not None:
+        infilling += f", given a condition × {parity.conditioned_ratio:.4f}, memory off by {parity.memory_error:.2%}"
     kept = f", in float {', '.join(parity.kept_float)}" if parity.kept_float else ""
     verdict = "passes" if passes_law(parity) else "fails"
     print(

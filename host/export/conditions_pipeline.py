@@ -23,7 +23,7 @@ from host.export.conditioned_graphs import (
     encode_text_graph,
     memory_graph,
 )
-from host.export.law_parity import GATE, agreeing, passes_law, read, total_nats
+from host.export.law_parity import GATE, LawReference, agreeing, passes_law, read, total_nats
 from host.export.random_weights import random_conditions
 from host.export.row_builder import Ranges
 from host.export.row_ranges import best_ranges, calibration_rows, observe
@@ -84,6 +84,21 @@ def conditions_of_run(
     calibration = calibration_rows(stories.numpy().astype(np.uint16), learned)
     calibration += conditioned.examples(stories, rng, settings) + conditioned.examples(stories, rng, settings)
     return conditions_int8(model, learned, held_out=conditioned.examples(few, rng, settings), calibration=calibration)
+
+
+def reference_given(reference: LawReference, *, conditioner: Conditioner, train: Split) -> LawReference:
+    """A reference that also measures graphs for CUDA given conditions, on the same held-out stories."""
+    rng, settings = np.random.default_rng(0), Settings(conditioner=conditioner)
+    few, stories = (
+        torch.from_numpy(canvases.astype(np.int64))
+        for canvases in (reference.few.canvases, train.first(CALIBRATION_STORIES))
+    )
+    return replace(
+        reference,
+        conditioned=_row_graphs(conditioned_graphs(reference.model, reference.learned)),
+        given=conditioned.examples(few, rng, settings),
+        calibration=conditioned.examples(stories, rng, settings) + conditioned.examples(stories, rng, settings),
+    )
 
 
 def measured_conditions(model: Denoiser, conditioner: Conditioner, held_out: HeldOut, guidance: float) -> Conditions:

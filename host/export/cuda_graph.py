@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 
+from host.export.cuda_attention import attention
 from host.export.graph_builder import NEVER, ONNX_TYPE, StepBuilder, Value
 from host.model.network import Denoiser
 from shared.tokens import BOS, EOS, MASK, PAD
@@ -22,26 +23,12 @@ def cuda_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProto:
     for i in range(config.layers):
         b = f"blocks.{i}"
         qkv = g.linear(g.norm(x, f"{b}.norm1"), f"{b}.qkv", f"{b}.qkv.out")
-        x = g.attention_out(x, _attention(g, b, qkv, bias), b)
+        x = g.attention_out(x, attention(g, b, qkv, bias), b)
         x = g.feed_forward(x, b)
     _logits(g, g.norm(x, "norm"))
     inputs: list[Value] = [("canvas", "int32", ("batch", "length")), ("t", "float32", ("batch",))]
     logits: Value = ("logits", "float16", ("batch", "length", config.vocab_size))
     return g.model(inputs[: 1 + config.time_input], [logits], contrib=False)
-
-
-def _attention(g: StepBuilder, b: str, qkv: str, bias: str) -> str:
-    """Standard ops that TensorRT recognises as multi-head attention; the scale is folded into Q.  → (B, L, D)"""
-    heads, width = g.config.heads, g.config.d_model // g.config.heads
-    split = g.constant("heads_apart", np.array([0, 0, 3, heads, width]))
-    apart = g.op("Transpose", f"{b}.apart", g.op("Reshape", f"{b}.split", qkv, split), perm=[2, 0, 3, 1, 4])
-    g.op("Split", f"{b}.qkv3", apart, outputs=3, axis=0, num_outputs=3)
-    q, k, v = (g.op("Squeeze", f"{b}.{n}", f"{b}.qkv3.{i}", "axis_0") for i, n in enumerate("qkv"))  # (B, H, L, D/H)
-    q = g.op("Mul", f"{b}.q.scaled", q, g.constant("scale", np.full(1, width**-0.5, np.float16)))
-    scores = g.op("MatMul", f"{b}.scores", q, g.op("Transpose", f"{b}.kT", k, perm=[0, 1, 3, 2]))
-    weights = g.op("Softmax", f"{b}.weights", g.op("Add", f"{b}.biased", scores, bias), axis=-1)
-    mixed = g.op("Transpose", f"{b}.together", g.op("MatMul", f"{b}.values", weights, v), perm=[0, 2, 1, 3])
-    return g.op("Reshape", f"{b}.mixed", mixed, g.constant("heads_together", np.array([0, 0, heads * width])))
 
 
 def _logits(g: StepBuilder, x: str) -> None:

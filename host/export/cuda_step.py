@@ -2,7 +2,8 @@
 
 One graph serves every layout that blocks are written by: a row sees the cached rows of its request and the first `sees`
 rows of the pass. Causal rows have sees = 1, 2, …; evidence, whose rows all see each other, has the number of its rows.
-Kernels write the inputs and append the new keys and values (`edge/backends/trt/kernels/blocks.cu`).
+Kernels write the inputs and append the new keys and values (`edge/backends/trt/kernels/blocks.cu`). Rows of a network
+that takes conditions also read a memory, see `host.export.cuda_memory`.
 R: requests, N: rows of each in the pass, C: rows that a slot holds, M: scored rows of each, D: width, V: vocabulary.
 """
 
@@ -11,6 +12,7 @@ from typing import Final
 import numpy as np
 import onnx
 
+from host.export.cuda_memory import MemoryReader
 from host.export.graph_builder import NEVER, StepBuilder, Value
 from host.model.network import Denoiser
 from shared.messages import MAX_SEGMENTS
@@ -25,7 +27,8 @@ LIKELY: Final = "drafter.likely"
 def cuda_step_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProto:
     """tokens, positions, sees int32 (R, N); cached int32 (R,): rows that its slot keeps; key_positions int32 (R, C): of
     those; scored int32 (R, M): rows counted over all requests, r·N + j; keys.i, values.i float16 (R, H, C, D/H) of each
-    layer → logits float16 (R, M, V), states float16 (R, M, D), new_keys.i, new_values.i float16 (R, H, N, D/H).
+    layer → logits float16 (R, M, V), states float16 (R, M, D), new_keys.i, new_values.i float16 (R, H, N, D/H). With
+    conditions also reads int32 (R, S), memory_keys.i and memory_values.i float16 (R, H, S, D/H).
 
     Cached rows are never copied: their scores are computed beside those of the new rows, and one softmax spans both.
     A slot's values after its `cached` rows are read with weight 0: they must be finite.
@@ -36,6 +39,7 @@ def cuda_step_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProt
     tokens = g.op("Gather", "embedding", g.weight("token_embedding.weight"), "tokens")
     x = g.op("Add", "embedded", tokens, g.op("Gather", "places", g.weight("position_embedding.weight"), "positions"))
     biases = _biases(g, capacity)
+    memory = None if model.conditions is None else MemoryReader(g)
     made: list[Value] = []
     read: list[Value] = [(name, "int32", ("requests", "rows")) for name in ("tokens", "positions", "sees")]
     read += [("cached", "int32", ("requests",)), ("key_positions", "int32", ("requests", capacity))]
@@ -43,17 +47,23 @@ def cuda_step_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProt
     heads, width = config.heads, config.d_model // config.heads
     for i in range(config.layers):
         b = f"blocks.{i}"
-        mixed = _attention(g, i, g.linear(g.norm(x, f"{b}.norm1"), f"{b}.qkv", f"{b}.qkv.out"), biases)
+        h = g.norm(x, f"{b}.norm1")
+        mixed = _attention(g, i, g.linear(h, f"{b}.qkv", f"{b}.qkv.out"), biases)
         if i == config.layers - 1:  # rows that are not scored are done: their keys and values are made
             flat = g.constant("flat", np.array([-1, config.d_model]))
-            x, mixed = (
+            x, mixed, *rest = (
                 g.op("Gather", f"{name}.scored", g.op("Reshape", f"{name}.flat", name, flat), "scored", axis=0)
-                for name in (x, mixed)
+                for name in (x, mixed, *[h] * (memory is not None))
             )
-        x = g.feed_forward(g.attention_out(x, mixed, b), b)
+            h = rest[0] if rest else h
+        x = g.attention_out(x, mixed, b)
+        if memory is not None:
+            x = g.op("Add", f"{b}.x1.and_read", x, memory.read(h, i))
+        x = g.feed_forward(x, b)
         for kind in ("keys", "values"):
             read.append((f"{kind}.{i}", "float16", ("requests", heads, capacity, width)))
             made.append((f"new_{kind}.{i}", "float16", ("requests", heads, "rows", width)))
+    read += [] if memory is None else memory.inputs()
     states = g.norm(x, "norm", out="states")
     bias = g.weights["head.bias"].copy()
     bias[[PAD, BOS, MASK]] = NEVER  # no row scores them left to right

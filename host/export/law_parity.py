@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Final
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from host.evaluate.row_graphs import RowGraphs, left_to_right
 from host.export.bundle_writer import BundleGraph
 from host.export.row_builder import Ranges
 from host.export.row_ranges import best_ranges, calibration_rows, observe
-from host.model.conditions import Condition
+from host.model.conditions import Condition, Given
 from host.model.network import Denoiser
 from host.train.objectives import Example, Settings, ar
 from shared.manifest import LawFigures, LawParity
@@ -25,8 +26,12 @@ from shared.tokens import PAD
 
 MAX_LAW_CHANGE: Final = 0.005
 MAX_INFILLING_CHANGE: Final = 0.01
+MAX_MEMORY_ERROR: Final = 0.05
 AnyRows = RowGraphs | CudaRows
-GATE: Final = f"left to right within {MAX_LAW_CHANGE:.1%} and infilling within {MAX_INFILLING_CHANGE:.0%} of float32"
+GATE: Final = (
+    f"left to right within {MAX_LAW_CHANGE:.1%} and infilling within {MAX_INFILLING_CHANGE:.0%} of float32, given a "
+    f"condition within {MAX_LAW_CHANGE:.1%}, its memory within {MAX_MEMORY_ERROR:.0%}"
+)
 PROMPT_TOKENS: Final = 16
 GREEDY_TEXTS: Final = 16
 """That a graph writes: a figure which the gate does not read."""
@@ -36,7 +41,9 @@ GREEDY_TEXTS: Final = 16
 class LawReference:
     """float32 graphs, and few held-out stories to compare others with them on. What they say is computed once.
 
-    text (n, L): stories of training, which choose the scales of INT8.
+    text (n, L): stories of training, which choose the scales of INT8. For CUDA, of a network that takes conditions:
+    conditioned: its float32 graphs; given: held-out stories, each with a condition; calibration: stories of training
+    with conditions, which choose scales, too.
     """
 
     model: Denoiser
@@ -44,11 +51,28 @@ class LawReference:
     graphs: RowGraphs
     few: HeldOut
     text: NDArray[np.uint16]
+    conditioned: RowGraphs | None = None
+    given: Sequence[Example] = ()
+    calibration: Sequence[Example] = ()
 
     @cached_property
     def ranges(self) -> tuple[Ranges, list[str]]:
         """Of the inputs of linear layers, and the layers, the worst in INT8 first."""
         return best_ranges(self.model, observe(self.model, calibration_rows(self.text, self.learned)))
+
+    @cached_property
+    def cuda_ranges(self) -> tuple[Ranges, list[str]]:
+        """The same for CUDA's graphs, whose rows read conditions or not."""
+        if not self.calibration:
+            return self.ranges
+        rows = [*calibration_rows(self.text, self.learned), *self.calibration]
+        return best_ranges(self.model, observe(self.model, rows))
+
+    @cached_property
+    def nats_given(self) -> float:
+        """Of all tokens of the stories with a condition."""
+        assert self.conditioned is not None
+        return total_nats(self.conditioned, self.given)
 
     @cached_property
     def stories(self) -> list[Example]:
@@ -105,9 +129,9 @@ def row_graphs(graphs: Collection[BundleGraph]) -> RowGraphs:
 
 
 def any_rows(graphs: Collection[BundleGraph]) -> AnyRows:
-    """The same, or the step graph for CUDA, which reads evidence itself."""
-    cuda = [graph.model for graph in graphs if (graph.target, graph.role) == ("cuda", "step")]
-    return CudaRows(cuda[0]) if cuda else row_graphs(graphs)
+    """The same, or the step graph for CUDA, which reads evidence itself, with its encoders."""
+    cuda: dict[str, onnx.ModelProto] = {graph.role: graph.model for graph in graphs if graph.target == "cuda"}
+    return CudaRows(cuda.pop("step"), cuda) if cuda else row_graphs(graphs)
 
 
 def measure_law(
@@ -115,6 +139,9 @@ def measure_law(
 ) -> LawParity:
     """Both laws' nats, graph over float32, and the share of greedy texts that are the same to the last token."""
     measured, (law, infilling) = any_rows(graphs), reference.nats
+    given, error = None, None
+    if isinstance(measured, CudaRows) and reference.given:
+        given, error = total_nats(measured, reference.given) / reference.nats_given, memory_error(measured, reference)
     return LawParity(
         graph=_step_file(graphs),
         scheme=scheme,
@@ -122,7 +149,25 @@ def measure_law(
         infilling_ratio=total_nats(measured, reference.gaps) / infilling if reference.gaps else None,
         texts_agreeing=agreeing(measured, reference.texts, 1 + PROMPT_TOKENS),
         kept_float=tuple(kept_float),
+        conditioned_ratio=given,
+        memory_error=error,
     )
+
+
+def memory_error(measured: CudaRows, reference: LawReference) -> float:
+    """Of what the encoders make of the conditions, in the rows that are there: ‖graph − float32‖ / ‖float32‖."""
+    wrong = size = 0.0
+    for condition in (one.condition for one in reference.given if one.condition is not None):
+        measured.empty(1)
+        measured.remember(condition)
+        there = measured.given["reads"][0] > 0
+        with torch.no_grad():
+            memory = reference.model.remember(Given.of([condition]).to(reference.model.device))
+        for kind, layers in (("keys", memory.keys), ("values", memory.values)):
+            for i, exact in enumerate(layer.cpu().numpy() for layer in layers):
+                made = measured.given[f"memory_{kind}.{i}"][:, :, there].astype(np.float32)
+                wrong, size = wrong + float(np.square(made - exact).sum()), size + float(np.square(exact).sum())
+    return float(np.sqrt(wrong / size))
 
 
 def graph_laws(graphs: Collection[BundleGraph], held_out: HeldOut) -> LawFigures:
@@ -151,6 +196,8 @@ def _targets(examples: Sequence[Example]) -> NDArray[np.int64]:
 
 
 def passes_law(parity: LawParity) -> bool:
-    """The law within 0.5 % and infilling within 1 %."""
-    infilling = parity.infilling_ratio or 1.0
-    return abs(parity.law_ratio - 1) <= MAX_LAW_CHANGE and abs(infilling - 1) <= MAX_INFILLING_CHANGE
+    """The law within 0.5 %, given a condition, too, infilling within 1 %, and a memory off by no more than 5 %."""
+    laws = [ratio for ratio in (parity.law_ratio, parity.conditioned_ratio) if ratio is not None]
+    within = all(abs(ratio - 1) <= MAX_LAW_CHANGE for ratio in laws)
+    within = within and abs((parity.infilling_ratio or 1.0) - 1) <= MAX_INFILLING_CHANGE
+    return within and (parity.memory_error or 0.0) <= MAX_MEMORY_ERROR

@@ -11,13 +11,17 @@ from host.export.graph_builder import IR_VERSION, OPSET
 
 ALLOWED_OPS: Final = frozenset(
     {
-        *("Add", "Cast", "Concat", "Cos", "DequantizeLinear", "Equal", "Gather", "Gelu", "GreaterOrEqual"),
+        *("Add", "Cast", "Concat", "Conv", "Cos", "DequantizeLinear", "Equal", "Gather", "Gelu", "GreaterOrEqual"),
         *("LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Or", "QuantizeLinear", "ReduceMax"),
         *("ReduceMin", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Sub"),
         *("Transpose", "Unsqueeze", "Where"),
     }
 )
 STEP_INPUTS: Final = ("tokens", "positions", "sees", "cached", "key_positions", "scored")
+ENCODER_INPUTS: Final = {
+    "text": dict.fromkeys(("tokens", "places", "words", "count"), TensorProto.INT32),
+    "image": {"pixels": TensorProto.FLOAT16},
+}
 LARGEST_FP16: Final = 65504.0
 MULTIPLE: Final = 64  # of a linear layer's sides, for whole tensor-core tiles
 
@@ -60,8 +64,11 @@ def _frame(graph: onnx.ModelProto) -> Iterator[str]:
         {value.name: value.type.tensor_type.elem_type for value in values}
         for values in (graph.graph.input, graph.graph.output)
     )
-    if "tokens" in read:
+    if "positions" in read:
         yield from _step_frame(read, made)
+        return
+    if "words" in read or "pixels" in read:
+        yield from _encoder_frame(read, made)
         return
     wanted = {"canvas": TensorProto.INT32, "t": TensorProto.FLOAT}
     for name, kind in read.items():
@@ -72,15 +79,26 @@ def _frame(graph: onnx.ModelProto) -> Iterator[str]:
 
 
 def _step_frame(read: dict[str, int], made: dict[str, int]) -> Iterator[str]:
-    """Whole numbers come in, slots too; logits, states and each slot's new rows go out."""
-    slots = {name for name in read if name.startswith(("keys.", "values."))}
-    wanted = dict.fromkeys(STEP_INPUTS, TensorProto.INT32) | dict.fromkeys(slots, TensorProto.FLOAT16)
-    if not slots or read != wanted:
+    """Whole numbers come in, slots too, and a memory if any; logits, states and each slot's new rows go out."""
+    slots, memory = ({n for n in read if n.startswith(kinds)} for kinds in (("keys.", "values."), "memory_"))
+    wanted = dict.fromkeys((*STEP_INPUTS, *["reads"] * bool(memory)), TensorProto.INT32)
+    wanted |= dict.fromkeys(slots | memory, TensorProto.FLOAT16)
+    if not slots or read != wanted or (memory and memory != {f"memory_{name}" for name in slots}):
         found = ", ".join(f"{name} ({_dtype(kind)})" for name, kind in read.items())
         yield f"the inputs are {found}, not {', '.join(STEP_INPUTS)} (int32), keys.i and values.i (float16)"
     if made != dict.fromkeys(("logits", "states", *(f"new_{name}" for name in slots)), TensorProto.FLOAT16):
         found = ", ".join(f"{name} ({_dtype(kind)})" for name, kind in made.items())
         yield f"the outputs are {found}, not logits, states, new_keys.i and new_values.i (float16)"
+
+
+def _encoder_frame(read: dict[str, int], made: dict[str, int]) -> Iterator[str]:
+    """Words or pictures come in; a memory of each layer goes out."""
+    if read not in ENCODER_INPUTS.values():
+        yield f"an encoder has the inputs {', '.join(f'{name} ({_dtype(kind)})' for name, kind in read.items())}"
+    layers = range(len(made) // 2)
+    if made != {f"memory_{kind}.{i}": TensorProto.FLOAT16 for i in layers for kind in ("keys", "values")}:
+        found = ", ".join(f"{name} ({_dtype(kind)})" for name, kind in made.items())
+        yield f"an encoder's outputs are {found}, not memory_keys.i and memory_values.i (float16)"
 
 
 def _operators(graph: onnx.ModelProto) -> Iterator[str]:

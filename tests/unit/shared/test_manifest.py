@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from msgspec import structs
 
+from shared.conditions import Conditions
 from shared.errors import BundleError
 from shared.figures import Figure
 from shared.manifest import (
@@ -264,6 +265,26 @@ def test_manifest_field_that_does_not_fit_is_named(
 ) -> None:
     (bundle / MANIFEST).write_bytes(msgspec.json.encode(BLOCKS))
     assert place in refusal(edit(change))
+
+
+def test_manifest_of_conditions_has_their_graphs_for_a_target(bundle: Path) -> None:
+    """Encoders alone suffice for CUDA, whose step graph reads the memory itself."""
+    takes = Conditions(words=3, word_tokens=8, pictures=3, picture_size=64, picture_rows=16)
+    text, image = (
+        structs.replace(graph_of(role), target="cuda", file=f"{role}.onnx") for role in ("encode.text", "encode.image")
+    )
+    for graphs, place in (
+        ((text, image), None),
+        ((text,), "no graph of the role encode.image"),
+        ((text, image, graph_of("encode.text")), "no graph of the role encode.image"),
+        ((), "no graph of the role encode.text"),
+    ):
+        whole = structs.replace(BLOCKS, conditions=takes, graphs=(*BLOCKS.graphs, *graphs))
+        (bundle / MANIFEST).write_bytes(msgspec.json.encode(whole))
+        if place is None:
+            assert read_manifest(bundle).conditions == takes
+        else:
+            assert place in refusal(bundle)
 
 
 def test_verified_bytes_reads_a_file_once(bundle: Path) -> None:

@@ -219,11 +219,20 @@ def test_conditions_are_evaluated_and_exported(
     manifest = read_manifest(tmp_path / "b")
     assert manifest.conditions is not None and manifest.conditions.guidance == 1.5
     roles = {graph.role for graph in manifest.graphs}
-    assert {*CONDITIONED_ROLES, "prefill.conditioned"} < roles
+    assert {*CONDITIONED_ROLES["cpu"], "prefill.conditioned"} < roles
     assert [parity.graph for parity in manifest.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]
     assert abs(manifest.law_parity[1].law_ratio - 1) <= 0.005
     assert {one.given for one in manifest.conditions.asked_for} >= {"words", "pictures, trained styles"}
     assert all(one.guidance == 1.5 for one in manifest.conditions.asked_for) and manifest.conditions.laws
+    wanted = ["--fp16", "--int8", "--target", "cuda", "--stories", 12]
+    call(export.main, "--run", run, "--out", tmp_path / "c", *wanted)
+    manifest = read_manifest(tmp_path / "c")
+    assert manifest.conditions is not None and {graph.target for graph in manifest.graphs} == {"cuda"}
+    half, whole = manifest.law_parity
+    assert (half.graph, whole.graph) == ("step.cuda.fp16.onnx", "step.cuda.int8.onnx")
+    for parity, worst in ((half, 0.01), (whole, 0.1)):
+        assert parity.conditioned_ratio is not None and abs(parity.conditioned_ratio - 1) <= 0.005
+        assert parity.memory_error is not None and 0 < parity.memory_error < worst
 
 
 @pytest.mark.slow
