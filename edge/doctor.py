@@ -113,7 +113,12 @@ def sensors(root: Path = SYS) -> list[Finding]:
 
 Profiles = dict[Role, list[tuple[int, int]]]
 """(batch, length) or (requests, rows) of an engine, by the role of its graph."""
-ENGINES: Final[dict[Role, str]] = {"canvas": "engine", "step": "engine of blocks"}
+ENGINES: Final[dict[Role, str]] = {
+    "canvas": "engine",
+    "step": "engine of blocks",
+    "encode.text": "engine of words",
+    "encode.image": "engine of pictures",
+}
 
 
 def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], Profiles]:

@@ -90,14 +90,19 @@ class RowsBackend(Protocol):
 
 
 @runtime_checkable
-class ConditionedRows(RowsBackend, Protocol):
-    """A backend of rows that can read the memory of a condition."""
+class TakesConditions(Protocol):
+    """A backend of rows that can read the memory of a condition, on the CPU or a GPU."""
 
     fills_conditioned_gaps: bool
     """Whether the given text around gaps can read it, too."""
 
     def load(self, condition: Condition) -> None:
         """Load what such a condition needs. The first of its kind may take a while: not for the thread of a lane."""
+
+
+@runtime_checkable
+class ConditionedRows(RowsBackend, TakesConditions, Protocol):
+    """Such a backend on the CPU."""
 
     def encode(self, slot: Slot, condition: Condition) -> None:
         """Encode it for an empty slot, whose rows read it from then on."""

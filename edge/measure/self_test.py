@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from edge.backends.trt.profiles import PAIRED
 from edge.decoding import blocks
 from edge.decoding.blocks import BlocksLoop, Law, RowsBackend, Slot, Writing
 from edge.decoding.canvas import advance
@@ -81,8 +82,12 @@ def compare_blocks(
     A profile of many rows reads a text that fills it; one of few passes them on. Raises DeviceError when the GPU fails.
     """
     texts = [_text(cpu, manifest, seed) for seed in range(TEXTS)]
-    slots = [gpu.open_slot() for _ in range(max(requests for requests, _ in profiles))]
-    return [_compare_blocks(gpu, cpu, manifest=manifest, slots=slots[: p[0]], texts=texts, rows=p[1]) for p in profiles]
+    each = 2 if max(profiles)[0] == PAIRED[-1] else 1  # slots of a request; of two, the second is for guidance
+    counts = [max(1, requests // each) for requests, _ in profiles]
+    slots, made = [gpu.open_slot() for _ in range(max(counts))], list[Compared]()
+    for count, (_, rows) in zip(counts, profiles, strict=True):
+        made.append(_compare_blocks(gpu, cpu, manifest=manifest, slots=slots[:count], texts=texts, rows=rows))
+    return made
 
 
 def _compare_blocks(

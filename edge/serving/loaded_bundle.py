@@ -8,7 +8,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from edge.backends import Chosen, choose_backend
-from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law, RowsBackend
+from edge.decoding.blocks import BlocksLoop, Law, RowsBackend, TakesConditions
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import GAP_OF_BLOCKS, GAP_OF_CANVAS, Texts
 from edge.decoding.pictures import MAX_PICTURE_BYTES
@@ -129,23 +129,23 @@ class LoadedBundle:
     @property
     def takes_conditions(self) -> bool:
         """Whether this bundle on this device takes words and pictures."""
-        return self.manifest.conditions is not None and isinstance(self.rows, ConditionedRows)
+        return self.manifest.conditions is not None and isinstance(self.rows, TakesConditions)
 
-    def _conditioned_rows(self, request: GenerateRequest) -> ConditionedRows | None:
+    def _conditioned_rows(self, request: GenerateRequest) -> TakesConditions | None:
         """What runs a request with a condition; None for one without. Raises RequestError where nothing does."""
         if not request.conditioned:
             return None
         rows, name = self.rows, "`words`" if request.words is not None else "`images`"
         if self.manifest.conditions is None:
             raise RequestError("bad_request", f"{name}: this bundle takes neither words nor pictures")
-        if not isinstance(rows, ConditionedRows):
-            why = f"conditions run on the CPU alone, and this device serves from the backend {self.backend_name}"
+        if not isinstance(rows, TakesConditions):
+            why = f"this device serves from the backend {self.backend_name}, for which the bundle takes none"
             raise RequestError("bad_request", f"{name}: {why}")
         if request.segments is not None and not rows.fills_conditioned_gaps:
             raise RequestError("bad_request", f"{name}: this bundle fills gaps without conditions: give a `prompt`")
         return rows
 
-    def _condition(self, request: GenerateRequest, rows: ConditionedRows | None) -> Condition | None:
+    def _condition(self, request: GenerateRequest, rows: TakesConditions | None) -> Condition | None:
         if rows is None or self.manifest.conditions is None:
             return None
         condition = read_condition(request, self.manifest.conditions, self._texts)

@@ -46,7 +46,7 @@ def loop(gpu: Gpu, cubin: bytes, tmp_path: Path) -> Iterator[tuple[TrtBlocks, by
         manifest=manifest,
         step=step,
         graph=graph,
-        built=Built(b"", cubin),
+        built=[Built(b"", cubin)],
     )
     yield made, graph
     made.close()

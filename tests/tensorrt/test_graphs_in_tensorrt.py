@@ -18,8 +18,10 @@ from onnx import TensorProto, helper
 
 from edge.backends.trt.profiles import step_profiles
 from edge.config import default_bundle
+from host.export.__main__ import export_untrained
 from host.export.cuda_qdq import activation_ranges, quantize_linears
-from shared.manifest import graph_bytes, read_manifest
+from host.export.pipeline import Wanted
+from shared.manifest import SamplingDefaults, graph_bytes, read_manifest
 from shared.tokens import BOS, MASK
 from tests.support.packages import installed
 
@@ -79,6 +81,28 @@ def step(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     file = tmp_path / "step.onnx"
     file.write_bytes(whole_graph(default_bundle(), "step", request.param))
     return file
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of random weights for CUDA whose rows read conditions."""
+    folder = tmp_path_factory.mktemp("bundles") / "conditions"
+    wanted = Wanted(cuda_fp16=True, cuda_int8=True)
+    export_untrained("debug", folder, wanted=wanted, defaults=SamplingDefaults(), conditions=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("role", ["step", "encode.text", "encode.image"])
+def test_graphs_of_conditions_build_and_parse(conditioned: Path, tmp_path: Path, role: str, precision: str) -> None:
+    file = tmp_path / "graph.onnx"
+    file.write_bytes(whole_graph(conditioned, role, precision))
+    canvas_len = read_manifest(conditioned).model.canvas_len
+    shapes = step_profiles(canvas_len, window=3, paired=True) if role == "step" else [(1, 1)]
+    for found in (tried(BUILDS, file, shapes), tried(PARSES, file, [])):
+        assert "error" not in found
+        assert unexpected(found) == []
 
 
 @pytest.mark.slow

@@ -19,13 +19,14 @@ from edge.backends.trt import build_process, kernels
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.blocks import TrtBlocks
 from edge.backends.trt.captured import Captured, EngineRejected, Program
+from edge.backends.trt.conditioned_blocks import TrtConditionedBlocks
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
 from edge.backends.trt.engine_builder import Order
 from edge.backends.trt.find_tensorrt import import_tensorrt
-from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable, length_buckets
+from edge.backends.trt.profiles import BATCHES, batches_of, buckets, check_servable, length_buckets, reads_memory
 from edge.decoding.types import Row
 from shared.errors import ConfigError, DeviceError
-from shared.manifest import MAX_STEPS, Manifest, Role, find_graph, graph_bytes
+from shared.manifest import CONDITIONED_ROLES, MAX_STEPS, Manifest, Role, find_graph, graph_bytes
 from shared.schedule import SCHEDULES, time_of_masked_fraction
 from shared.tokens import MASK
 
@@ -87,7 +88,7 @@ class TrtBackend(Captured):
 
     def _load(self, memory: Memory, built: engines.Built) -> None:
         model = self._manifest.model
-        self._begin(memory, built, (kernels.DRAW, kernels.COMMIT))
+        self._begin(memory, (built,), (kernels.DRAW, kernels.COMMIT))
         shapes, rows = buckets(self._manifest, self._gpu.processors), BATCHES[-1]
         most = max(batch * length for batch, length in shapes)
         self._ratio_stride = max(MAX_STEPS, model.canvas_len)
@@ -195,21 +196,25 @@ class TrtBackend(Captured):
 def load(folder: Path, manifest: Manifest, argument: str) -> TrtBackend:
     """The canvas backend on this machine's GPU, with the engine that `edge.build` has built; see `_load`."""
 
-    def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: engines.Built) -> TrtBackend:
-        return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=built)
+    def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: Sequence[engines.Built]) -> TrtBackend:
+        return TrtBackend(trt, gpu, memory=memory, manifest=manifest, built=built[0])
 
-    return _load(folder, manifest, argument=argument, role="canvas", make=make)
+    return _load(folder, manifest, argument=argument, roles=("canvas",), make=make)
 
 
 def load_blocks(folder: Path, manifest: Manifest, argument: str) -> TrtBlocks:
-    """The same for blocks."""
+    """The same for blocks; with the engines of the encoders where its rows read a memory of conditions."""
     step = find_graph(folder, manifest, "cuda", "step")
     graph = graph_bytes(folder, manifest, step)
 
-    def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: engines.Built) -> TrtBlocks:
-        return TrtBlocks(trt, gpu, memory=memory, manifest=manifest, step=step, graph=graph, built=built)
+    takes = manifest.conditions is not None and reads_memory(step)
+    kind = TrtConditionedBlocks if takes else TrtBlocks
 
-    return _load(folder, manifest, argument=argument, role="step", make=make)
+    def make(trt: ModuleType, gpu: Gpu, memory: Memory, built: Sequence[engines.Built]) -> TrtBlocks:
+        return kind(trt, gpu, memory=memory, manifest=manifest, step=step, graph=graph, built=built)
+
+    roles: tuple[Role, ...] = ("step", *CONDITIONED_ROLES["cuda"] * takes)
+    return _load(folder, manifest, argument=argument, roles=roles, make=make)
 
 
 Made = TypeVar("Made")
@@ -220,10 +225,10 @@ def _load(
     manifest: Manifest,
     *,
     argument: str,
-    role: Role,
-    make: Callable[[ModuleType, Gpu, Memory, engines.Built], Made],
+    roles: Sequence[Role],
+    make: Callable[[ModuleType, Gpu, Memory, Sequence[engines.Built]], Made],
 ) -> Made:
-    """A backend of that role's engine, which is built again, once, when TensorRT rejects it.
+    """A backend of those roles' engines, which are built again, once, when TensorRT rejects one.
 
     argument: "" for memory from the driver, "pycuda" for memory from pycuda. Raises ConfigError, BundleError or
     DeviceError.
@@ -235,20 +240,24 @@ def _load(
     with ExitStack() as on_failure:
         on_failure.callback(gpu.close)
         trt = import_tensorrt()
-        facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=role)
-        place = engines.find(facts, engines.cache_folders())
-        if place is None:
-            raise NoEngine(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
+        places = dict[Role, Path]()
+        for role in roles:
+            facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=role)
+            place = engines.find(facts, engines.cache_folders())
+            if place is None:
+                raise NoEngine(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
+            places[role] = place
         memory: Memory = PycudaMemory() if argument else CudaMemory(gpu)
-        built = engines.load(place)
+        built = [engines.load(place) for place in places.values()]
         on_failure.pop_all()  # the backend's from here on
     try:
         return make(trt, gpu, memory, built)
     except EngineRejected as error:
         log.warning("%s: building it again, which takes minutes", str(error))
     bundle = str(folder.absolute())
-    order = Order(bundle, str(place.parent), build_process.WORKSPACE_MIB, force=True, role=role)
-    build_process.run_build(order, log.info)
+    for role, place in places.items():
+        order = Order(bundle, str(place.parent), build_process.WORKSPACE_MIB, force=True, role=role)
+        build_process.run_build(order, log.info)
     gpu = Gpu()
     memory = PycudaMemory() if argument else CudaMemory(gpu)
-    return make(trt, gpu, memory, engines.load(place))
+    return make(trt, gpu, memory, [engines.load(place) for place in places.values()])

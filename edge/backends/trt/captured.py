@@ -1,11 +1,11 @@
-"""What both loops on the GPU share: a stream, the kernels, an engine, and programs of one shape each that are captured
+"""What both loops on the GPU share: a stream, the kernels, engines, and programs of one shape each that are captured
 as CUDA graphs. Whatever a pass needs is allocated at the start; a pass costs the host one launch and one wait.
 """
 
 import ctypes
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import ModuleType
 from typing import Any, Protocol
@@ -49,8 +49,8 @@ class Captured(ABC):
         self._owned = ExitStack()
         self._programs: list[Program] = []
 
-    def _begin(self, memory: Memory, built: Built, names: tuple[str, ...]) -> None:
-        """Stream, event, kernels and engine. Raises EngineRejected or DeviceError."""
+    def _begin(self, memory: Memory, built: Sequence[Built], names: tuple[str, ...]) -> None:
+        """Stream, event, kernels and engines. Raises EngineRejected or DeviceError."""
         gpu, driver = self._gpu, self._gpu.driver
         self._owned.callback(gpu.close)
         gpu.use()
@@ -59,20 +59,20 @@ class Captured(ABC):
         flags = driver.CUevent_flags  # blocking: the CPU sleeps while the GPU works
         self._event = gpu.call("cuEventCreate", flags.CU_EVENT_BLOCKING_SYNC | flags.CU_EVENT_DISABLE_TIMING)
         self._owned.callback(gpu.release, "cuEventDestroy", self._event)
-        module = gpu.call("cuModuleLoadData", built.cubin)
+        module = gpu.call("cuModuleLoadData", built[0].cubin)
         self._owned.callback(gpu.release, "cuModuleUnload", module)
         self._kernels = {name: gpu.call("cuModuleGetFunction", module, name.encode()) for name in names}
 
         logger = make_logger(self._trt, log_messages)
         runtime = self._trt.Runtime(logger)
-        loaded = runtime.deserialize_cuda_engine(built.engine)
-        if loaded is None:
-            raise EngineRejected(f"TensorRT {self._trt.__version__} rejects the cached engine")
-        self._engine: Any = loaded
-        self._trt_objects: list[Any] = [logger, runtime, loaded]  # each must outlive those after it
+        self._engines: list[Any] = [runtime.deserialize_cuda_engine(one.engine) for one in built]
+        self._trt_objects: list[Any] = [logger, runtime, *self._engines]  # each must outlive those after it
         self._owned.callback(self._drop_trt_objects)
+        if None in self._engines:
+            raise EngineRejected(f"TensorRT {self._trt.__version__} rejects the cached engine")
         self._owned.callback(memory.free)
-        self._scratch = memory.device(max(SCRATCH_BYTES, loaded.device_memory_size_v2))
+        self._scratch_bytes = max(SCRATCH_BYTES, *(one.device_memory_size_v2 for one in self._engines))
+        self._scratch = memory.device(self._scratch_bytes)
         self._owned.callback(self._drop_programs)
 
     def _context(
@@ -82,16 +82,17 @@ class Captured(ABC):
         *,
         inputs: Mapping[str, tuple[int, tuple[int, ...]]],
         outputs: Mapping[str, tuple[int, tuple[int, ...]]],
+        engine: int = 0,
     ) -> Any:
         """An execution context for one shape; all share one scratch memory, since one runs at a time.
 
-        inputs, outputs: address and shape by name.
+        inputs, outputs: address and shape by name. engine: its number.
         """
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(strategy)
+        context = self._engines[engine].create_execution_context(strategy)
         if context is None:
             raise DeviceError(f"TensorRT makes no execution context for {name}")
-        context.set_device_memory(self._scratch, max(SCRATCH_BYTES, self._engine.device_memory_size_v2))
+        context.set_device_memory(self._scratch, self._scratch_bytes)
         done = [("set_optimization_profile_async", context.set_optimization_profile_async(profile, int(self._stream)))]
         done += [(f"set_input_shape {n}", context.set_input_shape(n, shape)) for n, (_, shape) in inputs.items()]
         tensors = {**inputs, **outputs}
@@ -178,7 +179,7 @@ class Captured(ABC):
         self._programs.clear()
 
     def _drop_trt_objects(self) -> None:
-        self._engine = None
+        self._engines.clear()
         while self._trt_objects:
             self._trt_objects.pop()
 

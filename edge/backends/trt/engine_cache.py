@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from edge.backends.trt import kernels
 from edge.backends.trt.driver import Gpu
-from edge.backends.trt.profiles import buckets, step_profiles
+from edge.backends.trt.profiles import buckets, reads_memory, step_profiles
 from shared.errors import DeviceError
 from shared.manifest import Manifest, Role, find_graph, graph_digest, has_role
 
@@ -28,8 +28,10 @@ ENGINE: Final = "step.engine"
 KERNELS: Final = "kernels.cubin"
 FACTS: Final = "facts.json"
 TIMINGS: Final = "timings-*.cache"
-KEPT: Final = 8
-"""Engines per cache folder, the most recently used: of canvas and blocks of two bundles, and of an earlier TensorRT."""
+KEPT: Final = 16
+"""Engines per cache folder, the most recently used: canvas, blocks and encoders of two bundles, and of an earlier
+TensorRT.
+"""
 FLAGS: Final = "strongly typed, no auxiliary streams, one profile a shape"
 """Builder settings; in the key, so that a release with other settings does not load an older engine."""
 
@@ -65,13 +67,13 @@ def facts_of(folder: Path, manifest: Manifest, *, tensorrt: str, gpu: Gpu, role:
 
     Raises BundleError when the bundle has no such graph for CUDA.
     """
-    window = 0 if manifest.blocks is None else manifest.blocks.window
-    shapes = buckets(manifest, gpu.processors)
+    window, graph = 0 if manifest.blocks is None else manifest.blocks.window, find_graph(folder, manifest, "cuda", role)
+    shapes = buckets(manifest, gpu.processors) if role == "canvas" else [(1, 1)]  # an encoder has one shape
     if role == "step":
-        shapes = step_profiles(manifest.model.canvas_len, window)
+        shapes = step_profiles(manifest.model.canvas_len, window, reads_memory(graph))
     kernels_text = "".join(map(kernels.source, kernels.HEADERS))
     return Facts(
-        graph_sha256=graph_digest(manifest, find_graph(folder, manifest, "cuda", role)),
+        graph_sha256=graph_digest(manifest, graph),
         kernels_sha256=hashlib.sha256(kernels_text.encode()).hexdigest(),
         tensorrt=tensorrt,
         cuda=gpu.cuda_version,
@@ -83,8 +85,8 @@ def facts_of(folder: Path, manifest: Manifest, *, tensorrt: str, gpu: Gpu, role:
 
 
 def built_roles(manifest: Manifest) -> list[Role]:
-    """The graphs of a bundle that an engine is built of: for the decoders canvas and blocks."""
-    roles: tuple[Role, ...] = ("canvas", "step")
+    """The graphs of a bundle that an engine is built of: for the decoders canvas and blocks, and for conditions."""
+    roles: tuple[Role, ...] = ("canvas", "step", "encode.text", "encode.image")
     return [role for role in roles if has_role(manifest, "cuda", role)]
 
 

@@ -4,11 +4,13 @@ from typing import Final
 
 from edge.backends.trt import kernels
 from shared.errors import BundleError
-from shared.manifest import Manifest
+from shared.manifest import Graph, Manifest
 
 BATCHES: Final = (1, 2, 4, 8)
 REQUESTS: Final = (1, 4, 8)
 """Slots that a pass of blocks computes."""
+PAIRED: Final = (1, 2, 8, 16)
+"""The same where requests may be guided: each has two slots, the second for its rows that read no memory."""
 FULL: Final = 64
 """Positions that fill a multiprocessor: 512 on an Orin Nano, three times the ridge of its roofline.
 
@@ -33,14 +35,20 @@ def buckets(manifest: Manifest, processors: int) -> list[tuple[int, int]]:
     return [(batch, length) for length in lengths for batch in batches_of(length, processors)]
 
 
-def step_profiles(canvas_len: int, window: int) -> list[tuple[int, int]]:
-    """(requests, rows) of each optimization profile of the step graph, in the engine's order.
+def reads_memory(step: Graph) -> bool:
+    """Whether the rows of a step graph for CUDA read a memory of conditions."""
+    return any(tensor.name == "reads" for tensor in step.inputs)
+
+
+def step_profiles(canvas_len: int, window: int, paired: bool = False) -> list[tuple[int, int]]:
+    """(requests, rows) of each optimization profile of the step graph, in the engine's order. paired: see `PAIRED`.
 
     A pass of blocks computes the first 1, 4 or 8 slots, whoever is in them, with a committed token and its drafts each;
     rows are so few that idle ones cost little. Prompts and evidence are read by one request at a time, in one pass.
     """
     reading = {canvas_len // 4, canvas_len}
-    return [*((requests, window + 1) for requests in REQUESTS), *((1, rows) for rows in sorted(reading))]
+    steps = [(requests, window + 1) for requests in (PAIRED if paired else REQUESTS)]
+    return [*steps, *((1, rows) for rows in sorted(reading))]
 
 
 def check_servable(manifest: Manifest) -> None:

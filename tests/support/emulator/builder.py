@@ -110,7 +110,8 @@ class BuildingTensorRT(FakeTensorRT):
             def parse(self, model: bytes) -> bool:
                 inputs = onnx.load_from_string(model).graph.input
                 tensors = [
-                    SimpleNamespace(name=i.name, shape=(-1,) * len(i.type.tensor_type.shape.dim)) for i in inputs
+                    SimpleNamespace(name=i.name, shape=tuple(d.dim_value or -1 for d in i.type.tensor_type.shape.dim))
+                    for i in inputs
                 ]
                 self._network.graph, self._network.num_inputs = model, len(tensors)
                 self._network.get_input = tensors.__getitem__

@@ -9,6 +9,7 @@
 #include "device.h"
 #include "unmask.cu"
 #include "blocks.cu"
+#include "conditions.cu"
 
 // A kernel with its arguments, copied from where a driver finds them: an array of their addresses.
 using Work = std::function<void()>;
@@ -24,7 +25,7 @@ static Work bound(void (*kernel)(A...), void** arguments) {
 
 static const char* const kernel_names[] = {
     "draw_candidates", "commit_candidates", "prepare_rows", "draw_rows", "keep_rows", "append_rows", "draft_input",
-    "draft_linear", "draft_token"};
+    "draft_linear", "draft_token", "remember_rows", "guide_scores"};
 
 // The kernel of that name, ready to run; empty where there is none.
 static Work kernel_named(const char* name, void** p) {
@@ -40,6 +41,8 @@ static Work kernel_named(const char* name, void** p) {
         case 6: return bound(draft_input, p);
         case 7: return bound(draft_linear, p);
         case 8: return bound(draft_token, p);
+        case 9: return bound(remember_rows, p);
+        case 10: return bound(guide_scores, p);
         default: return {};
     }
 }
@@ -114,6 +117,7 @@ void commit_one(Writing* w, const int* drawn, int pending) { commit_run(w, drawn
 
 void writing_layout(int* writing) {  // size, then the offset of each field
     const int w[] = {sizeof(Writing), offsetof(Writing, seed), offsetof(Writing, temperature), offsetof(Writing, top_p),
+                     offsetof(Writing, guidance),
                      offsetof(Writing, top_k), offsetof(Writing, window), offsetof(Writing, last),
                      offsetof(Writing, position), offsetof(Writing, token), offsetof(Writing, cached),
                      offsetof(Writing, drafts), offsetof(Writing, draft), offsetof(Writing, start),

@@ -33,7 +33,6 @@ class FakeTensorRT:
     def __init__(self, driver: FakeDriver, shapes: list[tuple[int, int]]) -> None:
         self.driver, self.shapes = driver, shapes
         self.live: list[str] = []
-        self.profiles: set[int] = set()  # that a context was made for
         self.refuses: set[str] = set()
         self.runs = 0
         outer = self
@@ -47,7 +46,6 @@ class FakeTensorRT:
 
         class Runtime(Counted):
             def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
-                outer.profiles.clear()
                 refused = "engine" in outer.refuses or serialized_engine == STALE
                 return None if refused else Engine(serialized_engine)
 
@@ -56,6 +54,7 @@ class FakeTensorRT:
 
             def __init__(self, graph: bytes) -> None:
                 super().__init__()
+                self.profiles: set[int] = set()  # that a context was made for
                 options = ort.SessionOptions()
                 options.log_severity_level = 3
                 self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -89,8 +88,8 @@ class FakeTensorRT:
             def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
                 self.changes()
                 assert not self.shape, "shapes are those of a profile: it comes first"
-                assert profile_index not in outer.profiles, "two contexts of one profile"
-                outer.profiles.add(profile_index)
+                assert profile_index not in self.engine.profiles, "two contexts of one profile"
+                self.engine.profiles.add(profile_index)
                 self.profile = profile_index
                 return profile_index < len(outer.shapes)
 

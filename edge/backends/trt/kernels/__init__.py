@@ -25,13 +25,15 @@ PREPARE: Final = "prepare_rows"
 DRAW_ROWS: Final = "draw_rows"
 KEEP: Final = "keep_rows"
 APPEND: Final = "append_rows"
+REMEMBER: Final = "remember_rows"
+GUIDE: Final = "guide_scores"
 DRAFT_INPUT: Final = "draft_input"
 DRAFT_LINEAR: Final = "draft_linear"
 DRAFT_TOKEN: Final = "draft_token"
 HIDDEN_LAYER, STATE_LAYER, SCORES_LAYER = 0, 1, 2
 COLUMNS: Final = THREADS // 4  # of a linear layer, in one block
-HEADERS: Final = ("arithmetic.h", "select.h", "blocks.h", "unmask.cu", "blocks.cu")
-UNITS: Final = '#include "unmask.cu"\n#include "blocks.cu"\n'
+HEADERS: Final = ("arithmetic.h", "select.h", "blocks.h", "unmask.cu", "blocks.cu", "conditions.cu")
+UNITS: Final = '#include "unmask.cu"\n#include "blocks.cu"\n#include "conditions.cu"\n'
 
 ROW: Final = np.dtype(
     [
@@ -57,6 +59,7 @@ WRITING: Final = np.dtype(
         ("seed", np.uint64),
         ("temperature", np.float32),
         ("top_p", np.float32),
+        ("guidance", np.float32),
         *((name, np.int32) for name in ("top_k", "window", "last", "position", "token", "cached", "drafts")),
         ("draft", np.int32, (MAX_WINDOW,)),
         *((name, np.int32) for name in ("start", "kept", "agreed", "fresh")),
@@ -67,7 +70,7 @@ WRITING: Final = np.dtype(
 )
 """`Writing` of blocks.h."""
 
-READING: Final = np.dtype([("rows", np.int32), ("evidence", np.int32)])
+READING: Final = np.dtype([(name, np.int32) for name in ("rows", "evidence", "draws", "slot")])
 
 _SELECTIONS: Final = {"random": 0, "confidence": 1, "margin": 2, "entropy": 3}
 _THRESHOLD: Final = 4

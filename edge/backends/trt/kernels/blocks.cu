@@ -2,8 +2,9 @@
 // append the kept rows to their slots, and draft anew.
 //
 // R: places of the pass, N: rows of each, M: scored rows of each, C: rows that a slot holds, V: vocabulary, D: width.
-// places (R,): the slot of each, −1 where there is none. Step passes have slot r at place r, since the network reads the
-// slots from the first on; a reading pass has one place, and a slot that is still empty, so that nothing is read of it.
+// places (R,): the request of each, −1 where there is none. Step passes have slot r at place r, since the network reads
+// the slots from the first on; a reading pass has one place, and a slot that is still empty, so that nothing is read of
+// it. A guided request has a second place, which repeats its rows and draws nothing; see `request_of`.
 #include "blocks.h"
 #include "select.h"
 
@@ -17,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare_rows(
     int* __restrict__ cached,               // (R,)
     int* __restrict__ scored,               // (R, M)
     int rows, int most_scored, int most_read, int is_reading) {
-    const int r = blockIdx.x, slot = places[r];
+    const int r = blockIdx.x, slot = request_of(places[r]);
     const Writing* w = writings + (slot < 0 ? 0 : slot);
     const int* read_tokens = (const int*)(reading + 1);
     const int count = slot < 0 ? 0 : is_reading ? reading->rows : 1 + w->drafts;
@@ -83,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) draw_rows(
     const int j = blockIdx.x, r = blockIdx.y, slot = places[r];
     if (slot < 0) return;
     Writing* w = writings + slot;
-    if (j > w->drafts || (is_reading && reading->evidence)) return;
+    if (j > w->drafts || (is_reading && !reading->draws)) return;
     const size_t row = (size_t)r * most_scored + j;
     const int token = drawn_token(logits + row * vocab, vocab, 0, w, w->top_p, w->position + 1 + j);
     if (threadIdx.x != 0) return;
@@ -100,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) keep_rows(
     Writing* w = writings + slot;
     w->kept = w->fresh = 0;
     if (w->broken) return;
-    if (is_reading && reading->evidence) {
+    if (is_reading && !reading->draws) {
         w->start = w->cached, w->kept = reading->rows, w->cached += w->kept;
         return;
     }
@@ -109,14 +110,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) keep_rows(
 
 // Kept rows go where the slot ends. One block per array, row and place (grid 2·layers × N × R).
 extern "C" __global__ void __launch_bounds__(THREADS) append_rows(
-    const int* __restrict__ places, const Writing* __restrict__ writings, const int* __restrict__ positions,
+    const int* __restrict__ places, const Writing* __restrict__ writings, const Reading* __restrict__ reading,
+    const int* __restrict__ positions,
     int* __restrict__ key_positions,        // (slots, C)
     const u16* __restrict__ fresh,          // arrays (R, H, N, D/H), `fresh_stride` apart: keys.0, values.0, keys.1 …
     u16* __restrict__ kept,                 // arrays (slots, H, C, D/H), `kept_stride` apart
-    int rows, int capacity, int heads, int head_width, int fresh_stride, int kept_stride) {
-    const int array = blockIdx.x, j = blockIdx.y, r = blockIdx.z, slot = places[r];
-    if (slot < 0 || j >= writings[slot].kept) return;
-    const int to = writings[slot].start + j;
+    int rows, int capacity, int heads, int head_width, int fresh_stride, int kept_stride,
+    int is_reading) {
+    const int array = blockIdx.x, j = blockIdx.y, r = blockIdx.z, request = request_of(places[r]);
+    if (request < 0 || j >= writings[request].kept) return;
+    const int slot = is_reading ? reading->slot : r, to = writings[request].start + j;
     fresh += (size_t)array * fresh_stride, kept += (size_t)array * kept_stride;
     for (int i = threadIdx.x; i < heads * head_width; i += THREADS) {
         const int head = i / head_width, column = i % head_width;

@@ -12,6 +12,7 @@ struct Writing {
     u64 seed;
     float temperature;
     float top_p;
+    float guidance;             // 0 for the law of rows that read the memory
     int top_k;
     int window;                 // the most drafts
     int last;                   // last position of the open gap
@@ -30,8 +31,13 @@ struct Writing {
 // Rows that a request reads in one pass, in mapped memory before the tokens and the positions.
 struct Reading {
     int rows;
-    int evidence;               // they all see each other, and nothing is drawn; else a prompt, whose last row draws
+    int evidence;               // they all see each other; else they are causal
+    int draws;                  // a prompt, whose last row draws
+    int slot;                   // where they are kept
 };
+
+// The request of a place: its own, or, as −2 − request, that whose rows it repeats without the memory; −1 for none.
+SHARED_FN int request_of(int place) { return place < -1 ? -2 - place : place; }
 
 // The noise of (seed, position, token): token i is word i mod 4 of the counter i div 4.
 SHARED_FN float block_gumbel(u64 seed, u32 position, u32 token) {

@@ -130,5 +130,5 @@ def test_conditions_on_a_gpu_are_refused_by_name(conditioned_bundle: Path) -> No
     loaded = LoadedBundle.load(conditioned_bundle, "fake")
     loaded.rows, loaded.backend_name = None, "trt"  # what a device has whose backend runs no rows that read a memory
     assert loaded.limits(1).words == 0
-    with pytest.raises(RequestError, match=r"`images`: conditions run on the CPU alone, .* the backend trt"):
+    with pytest.raises(RequestError, match=r"`images`: this device serves from the backend trt, for which"):
         loaded.prepare(GenerateRequest(prompt="a", images=[picture(1)]))

@@ -42,7 +42,7 @@ def record(law: Law, **fields: Any) -> NDArray[Any]:
 
 
 def test_block_records_have_the_layout_of_numpy(emulator: Emulator) -> None:
-    found = np.zeros(19, np.int32)
+    found = np.zeros(20, np.int32)
     emulator.call("writing_layout", found)
     offsets = [field[1] for field in (kernels.WRITING.fields or {}).values()]
     assert found.tolist() == [kernels.WRITING.itemsize, *offsets, kernels.READING.itemsize]
@@ -53,8 +53,9 @@ def test_block_constants_are_those_of_python() -> None:
     assert f"BLOCK_DOMAIN = {BLOCK_DOMAIN} " in header and f"MAX_WINDOW = {MAX_WINDOW} " in header
     for name in ("HIDDEN_LAYER", "STATE_LAYER", "SCORES_LAYER"):
         assert f"{name} = {getattr(kernels, name)}" in header
-    units = kernels.source("blocks.cu") + kernels.source("unmask.cu")
-    for name in (kernels.DRAW, kernels.COMMIT, kernels.PREPARE, kernels.DRAW_ROWS, kernels.KEEP, kernels.APPEND):
+    units = "".join(map(kernels.source, ("blocks.cu", "unmask.cu", "conditions.cu")))
+    names = (kernels.DRAW, kernels.COMMIT, kernels.PREPARE, kernels.DRAW_ROWS, kernels.KEEP, kernels.APPEND)
+    for name in (*names, kernels.REMEMBER, kernels.GUIDE):
         assert f" {name}(" in units
 
 
@@ -179,7 +180,7 @@ def test_block_rows_are_laid_out_and_appended_where_their_slot_ends(emulator: Em
     places = np.array([0, -1, 2], np.int32)
     tokens, positions, sees = (np.full((slots, rows), -7, np.int32) for _ in range(3))
     cached, picked = np.full(slots, -7, np.int32), np.full((slots, scored), -7, np.int32)
-    reading = np.zeros(8 + 2 * 16, np.uint8)
+    reading = np.zeros(4 + 2 * 16, np.int32)
     laid_out = (places, writings, reading, tokens, positions, sees, cached, picked, rows, scored, 16, 0)
     emulator.launch(kernels.PREPARE, (slots, 1, 1), laid_out)
     assert tokens.tolist() == [[40, 50, 51, PAD], [PAD] * 4, [41, PAD, PAD, PAD]]
@@ -190,10 +191,9 @@ def test_block_rows_are_laid_out_and_appended_where_their_slot_ends(emulator: Em
     fresh = np.arange(4 * slots * heads * rows * width, dtype=np.uint16).reshape(4, slots, heads, rows, width)
     kept = np.full((4, slots, heads, capacity, width), 9999, np.uint16)
     key_positions = np.full((slots, capacity), -7, np.int32)
-    numbers = (rows, capacity, heads, width, fresh[0].size, kept[0].size)
-    emulator.launch(
-        kernels.APPEND, (4, rows, slots), (places, writings, positions, key_positions, fresh, kept, *numbers)
-    )
+    numbers = (rows, capacity, heads, width, fresh[0].size, kept[0].size, 0)
+    appended = (places, writings, NO_READING, positions, key_positions, fresh, kept, *numbers)
+    emulator.launch(kernels.APPEND, (4, rows, slots), appended)
     wanted = np.full_like(kept, 9999)
     wanted[:, 0, :, 5:7], wanted[:, 2, :, 2:3] = fresh[:, 0, :, :2], fresh[:, 2, :, :1]
     np.testing.assert_array_equal(kept, wanted)
@@ -204,8 +204,8 @@ def test_block_rows_are_laid_out_and_appended_where_their_slot_ends(emulator: Em
 @pytest.mark.parametrize("evidence", [0, 1])
 def test_block_reading_rows_are_a_prompt_or_evidence(emulator: Emulator, evidence: int) -> None:
     writings, count, rows = record(LAWS[0], position=2, cached=0), 3, 8
-    reading = np.zeros(2 + 2 * 16, np.int32)
-    reading[:2], reading[2:5], reading[18:21] = (count, evidence), (BOS, 30, 31), (0, 4, 5)
+    reading = np.zeros(4 + 2 * 16, np.int32)
+    reading[:3], reading[4:7], reading[20:23] = (count, evidence, 1 - evidence), (BOS, 30, 31), (0, 4, 5)
     tokens, positions, sees = (np.zeros((1, rows), np.int32) for _ in range(3))
     cached, picked = np.zeros(1, np.int32), np.zeros((1, 4), np.int32)
     places = np.zeros(1, np.int32)

@@ -63,7 +63,7 @@ class Bench:
             manifest=self.manifest,
             step=step,
             graph=self.graph,
-            built=Built(self.graph, b"cubin"),
+            built=[Built(self.graph, b"cubin")],
         )
 
 
