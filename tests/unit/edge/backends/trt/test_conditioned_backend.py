@@ -8,18 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from edge import doctor
+from edge.backends.trt import backend as trt_backend
 from edge.backends.trt.conditioned_blocks import TrtConditionedBlocks
 from edge.backends.trt.driver import CudaMemory, Gpu
-from edge.backends.trt.engine_cache import Built
+from edge.backends.trt.engine_builder import Order, fulfil
+from edge.backends.trt.engine_cache import Built, built_roles
 from edge.backends.trt.profiles import PAIRED, step_profiles
 from edge.decoding.blocks import BlocksLoop, Law, RowScores, Slot, TakesConditions, Writing, advance
 from edge.decoding.conditions import Condition
 from edge.decoding.types import Floats, Ids
+from edge.serving.loaded_bundle import LoadedBundle
 from host.evaluate.cuda_rows import CudaRows
 from host.export.bundle_writer import BundleGraph, write_bundle
 from host.export.conditions_pipeline import conditions_spec
@@ -31,12 +36,15 @@ from host.model import conditions as host_conditions
 from host.model.network import CONFIGS, Denoiser
 from shared.errors import DeviceError
 from shared.manifest import Manifest, Role, find_graph, graph_bytes, read_manifest
+from shared.messages import GenerateRequest
 from shared.tokens import EOS, MASK
 from tests.support.decided import decided_network
 from tests.support.emulator import Emulator
+from tests.support.emulator.builder import BuildingTensorRT
 from tests.support.emulator.fake_tensorrt import FakeTensorRT
 from tests.support.emulator.fakes import FakeDriver
 from tests.support.kept_rows import keep
+from tests.support.picture_files import picture
 from tests.unit.edge.backends.trt.test_backend import ALLOCATES, SYNCHRONISES
 from tests.unit.edge.backends.trt.test_blocks_backend import (
     DEPTH,
@@ -270,3 +278,33 @@ def test_conditions_on_gpu_scores_that_are_no_numbers_fail_before_anything_is_ke
     finish(backend, [mine, twin])
     np.testing.assert_array_equal(mine.canvas, twin.canvas)
     backend.close()
+
+
+def test_bundle_of_conditions_is_built_found_and_served(
+    bench: Bench, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three engines, which the doctor names; without one of them the GPU serves no blocks."""
+    tensorrt = BuildingTensorRT(bench.driver, bench.trt.shapes)
+    monkeypatch.setenv("CACHE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr("edge.backends.trt.kernels.compile_kernels", lambda architecture: b"cubin")
+    for module in (trt_backend, doctor):
+        monkeypatch.setattr(module, "Gpu", lambda: Gpu(bench.driver))  # type: ignore[arg-type]
+        monkeypatch.setattr(module, "import_tensorrt", lambda: tensorrt)
+    assert built_roles(bench.manifest) == list(ROLES)
+    for role in ROLES:
+        with pytest.raises(trt_backend.NoEngine):
+            LoadedBundle.load(bundle, "trt")
+        gpu, order = Gpu(bench.driver), Order(str(bundle), str(tmp_path), 256, force=False, role=role)  # type: ignore[arg-type]
+        fulfil(order, tensorrt, gpu, bench.manifest)  # type: ignore[arg-type]
+        gpu.close()
+    found, profiles = doctor.gpu_and_engine(bundle, bench.manifest)
+    assert [one.name for one in found][-3:] == ["engine of blocks", "engine of words", "engine of pictures"]
+    assert not any(one.fix for one in found) and profiles["step"] == step_profiles(LENGTH, DEPTH, paired=True)
+    loaded = LoadedBundle.load(bundle, "trt")
+    assert (loaded.limits(1).words, loaded.limits(1).images) == (3, 3)
+    request = GenerateRequest(prompt="a", words=["red"], images=[picture(1)], guidance=1.0, max_tokens=6, seed=1)
+    texts = {loaded.run(loaded.prepare(one)).text for one in (request, msgspec.structs.replace(request, guidance=0.0))}
+    plain = loaded.run(loaded.prepare(GenerateRequest(prompt="a", max_tokens=6, seed=1))).text
+    loaded.close()
+    assert len(texts | {plain}) > 1
+    assert tensorrt.nothing_lives()
