@@ -1,4 +1,5 @@
-"""Draws a folder of pictures in more styles, from icon sets in the format of Iconify and from fonts.
+"""Draws a folder of pictures in more styles, from icon sets in the format of Iconify, from fonts, and from folders of
+pictures that are named by code point.
 
     npm install @iconify-json/fxemoji @iconify-json/noto-v1       # PyPI: resvg-py
     python docs/more_styles.py PICTURES OUT node_modules/@iconify-json/fxemoji Symbola.ttf
@@ -60,6 +61,17 @@ def icons_of(folder: Path) -> Draw:
     return draw
 
 
+def files_of(folder: Path) -> Draw:
+    """Pictures in files that are named by code point."""
+    files = {path.stem.replace("-fe0f", ""): path for path in folder.iterdir()}
+
+    def draw(char: str, names: Sequence[str]) -> Image.Image | None:
+        path = files.get("-".join(f"{ord(c):04x}" for c in char if c != "\ufe0f"))
+        return None if path is None else Image.open(path).convert("RGBA")
+
+    return draw
+
+
 def glyphs_of(path: Path) -> Draw:
     """The glyphs of a font, in black."""
     font = ImageFont.truetype(str(path), GLYPH)
@@ -95,15 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("styles", type=Path, nargs="+", help="folders of icon sets, and fonts")
+    parser.add_argument("styles", type=Path, nargs="+", help="folders of icon sets or pictures, and fonts")
     args = parser.parse_args()
     args.out.mkdir()
     for path in [args.pictures / "concepts.jsonl", *args.pictures.glob("*.zip")]:
         shutil.copyfile(path, args.out / path.name)
     concepts = [json.loads(line) for line in (args.out / "concepts.jsonl").read_text().splitlines()]
     for style in args.styles:
-        draw, count = (icons_of if style.is_dir() else glyphs_of)(style), 0
-        with zipfile.ZipFile(args.out / f"{style.stem}.zip", "w") as archive:
+        kind = glyphs_of if style.is_file() else icons_of if (style / "icons.json").exists() else files_of
+        draw, count = kind(style), 0
+        called = style.parent.name if style.name == "assets" else style.stem
+        with zipfile.ZipFile(args.out / f"{called}.zip", "w") as archive:
             for one in concepts:
                 for char, name, file in zip(one["chars"], one["emoji_names"], one["files"], strict=True):
                     drawn = draw(char, [name, *one["forms"]])
@@ -113,7 +127,7 @@ def main() -> None:
                         picture.save(png, "PNG")
                         archive.writestr(file, png.getvalue())
                         count += 1
-        print(f"{style.stem}: {count} pictures")
+        print(f"{called}: {count} pictures")
 
 
 if __name__ == "__main__":

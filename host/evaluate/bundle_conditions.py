@@ -9,11 +9,11 @@ from edge.backends.ort_rows import OrtRows
 from edge.decoding import conditions as edge_conditions
 from host.data.shards import SplitName
 from host.evaluate.bundle_drafting import law_of, write_text
-from host.evaluate.conditions import ConditionFigures, Told, evaluate_told
+from host.evaluate.conditions import NUMBERS, ConditionFigures, Told, evaluate_told
 from host.evaluate.gen_ppl import SampleScorer
-from host.evaluate.likelihood import held_out_split
+from host.evaluate.likelihood import HeldOut, held_out_split
 from host.model.conditions import Condition
-from host.train.conditioner import conditioner_of
+from host.train.conditioner import Conditioner, conditioner_of
 from host.train.run_folder import data_of, pictures_of
 from shared.errors import ConfigError
 from shared.manifest import TOKENIZER, read_manifest, verified_bytes
@@ -33,13 +33,33 @@ def evaluate_bundle(
 
     No laws: they are a run's. Raises ConfigError for a bundle without conditions.
     """
-    manifest = read_manifest(bundle)
-    if manifest.conditions is None or manifest.blocks is None:
+    if read_manifest(bundle).conditions is None:
         raise ConfigError(f"{bundle} takes no words and pictures")
-    verified_bytes(bundle, TOKENIZER, manifest.tokenizer_sha256)
     scorer, data = SampleScorer.load(run, bundle / TOKENIZER), data_of(run)
     held_out = held_out_split(data, stories, split)
-    blocks, backend = manifest.blocks, OrtRows(bundle, manifest, threads=0)
+    conditioner = conditioner_of(data, pictures_of(run))
+    told = told_by_bundle(
+        bundle, conditioner, held_out=held_out, count=count, guidances=guidances, scorer=scorer, on_row=on_row
+    )
+    return ConditionFigures(held_out.name, told, [])
+
+
+def told_by_bundle(
+    bundle: Path,
+    conditioner: Conditioner,
+    *,
+    held_out: HeldOut,
+    count: int,
+    guidances: Sequence[float],
+    numbers: Sequence[int] = NUMBERS,
+    scorer: SampleScorer | None = None,
+    on_row: Callable[[Told], None] = lambda row: None,
+) -> list[Told]:
+    """`evaluate_told` of texts without a prompt, by the defaults of a bundle with conditions."""
+    manifest = read_manifest(bundle)
+    verified_bytes(bundle, TOKENIZER, manifest.tokenizer_sha256)
+    backend, blocks = OrtRows(bundle, manifest, threads=0), manifest.blocks
+    assert blocks is not None
 
     def write(seeds: Sequence[int], conditions: Sequence[Condition], guidance: float) -> np.ndarray:
         asked = [as_request(one, guidance) for one in conditions]
@@ -50,16 +70,16 @@ def evaluate_bundle(
         pairs = zip(laws, given, strict=True)
         return np.stack([write_text(backend, manifest, law=law, condition=one).canvas for law, one in pairs])
 
-    told = evaluate_told(
+    return evaluate_told(
         write,
-        conditioner_of(data, pictures_of(run)),
+        conditioner,
         held_out=held_out,
         count=count,
         guidances=guidances,
+        numbers=numbers,
         scorer=scorer,
         on_row=on_row,
     )
-    return ConditionFigures(held_out.name, told, [])
 
 
 def as_request(condition: Condition, guidance: float) -> edge_conditions.Condition:

@@ -89,10 +89,7 @@ def evaluate_conditions(
         texts = sample_autoregressive(model, settings, dtype=dtype, conditions=conditions, guidance=guidance)
         return texts.numpy()
 
-    laws = [
-        conditional_law(model, held_out, wishes, f"{number} {given}")
-        for given, number, wishes in asked_of(conditioner, held_out, numbers)
-    ]
+    laws = conditional_laws(model, conditioner, held_out, numbers)
     told = evaluate_told(
         write,
         conditioner,
@@ -118,7 +115,8 @@ def evaluate_told(
     on_row: Callable[[Told], None] = lambda row: None,
 ) -> list[Told]:
     """How many of the first texts contain what they were asked for."""
-    plain, told = write(range(count), (), 0), []
+    count = min(count, len(held_out.canvases))
+    plain, told = write(range(count), (), 0), list[Told]()
     for given, number, wishes in asked_of(conditioner, held_out, numbers):
         few = [wish for wish in wishes if wish is not None][:count]
         for guidance in guidances:
@@ -185,6 +183,16 @@ def shares_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: np.n
 def _distinct(canvases: np.ndarray) -> tuple[float, float, float]:
     texts = [[token for token in canvas if token >= FIRST_TEXT_ID] for canvas in canvases.tolist()]
     return distinct(texts, 1), distinct(texts, 2), distinct(texts, 3)
+
+
+def conditional_laws(
+    model: Denoiser, conditioner: Conditioner, held_out: HeldOut, numbers: Sequence[int]
+) -> list[ConditionalLaw]:
+    """Of each kind and number of conditions."""
+    return [
+        conditional_law(model, held_out, wishes, f"{number} {given}")
+        for given, number, wishes in asked_of(conditioner, held_out, numbers)
+    ]
 
 
 @torch.no_grad()

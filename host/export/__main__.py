@@ -226,7 +226,7 @@ def export_run(
         laws = [law_figures(model, held_out, learned), graph_laws(blocks.graphs, held_out)]
         print_law_figures(laws)
     if conditioner is not None:
-        spec = measured_conditions(model, conditioner, held_out, guidance)
+        spec = measured_conditions(model, conditioner=conditioner, held_out=held_out, guidance=guidance, bundle=out)
     evaluations: list[Evaluation] = []
     if reference is not None:
         few = replace(held_out, canvases=held_out.canvases[:CUDA_STORIES])

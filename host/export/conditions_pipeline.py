@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -10,8 +11,8 @@ import onnx
 import torch
 
 from host.data.shards import Split
-from host.device import mixed_precision_dtype
-from host.evaluate.conditions import evaluate_conditions, print_laws_given
+from host.evaluate.bundle_conditions import told_by_bundle
+from host.evaluate.conditions import conditional_laws, print_laws_given
 from host.evaluate.likelihood import HeldOut
 from host.evaluate.row_graphs import RowGraphs
 from host.export.blocks_pipeline import CALIBRATION_STORIES, PARITY_STORIES, SCHEME, Blocks, say
@@ -39,7 +40,8 @@ from shared.tokens import FIRST_TEXT_ID
 
 PROMPT_TOKENS: Final = 4
 MEASURED_STORIES: Final = 128
-MEASURED_TEXTS: Final = 24
+MEASURED_TEXTS: Final = 200
+SINGLE: Final = (1,)  # word or picture
 
 
 def conditions_spec(guidance: float = 0.0) -> Conditions:
@@ -101,21 +103,18 @@ def reference_given(reference: LawReference, *, conditioner: Conditioner, train:
     )
 
 
-def measured_conditions(model: Denoiser, conditioner: Conditioner, held_out: HeldOut, guidance: float) -> Conditions:
-    """What a bundle's manifest says of single words and pictures, measured in float32 on a few held-out stories."""
+def measured_conditions(
+    model: Denoiser, *, conditioner: Conditioner, held_out: HeldOut, guidance: float, bundle: Path
+) -> Conditions:
+    """What a bundle's manifest says of single words and pictures: of texts by its graphs, and of laws in float32."""
     few = replace(held_out, canvases=held_out.canvases[:MEASURED_STORIES])
-    figures = evaluate_conditions(
-        model,
-        conditioner,
-        held_out=few,
-        count=MEASURED_TEXTS,
-        guidances=(guidance,),
-        numbers=(1,),
-        dtype=mixed_precision_dtype(model.device),
+    laws = conditional_laws(model, conditioner, few, SINGLE)
+    print_laws_given(laws)
+    told = told_by_bundle(
+        bundle, conditioner, held_out=held_out, count=MEASURED_TEXTS, guidances=(guidance,), numbers=SINGLE
     )
-    print_laws_given(figures.laws)
-    asked_for = tuple(one.asked for one in figures.told)
-    return msgspec.structs.replace(conditions_spec(guidance), asked_for=asked_for, laws=tuple(figures.laws))
+    spec = conditions_spec(guidance)
+    return msgspec.structs.replace(spec, asked_for=tuple(one.asked for one in told), laws=tuple(laws))
 
 
 def untested_conditions(model: Denoiser, learned: Collection[str], int8: bool) -> list[BundleGraph]:

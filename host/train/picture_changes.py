@@ -20,6 +20,8 @@ WOBBLE: Final = 0.08  # of half the picture: by how much the points of a 5 × 5 
 MIX: Final = 0.25  # of a colour that goes to another, or comes from it
 STRENGTH: Final = (0.6, 1.15)  # of the ink
 SWAPPED, GREY = 0.12, 0.15  # shares of the pictures: colours by another order of channels, none
+REPAINTED: Final = 0.3  # of the pictures: each channel by a curve of its own, so that areas keep their edges alone
+KNOTS: Final = 4  # of such a curve, behind the one at no ink
 THINNER, THICKER = 0.1, 0.1
 OUTLINED: Final = 0.45  # of the pictures; the next three are shares of these
 BROAD, FLAT, HOLLOW = 0.4, 0.4, 0.2  # lines of two pixels, colours of four levels, lines alone
@@ -45,6 +47,8 @@ def changed(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     drawn[flat] = (drawn[flat] * 3).round() / 3
     drawn[hollow] = 0
     ink[outlined] = drawn
+    repainted = _some(n, REPAINTED, rng)
+    ink[repainted] = _repainted(ink[repainted], rng)
     ink = _recoloured(ink, rng)
     ink[outlined] = torch.maximum(ink[outlined], lines)
     ink[blurred] = F.avg_pool2d(ink[blurred], 3, 1, 1)
@@ -96,6 +100,16 @@ def _lines(ink: Tensor, rng: np.random.Generator) -> Tensor:
     lines[broad] = _most(lines[broad])
     black = torch.from_numpy(rng.uniform(1.2, 4, (len(ink), 1, 1, 1)).astype(np.float32))
     return ((lines - LEAST_EDGE) * black).clamp(0, 1)
+
+
+def _repainted(ink: Tensor, rng: np.random.Generator) -> Tensor:
+    """Each channel through a random curve that leaves no ink where there is none."""
+    n = len(ink)
+    curve = F.pad(torch.from_numpy(rng.random((n, 3, KNOTS), np.float32)), (1, 0))
+    place = KNOTS * ink.flatten(2).clamp(0, 1)
+    left = place.floor().clamp(max=KNOTS - 1).long()
+    low, high = curve.gather(2, left), curve.gather(2, left + 1)
+    return (low + (high - low) * (place - left)).view_as(ink)
 
 
 def _recoloured(ink: Tensor, rng: np.random.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from PIL import Image
 from host.data import prepare
 from host.data.shards import load_data
 from host.model.conditions import PICTURE_SIZE
+from host.train import picture_changes
 from host.train.conditioner import conditioner_of, text_of
 from host.train.picture_changes import changed
 from host.train.picture_loss import contrast
@@ -45,6 +46,20 @@ def test_pictures_are_drawn_with_lines_without_colours_and_in_other_ones() -> No
     others = colours[:, 1:].amax(1) > colours[:, 0] + 0.2
     shares = [float(one.float().mean()) for one in (grey, red, others)]
     assert 0.1 < shares[0] < 0.6 and 0.3 < shares[1] < 0.8 and 0.02 < shares[2] < 0.2
+
+
+def test_pictures_repainted_may_have_their_dark_parts_light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dark square in a lighter one: its middle is the darkest, but where each channel goes through a random curve."""
+    squares = torch.ones(400, 3, PICTURE_SIZE, PICTURE_SIZE)
+    squares[:, :, 12:52, 12:52], squares[:, :, 22:42, 22:42] = 0.6, 0
+    for share in ("OUTLINED", "BLURRED", "COVERED", "THINNER", "THICKER"):
+        monkeypatch.setattr(picture_changes, share, 0.0)
+    lighter = []
+    for repainted in (0.0, 1.0):
+        monkeypatch.setattr(picture_changes, "REPAINTED", repainted)
+        dark = 1 - changed(squares, np.random.default_rng(0)).mean(1)
+        lighter.append(float((dark[:, 32, 32] < 0.9 * dark.amax((1, 2))).float().mean()))
+    assert lighter[0] == 0 and 0.1 < lighter[1] < 0.9
 
 
 def test_pictures_changes_are_a_function_of_the_generator() -> None:
