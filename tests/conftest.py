@@ -114,8 +114,9 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 STILL_NEEDS_A_DEVICE: Final = (
     "the unit's sandbox and cuInit: which device nodes and system calls CUDA asks for, and whether it does without "
     "memory that is writable and executable",
-    "building two engines: minutes and memory for nine profiles of canvas and five of blocks on 8 GB",
-    "fourteen execution contexts and their CUDA graphs beside each other in that memory",
+    "building two engines, with conditions four: minutes and memory for nine profiles of canvas and five of blocks on "
+    "8 GB",
+    "fourteen execution contexts, with conditions seventeen, and their CUDA graphs beside each other in that memory",
     "the state of stream and context after a capture that failed: whether the plain launches that follow work",
     "whether attention with the graph's bias still meets TensorRT's fused kernel, and so what a step costs",
 )

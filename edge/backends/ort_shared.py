@@ -11,6 +11,7 @@ from edge.backends.ort_session import Graphs, check_names
 from edge.decoding.blocks import Slot
 from edge.decoding.together import ROWS, Seats
 from edge.decoding.types import Floats
+from shared.errors import BundleError
 from shared.manifest import Manifest, Role
 
 ROLE: Final[Role] = "step.shared"
@@ -31,7 +32,10 @@ class OrtShared:
         self.requests = 1
         if usable:
             session = graphs.open(ROLE, 1)
-            self.requests = int(next(value for value in session.get_inputs() if value.name == "noise").shape[0])
+            noise: list[Any] = next((value.shape for value in session.get_inputs() if value.name == "noise"), [])
+            if noise[1:] != [ROWS + 1, self._vocab_size] or not isinstance(noise[0], int):
+                raise BundleError(f"{graphs.file(ROLE)} reads noise of shape {noise}, of another network")
+            self.requests = noise[0]
             caches = [f"{kind}.{i}" for i in range(manifest.model.layers) for kind in ("keys", "values")]
             own = [f"{name}.{r}" for r in range(self.requests) for name in ("key_positions", "last", "total", *caches)]
             made = {f"new_{name}" for name in own if name.startswith(("keys.", "values."))}

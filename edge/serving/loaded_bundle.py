@@ -184,7 +184,7 @@ class LoadedBundle:
         """A plan's canvas, ready for its first pass."""
         if isinstance(plan.sampling, Law):
             assert self._slots is not None
-            rows = None if self._batches == (1,) or self.rows is None else self.rows.depth + 1
+            rows = None if self._loop is None else self._loop.depth + 1
             vocab_size = self.manifest.model.vocab_size
             return BlocksRun(plan, self._texts, slots=self._slots, vocab_size=vocab_size, step_rows=rows)
         assert self.backend is not None
@@ -199,7 +199,8 @@ class LoadedBundle:
     def batches(self, run: Run | None = None) -> tuple[int, ...]:
         """How many runs like this one (by canvas without one), of equal `positions`, a step takes, ascending from 1."""
         if isinstance(run, BlocksRun):
-            return (1,) if run.writing.reads or run.plan.condition is not None else self._batches
+            lone = run.plan.condition is not None and self._loop is None
+            return (1,) if run.writing.reads or lone else self._batches
         batches: tuple[int, ...] = getattr(self.backend, "batches", (1,))
         return batches
 

@@ -8,6 +8,7 @@ from typing import Final
 from edge.serving.fair_queue import FairQueue
 from edge.serving.job import Job
 from edge.serving.loaded_bundle import LoadedBundle
+from edge.serving.runs import BlocksRun
 from edge.system.locked import Locked
 from shared.errors import RequestError
 
@@ -88,7 +89,7 @@ class _State:
         sizes = first.loaded.batches(first.run)
         if sizes == (1,):
             return [first]
-        kind = (first.loaded, type(first.run), first.positions(), sizes)
+        kind = self._kind(first)
         mates = [job for job in order if not job.alone and self._kind(job) == kind]
         others = (job for batch in self.batches for job in batch)
         own_share = -(-(len(mates) + sum(self._kind(job)[:2] == kind[:2] for job in others)) // first.loaded.lanes)
@@ -97,7 +98,8 @@ class _State:
 
     def _kind(self, job: Job) -> tuple[LoadedBundle, type, int, tuple[int, ...]]:
         """What jobs of one step have in common."""
-        return job.loaded, type(job.run), job.positions(), job.loaded.batches(job.run)
+        positions = 0 if isinstance(job.run, BlocksRun) else job.positions()
+        return job.loaded, type(job.run), positions, job.loaded.batches(job.run)
 
     def reason(self, usual: str) -> str:
         """Why requests are not served: a failed device is named before the usual reason."""

@@ -1,8 +1,8 @@
 """Continuous batching: threads that run the next denoising step of the requests in progress, in fair order.
 
-Requests join and leave between steps. Each keeps its own schedule, seed and end, and shares nothing but time. A backend
-has one lane or several: on a GPU one thread steps many canvases of one length at once; on a CPU several threads step
-one canvas each, so that no core idles while another draws tokens.
+Requests join and leave between steps. Each keeps its own schedule, seed and end; on a CPU what shares its steps changes
+no text. A backend has one lane or several: on a GPU one thread steps many requests at once; on a CPU several threads
+step one canvas each, or a few requests by blocks, so that no core idles while another draws tokens.
 
 Every request that `submit` accepts gets exactly one terminal reply.
 """

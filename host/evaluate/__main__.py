@@ -65,7 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     sampled = parser.add_mutually_exclusive_group()
     sampled.add_argument("--samples", type=Path, help="score these: text files, or a run to sample from")
     sampled.add_argument("--sweep", action="store_true", help="score --run at many steps, selections, temperatures")
-    parser.add_argument("--count", type=int, help=f"texts to score, of each setting (default: {COUNT})")
+    parser.add_argument(
+        "--count",
+        type=int,
+        help=f"texts of each setting (default: {COUNT}; with --conditions {CONDITIONED_TEXTS}, at most --stories)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument(
         "--drafts",
@@ -92,8 +96,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.conditions:
         if args.samples or args.sweep or args.drafts or args.draws or args.source:
             raise ConfigError(
-                "--conditions measures a run on its own data: it goes with --split, --stories, --count, "
-                "--guidance, --scorer and --json"
+                "--conditions measures a run, or a bundle, on the data of a run: it goes with --split, --stories, "
+                "--count, --guidance, --scorer and --json"
             )
         if args.bundle and not args.scorer:
             raise ConfigError("--bundle --conditions needs --scorer RUN, whose stories and pictures it asks for")
@@ -156,8 +160,6 @@ def measure_conditions(args: argparse.Namespace) -> None:
     """Print what a run or a bundle makes of words and pictures."""
     guidances, count = args.guidance or GUIDANCES, args.count or CONDITIONED_TEXTS
     stories, on_row = args.stories or STORIES, (lambda row: None) if args.json else print_told
-    if not args.json:
-        print_header()
     if args.bundle:
         of_bundle = evaluate_bundle(
             args.bundle,
@@ -166,6 +168,7 @@ def measure_conditions(args: argparse.Namespace) -> None:
             stories=stories,
             count=count,
             guidances=guidances,
+            on_start=(lambda: None) if args.json else print_header,
             on_row=on_row,
         )
         if args.json:
@@ -176,6 +179,8 @@ def measure_conditions(args: argparse.Namespace) -> None:
     if model.conditions is None:
         raise ConfigError(f"{run} takes no conditions: train them with host.train --stage conditions --init {run}")
     data = data_of(run)
+    if not args.json:
+        print_header()
     figures = evaluate_conditions(
         model,
         conditioner_of(data, pictures_of(run)),

@@ -14,6 +14,7 @@ from host.evaluate.gen_ppl import SampleScorer
 from host.evaluate.likelihood import HeldOut, held_out_split
 from host.model.conditions import Condition
 from host.train.conditioner import Conditioner, conditioner_of
+from host.train.published import is_published
 from host.train.run_folder import data_of, pictures_of
 from shared.errors import ConfigError
 from shared.manifest import TOKENIZER, read_manifest, verified_bytes
@@ -27,17 +28,22 @@ def evaluate_bundle(
     stories: int,
     count: int,
     guidances: Sequence[float],
+    on_start: Callable[[], None] = lambda: None,
     on_row: Callable[[Told], None] = lambda row: None,
 ) -> ConditionFigures:
     """Texts without a prompt, by the bundle's defaults; stories, pictures and the scorer are those of `run`.
 
-    No laws: they are a run's. Raises ConfigError for a bundle without conditions.
+    Words alone where `run` has no pictures; no laws: they are a run's. on_start: called once all is checked. Raises
+    ConfigError for a bundle without conditions, or a `run` without data.
     """
     if read_manifest(bundle).conditions is None:
         raise ConfigError(f"{bundle} takes no words and pictures")
+    if is_published(run):
+        raise ConfigError(f"{run} has no data: --scorer names a run, with its stories and pictures")
     scorer, data = SampleScorer.load(run, bundle / TOKENIZER), data_of(run)
     held_out = held_out_split(data, stories, split)
     conditioner = conditioner_of(data, pictures_of(run))
+    on_start()
     told = told_by_bundle(
         bundle, conditioner, held_out=held_out, count=count, guidances=guidances, scorer=scorer, on_row=on_row
     )

@@ -23,6 +23,7 @@ from host.sampling.many import sample_autoregressive
 from host.sampling.reference import TOP_K, Settings
 from host.train.conditioner import Conditioner, text_of
 from shared.conditions import AskedFor, ConditionalLaw
+from shared.errors import DataError
 from shared.figures import Figure
 from shared.tokens import FIRST_TEXT_ID, PAD
 
@@ -119,6 +120,8 @@ def evaluate_told(
     plain, told = write(range(count), (), 0), list[Told]()
     for given, number, wishes in asked_of(conditioner, held_out, numbers):
         few = [wish for wish in wishes if wish is not None][:count]
+        if not few:
+            raise DataError(f"no story of {held_out.name} has {number} {given}: more --stories may have some")
         for guidance in guidances:
             texts = write(range(len(few)), [wish.condition for wish in few], guidance)
             shares = [shares_told(conditioner, few, canvases) for canvases in (texts, plain)]

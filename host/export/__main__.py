@@ -28,6 +28,7 @@ from host.model.network import config_named
 from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
 from host.train.conditioner import conditioner_of
+from host.train.published import is_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
 from shared.conditions import MAX_GUIDANCE
 from shared.errors import ConfigError, run_main
@@ -152,6 +153,11 @@ def export_run(
 ) -> None:
     """The bundle as soon as its graphs pass the gate, then its figures, with which its manifest is written again."""
     model, progress = load_run(run)
+    if model.conditions is not None and is_published(run):
+        raise ConfigError(
+            f"{run} does not hold the data that its conditions are measured on: start a run from it with "
+            f"host.train --stage pictures --init {run}, and export that"
+        )
     learned = progress.objectives
     check_learned(run, learned, wanted)
     tokenizer = run / TOKENIZER
@@ -225,7 +231,7 @@ def export_run(
     if blocks.graphs:
         laws = [law_figures(model, held_out, learned), graph_laws(blocks.graphs, held_out)]
         print_law_figures(laws)
-    if conditioner is not None:
+    if takes and conditioner is not None:
         spec = measured_conditions(model, conditioner=conditioner, held_out=held_out, guidance=guidance, bundle=out)
     evaluations: list[Evaluation] = []
     if reference is not None:

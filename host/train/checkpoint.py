@@ -14,7 +14,7 @@ from torch import Tensor
 
 from host.model.network import Denoiser, ModelConfig
 from host.train.optim import Ema
-from host.train.published import CONDITIONS, WEIGHTS, Published, is_published, read_published
+from host.train.published import CONDITIONS, CONDITIONS_PART, WEIGHTS, Published, is_published, read_published
 from shared.errors import DataError, DiffusionLLMError
 from shared.schedule import ScheduleName
 
@@ -141,7 +141,10 @@ def ema_tensors(path: Path) -> dict[str, Tensor]:
         stored = _tensors(path, "" if path.name == WEIGHTS else "ema.")
         if path.name == WEIGHTS and read_published(path.parent).conditions:
             path = path.with_name(CONDITIONS)
-            stored |= _tensors(path, "")
+            apart = _tensors(path, "")
+            if not apart or not all(name.startswith(CONDITIONS_PART) for name in apart):
+                raise DataError(f"{path} does not hold what reads words and pictures")
+            stored |= apart
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     return {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}

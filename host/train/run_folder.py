@@ -117,7 +117,7 @@ def work_behind(run: Path) -> Work:
 
 
 def training_stages(run: Path) -> tuple[TrainingStage, ...]:
-    """The runs that a run's weights went through, oldest first."""
+    """The runs that a run's weights went through, oldest first; of a published folder those of conditions last."""
     if is_published(run):
         training = read_published(run).training
         return training.stages + training.condition_stages

@@ -73,6 +73,8 @@ def test_shipped_bundle_is_what_the_readme_says() -> None:
         assert figure in readme, figure
     conditions = read_manifest(ROOT / "bundle" / "tinystories-conditions").conditions
     assert conditions is not None
+    kinds = ["words", "pictures, trained styles", "pictures, openmoji (held out)"]
+    assert [one.given for one in conditions.asked_for] == kinds
     told = ", ".join(f"{100 * one.told.value:.0f} ± {100 * one.told.stderr:.0f} %" for one in conditions.asked_for)
     base = ", ".join(f"{100 * one.base.value:.0f}" for one in conditions.asked_for)
     assert f"{told} (unasked {base} %)" in readme

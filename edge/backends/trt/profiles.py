@@ -43,8 +43,9 @@ def reads_memory(step: Graph) -> bool:
 def step_profiles(canvas_len: int, window: int, paired: bool = False) -> list[tuple[int, int]]:
     """(requests, rows) of each optimization profile of the step graph, in the engine's order. paired: see `PAIRED`.
 
-    A pass of blocks computes the first 1, 4 or 8 slots, whoever is in them, with a committed token and its drafts each;
-    rows are so few that idle ones cost little. Prompts and evidence are read by one request at a time, in one pass.
+    A pass of blocks computes the first 1, 4 or 8 slots (paired: 1, 2, 8 or 16), whoever is in them, with a committed
+    token and its drafts each; rows are so few that idle ones cost little. Prompts and evidence are read by one request
+    at a time, in one pass.
     """
     reading = {canvas_len // 4, canvas_len}
     steps = [(requests, window + 1) for requests in (PAIRED if paired else REQUESTS)]

@@ -39,8 +39,8 @@ print(tokenizer.decode(canvas[0], skip_special_tokens=True))
 """
 
 READING: Final = f"""
-`{CONDITIONS}` is what the network reads words and pictures by, beside the model: `host.train` and `host.export` use it,
-transformers does not. """
+`{CONDITIONS}` is what the network reads words and pictures by, beside the model: `host.train` goes on from it,
+transformers leaves it alone. Trained by: """
 
 
 def model_card(name: str, published: Published, *, dtype: str, temperature: float) -> str:
@@ -73,11 +73,11 @@ def model_card(name: str, published: Published, *, dtype: str, temperature: floa
             ),
             f"| all | | {training.tokens:,} |\n",
             READING * shape.conditions,
-            *(
-                f"{', '.join(stage.objectives)}, {stage.tokens:,} tokens or pictures ({stage.name}). "
+            "; ".join(
+                f"{stage.name} ({', '.join(stage.objectives)}, {stage.tokens:,} tokens or pictures)"
                 for stage in training.condition_stages
             ),
-            "\n" * bool(training.condition_stages),
+            ".\n" * shape.conditions,
             "\n## Figures\n\n",
             "Value ± standard error, of the weights in float32",
             f" (here they are rounded to {dtype})" * (dtype != "float32"),

@@ -79,7 +79,8 @@ def training_of(run: Path, progress: Progress) -> Training:
 def figures_of_bundle(training: Training, bundle: Path) -> Training:
     """With what a bundle's manifest says of the same weights in float32; ConfigError when it is of other weights."""
     manifest = read_manifest(bundle)
-    if (manifest.tokenizer_sha256, manifest.data.stages) != (training.tokenizer_sha256, training.stages):
+    stages = tuple(stage for stage in manifest.data.stages if stage.objectives not in CONDITION_STAGES)
+    if (manifest.tokenizer_sha256, stages) != (training.tokenizer_sha256, training.stages):
         raise ConfigError(f"{bundle} is not of this run: its tokenizer or its stages of training are others")
     return msgspec.structs.replace(
         training,

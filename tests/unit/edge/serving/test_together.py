@@ -65,9 +65,14 @@ def test_together_texts_are_the_same_as_alone(bundle: Path, threads: int, monkey
 
 
 def test_together_a_failed_pass_is_tried_alone(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, answers = LoadedBundle.load(bundle, "ort", threads=1), list[Response]()
+    loaded, answers, failed = LoadedBundle.load(bundle, "ort", threads=1), list[Response](), list[object]()
+
+    def fails(seats: object) -> None:
+        failed.append(seats)
+        raise ZeroDivisionError("the pass fails")
+
     assert loaded._shared_rows is not None
-    monkeypatch.setattr(loaded._shared_rows, "rows_together", _fails)
+    monkeypatch.setattr(loaded._shared_rows, "rows_together", fails)
     scheduler = Scheduler(loaded, queue_size=16)
     mailboxes = [Mailbox() for _ in range(8)]
     for number, mailbox in enumerate(mailboxes):
@@ -76,11 +81,7 @@ def test_together_a_failed_pass_is_tried_alone(bundle: Path, monkeypatch: pytest
     scheduler.run()
     answers = [mailbox.response() for mailbox in mailboxes]
     expected = [loaded.run(loaded.prepare(GenerateRequest(prompt="a", seed=n, max_tokens=9))).text for n in range(8)]
-    assert [answer.text for answer in answers] == expected
-
-
-def _fails(seats: object) -> None:
-    raise ZeroDivisionError("the pass fails")
+    assert [answer.text for answer in answers] == expected and failed
 
 
 def test_together_few_requests_have_lanes_of_their_own(bundle: Path) -> None:

@@ -26,7 +26,7 @@ from host.train.logging import LOG_FILE, read_log
 from host.train.objectives import Settings, conditioned
 from host.train.published import CONDITIONS, WEIGHTS, read_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
-from shared.manifest import CONDITIONED_ROLES, read_manifest
+from shared.manifest import CONDITIONED_ROLES, bundle_digest, read_manifest
 from tests.support.commands import call, refusal, small
 
 
@@ -178,9 +178,17 @@ def test_conditions_are_published_beside_the_network(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     training = read_published(out).training
     assert (training.stages, training.condition_stages) == (training_stages(body), training_stages(conditions)[1:])
+    bundle = tmp_path / "bundle"
+    call(export.main, "--run", conditions, "--out", bundle, "--target", "cpu", "--stories", 12)
+    call(export.main, "--run", conditions, "--hf", tmp_path / "again", "--hf-figures", bundle)
+    assert read_published(tmp_path / "again").training.bundle_sha256 == bundle_digest(bundle)
+    assert "start a run from it" in refusal(capsys, export.main, "--run", out, "--out", tmp_path / "c")[1]
     stage = ["--data", data, "--stage", "pictures", "--init", out, "--pictures", pictures, "--steps", 1]
     call(train.main, *stage, "--batch-size", 8, "--out", tmp_path / "p")
     assert training_stages(tmp_path / "p")[:2] == training_stages(conditions)
+    (out / CONDITIONS).write_bytes((out / WEIGHTS).read_bytes())
+    said = refusal(capsys, train.main, *stage, "--out", tmp_path / "r")[1]
+    assert said == f"{out / CONDITIONS} does not hold what reads words and pictures"
     (out / CONDITIONS).unlink()
     said = refusal(capsys, train.main, *stage, "--out", tmp_path / "q")[1]
     assert said.startswith(f"{out / CONDITIONS} cannot be read: ")
