@@ -29,15 +29,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def on_cpu(precision: str) -> list[tuple[str, str, str]]:
-    return [(f"{role}.cpu.{precision}.onnx", precision, "cpu") for role in ("step", "prefill", "draft", "canvas")]
+    roles = ("step", "prefill", "draft", "canvas", *["step.shared"] * (precision == "int8"))
+    return [(f"{role}.cpu.{precision}.onnx", precision, "cpu") for role in roles]
 
 
 def on_cuda(*precisions: str) -> list[tuple[str, str, str]]:
-    return [
-        (f"{role}.cuda.{precision}.onnx", precision, "cuda")
-        for role in ("step", "canvas", "weights")
-        for precision in precisions
-    ]
+    pairs = [(role, precision) for role in ("step", "canvas", "weights") for precision in precisions]
+    return [(f"{role}.cuda.{precision}.onnx", precision, "cuda") for role, precision in pairs]
 
 
 @pytest.mark.slow
