@@ -183,7 +183,8 @@ def self_test(folder: Path, manifest: Manifest, profiles: Profiles) -> list[Find
         if gpu.backend is not None and cpu is not None:
             compared += [("", one) for one in compare_profiles(gpu.backend, cpu, manifest, profiles["canvas"])]
         if isinstance(gpu.rows, BlocksLoop) and isinstance(rows_on_cpu, RowsBackend):
-            compared += [(" rows", one) for one in compare_blocks(gpu.rows, rows_on_cpu, manifest, profiles["step"])]
+            for one in compare_blocks(gpu.rows, rows_on_cpu, manifest, profiles["step"]):
+                compared.append((f" rows with {one.kind}" if one.kind else " rows", one))
     for what, one in compared:
         name = f"{one.batch} × {one.length}{what} on the gpu"
         fix = None if one.agreement >= MIN_AGREEMENT else f"{name} disagrees with the CPU: python -m edge.build --force"

@@ -13,13 +13,12 @@ from shared.messages import GenerateRequest
 from shared.tokens import FIRST_TEXT_ID
 
 ROWS: Final = (1, 2, 4, 8, 16)
-CACHED: Final = 128
 REPEATS: Final = 40
 TEXTS: Final = 10
 
 
 class Pass(Struct):
-    """A pass over so many rows behind 128 kept ones, at most four of them scored; median."""
+    """A pass over so many rows behind half a canvas of kept ones, at most four of them scored; median."""
 
     rows: int
     ms: float
@@ -47,20 +46,20 @@ def measure_blocks(loaded: LoadedBundle) -> Blocks | None:
     rows, blocks = loaded.rows, loaded.manifest.blocks
     if rows is None or blocks is None:
         return None
-    passes = pass_costs(rows) if isinstance(rows, RowsBackend) else []
+    passes = pass_costs(rows, loaded.manifest.model.canvas_len) if isinstance(rows, RowsBackend) else []
     draft_ms = draft_cost(loaded, rows) if isinstance(rows, RowsBackend) and rows.depth else None
     windows = sorted({0, 1, rows.depth}) if rows.depth else [0]
     return Blocks(passes, draft_ms, drafting(loaded, windows))
 
 
-def pass_costs(rows: RowsBackend) -> list[Pass]:
+def pass_costs(rows: RowsBackend, canvas_len: int) -> list[Pass]:
     """Interleaved, so that a disturbance affects all sizes alike."""
     slot, times = rows.open_slot(), {n: list[float]() for n in ROWS}
-    slot.cached = CACHED
-    slot.positions[:CACHED] = np.arange(CACHED)
+    slot.cached = kept = canvas_len // 2
+    slot.positions[:kept] = np.arange(kept)
     for _ in range(REPEATS):
         for n in ROWS:
-            tokens, places = np.full(n, FIRST_TEXT_ID, np.int32), np.arange(CACHED, CACHED + n, dtype=np.int32)
+            tokens, places = np.full(n, FIRST_TEXT_ID, np.int32), np.arange(kept, kept + n, dtype=np.int32)
             started = time.perf_counter()
             rows.rows(slot, tokens, positions=places, scored=min(n, 4))
             times[n].append((time.perf_counter() - started) * 1e3)

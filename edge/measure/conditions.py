@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from edge.decoding.blocks import ConditionedRows, Slot
 from edge.decoding.conditions import Condition
-from edge.measure.blocks import CACHED, REPEATS
+from edge.measure.blocks import REPEATS
 from edge.serving.loaded_bundle import LoadedBundle
 from shared.conditions import Conditions
 from shared.errors import ConfigError
@@ -23,7 +23,7 @@ ROUNDS: Final = 5
 
 
 class Pass(Struct):
-    """A pass of so many rows, all scored, behind 128 kept ones: least of five medians. The others over the first."""
+    """A pass of so many rows, all scored, behind half a canvas: least of five medians. The others over the first."""
 
     rows: int
     ms: float
@@ -52,25 +52,32 @@ def measure_condition(loaded: LoadedBundle, kind: str) -> ConditionCost:
     for condition in (plain, guided):
         rows.load(condition)
     load_ms = (time.perf_counter() - started) * 1e3
-    slots = [filled_slot(rows, condition) for condition in (None, plain, guided)]
+    slots = [filled_slot(rows, condition, model.canvas_len // 2) for condition in (None, plain, guided)]
     return ConditionCost(kind, load_ms, encode_cost(rows, plain), [pass_cost(rows, slots, n) for n in ROWS])
 
 
 def most_of(kind: str, takes: Conditions, model: ModelSpec, guidance: float) -> Condition:
-    """As many words, of two tokens each, or as many pictures, of noise, as a bundle takes."""
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(FIRST_TEXT_ID, model.vocab_size, (takes.words, min(2, takes.word_tokens))).tolist()
-    side, count = takes.picture_size, takes.pictures if kind == "images" else 0
-    pixels = draw.integers(0, 256, (count, side, side, 3)).astype(np.uint8)
-    return Condition(tuple(map(tuple, tokens)) if kind == "words" else (), pixels, guidance)
+    """As many words, or as many pictures, as a bundle takes."""
+    words, pictures = (takes.words, 0) if kind == "words" else (0, takes.pictures)
+    return random_condition(takes, model, words=words, pictures=pictures, guidance=guidance)
 
 
-def filled_slot(rows: ConditionedRows, condition: Condition | None) -> Slot:
-    """A slot with CACHED rows."""
+def random_condition(
+    takes: Conditions, model: ModelSpec, *, words: int, pictures: int, guidance: float, seed: int = 0
+) -> Condition:
+    """So many words, of two random tokens each, and so many pictures of noise."""
+    draw, side = np.random.default_rng(seed), takes.picture_size
+    tokens = draw.integers(FIRST_TEXT_ID, model.vocab_size, (words, min(2, takes.word_tokens))).tolist()
+    pixels = draw.integers(0, 256, (pictures, side, side, 3)).astype(np.uint8)
+    return Condition(tuple(map(tuple, tokens)), pixels, guidance)
+
+
+def filled_slot(rows: ConditionedRows, condition: Condition | None, kept: int) -> Slot:
+    """A slot with so many kept rows."""
     slot = rows.open_slot()
     if condition is not None:
         rows.encode(slot, condition)
-    slot.cached, slot.positions[:CACHED] = CACHED, np.arange(CACHED)
+    slot.cached, slot.positions[:kept] = kept, np.arange(kept)
     return slot
 
 
@@ -86,7 +93,8 @@ def encode_cost(rows: ConditionedRows, condition: Condition) -> float:
 
 def pass_cost(rows: ConditionedRows, slots: list[Slot], n: int) -> Pass:
     """Interleaved, so that a disturbance affects all kinds alike."""
-    tokens, places = np.full(n, FIRST_TEXT_ID, np.int32), np.arange(CACHED, CACHED + n, dtype=np.int32)
+    first = slots[0].cached
+    tokens, places = np.full(n, FIRST_TEXT_ID, np.int32), np.arange(first, first + n, dtype=np.int32)
     medians: list[list[float]] = []
     for _ in range(ROUNDS):
         times: list[list[float]] = [[] for _ in slots]

@@ -1,17 +1,19 @@
-"""Compares GPU and CPU: every profile of the engine, step by step from the same canvases."""
+"""Compares GPU and CPU: every profile of the engines, from the same canvases and behind the same texts."""
 
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from edge.backends.trt.profiles import PAIRED
 from edge.decoding import blocks
-from edge.decoding.blocks import BlocksLoop, Law, RowsBackend, Slot, Writing
+from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law, RowsBackend, Slot, TakesConditions, Writing
 from edge.decoding.canvas import advance
+from edge.decoding.conditions import Condition
 from edge.decoding.types import AnyBackend, Row, Sampling
+from edge.measure.conditions import GUIDANCE, random_condition
 from shared.manifest import Manifest
 from shared.tokens import BOS, EOS, MASK, PAD
 
@@ -24,6 +26,10 @@ SHORT: Final = 8
 """Tokens of a text that is not to fill a profile."""
 MIN_AGREEMENT: Final = 0.8
 """Of committed tokens: lower precision changes close draws only, a broken engine most of them."""
+PLAIN: Final = ""
+GUIDED: Final = "guidance"
+KINDS: Final = (PLAIN, "words", "pictures", GUIDED)
+"""Of requests for an engine that reads conditions. A guided one has both words and pictures, and takes two slots."""
 
 
 class Compared(NamedTuple):
@@ -33,6 +39,16 @@ class Compared(NamedTuple):
     length: int
     step_ms: float  # of a step or a pass, median on the GPU
     agreement: float  # of the tokens that either side committed, the share that both did
+    kind: str = PLAIN  # of the requests, one of KINDS
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A request to compare, behind the first tokens of a text."""
+
+    kind: str
+    text: list[int]
+    condition: Condition | None
 
 
 def compare_profiles(
@@ -77,17 +93,41 @@ def step_ms(backend: AnyBackend, manifest: Manifest, rows: Sequence[Row]) -> flo
 def compare_blocks(
     gpu: BlocksLoop, cpu: RowsBackend, manifest: Manifest, profiles: Sequence[tuple[int, int]]
 ) -> list[Compared]:
-    """Each profile (requests, rows) writes greedily behind texts of the CPU's; the CPU says what it would have drawn.
+    """Each profile (slots, rows) writes greedily behind texts of the CPU's; the CPU says what it would have drawn.
 
-    A profile of many rows reads a text that fills it; one of few passes them on. Raises DeviceError when the GPU fails.
+    A profile of many rows reads a text that fills it; one of few passes them on. Where the engine reads conditions,
+    requests of all KINDS share the passes, and each kind is judged by itself. Raises DeviceError when the GPU fails.
     """
-    texts = [_text(cpu, manifest, seed) for seed in range(TEXTS)]
-    each = 2 if max(profiles)[0] == PAIRED[-1] else 1  # slots of a request; of two, the second is for guidance
-    counts = [max(1, requests // each) for requests, _ in profiles]
-    slots, made = [gpu.open_slot() for _ in range(max(counts))], list[Compared]()
-    for count, (_, rows) in zip(counts, profiles, strict=True):
-        made.append(_compare_blocks(gpu, cpu, manifest=manifest, slots=slots[:count], texts=texts, rows=rows))
+    texts, made = [_text(cpu, manifest, seed) for seed in range(TEXTS)], list[Compared]()
+    each, kinds = (2, KINDS) if isinstance(gpu, TakesConditions) else (1, KINDS[:1])  # slots of a request
+    asked = [
+        Asked(kind, text, _condition(kind, manifest, number))
+        for number, text in enumerate(texts)
+        for kind in (*kinds[number % len(kinds) :], *kinds[: number % len(kinds)])  # by turns in each slot
+    ]
+    counts = [max(1, slots // each) for slots, _ in profiles]
+    slots = [gpu.open_slot() for _ in range(max(counts))]
+    for count, (width, rows) in zip(counts, profiles, strict=True):
+        fitting = asked
+        if each == 2 and rows == gpu.depth + 1 and width <= 2:  # of one request: two slots only if it is guided
+            fitting = [one for one in asked if (one.kind == GUIDED) == (width == 2)]
+        made += _compare_blocks(gpu, cpu, manifest=manifest, slots=slots[:count], asked=fitting, rows=rows)
     return made
+
+
+def _condition(kind: str, manifest: Manifest, number: int) -> Condition | None:
+    """One, two, … words and pictures, by turns, up to the most that the bundle takes."""
+    takes = manifest.conditions
+    if kind == PLAIN or takes is None:
+        return None
+    return random_condition(
+        takes,
+        manifest.model,
+        words=0 if kind == "pictures" else 1 + number % takes.words,
+        pictures=0 if kind == "words" else 1 + number % takes.pictures,
+        guidance=GUIDANCE if kind == GUIDED else 0.0,
+        seed=number,
+    )
 
 
 def _compare_blocks(
@@ -96,36 +136,46 @@ def _compare_blocks(
     *,
     manifest: Manifest,
     slots: Sequence[Slot],
-    texts: Sequence[list[int]],
+    asked: Sequence[Asked],
     rows: int,
-) -> Compared:
-    reads, times_ms, same, total = rows > gpu.depth + 1, list[float](), 0, 0
+) -> list[Compared]:
+    """→ one for each kind of request, in the order in which they come"""
+    reads, kinds = rows > gpu.depth + 1, list(dict.fromkeys(one.kind for one in asked))
+    times_ms, same, total = {kind: list[float]() for kind in kinds}, dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
     length = min(rows, manifest.model.canvas_len - TOKENS) if reads else SHORT
-    for first in range(0, len(texts), len(slots)):
-        writings = [_greedy(manifest, text[:length], gpu.depth) for text in texts[first : first + len(slots)]]
-        for writing, slot in zip(writings, slots, strict=True):
+    for first in range(0, len(asked), len(slots)):
+        writings = {one: _greedy(manifest, one, length, gpu.depth) for one in asked[first : first + len(slots)]}
+        for (one, writing), slot in zip(writings.items(), slots, strict=True):
             writing.slot, slot.cached = slot, 0
             ms = _pass_ms(gpu, [writing])
-            times_ms += [ms] * reads
-        while open_ones := [w for w in writings if not w.done]:
-            ms = _pass_ms(gpu, open_ones)
-            times_ms += [ms] * (not reads)
-        for writing in writings:
+            times_ms[one.kind] += [ms] * reads
+        while open_ones := {one: writing for one, writing in writings.items() if not writing.done}:
+            ms = _pass_ms(gpu, list(open_ones.values()))
+            for kind in {one.kind for one in open_ones}:
+                times_ms[kind] += [ms] * (not reads)
+        for one, writing in writings.items():
             tokens = writing.canvas[: writing.position + 1]
             new = tokens.size - length
-            places = np.arange(tokens.size - 1, dtype=np.int32)
-            slot = cpu.open_slot()
+            places, slot = np.arange(tokens.size - 1, dtype=np.int32), cpu.open_slot()
+            if one.condition is not None:
+                assert isinstance(cpu, ConditionedRows)
+                cpu.load(one.condition)
+                cpu.encode(slot, one.condition)
             scores = cpu.rows(slot, tokens[:-1], positions=places, scored=new)
-            same += int(np.count_nonzero(scores.scores.argmax(1) == tokens[length:]))
-            total += new
-    return Compared(len(slots), rows, statistics.median(times_ms or [0.0]), same / total)
+            same[one.kind] += int(np.count_nonzero(scores.scores.argmax(1) == tokens[length:]))
+            total[one.kind] += new
+    return [
+        Compared(len(slots), rows, statistics.median(times_ms[kind] or [0.0]), same[kind] / total[kind], kind)
+        for kind in kinds
+    ]
 
 
-def _greedy(manifest: Manifest, text: list[int], window: int) -> Writing:
-    """TOKENS more, at most."""
-    canvas = np.full(len(text) + TOKENS, MASK, np.int32)
-    canvas[: len(text)] = text
-    return Writing(canvas, canvas == MASK, True, Law(0, 0.0, 1, 1.0, window), manifest.model.vocab_size)
+def _greedy(manifest: Manifest, asked: Asked, length: int, window: int) -> Writing:
+    """TOKENS more, at most, behind the first `length` of the text."""
+    canvas = np.full(length + TOKENS, MASK, np.int32)
+    canvas[:length] = asked.text[:length]
+    law, vocab_size = Law(0, 0.0, 1, 1.0, window), manifest.model.vocab_size
+    return Writing(canvas, canvas == MASK, True, law, vocab_size, condition=asked.condition)
 
 
 def _text(cpu: RowsBackend, manifest: Manifest, seed: int) -> list[int]:

@@ -26,8 +26,9 @@ from edge.decoding.conditions import Condition
 from edge.decoding.types import Floats, Ids
 from edge.serving.loaded_bundle import LoadedBundle
 from host.evaluate.cuda_rows import CudaRows
+from host.export.blocks_pipeline import blocks_graphs
 from host.export.bundle_writer import BundleGraph, write_bundle
-from host.export.conditions_pipeline import conditions_spec
+from host.export.conditions_pipeline import conditioned_graphs, conditions_spec
 from host.export.cuda_memory import cuda_encode_image_graph, cuda_encode_text_graph
 from host.export.cuda_step import cuda_step_graph
 from host.export.random_weights import untrained
@@ -116,12 +117,14 @@ class Bench:
         )
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, model = tmp_path_factory.mktemp("bundles") / "conditions", speaking_network()
+def export_conditions(folder: Path, *, on_cpu: bool) -> Denoiser:
+    """A bundle with blocks that take conditions for CUDA; on_cpu: for the CPU, too."""
+    model = speaking_network()
     _, progress, tokenizer = untrained(replace(CONFIGS["debug"], canvas_len=LENGTH))
     makes = (cuda_step_graph, cuda_encode_text_graph, cuda_encode_image_graph)
     graphs = [BundleGraph(make(model), role, "fp16", "cuda") for make, role in zip(makes, ROLES, strict=True)]
+    if on_cpu:
+        graphs += [*blocks_graphs(model, {"ar"}), *conditioned_graphs(model, {"ar"})]
     with tokenizer as path:
         write_bundle(
             folder,
@@ -132,6 +135,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             top_k=TOP_K,
             conditions=conditions_spec(),
         )
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "conditions"
+    export_conditions(folder, on_cpu=False)
     return folder
 
 
