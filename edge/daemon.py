@@ -22,6 +22,7 @@ from edge.serving.scheduler import Scheduler
 from edge.system import systemd
 from edge.system.gpu_deaths import GpuDeaths
 from edge.system.heartbeat import Sign
+from edge.system.memory import give_back_freed
 from edge.system.systemd import JournalFormatter
 from edge.transports.unix_socket import SocketServer
 from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name
@@ -97,6 +98,7 @@ def serve(read_config: Callable[[], Config]) -> None:
     which may be able to use the device.
     """
     config = read_config()
+    give_back_freed()
     inherited = systemd.activated_sockets()
     path = config.socket if inherited.unix is None else Path(inherited.unix.getsockname())
     with ExitStack() as stack:

@@ -39,7 +39,9 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session._model_bytes = None  # else it keeps the file's bytes, for a change of providers
+    return session
 
 
 class Graphs:
