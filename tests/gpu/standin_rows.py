@@ -1,4 +1,7 @@
-"""Stands for the engine of blocks where TensorRT is absent: the step graph's tensors, the network torch's own."""
+"""Stands for the engines of blocks where TensorRT is absent: their graphs' tensors, the network torch's own.
+
+Every operation has one shape and waits for nothing, so that it can be recorded.
+"""
 
 from typing import Any
 
@@ -25,6 +28,10 @@ class RowsStandIn(StandIn):
         super().__init__(gpu, Network(model, gpu), model.config.vocab_size)
         self.model, self.graph = model, graph
 
+    def compute(self, read: Tensors) -> Tensors:
+        """What the engine makes of its inputs."""
+        return step(self.model, read)
+
     def create_execution_context(self, strategy: str) -> "RowsContext":
         return RowsContext(self)
 
@@ -37,9 +44,10 @@ class RowsContext(Context):
         self._rows_engine = engine
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        requests, rows = self._shape["tokens"]
-        sizes = {"requests": requests, "rows": rows}
-        tensor = next(one for one in self._rows_engine.graph.outputs if one.name == name)
+        graph, sizes = self._rows_engine.graph, dict[int | str, int]()
+        for given in graph.inputs:
+            sizes |= zip(given.shape, self._shape[given.name], strict=True)
+        tensor = next(one for one in graph.outputs if one.name == name)
         return tuple(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
 
     def _view(self, tensor: manifest.Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -51,7 +59,7 @@ class RowsContext(Context):
         made = {t.name: self._view(t, self.get_tensor_shape(t.name)) for t in engine.graph.outputs}
 
         def run() -> None:
-            for name, value in step(engine.model, read).items():
+            for name, value in engine.compute(read).items():
                 made[name].copy_(value)
 
         self._enqueue(run, stream_handle)
@@ -76,14 +84,30 @@ def step(model: Denoiser, read: Tensors) -> Tensors:
     width = config.d_model // config.heads
     for i, block in enumerate(model.blocks):
         b: Any = block
-        q, k, v = b.qkv(b.norm1(x)).view(r, n, 3, config.heads, width).permute(2, 0, 3, 1, 4)
+        normed = b.norm1(x)
+        q, k, v = b.qkv(normed).view(r, n, 3, config.heads, width).permute(2, 0, 3, 1, 4)
         made[f"new_keys.{i}"], made[f"new_values.{i}"] = k, v
         k, v = (torch.cat([read[f"{kind}.{i}"].float(), t], 2) for kind, t in (("keys", k), ("values", v)))
         mixed = ((q * width**-0.5) @ k.transpose(-1, -2) + bias).softmax(-1) @ v
         x = x + b.attention_out(mixed.transpose(1, 2).reshape(r, n, config.d_model))
+        if "reads" in read:
+            x = x + of_memory(model, i, normed, read)
         x = x + b.down(F.gelu(b.up(b.norm2(x))))
     states = model.norm(x).flatten(0, 1)[read["scored"].long()].half()
     token = torch.arange(config.vocab_size, device=device)
     never = -1e4 * ((token == PAD) | (token == BOS) | (token == MASK))
     made["states"], made["logits"] = states, (model.head(states.float()) + never).clamp(min=-1e4)
     return made
+
+
+def of_memory(model: Denoiser, layer: int, normed: Tensor, read: Tensors) -> Tensor:
+    """What rows read of their requests' memories.  normed (R, N, D) → (R, N, D)"""
+    reader: Any = model.conditions.reads[layer]  # type: ignore[union-attr]
+    keys, values = (read[f"memory_{kind}.{layer}"].float() for kind in ("keys", "values"))
+    (r, n, d), heads, width = normed.shape, keys.shape[1], keys.shape[3]
+    hidden = (read["reads"] < 1)[:, None, None]
+    q = reader.q(normed).view(r, n, heads, width).transpose(1, 2) * width**-0.5
+    weights = (q @ keys.transpose(-1, -2)).masked_fill(hidden, -1e4).softmax(-1)
+    mixed = (weights @ values).transpose(1, 2).reshape(r, n, d)
+    change: Tensor = reader.out(mixed) + reader.gain * mixed
+    return change

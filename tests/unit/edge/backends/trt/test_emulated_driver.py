@@ -20,7 +20,10 @@ from tests.support.packages import installed
 pytestmark = [pytest.mark.proof("4. the TensorRT backend over a recording driver, and below NVIDIA's own bindings")]
 
 ROOT = Path(__file__).resolve().parents[5]
-SOURCES = tuple(f"edge/backends/trt/{name}.py" for name in ("driver", "captured", "backend", "blocks", "drafter"))
+SOURCES = tuple(
+    f"edge/backends/trt/{name}.py"
+    for name in ("driver", "captured", "backend", "blocks", "conditioned_blocks", "drafter")
+)
 VERSIONS = ("12.9.2", "12.9.10", "13.0.3", "13.5.0")
 """First and last of each major version on the index that the package's extras admit."""
 
@@ -88,8 +91,8 @@ def test_emulated_driver_passes_the_tests_for_a_gpu(version: str, tmp_path: Path
         "-o",
         "timeout=500",
     ]
-    few = ["tests/gpu", "-k", "test_backend_on_gpu or test_blocks_on_gpu or random or nucleus"]
+    few = ["tests/gpu", "-k", "backend_on_gpu or blocks_on_gpu or conditions_on_gpu or random or nucleus"]
     settings = environment(version, LD_LIBRARY_PATH=str(tmp_path), OMP_NUM_THREADS="1")
     done = subprocess.run([*command, *few], cwd=ROOT, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^[1-9]\d* passed, 2 skipped", done.stdout.splitlines()[-1]), done.stdout
+    assert re.search(r"^[1-9]\d* passed, 3 skipped", done.stdout.splitlines()[-1]), done.stdout
