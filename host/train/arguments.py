@@ -103,7 +103,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         raise ConfigError("--objectives: shown is what --stage pictures trains on")
     if args.stage == "pictures" and args.pictures is None:
         raise ConfigError("--stage pictures needs --pictures DATA")
-    if args.pictures and args.stage not in ("conditions", "pictures") and "conditioned" not in args.objectives:
+    if args.pictures and args.stage not in ("conditions", "pictures", "reads") and "conditioned" not in args.objectives:
         raise ConfigError("--pictures needs --stage conditions, or the objective conditioned")
     if args.time_input and len(args.objectives) > 1:
         raise ConfigError("--time-input takes the objective canvas alone: other objectives have no diffusion time")

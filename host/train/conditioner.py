@@ -48,7 +48,7 @@ class Conditioner:
     def draw(self, canvas: Tensor, rng: np.random.Generator) -> tuple[Condition, Tensor] | None:
         """Words, pictures of styles to train on, or both, of a story (L,); None where it has none of them.
 
-        → condition, and which positions of the story hold what it names (L,) bool
+        → condition, and which positions of the story first tell of each of its parts (L,) bool
         """
         text, kind = text_of(self.tokenizer, canvas.numpy()), rng.random()
         with_words = self.pictures is None or kind >= PICTURES_ALONE
@@ -59,8 +59,8 @@ class Conditioner:
             words = self.draw_words(text, 1, rng)
         if not words and not concepts:
             return None
-        forms = [form for concept in concepts for form in self.forms_of(concept)]
-        return self.condition(words, self.shown(concepts, rng)), self.places(canvas, [*words, *forms])
+        told = self.first_places(canvas, [*((word,) for word in words), *map(self.forms_of, concepts)])
+        return self.condition(words, self.shown(concepts, rng)), told
 
     def show(self, canvases: Tensor, rng: np.random.Generator) -> list[Condition]:
         """Of stories (n, L) a picture of a concept that each tells of, and the first of its words; without those that
@@ -80,13 +80,17 @@ class Conditioner:
         assert self.pictures is not None
         return self.pictures.meta.concepts[concept].forms
 
-    def places(self, canvas: Tensor, words: Sequence[str]) -> Tensor:
-        """Where a story (L,) has one of these words inside a sentence.  → (L,) bool"""
+    def first_places(self, canvas: Tensor, parts: Sequence[Sequence[str]]) -> Tensor:
+        """Where a story (L,) first has one of each part's words inside a sentence.  → (L,) bool"""
         found = torch.zeros(len(canvas), dtype=torch.bool)
-        for tokens in map(self.tokens_of, words):
-            n = len(tokens)
-            starts = (canvas.unfold(0, n, 1) == torch.tensor(tokens)).all(1).nonzero()[:, 0]
-            found[(starts[:, None] + torch.arange(n)).flatten()] = True
+        for words in parts:
+            there = []
+            for tokens in map(self.tokens_of, words):
+                starts = (canvas.unfold(0, len(tokens), 1) == torch.tensor(tokens)).all(1).nonzero()[:1, 0]
+                there += [(start, len(tokens)) for start in starts.tolist()]
+            if there:
+                start, length = min(there)
+                found[start : start + length] = True
         return found
 
     def draw_words(self, text: str, count: int, rng: np.random.Generator) -> tuple[str, ...]:

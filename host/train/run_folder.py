@@ -46,7 +46,7 @@ class Work:
     tokens: int = 0
 
 
-Stage = Literal["body", "drafter", "conditions", "pictures"]
+Stage = Literal["body", "drafter", "conditions", "pictures", "reads"]
 """What is trained: the network, or with the network frozen its drafter, its reading of words and pictures, or the
 encoder of pictures alone."""
 
@@ -226,8 +226,8 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
     if args.stage != "body" and learned is not None:
         if "ar" not in learned.objectives:
             raise ConfigError(f"{args.init} did not learn the objective ar, which --stage {args.stage} builds on")
-        if args.stage == "pictures" and not learned.model.conditions:
-            raise ConfigError(f"{args.init} takes no words: --stage pictures comes after --stage conditions")
+        if args.stage in ("pictures", "reads") and not learned.model.conditions:
+            raise ConfigError(f"{args.init} takes no words: --stage {args.stage} comes after --stage conditions")
         new = {"draft_depth": DEPTH} if args.stage == "drafter" else {"conditions": True}
         model, objectives = replace(learned.model, **new), learned.objectives
     if args.pictures is not None:

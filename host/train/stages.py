@@ -1,8 +1,8 @@
 """The stages of a run: which parameters are trained, on which stories, with which loss.
 
 Stage A ("body") trains the network; "conditions" what makes a frozen network take words and pictures, "pictures" the
-encoder of pictures alone; stage B ("drafter") the chain drafter of a frozen network. Laws that a stage does not train
-stay as they are, to the bit.
+encoder of pictures alone, "reads" what blocks read of both encoders' memory; stage B ("drafter") the chain drafter of
+a frozen network. Laws that a stage does not train stay as they are, to the bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +27,7 @@ PARTS: Final[dict[Stage, str]] = {
     "drafter": "drafter.",
     "conditions": "conditions.",
     "pictures": "conditions.pictures.",
+    "reads": "conditions.reads.",
 }
 """Stages that train one part of the network, whose names begin so, and freeze the rest."""
 
@@ -49,7 +50,7 @@ def trained_mixture(stage: Stage, learned: Mapping[str, float]) -> dict[str, flo
     """Each objective's share of the stories. A drafter trains on gaps in a fifth of them, if its network infills."""
     if stage == "body":
         return dict(learned)
-    if stage == "conditions":
+    if stage in ("conditions", "reads"):
         return {"conditioned": 1.0}
     if stage == "pictures":
         return {"shown": 1.0}

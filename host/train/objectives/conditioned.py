@@ -1,8 +1,8 @@
 """Autoregressive, given words and pictures that the story tells of, drawn again each time it is seen.
 
-Tokens that the condition names have weight 1, the others REST. Only a few of two hundred are named; the gradients of
-the others, about which the condition says little, are noise here. So the law favours what is asked for, by odds of up
-to 1 / REST where it cannot know better.
+The first tokens that tell of each word and picture have weight 1, the others REST. Only a few of two hundred are told;
+the gradients of the others, about which the condition says little, are noise here. So the law favours what is asked
+for, by odds of up to 1 / REST where it cannot know better; once it is told, the law is that of stories that tell of it.
 
 No conditions are dropped: with the body frozen, a story without one teaches nothing. Where the body learns, too, `ar`
 is the objective of such stories.
@@ -27,8 +27,8 @@ def examples(x0: Tensor, rng: np.random.Generator, settings: Settings) -> list[E
     made = []
     for story in x0:
         if (drawn := settings.conditioner.draw(story, rng)) is not None:
-            condition, named = drawn
+            condition, told = drawn
             (plain,) = ar.examples(story[None], rng, settings)
-            weight = torch.where(named[1 : 1 + len(plain.target)], 1.0, REST)
+            weight = torch.where(told[1 : 1 + len(plain.target)], 1.0, REST)
             made.append(replace(plain, weight=weight, condition=condition))
     return made

@@ -17,7 +17,7 @@ class Drawer(Protocol):
     """Draws conditions of stories."""
 
     def draw(self, canvas: Tensor, rng: np.random.Generator) -> tuple[Condition, Tensor] | None:
-        """Of a story (L,), with the positions (L,) bool of what it names; None where there is nothing to name."""
+        """Of a story (L,), with the positions (L,) bool that first tell of it; None where it has nothing to name."""
 
     def show(self, canvases: Tensor, rng: np.random.Generator) -> list[Condition]:
         """Of stories (n, L) a picture of a concept of each, and its word; without those that tell of none."""

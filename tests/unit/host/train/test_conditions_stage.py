@@ -77,12 +77,29 @@ def test_conditions_drawn_name_what_the_story_tells_of(data: Path, pictures: Pat
         story = torch.from_numpy(canvas.astype(np.int64))
         drawn = conditioner.draw(story, rng)
         if drawn is not None:
-            condition, named = drawn
+            condition, told = drawn
             of_words = {token for word in condition.words for token in word}
-            assert condition.words == [] or of_words <= set(story[named].tolist())
+            assert condition.words == [] or of_words <= set(story[told].tolist())
             kinds.add((bool(condition.words), bool(len(condition.pictures))))
             assert bool(((condition.pictures >= 0) & (condition.pictures <= 1)).all())
     assert kinds == {(True, False), (False, True), (True, True)}
+
+
+def test_conditions_tell_of_a_word_or_a_picture_where_it_comes_first(data: Path) -> None:
+    conditioner = conditioner_of(load_data(data), None)
+    one, other, third = sorted(conditioner.words.stories)[:3]
+    tokens = {word: conditioner.tokens_of(word) for word in (one, other, third)}
+    story = torch.tensor([7, *tokens[one], 8, *tokens[other], *tokens[one], *tokens[third], *tokens[other]])
+    (a, b), start = (len(tokens[word]) for word in (one, other)), 1
+    after = start + a + 1
+
+    def told(*parts: tuple[str, ...]) -> list[int]:
+        return conditioner.first_places(story, parts).nonzero()[:, 0].tolist()
+
+    assert told((one,)) == [*range(start, start + a)]
+    assert told((one,), (other,)) == [*range(start, start + a), *range(after, after + b)]
+    assert told((other, third)) == [*range(after, after + b)]  # a concept's words: whichever comes first
+    assert told(()) == []
 
 
 def test_conditions_weigh_the_tokens_that_they_name(data: Path) -> None:
@@ -136,6 +153,20 @@ def test_conditions_stage_leaves_the_network_to_the_bit_and_learns(data: Path, r
     plain, after_it = (token_nats(load_run(run)[0], stories) for run in (body, conditions))
     assert np.array_equal(plain, after_it)  # the law without a condition
     assert [stage.objectives for stage in training_stages(conditions)] == [("ar", "infill"), ("conditions",)]
+
+
+@pytest.mark.slow
+def test_reads_stage_leaves_network_and_encoders_to_the_bit(
+    data: Path, runs: tuple[Path, Path, Path], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body, _, conditions = runs
+    stage = ["--data", data, "--stage", "reads", "--pictures", pictures, "--steps", 2, "--batch-size", 8]
+    call(train.main, *stage, "--init", conditions, "--out", tmp_path / "r")
+    before, after = (load_file(run / BEST) for run in (conditions, tmp_path / "r"))
+    moved = {name for name in before if name.startswith("ema.") and not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("ema.conditions.reads.") for name in moved)
+    said = refusal(capsys, train.main, *stage, "--init", body, "--out", tmp_path / "q")[1]
+    assert said == f"{body} takes no words: --stage reads comes after --stage conditions"
 
 
 @pytest.mark.slow
