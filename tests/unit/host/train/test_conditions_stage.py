@@ -165,6 +165,17 @@ def test_reads_stage_leaves_network_and_encoders_to_the_bit(
     before, after = (load_file(run / BEST) for run in (conditions, tmp_path / "r"))
     moved = {name for name in before if name.startswith("ema.") and not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("ema.conditions.reads.") for name in moved)
+    stage[stage.index("reads")] = "pictures"
+    call(train.main, *stage, "--init", conditions, "--out", tmp_path / "p")
+    for number, (first, second) in enumerate((("p", "r"), ("r", "p"))):  # each its own part, whichever comes first
+        call(join.main, tmp_path / first, tmp_path / second, "--out", tmp_path / f"both{number}")
+        joined = load_file(tmp_path / f"both{number}" / LAST)
+        reads, shown = (load_file(tmp_path / run / BEST) for run in ("r", "p"))
+        of_shown = {name for name in shown if name.startswith("ema.conditions.pictures.")}
+        assert of_shown and not any(torch.equal(reads[name], shown[name]) for name in of_shown if ".weight" in name)
+        kept = {name for name in reads if name.startswith("ema.")}
+        assert all(torch.equal(joined[name], (shown if name in of_shown else reads)[name]) for name in kept)
+    stage[stage.index("pictures")] = "reads"
     said = refusal(capsys, train.main, *stage, "--init", body, "--out", tmp_path / "q")[1]
     assert said == f"{body} takes no words: --stage reads comes after --stage conditions"
 
