@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from host.export.graph_builder import NEVER, Value
 from host.export.row_builder import LEVELS_7BIT, LEVELS_U8, MICROSOFT, Ranges, RowBuilder
 from host.export.step_graph import ROWS, CacheValue, cached_attention, last_keys_and_values, scored_rows, seen_bias
-from host.model.conditions import DEPTH, PICTURE_SIZE
+from host.model.conditions import DEPTH, MERGED, PICTURE_SIZE, merging
 from host.model.network import Denoiser
 
 PLAIN: Final = "plain_"
@@ -159,7 +159,7 @@ def encode_text_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.Mod
     """The memory of words.
 
     tokens, places, words int32 (1, N): tokens of the words, one word after another; their place in the word; the
-    number of the word → memory float32 (1, 1 + N, D): a row that stands for no word, then the tokens'
+    number of the word → memory float32 (1, 1 + N, D + 1): a row that stands for no word, then the tokens'
     """
     g, e = RowBuilder(model, ranges), "conditions.words"
     tables = ("token_embedding.weight", "head.weight")
@@ -171,14 +171,13 @@ def encode_text_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.Mod
     nothing = g.constant("nothing", g.weights[f"{e}.nothing"][None])
     x = g.op("Concat", "embedded", nothing, x, axis=1)
     inputs: list[Value] = [(name, "int32", (1, "rows")) for name in ("tokens", "places", "words")]
-    g.op("Identity", "memory", _encoded(g, x, e))
-    return g.model(inputs, [("memory", "float32", (1, "memory", g.config.d_model))], contrib=True)
+    return g.model(inputs, _with_bias(g, _encoded(g, x, e), 0.0), contrib=True)
 
 
 def encode_image_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelProto:
     """The memory of pictures.
 
-    pixels float32 (n, 3, 64, 64), RGB in 0 … 1 → memory float32 (1, 16 · n, D), picture after picture
+    pixels float32 (n, 3, 64, 64), RGB in 0 … 1 → memory float32 (1, 4 · n, D + 1), picture after picture
     """
     g, e, d = RowBuilder(model, ranges), "conditions.pictures", model.config.d_model
     one, two = (g.constant(name, np.array(value, np.float32)) for name, value in (("one", 1), ("two", 2)))
@@ -192,9 +191,17 @@ def encode_image_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.Mo
     x = g.op("Reshape", "grid.flat", x, g.constant("grid", np.array([0, d, -1])))
     x = g.op("Transpose", "grid.rows", x, perm=[0, 2, 1])
     x = g.op("Add", "embedded", x, g.weight(f"{e}.position_embedding.weight"))
-    g.op("Reshape", "memory", _encoded(g, x, e), g.constant("one_sequence", np.array([1, -1, d])))
+    merged = g.op("MatMul", "grid.merged", g.constant("merging", merging()), _encoded(g, x, e))
+    merged = g.op("Reshape", "grid.row", merged, g.constant("one_sequence", np.array([1, -1, d])))
     inputs: list[Value] = [("pixels", "float32", ("pictures", 3, PICTURE_SIZE, PICTURE_SIZE))]
-    return g.model(inputs, [("memory", "float32", (1, "memory", d))], contrib=True)
+    return g.model(inputs, _with_bias(g, merged, float(np.log(MERGED))), contrib=True)
+
+
+def _with_bias(g: RowBuilder, rows: str, bias: float) -> list[Value]:
+    """Rows of a memory (1, R, D) as the graph's output, what is added to their scores in a last column (`encode`)."""
+    column, added = g.constant("column_behind", np.array([0, 0, 0, 0, 0, 1])), np.array(bias, np.float32)
+    g.op("Pad", "memory", rows, column, g.constant("added", added))
+    return [("memory", "float32", (1, "memory", g.config.d_model + 1))]
 
 
 def _encoded(g: RowBuilder, x: str, encoder: str) -> str:
@@ -211,18 +218,19 @@ def _encoded(g: RowBuilder, x: str, encoder: str) -> str:
 def memory_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelProto:
     """What blocks read of a memory: keys behind the weights of the queries, values before those of the output.
 
-    memory float32 (1, R, D) → of each layer memory_keys.i (D, H · R), memory_bias.i (H · R,), memory_values.i
-    (H · R, D): a row x (1, D) scores the memory by x · keys + bias, and reads the softmax of each head's scores, times
-    the values. In INT8 keys and values have one scale a column, memory_key_scales.i and memory_value_scales.i, measured
-    of this memory; else they are float32.
+    memory float32 (1, R, D + 1), last what is added to the row's scores → of each layer memory_keys.i (D, H · R),
+    memory_bias.i (H · R,), memory_values.i (H · R, D): a row x (1, D) scores the memory by x · keys + bias, and reads
+    the softmax of each head's scores, times the values. In INT8 keys and values have one scale a column,
+    memory_key_scales.i and memory_value_scales.i, measured of this memory; else they are float32.
     """
     g, config = ReadingBuilder(model, ranges), model.config
     heads, d = config.heads, config.d_model
+    g.op("Split", "memory.parts", "memory", g.constant("width", np.array([d, 1])), outputs=2, axis=-1)
     for i in range(config.layers):
         r = f"conditions.reads.{i}"
         _fold(g, r)
         sizes = g.constant("sizes", np.array([2 * heads * d, heads]))
-        g.op("Split", f"{r}.parts", g.product("memory", f"{r}.kv", bias=True), sizes, outputs=2, axis=-1)
+        g.op("Split", f"{r}.parts", g.product("memory.parts.0", f"{r}.kv", bias=True), sizes, outputs=2, axis=-1)
         apart = g.constant("apart", np.array([-1, 2 * heads, d]))
         rows = g.op("Reshape", f"{r}.rows", f"{r}.parts.0", apart)
         by_head = g.op("Transpose", f"{r}.by_head", rows, perm=[1, 0, 2])
@@ -234,9 +242,10 @@ def memory_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.ModelPro
         keys = g.op("Transpose", f"{r}.keys.columns", keys, perm=[2, 0, 1])
         g.op("Reshape", f"memory_keys.{i}", keys, g.constant("columns", np.array([d, -1])))
         g.op("Reshape", f"memory_values.{i}", values, g.constant("rows", np.array([-1, d])))
-        bias = g.op("Transpose", f"{r}.bias.by_head", f"{r}.parts.1", perm=[0, 2, 1])
+        bias = g.op("Add", f"{r}.bias", f"{r}.parts.1", "memory.parts.1")
+        bias = g.op("Transpose", f"{r}.bias.by_head", bias, perm=[0, 2, 1])
         g.op("Reshape", f"memory_bias.{i}", bias, g.constant("flat", np.array([-1])))
-    return g.model([("memory", "float32", (1, "memory", d))], g.memory(config.layers), contrib=True)
+    return g.model([("memory", "float32", (1, "memory", d + 1))], g.memory(config.layers), contrib=True)
 
 
 def _fold(g: RowBuilder, read: str) -> None:

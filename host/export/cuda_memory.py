@@ -14,7 +14,7 @@ import onnx
 
 from host.export.cuda_attention import attention
 from host.export.graph_builder import NEVER, StepBuilder, Value
-from host.model.conditions import DEPTH, PICTURE_ROWS, PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS
+from host.model.conditions import DEPTH, MERGED, PICTURE_ROWS, PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS, merging
 from host.model.network import Denoiser
 
 WORD_ROWS: Final = 1 + WORDS * WORD_TOKENS
@@ -31,7 +31,9 @@ class MemoryReader:
     def __init__(self, g: StepBuilder) -> None:
         self._g, self._heads, self._width = g, g.config.heads, g.config.d_model // g.config.heads
         one = g.constant("one.int32", np.array(1, np.int32))
-        seen, never = (g.constant(n, np.full(1, v, np.float16)) for n, v in (("visible", 0), ("never", NEVER)))
+        counted, pictures = np.zeros(MEMORY_ROWS, np.float16), slice(WORD_ROWS, WORD_ROWS + PICTURES * PICTURE_ROWS)
+        counted[pictures] = np.log(MERGED)  # see `host.model.conditions.Conditions.encode`
+        seen, never = g.constant("reads.visible", counted), g.constant("never", np.full(1, NEVER, np.float16))
         hidden = g.op("Where", "reads.mask", g.op("Less", "reads.not", "reads", one), never, seen)  # (R, S)
         self._bias = g.op("Unsqueeze", "reads.bias", hidden, g.constant("axes_1_2", np.array([1, 2])))
 
@@ -84,7 +86,7 @@ def cuda_encode_text_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.Mo
 
 def cuda_encode_image_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.ModelProto:
     """pixels float16 (n, 3, 64, 64), RGB in 0 … 1, of as many pictures as a request can have → memory_keys.i,
-    memory_values.i float16 (1, H, 16 · n, D/H) of each layer, picture after picture
+    memory_values.i float16 (1, H, 4 · n, D/H) of each layer, picture after picture
     """
     g, e, d = StepBuilder(model, "float16", fp32_norms), "conditions.pictures", model.config.d_model
     one, two = (g.constant(name, np.full(1, value, np.float16)) for name, value in (("one", 1), ("two", 2)))
@@ -98,8 +100,9 @@ def cuda_encode_image_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.M
     x = g.op("Reshape", "grid.flat", x, g.constant("grid", np.array([0, d, -1])))
     x = g.op("Transpose", "grid.rows", x, perm=[0, 2, 1])
     x = g.op("Add", "embedded", x, g.weight(f"{e}.position_embedding.weight"))
+    rows = g.op("MatMul", "grid.merged", g.constant("merging", merging().astype(np.float16)), _encoded(g, x, e))
     one_sequence = g.constant("one_sequence", np.array([1, PICTURES * PICTURE_ROWS, d]))
-    rows = g.op("Reshape", "memory.rows", _encoded(g, x, e), one_sequence)
+    rows = g.op("Reshape", "memory.rows", rows, one_sequence)
     inputs: list[Value] = [("pixels", "float16", (PICTURES, 3, PICTURE_SIZE, PICTURE_SIZE))]
     return g.model(inputs, _remembered(g, rows, PICTURES * PICTURE_ROWS), contrib=False)
 

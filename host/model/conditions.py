@@ -5,12 +5,15 @@ starts at zero. Queries are made of the same normed rows as those of self-attent
 B: texts, R: word tokens, n: pictures, M: memory rows, D: width, H: heads.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from host.model.block import Block, attend
@@ -20,7 +23,9 @@ WORDS: Final = 3  # of a text at most
 WORD_TOKENS: Final = 8  # of a word at most
 PICTURES: Final = 3  # of a text at most
 PICTURE_SIZE: Final = 64  # pixels on each side
-PICTURE_ROWS: Final = 16  # memory rows of a picture
+PICTURE_GRID: Final = 16  # rows that a picture's encoder makes, 4 × 4
+MERGED: Final = 4  # of them make one row of the memory
+PICTURE_ROWS: Final = PICTURE_GRID // MERGED  # of the memory, a picture
 DEPTH: Final = 2  # blocks of an encoder
 STEM: Final = (32, 128)  # channels between the pixels and the width of the network
 
@@ -65,7 +70,7 @@ class Given(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Keys and values of each layer (B, H, M, D/H); bias (B, 1, 1, M): −inf at rows that a text does not have."""
+    """Keys and values of each layer (B, H, M, D/H); bias (B, 1, 1, M) as in `encode`, None where it is zero."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -106,12 +111,12 @@ class PictureEncoder(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, STEM[0], 4, stride=4)
         self.halves = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in (STEM, (STEM[1], d_model)))
-        self.position_embedding = nn.Embedding(PICTURE_ROWS, d_model)
+        self.position_embedding = nn.Embedding(PICTURE_GRID, d_model)
         self.blocks = nn.ModuleList(Block(d_model, heads) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(d_model)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (n, 3, 64, 64) in 0 … 1 → (n, PICTURE_ROWS, D)"""
+        """pixels (n, 3, 64, 64) in 0 … 1 → (n, PICTURE_GRID, D)"""
         x = self.patches(2 * pixels - 1)
         for half in self.halves:
             x = half(F.gelu(x))
@@ -174,34 +179,37 @@ class Conditions(nn.Module):
             read.start_silent()  # type: ignore[operator]
 
     def encode(self, given: Given, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows (B, R, 2·D): of the words' tokens → memory (B, M, D), which of it a text has (B, M) bool
+        """rows (B, R, 2·D): of the words' tokens → memory (B, M, D), what is added to the scores of its rows (B, M)
 
-        A text's words come first, then its pictures.
+        A text's words come first, then its pictures. Each MERGED rows of a picture side by side, trained to be copies
+        (`host.train.picture_loss`), are one, their mean. log MERGED is added to its scores, so that softmax
+        counts it as that many copies; −inf where a text has no such row.
         """
         has = given.tokens != PAD
-        parts, present = [], []
+        parts, bias = [], []
         if has.any():
             has = torch.cat([has.any(1, keepdim=True), has], 1)  # the row before the words goes with them
             seen = has | (torch.arange(has.shape[1], device=has.device) == 0)  # also where a text has no words at all
-            parts.append(self.words(rows, given.places, given.words, _hidden(~seen)))
-            present.append(has)
+            parts.append(self.words(rows, given.places, given.words, _hidden(~seen)[:, None, None]))
+            bias.append(_hidden(~has))
         if len(given.pixels):
-            shown, b = self.pictures(given.pixels), len(given.tokens)
+            grids, b = self.pictures(given.pixels), len(given.tokens)
+            shown = torch.from_numpy(merging()).to(grids) @ grids
             text, number = given.pictures // PICTURES, given.pictures % PICTURES
             most = int(number.max()) + 1
             slot = text * most + number
             apart = shown.new_zeros(b * most, *shown.shape[1:]).index_copy(0, slot, shown)
             parts.append(apart.view(b, -1, shown.shape[2]))
             mine = torch.zeros(b * most, dtype=torch.bool, device=shown.device).index_fill(0, slot, True)
-            present.append(mine.view(b, most).repeat_interleave(PICTURE_ROWS, 1))
-        return torch.cat(parts, 1), torch.cat(present, 1)
+            bias.append(_hidden(~mine.view(b, most)).repeat_interleave(PICTURE_ROWS, 1) + math.log(MERGED))
+        return torch.cat(parts, 1), torch.cat(bias, 1)
 
     def remember(self, given: Given, rows: Tensor) -> Memory:
         """What every block reads of the conditions; each text has one at least."""
-        memory, present = self.encode(given, rows)
+        memory, bias = self.encode(given, rows)
         pairs = [read.remembered(memory) for read in self.reads]  # type: ignore[operator]
-        bias = None if present.all() else _hidden(~present)
-        return Memory([keys for keys, _ in pairs], [values for _, values in pairs], bias)
+        shown = bias[:, None, None] if bias.any() else None
+        return Memory([keys for keys, _ in pairs], [values for _, values in pairs], shown)
 
     def reader(self, memory: Memory, layer: int) -> Callable[[Tensor], Tensor]:
         """What a layer's block reads, as `Block.forward` takes it."""
@@ -209,8 +217,13 @@ class Conditions(nn.Module):
         return lambda normed: read(normed, memory.keys[layer], memory.values[layer], memory.bias)
 
 
+def merging() -> NDArray[np.float32]:
+    """Makes memory rows of a picture's grid: means of MERGED rows side by side.  → (PICTURE_ROWS, PICTURE_GRID)"""
+    return np.repeat(np.eye(PICTURE_ROWS, dtype=np.float32) / np.float32(MERGED), MERGED, axis=1)
+
+
 def _hidden(rows: Tensor) -> Tensor:
-    """−inf at these rows (B, M), in the autocast dtype.  → (B, 1, 1, M)"""
+    """−inf at these rows (B, M), in the autocast dtype.  → (B, M)"""
     device = rows.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return torch.zeros_like(rows, dtype=dtype).masked_fill(rows, -torch.inf)[:, None, None]
+    return torch.zeros_like(rows, dtype=dtype).masked_fill(rows, -torch.inf)

@@ -2,7 +2,7 @@
 
 The blocks can read words already, so a picture with a word's memory acts like that word, and training needs no pass of
 the network. A word's memory is a row that stands for no word, then its tokens; a picture's 16 rows are trained to be
-these, each repeated equally often: softmax over copies is softmax over the rows.
+these, each repeated equally often: softmax over copies is softmax over the rows, and few means of them are enough.
 
 Squared error alone is slow to separate concepts, since without knowledge the best guess is their mean. A contrastive
 loss is added (InfoNCE, Oord et al., arXiv 1807.03748): which of the batch's words is a picture's, where the score of a
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from host.model.conditions import PICTURE_ROWS
+from host.model.conditions import PICTURE_GRID
 from host.model.network import Denoiser
 from host.train.batches import MicroBatch
 from shared.tokens import PAD
@@ -38,7 +38,7 @@ class PictureLoss(nn.Module):
         with torch.no_grad():
             wanted = conditions.encode(given._replace(pixels=given.pixels[:0]), self.model.word_rows(given.tokens))[0]
             rows = 1 + (given.tokens != PAD).sum(1, keepdim=True)  # (B, 1) of the word's memory
-            copied = torch.arange(PICTURE_ROWS, device=rows.device) * rows // PICTURE_ROWS  # (B, PICTURE_ROWS)
+            copied = torch.arange(PICTURE_GRID, device=rows.device) * rows // PICTURE_GRID  # (B, PICTURE_GRID)
             target = wanted.gather(1, copied[..., None].expand(-1, -1, wanted.shape[2])).float()
         found = conditions.pictures(given.pixels).float()
         error = (found - target).square().mean((1, 2)).sum()

@@ -79,9 +79,10 @@ def folded(model: Denoiser, memory: Memory, layer: int) -> Feed:
     shift = read.q.bias.view(heads, width) / width**0.5  # type: ignore[operator, union-attr]
     out = (read.out.weight + read.gain.diag()).view(-1, heads, width)  # type: ignore[operator, union-attr]
     keys, values = memory.keys[layer][0], memory.values[layer][0]
+    added = 0 if memory.bias is None else memory.bias[0, 0]
     return {
         "keys": torch.einsum("hwd,hrw->dhr", queries, keys).flatten(1).numpy(),
-        "bias": torch.einsum("hw,hrw->hr", shift, keys).flatten().numpy(),
+        "bias": (torch.einsum("hw,hrw->hr", shift, keys) + added).flatten().numpy(),
         "values": torch.einsum("dhw,hrw->hrd", out, values).flatten(0, 1).numpy(),
     }
 

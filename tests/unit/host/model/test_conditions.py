@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from host.model.conditions import PICTURE_SIZE, Condition, Given
+from host.model.conditions import MERGED, PICTURE_GRID, PICTURE_ROWS, PICTURE_SIZE, Condition, Given, Memory
 from host.model.layouts import causal
 from host.model.network import NO_PADDING, Cache, Denoiser, config_named
 from host.sampling.blocks import write
@@ -68,6 +68,24 @@ def test_conditions_that_differ_are_read_apart(one: Condition, other: Condition)
     model, tokens = network(), rows()
     first, second = (model(*causal(tokens), memory=model.remember(Given.of([given]))) for given in (one, other))
     assert not torch.allclose(first, second, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", [[], [[10], [8, 9]]], ids=["alone", "beside words"])
+def test_conditions_read_merged_rows_of_a_picture_as_so_many_copies(words: list[list[int]]) -> None:
+    model, tokens = network(), rows()
+    parts = model.conditions
+    assert parts is not None
+    given = Given.of([Condition(words, PICTURE)])
+    copies = torch.randn(1, PICTURE_ROWS, SHAPE.d_model).repeat_interleave(MERGED, 1)
+    assert copies.shape == parts.pictures(PICTURE).shape == (1, PICTURE_GRID, SHAPE.d_model)
+    parts.pictures.register_forward_hook(lambda *_: copies)
+    beside = parts.encode(Given.of([Condition(words)]), model.word_rows(given.tokens))[0] if words else copies[:, :0]
+    pairs = [read.remembered(torch.cat([beside, copies], 1)) for read in parts.reads]  # type: ignore[operator]
+    whole = Memory([keys for keys, _ in pairs], [values for _, values in pairs], None)
+    memory = model.remember(given)
+    assert memory.keys[0].shape[2] == beside.shape[1] + PICTURE_ROWS
+    assert torch.allclose(model(*causal(tokens), memory=memory), model(*causal(tokens), memory=whole), atol=1e-5)
 
 
 def test_conditions_get_gradients_from_a_frozen_body_except_at_what_is_silent() -> None:
