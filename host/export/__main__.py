@@ -13,6 +13,7 @@ from host.evaluate.scorers import GraphScorer, Scorer, TorchScorer
 from host.export.arguments import parse_arguments
 from host.export.blocks_pipeline import TEXT_STORIES, Blocks, blocks_graphs, blocks_int8, cuda_blocks, law_reference
 from host.export.bundle_writer import BundleGraph, check_replaceable, write_bundle
+from host.export.conditions_onto import add_conditions, check_measurable
 from host.export.conditions_pipeline import conditions_of_run, conditions_spec, measured_conditions, reference_given
 from host.export.hub.publish import Dtype, check_publishable, figures_of_bundle, measured_figures, publish, training_of
 from host.export.law_parity import graph_laws
@@ -28,7 +29,6 @@ from host.model.network import config_named
 from host.sampling.reference import TOP_K
 from host.train.checkpoint import newest_run
 from host.train.conditioner import conditioner_of
-from host.train.published import is_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
 from shared.conditions import MAX_GUIDANCE
 from shared.errors import ConfigError, run_main
@@ -58,6 +58,7 @@ def main() -> None:
     """Export a run, or an untrained network."""
     args = parse_arguments()
     check_published(args)
+    check_added(args)
     wanted = wanted_graphs(args)
     if not 1 <= args.steps <= MAX_STEPS or args.stories < 1:
         raise ConfigError(f"--stories must be at least 1, --steps from 1 to {MAX_STEPS}")
@@ -76,6 +77,11 @@ def main() -> None:
     if args.conditions:
         raise ConfigError("--conditions is for --untrained: a run that learned conditions is exported with them")
     run = args.run or newest_run()
+    if args.conditions_onto:
+        out = args.out or Path("bundles") / run.resolve().name
+        measure_on = partial(held_out_of, run, args.source, args.stories)
+        add_conditions(run, args.conditions_onto, out, measure_on=measure_on, guidance=args.guidance)
+        return
     figures: Path | None = args.hf_figures
     if args.hf:
         check_publishable(args.hf)
@@ -109,11 +115,24 @@ def check_published(args: argparse.Namespace) -> None:
     """ConfigError when flags do not go with or without --hf."""
     for name in ("hf_dtype", "hf_figures"):
         if getattr(args, name) and args.hf is None:
-            raise ConfigError(f"--{name.replace('_', '-')} needs --hf OUT")
+            raise ConfigError(f"{_flag(name)} needs --hf OUT")
     if args.hf and args.untrained:
         raise ConfigError("--hf publishes a trained network: not with --untrained")
     if args.hf_figures and (wants_bundle(args) or args.source or args.stories != STORIES):
         raise ConfigError("--hf-figures says where the figures are: not with a bundle to export, --source or --stories")
+
+
+def check_added(args: argparse.Namespace) -> None:
+    """ConfigError when --conditions-onto stands beside a flag about what is taken from its bundle."""
+    flags = ("untrained", "conditions", "int8", "fp16", "fp32_norms", "target", "hf", "report")
+    given = [name for name in flags if getattr(args, name)]
+    given += [name for name in ("steps", "temperature") if getattr(args, name) != getattr(SamplingDefaults(), name)]
+    if args.conditions_onto and given:
+        raise ConfigError(f"--conditions-onto takes all but the conditions from its bundle: not with {_flag(given[0])}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def held_out_of(run: Path, source: Path | None, stories: int) -> HeldOut:
@@ -153,11 +172,7 @@ def export_run(
 ) -> None:
     """The bundle as soon as its graphs pass the gate, then its figures, with which its manifest is written again."""
     model, progress = load_run(run)
-    if model.conditions is not None and is_published(run):
-        raise ConfigError(
-            f"{run} does not hold the data that its conditions are measured on: start a run from it with "
-            f"host.train --stage pictures --init {run}, and export that"
-        )
+    check_measurable(run, model)
     learned = progress.objectives
     check_learned(run, learned, wanted)
     tokenizer = run / TOKENIZER

@@ -37,6 +37,13 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--untrained", choices=list(CONFIGS), help="random weights of this shape instead, for measuring and testing"
     )
+    parser.add_argument(
+        "--conditions-onto",
+        type=Path,
+        metavar="BUNDLE",
+        help="only the conditions of the run, beside a copy of this bundle's graphs of blocks for the CPU, in their "
+        "precision: for a run whose network it has already",
+    )
     parser.add_argument("--conditions", action="store_true", help="with --untrained: also take words and pictures")
     parser.add_argument("--out", type=Path, help="bundle folder (default: bundles/NAME-OF-RUN)")
     parser.add_argument("--int8", action="store_true", help="INT8 graphs for the CPU and for CUDA")

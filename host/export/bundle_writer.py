@@ -140,7 +140,7 @@ def write_bundle(
             reveal_grid="cosine",
             top_k=top_k,
             decoders=tuple(decoder for decoder, role in ROLE_OF.items() if role in roles),
-            graphs=tuple(_listed(folder, graph) for graph in graphs),
+            graphs=tuple(listed(folder, graph) for graph in graphs),
             tokenizer_sha256=sha256_of(folder / TOKENIZER),
             defaults=defaults,
             blocks=blocks if "step" in roles else None,
@@ -156,18 +156,27 @@ def write_bundle(
                 tokens_seen=sum(stage.tokens for stage in stages),
                 stages=tuple(stages),
             ),
-            made_with={
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("diffusion-llm", "torch", "onnx", "onnxruntime", "tokenizers")},
-            },
+            made_with=made_with(),
             conditions=conditions,
         )
-        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
-        read_manifest(folder)
+        write_manifest(folder, manifest)
     return manifest
 
 
-def _listed(folder: Path, graph: BundleGraph) -> Graph:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it, and read it as the edge does: BundleError where it contradicts itself."""
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+    read_manifest(folder)
+
+
+def made_with() -> dict[str, str]:
+    """The versions of what makes a bundle."""
+    names = ("diffusion-llm", "torch", "onnx", "onnxruntime", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def listed(folder: Path, graph: BundleGraph) -> Graph:
+    """A graph's entry of the manifest, its file being in the folder."""
     return Graph(
         file=graph.file,
         role=graph.role,

@@ -1,0 +1,77 @@
+"""`host.export --conditions-onto` refuses what does not go with it before the work, and tells networks apart.
+
+What it writes is tested where there is a run with conditions, in `tests/unit/host/train/test_conditions_stage.py`.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from host.export import __main__ as export
+from host.export.conditions_onto import difference
+from host.export.pipeline import Wanted
+from host.export.random_weights import untrained
+from host.export.step_graph import step_graph
+from host.model.network import config_named
+from shared.manifest import SamplingDefaults
+from tests.support.commands import refusal
+
+SHAPE = replace(config_named("debug"), draft_depth=3, conditions=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--int8"], "--conditions-onto takes all but the conditions from its bundle: not with --int8"),
+        (["--fp32-norms"], "--conditions-onto takes all but the conditions from its bundle: not with --fp32-norms"),
+        (["--hf", "{tmp}/hub"], "--conditions-onto takes all but the conditions from its bundle: not with --hf"),
+        (["--steps", "8"], "--conditions-onto takes all but the conditions from its bundle: not with --steps"),
+        (["--guidance", "6"], "--guidance must be a number from 0 to 5, not 6.0"),
+        (["--out", "{bundle}"], "--out {bundle} is the bundle itself: choose another --out"),
+        (["--out", "{tmp}/text"], "{tmp}/text exists and is not a bundle: choose another --out"),
+        (["--conditions-onto", "{tmp}"], "{tmp} is not a bundle: cannot read manifest.json"),
+        (["--out", "{tmp}/new"], "{run} has learned no conditions: train them with host.train --stage conditions"),
+    ],
+)
+def test_conditions_onto_says_before_the_work_what_it_cannot(
+    joint_runs: tuple[Path, Path],
+    blocks_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    sentence: str,
+) -> None:
+    (tmp_path / "text").write_text("a file")
+    names = {"tmp": tmp_path, "run": joint_runs[1], "bundle": blocks_bundle}
+    given = ["--run", str(joint_runs[1]), "--conditions-onto", str(blocks_bundle), "--source", "nowhere.txt"]
+    _, said = refusal(capsys, export.main, *given, *(flag.format(**names) for flag in flags))
+    assert said.startswith(sentence.format(**names)), said
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_conditions_onto_a_bundle_without_blocks_are_refused(
+    joint_runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "canvas"
+    wanted = Wanted(cuda_fp16=True)
+    export.export_untrained("debug", bundle, wanted=wanted, defaults=SamplingDefaults())
+    _, said = refusal(capsys, export.main, "--run", joint_runs[1], "--conditions-onto", bundle, "--out", tmp_path / "b")
+    assert said == f"--conditions-onto {bundle}: it has no step graph for the CPU, and so no blocks there"
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_difference_of_networks_is_seen_in_their_step_graphs(int8: bool) -> None:
+    """Whatever scales the inputs of layers have, and with a drafter and conditions that differ."""
+    model, other = untrained(SHAPE)[0], untrained(SHAPE)[0]
+    ranges = {"blocks.0.qkv": (-2.0, 3.0), "blocks.1.up": (-1.0, 1.0), "head": (-4.0, 4.0)} if int8 else None
+    step = step_graph(model, ranges)
+    parameters = dict(other.named_parameters())
+    with torch.no_grad():
+        for name in ("conditions.reads.0.q.weight", "drafter.depths.0.up.weight"):
+            parameters[name].add_(1.0)
+        assert difference(step, other) is None
+        parameters["blocks.1.up.weight"].mul_(1.1)
+    assert difference(step, other) == ("blocks.1.up.scale" if int8 else "blocks.1.up.weight")
+    assert difference(step, untrained(replace(SHAPE, layers=SHAPE.layers + 1))[0]) is not None
