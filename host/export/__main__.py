@@ -80,7 +80,7 @@ def main() -> None:
     if args.conditions_onto:
         out = args.out or Path("bundles") / run.resolve().name
         measure_on = partial(held_out_of, run, args.source, args.stories)
-        add_conditions(run, args.conditions_onto, out, measure_on=measure_on, guidance=args.guidance)
+        add_conditions(run, args.conditions_onto, out=out, measure_on=measure_on, guidance=args.guidance)
         return
     figures: Path | None = args.hf_figures
     if args.hf:

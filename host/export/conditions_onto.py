@@ -46,7 +46,7 @@ def check_onto(bundle: Path, out: Path) -> None:
     check_replaceable(out)
 
 
-def add_conditions(run: Path, bundle: Path, out: Path, *, measure_on: Callable[[], HeldOut], guidance: float) -> None:
+def add_conditions(run: Path, bundle: Path, *, out: Path, measure_on: Callable[[], HeldOut], guidance: float) -> None:
     """A bundle of the graphs of blocks for the CPU of `bundle`, byte by byte, and a run's graphs of conditions.
 
     They are in INT8 if the bundle's step graph is. Its figures are kept, as far as they are of these graphs.
@@ -91,10 +91,10 @@ def add_conditions(run: Path, bundle: Path, out: Path, *, measure_on: Callable[[
         data=replace(manifest.data, stages=history, tokens_seen=sum(stage.tokens for stage in history)),
         made_with=made_with(),
     )
-    write_beside(bundle, out, manifest, kept=kept, graphs=made.graphs, conditions=conditions_spec(guidance))
+    write_beside(bundle, out, manifest=manifest, kept=kept, graphs=made.graphs, conditions=conditions_spec(guidance))
     stages.begin(FIGURES)
     found = measured_conditions(model, conditioner=conditioner, held_out=held_out, guidance=guidance, bundle=out)
-    write_beside(bundle, out, manifest, kept=kept, graphs=made.graphs, conditions=found)
+    write_beside(bundle, out, manifest=manifest, kept=kept, graphs=made.graphs, conditions=found)
 
 
 def difference(step: onnx.ModelProto, model: Denoiser) -> str | None:
@@ -111,8 +111,8 @@ def difference(step: onnx.ModelProto, model: Denoiser) -> str | None:
 def write_beside(
     bundle: Path,
     out: Path,
-    manifest: Manifest,
     *,
+    manifest: Manifest,
     kept: Sequence[Graph],
     graphs: Sequence[BundleGraph],
     conditions: Conditions,
