@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from host.data.prepare import main as prepare_main
 from host.data.prepare import prepare
+from host.data.shards import load_data
 from host.export import __main__ as export
+from host.model.conditions import PICTURE_SIZE
 from host.train import trainer as train
+from host.train.conditioner import conditioner_of
 from tests.support.commands import call, small
 
 NAMES = ("Tom", "Anna", "Ben", "Lily")
@@ -64,3 +69,36 @@ def published(joint_runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
     out = tmp_path_factory.mktemp("published") / "stories"
     call(export.main, "--run", joint_runs[1], "--hf", out, "--stories", 4)
     return out
+
+
+@pytest.fixture(scope="session")
+def pictures(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture for each of some content words of the stories, in two styles."""
+    folder = tmp_path_factory.mktemp("pictures")
+    words = sorted(conditioner_of(load_data(data), None).words.stories)
+    assert len(words) > 4
+    lines = []
+    for i, word in enumerate(words):
+        for style in ("plain", "dark"):
+            name = f"{word}-{style}.png"
+            Image.new("RGB", (PICTURE_SIZE,) * 2, (30 * i, 255 - 30 * i, 40 if style == "dark" else 200)).save(
+                folder / name
+            )
+            lines.append({"image": name, "words": [word], "style": style})
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path_factory.mktemp("prepared") / "pictures"
+    call(prepare_main, "--pictures", folder, "--held-out-style", "dark", "--out", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def runs(data: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A network, its drafter, and beside it its conditions."""
+    folder = tmp_path_factory.mktemp("conditions")
+    a, drafter, conditions = folder / "a", folder / "drafter", folder / "conditions"
+    call(train.main, *small(data, a, "--objectives", "ar=2,infill", "--steps", 20, "--valid-every", 20))
+    after = ["--data", data, "--init", a, "--batch-size", 8]
+    call(train.main, *after, "--out", drafter, "--stage", "drafter", "--steps", 4, "--valid-every", 4)
+    stage = ["--stage", "conditions", "--pictures", pictures, "--steps", 30, "--valid-every", 10]
+    call(train.main, *after, "--out", conditions, *stage)
+    return a, drafter, conditions

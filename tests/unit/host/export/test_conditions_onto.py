@@ -1,22 +1,26 @@
-"""`host.export --conditions-onto` refuses what does not go with it before the work, and tells networks apart.
+"""`host.export --conditions-onto`: the graphs of a bundle stay, and what does not go with them is refused early."""
 
-What it writes is tested where there is a run with conditions, in `tests/unit/host/train/test_conditions_stage.py`.
-"""
-
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from edge.serving.loaded_bundle import LoadedBundle
 from host.export import __main__ as export
 from host.export.conditions_onto import difference
 from host.export.pipeline import Wanted
 from host.export.random_weights import untrained
 from host.export.step_graph import step_graph
 from host.model.network import config_named
-from shared.manifest import SamplingDefaults
-from tests.support.commands import refusal
+from host.train.checkpoint import BEST
+from host.train.run_folder import training_stages
+from shared.manifest import CONDITIONED_ROLES, SamplingDefaults, read_manifest
+from shared.messages import GenerateRequest
+from tests.support.commands import call, refusal
 
 SHAPE = replace(config_named("debug"), draft_depth=3, conditions=True)
 
@@ -75,3 +79,38 @@ def test_difference_of_networks_is_seen_in_their_step_graphs(int8: bool) -> None
         parameters["blocks.1.up.weight"].mul_(1.1)
     assert difference(step, other) == ("blocks.1.up.scale" if int8 else "blocks.1.up.weight")
     assert difference(step, untrained(replace(SHAPE, layers=SHAPE.layers + 1))[0]) is not None
+
+
+@pytest.mark.slow
+def test_conditions_are_added_to_a_bundle_whose_graphs_stay_as_they_are(
+    runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, drafter, conditions = runs
+    bundle, out = tmp_path / "b", tmp_path / "both"
+    call(export.main, "--run", drafter, "--out", bundle, "--int8", "--target", "cpu", "--stories", 12)
+    adding = ["--run", conditions, "--conditions-onto", bundle, "--stories", 12]
+    call(export.main, *adding, "--out", out, "--guidance", 1.5)
+    before, after = read_manifest(bundle), read_manifest(out)
+    kept = [graph for graph in before.graphs if graph.target == "cpu"]
+    assert {"step", "prefill", "draft", "step.shared"} == {graph.role for graph in kept}
+    assert [*after.graphs[:4]] == kept
+    assert all((out / g.file).read_bytes() == (bundle / g.file).read_bytes() for g in kept)
+    added = {graph.role: graph.precision for graph in after.graphs[4:]}
+    assert added == dict.fromkeys((*CONDITIONED_ROLES["cpu"], "prefill.conditioned"), "int8")
+    assert (after.laws, after.blocks) == (before.laws, before.blocks)
+    assert [p.graph for p in after.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]
+    assert after.law_parity[:1] == before.law_parity and after.data.stages == training_stages(conditions)
+    assert after.calibration.startswith(f"{before.calibration}; step.conditioned.cpu.int8.onnx: ")
+    assert after.conditions is not None and after.conditions.guidance == 1.5 and after.conditions.asked_for
+    loaded = LoadedBundle.load(out, threads=1)
+    assert loaded.run(loaded.prepare(GenerateRequest(prompt="Tom", seed=1, words=["cake"]))).text
+    loaded.close()
+    other = tmp_path / "other"
+    shutil.copytree(conditions, other)
+    weights = load_file(other / BEST)
+    weights["ema.blocks.1.up.weight"] *= 1.1
+    with safe_open(other / BEST, "pt") as file:
+        save_file(weights, other / BEST, metadata=file.metadata())
+    said = refusal(capsys, export.main, *["--run", other, *adding[2:]], "--out", tmp_path / "x")[1]
+    assert said == f"{other} is of another network than {bundle}: blocks.1.up.scale of step.cpu.int8.onnx differs"
+    assert not (tmp_path / "x").exists()

@@ -1,7 +1,5 @@
 """The stage of conditions: what it draws, what it trains, and a network that does not move by a bit."""
 
-import json
-import shutil
 from pathlib import Path
 
 import msgspec
@@ -9,18 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from edge.serving.loaded_bundle import LoadedBundle
 from host import generate, join
-from host.data import prepare
 from host.data.shards import load_data
 from host.evaluate import __main__ as evaluate
 from host.evaluate.conditions import ConditionFigures, evaluate_conditions
 from host.evaluate.likelihood import held_out_split, token_nats
 from host.export import __main__ as export
-from host.model.conditions import PICTURE_SIZE, Given
+from host.model.conditions import Given
 from host.train import trainer as train
 from host.train.batches import make_batch
 from host.train.checkpoint import BEST, LAST, load_model
@@ -30,41 +25,7 @@ from host.train.objectives import Settings, conditioned
 from host.train.published import CONDITIONS, WEIGHTS, read_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
 from shared.manifest import CONDITIONED_ROLES, bundle_digest, read_manifest
-from shared.messages import GenerateRequest
 from tests.support.commands import call, refusal, small
-
-
-@pytest.fixture(scope="module")
-def pictures(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A picture for each of some content words of the stories, in two styles."""
-    folder = tmp_path_factory.mktemp("pictures")
-    words = sorted(conditioner_of(load_data(data), None).words.stories)
-    assert len(words) > 4
-    lines = []
-    for i, word in enumerate(words):
-        for style in ("plain", "dark"):
-            name = f"{word}-{style}.png"
-            Image.new("RGB", (PICTURE_SIZE,) * 2, (30 * i, 255 - 30 * i, 40 if style == "dark" else 200)).save(
-                folder / name
-            )
-            lines.append({"image": name, "words": [word], "style": style})
-    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    out = tmp_path_factory.mktemp("prepared") / "pictures"
-    call(prepare.main, "--pictures", folder, "--held-out-style", "dark", "--out", out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def runs(data: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A network, its drafter, and beside it its conditions."""
-    folder = tmp_path_factory.mktemp("conditions")
-    a, drafter, conditions = folder / "a", folder / "drafter", folder / "conditions"
-    call(train.main, *small(data, a, "--objectives", "ar=2,infill", "--steps", 20, "--valid-every", 20))
-    after = ["--data", data, "--init", a, "--batch-size", 8]
-    call(train.main, *after, "--out", drafter, "--stage", "drafter", "--steps", 4, "--valid-every", 4)
-    stage = ["--stage", "conditions", "--pictures", pictures, "--steps", 30, "--valid-every", 10]
-    call(train.main, *after, "--out", conditions, *stage)
-    return a, drafter, conditions
 
 
 def test_conditions_drawn_name_what_the_story_tells_of(data: Path, pictures: Path) -> None:
@@ -287,41 +248,6 @@ def test_conditions_are_evaluated_and_exported(
     for parity, worst in ((half, 0.01), (whole, 0.1)):
         assert parity.conditioned_ratio is not None and abs(parity.conditioned_ratio - 1) <= 0.005
         assert parity.memory_error is not None and 0 < parity.memory_error < worst
-
-
-@pytest.mark.slow
-def test_conditions_are_added_to_a_bundle_whose_graphs_stay_as_they_are(
-    runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, drafter, conditions = runs
-    bundle, out = tmp_path / "b", tmp_path / "both"
-    call(export.main, "--run", drafter, "--out", bundle, "--int8", "--target", "cpu", "--stories", 12)
-    adding = ["--run", conditions, "--conditions-onto", bundle, "--stories", 12]
-    call(export.main, *adding, "--out", out, "--guidance", 1.5)
-    before, after = read_manifest(bundle), read_manifest(out)
-    kept = [graph for graph in before.graphs if graph.target == "cpu"]
-    assert {"step", "prefill", "draft", "step.shared"} == {graph.role for graph in kept}
-    assert [*after.graphs[:4]] == kept
-    assert all((out / g.file).read_bytes() == (bundle / g.file).read_bytes() for g in kept)
-    added = {graph.role: graph.precision for graph in after.graphs[4:]}
-    assert added == dict.fromkeys((*CONDITIONED_ROLES["cpu"], "prefill.conditioned"), "int8")
-    assert (after.laws, after.blocks) == (before.laws, before.blocks)
-    assert [p.graph for p in after.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]
-    assert after.law_parity[:1] == before.law_parity and after.data.stages == training_stages(conditions)
-    assert after.calibration.startswith(f"{before.calibration}; step.conditioned.cpu.int8.onnx: ")
-    assert after.conditions is not None and after.conditions.guidance == 1.5 and after.conditions.asked_for
-    loaded = LoadedBundle.load(out, threads=1)
-    assert loaded.run(loaded.prepare(GenerateRequest(prompt="Tom", seed=1, words=["cake"]))).text
-    loaded.close()
-    other = tmp_path / "other"
-    shutil.copytree(conditions, other)
-    weights = load_file(other / BEST)
-    weights["ema.blocks.1.up.weight"] *= 1.1
-    with safe_open(other / BEST, "pt") as file:
-        save_file(weights, other / BEST, metadata=file.metadata())
-    said = refusal(capsys, export.main, *["--run", other, *adding[2:]], "--out", tmp_path / "x")[1]
-    assert said == f"{other} is of another network than {bundle}: blocks.1.up.scale of step.cpu.int8.onnx differs"
-    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow
