@@ -19,12 +19,12 @@ from edge.backends.ort_session import Graphs, check_names
 from edge.backends.ort_shared import OrtShared
 from edge.decoding.blocks import Law, RowScores, Slot
 from edge.decoding.conditions import Condition
-from edge.decoding.together import Seats
+from edge.decoding.together import REQUESTS, ROWS, Seats
 from edge.decoding.types import Floats, Ids
 from shared.errors import BundleError, one_line
 from shared.manifest import Manifest, Role
 from shared.messages import MAX_SEGMENTS
-from shared.tokens import BOS
+from shared.tokens import BOS, FIRST_TEXT_ID
 
 ROLES: Final[tuple[Role, ...]] = ("step", "prefill", "draft")
 STEP_INPUTS: Final = ("tokens", "positions", "key_positions", "last", "total", "scored")
@@ -67,8 +67,7 @@ class OrtRows:
         self._widths = {"scores": model.vocab_size, "states": model.d_model}
         self._cache = [f"{kind}.{layer}" for layer in range(model.layers) for kind in ("keys", "values")]
         self._graphs = Graphs(folder, manifest)
-        self._shared = OrtShared(self._graphs, manifest)  # first: the others take the memory that opening it frees
-        self.batches = tuple(sorted({1, self._shared.requests}))
+        self._shared = OrtShared(self._graphs, manifest, self.lanes)
         roles = [role for role in ROLES if role == "step" or self._graphs.has(role)]
         self.depth = manifest.blocks.window if manifest.blocks is not None and "draft" in roles else 0
         self.fills_gaps = "prefill" in roles
@@ -81,6 +80,8 @@ class OrtRows:
                 raise
             except Exception as error:  # onnxruntime raises types of its own that share no public base
                 raise BundleError(f"{file} does not run: {one_line(str(error))}") from None
+        if self.batches != (1,):
+            self._try_shared()
 
     def _check(self, role: Role) -> None:
         """Check what a graph reads and makes, and run it, with the last token and position. Raises BundleError."""
@@ -112,6 +113,45 @@ class OrtRows:
         expected = [(2, width) for width in self._widths.values()]
         if made != expected:
             raise BundleError(f"{file} gives arrays of shapes {made}, not {expected}")
+
+    def _try_shared(self) -> None:
+        """Score the same random rows in both step graphs; without a pass of several requests unless all are equal."""
+        rng, vocab_size = np.random.default_rng(0), self._manifest.model.vocab_size
+        slots, alone, given = [self.open_slot() for _ in range(REQUESTS)], list[Floats](), list[Ids]()
+        for number, slot in enumerate(slots):
+            kept = self._manifest.model.canvas_len // 8 >> number
+            text = rng.integers(FIRST_TEXT_ID, vocab_size, kept + ROWS).astype(np.int32)
+            places = np.arange(text.size, dtype=np.int32)
+            self.rows(slot, text, positions=places, scored=1)
+            slot.cached = kept
+            given.append(np.stack([text[kept:], places[kept:]]))
+            alone.append(self.rows(slot, given[-1][0], positions=given[-1][1], scored=ROWS).scores.copy())
+        try:
+            seats = self.seat(slots)
+            for place, i in enumerate(seats.order):
+                seats.tokens[place], seats.positions[place] = given[i]
+            self.rows_together(seats)
+            differ = [not np.array_equal(seats.scores[place], alone[i]) for place, i in enumerate(seats.order)]
+        except Exception as error:  # onnxruntime raises types of its own that share no public base
+            self.share_no_more(f"it does not run: {error}")
+        else:
+            if any(differ):
+                self.share_no_more(f"of {REQUESTS} requests, {sum(differ)} score otherwise than by themselves")
+        self._shared.leave()
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """See `edge.decoding.together.SharedRows`."""
+        return self._shared.batches
+
+    @property
+    def degraded(self) -> str | None:
+        """See `edge.decoding.together.SharedRows`."""
+        return self._shared.degraded
+
+    def share_no_more(self, why: str) -> None:
+        """See `edge.decoding.together.SharedRows`."""
+        self._shared.share_no_more(why)
 
     def open_slot(self) -> Slot:
         """See `edge.decoding.blocks.RowsBackend`."""

@@ -75,6 +75,11 @@ class Graphs:
                     raise BundleError(message) from None
             return sessions[role, threads]
 
+    def verify(self, role: Role) -> None:
+        """Raise BundleError unless its file is the manifest's."""
+        graph = find_graph(self._folder, self._manifest, "cpu", role)
+        verified_bytes(self._folder, graph.file, graph.sha256)
+
     def _files_of(self, role: Role) -> dict[str, bytes]:
         """What holds the large constants of a graph that has them not itself. Raises BundleError."""
         roles: tuple[Role, ...] = ("step", "draft") if role == "step.shared" else ()
@@ -85,6 +90,12 @@ class Graphs:
         """Role and threads of every session that is open."""
         with self._sessions as sessions:
             return set(sessions)
+
+    def close_one(self, role: Role) -> None:
+        """Drop the sessions of a graph."""
+        with self._sessions as sessions:
+            for key in [key for key in sessions if key[0] == role]:
+                del sessions[key]
 
     def close(self) -> None:
         """Drop the sessions and their memory."""

@@ -1,5 +1,6 @@
 """ONNX Runtime on the CPU, for passes of several requests: each has its own cache, all share the products."""
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any, Final
@@ -8,46 +9,76 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.backends.ort_session import Graphs, check_names
-from edge.decoding.blocks import Slot
-from edge.decoding.together import ROWS, Seats
+from edge.decoding.blocks import SLOTS, Slot
+from edge.decoding.together import REQUESTS, ROWS, Seats, share_of_a_lane
 from edge.decoding.types import Floats
-from shared.errors import BundleError
+from edge.system.locked import Locked
+from shared.errors import BundleError, one_line
 from shared.manifest import Manifest, Role
+
+log = logging.getLogger(__name__)
 
 ROLE: Final[Role] = "step.shared"
 
 
 class OrtShared:
-    """The graph of several requests. requests: of a pass; 1 where the bundle or the runtime cannot.
+    """The graph of several requests, open where a lane may have so many. Without it a pass takes one request.
 
-    Raises BundleError for a graph that cannot be used.
+    batches, degraded: see `edge.decoding.together.SharedRows`. Raises BundleError for a damaged file.
     """
 
-    def __init__(self, graphs: Graphs, manifest: Manifest) -> None:
+    def __init__(self, graphs: Graphs, manifest: Manifest, lanes: int) -> None:
         import onnxruntime as ort  # loaded already, by the step graph's session
 
         self._graphs, self._vocab_size = graphs, manifest.model.vocab_size
+        self.batches: tuple[int, ...] = (1,)
+        self.degraded: str | None = None
+        self._reasons: Locked[list[str]] = Locked([])
+        self._local = threading.local()
+        if not graphs.has(ROLE):
+            return
+        graphs.verify(ROLE)
         # The constants lie in other graphs' files, which runtimes before 1.23 cannot be given.
-        usable = graphs.has(ROLE) and hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory")
-        self.requests = 1
-        if usable:
-            session = graphs.open(ROLE, 1)
-            noise: list[Any] = next((value.shape for value in session.get_inputs() if value.name == "noise"), [])
-            if noise[1:] != [ROWS + 1, self._vocab_size] or not isinstance(noise[0], int):
-                raise BundleError(f"{graphs.file(ROLE)} reads noise of shape {noise}, of another network")
-            self.requests = noise[0]
-            caches = [f"{kind}.{i}" for i in range(manifest.model.layers) for kind in ("keys", "values")]
-            own = [f"{name}.{r}" for r in range(self.requests) for name in ("key_positions", "last", "total", *caches)]
-            made = {f"new_{name}" for name in own if name.startswith(("keys.", "values."))}
-            given = {"tokens", "positions", "noise", "temperature", *own}
-            check_names(graphs.file(ROLE), session, (given, {"scores", "drafts", *made}))
+        able = hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory")
+        if able and share_of_a_lane(SLOTS, lanes) >= REQUESTS:
+            self.batches = (1, REQUESTS)
+            try:
+                self._check(manifest.model.layers)
+            except BundleError as error:
+                self.share_no_more(str(error))
+
+    def _check(self, layers: int) -> None:
+        """Open it. Raises BundleError when it reads or makes something else."""
+        session, file = self._graphs.open(ROLE, 1), self._graphs.file(ROLE)
+        caches = [f"{kind}.{i}" for i in range(layers) for kind in ("keys", "values")]
+        own = [f"{name}.{r}" for r in range(REQUESTS) for name in ("key_positions", "last", "total", *caches)]
+        made = {f"new_{name}" for name in own if name.startswith(("keys.", "values."))}
+        given = {"tokens", "positions", "noise", "temperature", *own}
+        check_names(file, session, (given, {"scores", "drafts", *made}))
+
+    def share_no_more(self, why: str) -> None:
+        """See `edge.decoding.together.SharedRows`. Warns once, and closes the graph."""
+        with self._reasons as reasons:
+            reasons.append(why)
+            if len(reasons) > 1:  # of another lane, whose pass had begun
+                return
+            self.batches = (1,)
+            effect = "no requests share a pass, so many at once take longer"
+            todo = "export the bundle again, or install another ONNX Runtime"
+            self.degraded = f"{self._graphs.file(ROLE)} cannot be used, and {effect}: {todo} ({one_line(why)})"
+            log.warning("%s", self.degraded)
+            self._local = threading.local()
+            self._graphs.close_one(ROLE)
+
+    def leave(self) -> None:
+        """Forget the slots at this thread's places, and with them their memory."""
         self._local = threading.local()
 
     def seat(self, slots: Sequence[Slot], caches: Sequence[dict[str, Floats]]) -> Seats:
         """See `edge.decoding.together.SharedRows`. caches: of the slots, by the names of a step graph's inputs."""
         table: _Table | None = getattr(self._local, "table", None)
         if table is None:
-            table = self._local.table = _Table(self._graphs.open(ROLE, 1), self.requests, self._vocab_size)
+            table = self._local.table = _Table(self._graphs.open(ROLE, 1), self._vocab_size)
         return table.seat(slots, caches)
 
     def run(self, seats: Seats) -> None:
@@ -58,19 +89,19 @@ class OrtShared:
 class _Table:
     """One thread's inputs and outputs, bound to memory; a slot's cache is bound when it takes a place."""
 
-    def __init__(self, session: Any, requests: int, vocab_size: int) -> None:
+    def __init__(self, session: Any, vocab_size: int) -> None:
         self._session, self._binding = session, session.io_binding()
-        self._slots: list[Slot | None] = [None] * requests
+        self._slots: list[Slot | None] = [None] * REQUESTS
         self._given: dict[str, NDArray[Any]] = {
-            "tokens": np.zeros((1, ROWS * requests), np.int32),
-            "positions": np.zeros((1, ROWS * requests), np.int32),
-            "noise": np.zeros((requests, ROWS + 1, vocab_size), np.float32),
-            "temperature": np.zeros((requests, 1, 1), np.float32),
+            "tokens": np.zeros((1, ROWS * REQUESTS), np.int32),
+            "positions": np.zeros((1, ROWS * REQUESTS), np.int32),
+            "noise": np.zeros((REQUESTS, ROWS + 1, vocab_size), np.float32),
+            "temperature": np.zeros((REQUESTS, 1, 1), np.float32),
         }
-        self._ends = [(np.zeros(1, np.int32), np.zeros(1, np.int32)) for _ in range(requests)]
+        self._ends = [(np.zeros(1, np.int32), np.zeros(1, np.int32)) for _ in range(REQUESTS)]
         self._made: dict[str, NDArray[Any]] = {
-            "scores": np.empty((ROWS * requests, vocab_size), np.float32),
-            "drafts": np.empty(ROWS * requests, np.int32),
+            "scores": np.empty((ROWS * REQUESTS, vocab_size), np.float32),
+            "drafts": np.empty(ROWS * REQUESTS, np.int32),
         }
         for name, array in self._given.items():
             self._bind(name, array)

@@ -21,6 +21,8 @@ from shared.tokens import EOS, MASK, PAD
 
 NOISE_BLOCK: Final = 8
 """Positions whose noise is made together: one by one, each costs three times as much."""
+SLOTS: Final = 8
+"""Requests that hold keys and values at once; the others wait for a place. 2.6 MB each in a `tiny` network."""
 
 
 @dataclass(frozen=True)

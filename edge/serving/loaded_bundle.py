@@ -8,12 +8,12 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from edge.backends import Chosen, choose_backend
-from edge.decoding.blocks import BlocksLoop, Law, RowsBackend, TakesConditions
+from edge.decoding.blocks import AnyRows, BlocksLoop, Law, RowsBackend, TakesConditions
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import GAP_OF_BLOCKS, GAP_OF_CANVAS, Texts
 from edge.decoding.pictures import MAX_PICTURE_BYTES
 from edge.decoding.together import SharedRows
-from edge.decoding.types import LoopBackend, Sampling
+from edge.decoding.types import AnyBackend, LoopBackend, Sampling
 from edge.serving.conditions import read_condition
 from edge.serving.runs import BlocksRun, CanvasRun, Completion, Plan, Run, Snapshot, step
 from edge.serving.slots import Slots
@@ -30,19 +30,18 @@ class LoadedBundle:
     """One bundle on one backend. Thread-safe for `prepare`, and for `step` in as many threads as it has `lanes`.
 
     backend, rows: what runs the decoders canvas and blocks; None where the bundle or the device lacks it.
-    backend_name: "ort", "trt" or "fake". degraded: why the device computes with less than it has, or None. window: the
-    drafts in a pass of requests that name no number, as many as pay on this device.
+    backend_name: "ort", "trt" or "fake". fallback: why the CPU serves in place of the GPU, or None. window: the drafts
+    in a pass of requests that name no number, as many as pay on this device.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, chosen: Chosen, texts: Texts) -> None:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
-        self.backend, self.backend_name, self.degraded, self.rows = chosen
+        self.backend, self.backend_name, self.fallback, self.rows = chosen
         # Once, not at every pass: isinstance with a protocol takes 15 µs.
         self._loop = self.rows if isinstance(self.rows, BlocksLoop) else None
         self._shared_rows = self.rows if isinstance(self.rows, SharedRows) else None
         self._host_rows = self.rows if isinstance(self.rows, RowsBackend) else None
-        self._batches: tuple[int, ...] = getattr(self.rows, "batches", (1,))
         self._slots = None if self.rows is None else Slots(self.rows)
         self.window = 0 if manifest.blocks is None else manifest.blocks.window
         if self.backend_name == "ort" and self._host_rows is not None:
@@ -63,6 +62,11 @@ class LoadedBundle:
             raise BundleError(f"{folder / TOKENIZER} has {sizes}")
         texts = Texts(tokenizer, manifest.model.canvas_len)
         return cls(folder, manifest, choose_backend(backend, folder, manifest, threads), texts)
+
+    @property
+    def degraded(self) -> str | None:
+        """Why the device computes with less than it has; None where all is well."""
+        return self.fallback or (None if self._shared_rows is None else self._shared_rows.degraded)
 
     @property
     def model(self) -> str:
@@ -198,10 +202,12 @@ class LoadedBundle:
 
     def batches(self, run: Run | None = None) -> tuple[int, ...]:
         """How many runs like this one (by canvas without one), of equal `positions`, a step takes, ascending from 1."""
+        backend: AnyBackend | AnyRows | None = self.backend
         if isinstance(run, BlocksRun):
-            lone = run.plan.condition is not None and self._loop is None
-            return (1,) if run.writing.reads or lone else self._batches
-        batches: tuple[int, ...] = getattr(self.backend, "batches", (1,))
+            if run.writing.reads or (run.plan.condition is not None and self._loop is None):
+                return (1,)
+            backend = self.rows
+        batches: tuple[int, ...] = getattr(backend, "batches", (1,))
         return batches
 
     @property

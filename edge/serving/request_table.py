@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from edge.decoding.together import share_of_a_lane
 from edge.serving.fair_queue import FairQueue
 from edge.serving.job import Job
 from edge.serving.loaded_bundle import LoadedBundle
@@ -92,7 +93,8 @@ class _State:
         kind = self._kind(first)
         mates = [job for job in order if not job.alone and self._kind(job) == kind]
         others = (job for batch in self.batches for job in batch)
-        own_share = -(-(len(mates) + sum(self._kind(job)[:2] == kind[:2] for job in others)) // first.loaded.lanes)
+        alike = len(mates) + sum(self._kind(job)[:2] == kind[:2] for job in others)
+        own_share = share_of_a_lane(alike, first.loaded.lanes)
         size = max(size for size in sizes if size <= min(len(mates), own_share))
         return sorted(mates[:size], key=lambda job: job.number)
 

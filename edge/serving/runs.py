@@ -257,7 +257,7 @@ def step(
             loop.advance([run.writing for run in together])
         elif len(runs) > 1:
             assert shared is not None
-            advance_together(shared, [run.writing for run in together])
+            advance_together(shared, [run.writing for run in together], under_way)
         else:
             assert rows is not None
             blocks.advance(rows, first.writing, under_way)

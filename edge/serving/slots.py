@@ -3,13 +3,9 @@
 import heapq
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final
 
-from edge.decoding.blocks import AnyRows, Slot
+from edge.decoding.blocks import SLOTS, AnyRows, Slot
 from edge.system.locked import Locked
-
-SLOTS: Final = 8
-"""Requests that hold keys and values at once; the others wait for a place. 2.6 MB each in a `tiny` network."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from edge.decoding.together import REQUESTS, ROWS
 from host.evaluate.scorers import session_of
 from host.export.bundle_writer import BundleGraph
 from host.export.graph_builder import GraphBuilder, Value
@@ -20,10 +21,6 @@ from host.export.shared_weights import LEAST_BYTES
 from shared.errors import BundleError
 from shared.tokens import FIRST_TEXT_ID
 
-REQUESTS: Final = 4
-"""Eight requests on two cores are four in each pass; of eight in a pass each would cost as much (docs/log.md)."""
-ROWS: Final = 2
-"""Of a request: its last token and a draft, or its last token twice. More drafts cost more than they bring."""
 DRAFT: Final = "draft."
 """Prefix of the draft graph's names, some of which are the step graph's."""
 SEEN: Final = ("seen_positions", "distance", "distance.column", "distance.pairs", "bias_of_pairs", "bias")

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 
-from edge.serving.slots import SLOTS
+from edge.decoding.blocks import SLOTS
 from shared.messages import MAX_SEGMENTS
 from tests.integration.harness import Broker, Daemon, Line, Listener
 

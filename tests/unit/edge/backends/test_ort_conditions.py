@@ -19,8 +19,9 @@ from shared.errors import BundleError, RequestError
 from shared.manifest import CONDITIONED_ROLES, Role, SamplingDefaults, read_manifest
 from shared.messages import Gap, GenerateRequest
 from shared.tokens import FIRST_TEXT_ID
+from tests.support.altered_bundle import changed, with_graph
 from tests.support.picture_files import picture
-from tests.unit.edge.backends.test_ort_rows import changed, drop_output, rename_input, with_graph
+from tests.unit.edge.backends.test_ort_rows import drop_output, rename_input
 
 ROWS = 24
 NOISE = np.random.default_rng(2).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)

@@ -1,6 +1,5 @@
 """ONNX Runtime for blocks: a row's scores depend on nothing but its text, and a bundle's graphs are checked at load."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -8,7 +7,6 @@ from typing import Final
 import numpy as np
 import onnx
 import pytest
-from msgspec import json
 from msgspec.structs import replace
 
 from edge.backends import choose_backend
@@ -18,9 +16,10 @@ from edge.serving.loaded_bundle import LoadedBundle
 from host.export.__main__ import export_untrained
 from host.export.pipeline import Wanted
 from shared.errors import BundleError, RequestError
-from shared.manifest import MANIFEST, Manifest, Role, SamplingDefaults, read_manifest, sha256_of
+from shared.manifest import Manifest, Role, SamplingDefaults, read_manifest
 from shared.messages import Gap, GenerateRequest
 from shared.tokens import FIRST_TEXT_ID
+from tests.support.altered_bundle import changed, with_graph
 
 ROWS: Final = 60
 
@@ -58,27 +57,6 @@ def test_rows_alone_score_as_among_others_to_the_bit(bundle: Path, under_way: in
     for size in (2, 4, 16, ROWS):
         assert np.array_equal(states(rows, size, 1), alone)
     rows.close()
-
-
-def changed(folder: Path, target: Path, change: Callable[[Manifest], Manifest]) -> Path:
-    """A copy of a bundle with another manifest."""
-    shutil.copytree(folder, target)
-    (target / MANIFEST).write_bytes(json.encode(change(read_manifest(target))))
-    return target
-
-
-def with_graph(folder: Path, target: Path, role: Role, change: Callable[[onnx.ModelProto], None]) -> Path:
-    """A copy of a bundle with another graph of that role."""
-
-    def change_both(manifest: Manifest) -> Manifest:
-        graph = next(graph for graph in manifest.graphs if graph.role == role)
-        model = onnx.load(target / graph.file)
-        change(model)
-        onnx.save(model, target / graph.file)
-        new = replace(graph, sha256=sha256_of(target / graph.file))
-        return replace(manifest, graphs=tuple(new if one is graph else one for one in manifest.graphs))
-
-    return changed(folder, target, change_both)
 
 
 def rename_input(model: onnx.ModelProto) -> None:

@@ -1,10 +1,14 @@
 """Many requests share passes of a CPU, whatever their lengths and laws, and no text shows it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
+from edge.backends.ort_rows import OrtRows
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Run
 from edge.serving.scheduler import Scheduler
@@ -12,7 +16,9 @@ from host.export.__main__ import export_untrained
 from host.export.pipeline import Wanted
 from shared.errors import BundleError
 from shared.manifest import SamplingDefaults, find_graph, read_manifest
-from shared.messages import Gap, GenerateRequest, Response
+from shared.messages import Gap, GenerateRequest
+from shared.metrics import Metrics
+from tests.support.altered_bundle import with_graph
 from tests.support.mailbox import Mailbox
 
 
@@ -53,35 +59,98 @@ def test_together_texts_are_the_same_as_alone(bundle: Path, threads: int, monkey
         step(runs, under_way)
 
     monkeypatch.setattr(loaded, "step", counted)
-    scheduler, mailboxes = Scheduler(loaded, queue_size=40), list[Mailbox]()
-    for number, request in enumerate(requests()):
-        mailboxes.append(Mailbox())
-        scheduler.submit(request, mailboxes[-1], client=str(number))
-    scheduler.start()
-    answers = [mailbox.response() for mailbox in mailboxes]
-    scheduler.stop()
-    assert [answer.text for answer in answers] == alone
+    texts, _ = answers_of(loaded, requests())
+    assert texts == alone
     assert set(sizes) == {1, 4} and sizes.count(4) > 10
 
 
-def test_together_a_failed_pass_is_tried_alone(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, answers, failed = LoadedBundle.load(bundle, "ort", threads=1), list[Response](), list[object]()
+def adding(table: list[float]) -> Callable[[onnx.ModelProto], None]:
+    """To all scores, what stands in a table at the first request's position; behind its end the graph fails."""
 
-    def fails(seats: object) -> None:
-        failed.append(seats)
-        raise ZeroDivisionError("the pass fails")
+    def change(model: onnx.ModelProto) -> None:
+        node = next(node for node in model.graph.node if "scores" in node.output)
+        node.output[0] = "scores.before"
+        at = list(model.graph.node).index(node) + 1
+        model.graph.node.insert(at, onnx.helper.make_node("Gather", ["table", "last.0"], ["added"]))
+        model.graph.node.insert(at + 1, onnx.helper.make_node("Add", ["scores.before", "added"], ["scores"]))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(table, np.float32), "table"))
 
-    assert loaded._shared_rows is not None
-    monkeypatch.setattr(loaded._shared_rows, "rows_together", fails)
-    scheduler = Scheduler(loaded, queue_size=16)
-    mailboxes = [Mailbox() for _ in range(8)]
-    for number, mailbox in enumerate(mailboxes):
-        scheduler.submit(GenerateRequest(prompt="a", seed=number, max_tokens=9), mailbox, client=str(number))
-    scheduler.refuse_new()
-    scheduler.run()
-    answers = [mailbox.response() for mailbox in mailboxes]
-    expected = [loaded.run(loaded.prepare(GenerateRequest(prompt="a", seed=n, max_tokens=9))).text for n in range(8)]
-    assert [answer.text for answer in answers] == expected and failed
+    return change
+
+
+def answers_of(loaded: LoadedBundle, asked: list[GenerateRequest]) -> tuple[list[str | None], Metrics]:
+    """Of a daemon that has them all at once, and how it is after them."""
+    scheduler, mailboxes = Scheduler(loaded, queue_size=40), [Mailbox() for _ in asked]
+    for number, (request, mailbox) in enumerate(zip(asked, mailboxes, strict=True)):
+        scheduler.submit(request, mailbox, client=str(number))
+    scheduler.start()
+    texts = [mailbox.response().text for mailbox in mailboxes]
+    metrics = scheduler.metrics()
+    scheduler.stop()
+    return texts, metrics
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_together_a_graph_that_fails_later_is_used_no_more(
+    bundle: Path, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing fails but the pass; its requests, and all later ones, go on side by side, each in passes of its own."""
+    folder = with_graph(bundle, tmp_path / "b", "step.shared", adding([0.0] * 20))
+    loaded, under_way, sizes = LoadedBundle.load(folder, "ort", threads=threads), set[int](), list[int]()
+    assert loaded.degraded is None
+    asked = [GenerateRequest(prompt="a", seed=n, max_tokens=40, decode="blocks") for n in range(16)]
+    alone, step = [loaded.run(loaded.prepare(request)).text for request in asked], loaded.step
+
+    def counted(runs: list[Run], share: int = 1) -> None:
+        sizes.append(len(runs))
+        under_way.add(share)
+        step(runs, share)
+
+    monkeypatch.setattr(loaded, "step", counted)
+    texts, metrics = answers_of(loaded, asked)
+    assert texts == alone
+    assert sizes.count(4) > 1 and sizes[-50:] == [1] * 50 and max(under_way) >= 8
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "step.shared.cpu.int8.onnx cannot be used" in warning and "export the bundle again" in warning
+    assert (metrics.state, metrics.failure, metrics.answered) == ("degraded", warning, {"ok": 16})
+    assert isinstance(loaded.rows, OrtRows) and not [role for role, _ in loaded.rows._graphs.sizes() if "." in role]
+
+
+def nothing(model: onnx.ModelProto) -> None:
+    del model.graph.output[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (adding([0.0]), "it does not run: "),
+        (adding([0.001] * 300), "of 4 requests, 4 score otherwise than by themselves"),
+        (nothing, "has inputs and outputs"),
+    ],
+    ids=["fails", "differs", "names"],
+)
+def test_together_a_graph_that_cannot_be_used_is_found_at_load(
+    bundle: Path,
+    tmp_path: Path,
+    change: Callable[[onnx.ModelProto], None],
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loaded = LoadedBundle.load(with_graph(bundle, tmp_path / "b", "step.shared", change), "ort", threads=1)
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert why in warning and "step.shared.cpu.int8.onnx cannot be used" in warning
+    texts, metrics = answers_of(loaded, requests()[:8])
+    assert texts == [loaded.run(loaded.prepare(request)).text for request in requests()[:8]]
+    assert (metrics.state, metrics.failure) == ("degraded", warning)
+    assert len([record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]) == 1
+
+
+@pytest.mark.parametrize(("threads", "opened"), [(1, True), (2, True), (3, False), (4, False)])
+def test_together_the_graph_is_open_where_a_lane_has_four_of_eight(bundle: Path, threads: int, opened: bool) -> None:
+    rows = OrtRows(bundle, read_manifest(bundle), threads)
+    assert (("step.shared", 1) in rows._graphs.sizes()) is opened
+    assert rows.batches == ((1, 4) if opened else (1,)) and rows.degraded is None
 
 
 def test_together_few_requests_have_lanes_of_their_own(bundle: Path) -> None:
@@ -99,7 +168,8 @@ def test_together_few_requests_have_lanes_of_their_own(bundle: Path) -> None:
     assert first is not None and second is not None and (len(first.batch), len(second.batch)) == (1, 1)
 
 
-def test_together_a_damaged_graph_is_refused_at_load(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [2, 4])
+def test_together_a_damaged_graph_is_refused_at_load(bundle: Path, tmp_path: Path, threads: int) -> None:
     folder = tmp_path / "damaged"
     folder.mkdir()
     for part in bundle.iterdir():
@@ -107,4 +177,4 @@ def test_together_a_damaged_graph_is_refused_at_load(bundle: Path, tmp_path: Pat
     file = find_graph(folder, read_manifest(folder), "cpu", "step.shared").file
     (folder / file).write_bytes((folder / file).read_bytes()[:-1])
     with pytest.raises(BundleError, match="does not match its manifest"):
-        LoadedBundle.load(folder, "ort")
+        LoadedBundle.load(folder, "ort", threads=threads)
