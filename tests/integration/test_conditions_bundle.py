@@ -25,7 +25,7 @@ def test_conditions_bundle_is_the_shipped_network_with_encoders() -> None:
     verified_bytes(FOLDER, TOKENIZER, manifest.tokenizer_sha256)
     digests = {graph.role: graph.sha256 for graph in manifest.graphs}
     for graph in shipped.graphs:
-        if graph.target == "cpu" and graph.role not in {"canvas", "step.shared"}:  # its requests run one a pass
+        if graph.target == "cpu" and graph.role != "canvas":
             assert digests[graph.role] == graph.sha256, graph.role
     assert {*CONDITIONED_ROLES["cpu"], "prefill.conditioned"} <= digests.keys()
     assert manifest.laws == shipped.laws and all(passes_law(gate) for gate in manifest.law_parity)
