@@ -124,29 +124,29 @@ ENGINES: Final[dict[Role, str]] = {
 def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Finding], Profiles]:
     """Driver, GPU, TensorRT, engines.  → findings, the profiles of the engines that can be loaded"""
     found, profiles = list[Finding](), Profiles()
-    try:
-        gpu = Gpu()
-        free, total = gpu.free_memory()
+    with ExitStack() as stack:
+        try:
+            gpu = Gpu()
+            stack.callback(gpu.close)
+            free, total = gpu.free_memory()
+        except DeviceError as error:
+            return [Finding("gpu", "absent", str(error))], {}
         found.append(Finding("gpu", f"{gpu.name}, {gpu.architecture}, CUDA {gpu.cuda_version}"))
         found.append(Finding("gpu memory", f"{free >> 20} of {total >> 20} MiB free"))
-    except DeviceError as error:
-        return [Finding("gpu", "absent", str(error))], {}
-    try:
-        trt = import_tensorrt()
-        found.append(Finding("tensorrt", trt.__version__))
-        if manifest is None:
-            return found, profiles
-        for role in engines.built_roles(manifest) or ["canvas"]:
-            facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=role)
-            place = engines.find(facts, engines.cache_folders())
-            fix = None if place else f"python -m edge.build --bundle {folder}"
-            found.append(Finding(ENGINES[role], str(place or "not built yet"), fix))
-            if place:
-                profiles[role] = list(facts.shapes)
-    except DiffusionLLMError as error:
-        found.append(Finding("tensorrt", "unusable", str(error)))
-    finally:
-        gpu.close()
+        try:
+            trt = import_tensorrt()
+            found.append(Finding("tensorrt", trt.__version__))
+            if manifest is None:
+                return found, profiles
+            for role in engines.built_roles(manifest) or ["canvas"]:
+                facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=role)
+                place = engines.find(facts, engines.cache_folders())
+                fix = None if place else f"python -m edge.build --bundle {folder}"
+                found.append(Finding(ENGINES[role], str(place or "not built yet"), fix))
+                if place:
+                    profiles[role] = list(facts.shapes)
+        except DiffusionLLMError as error:
+            found.append(Finding("tensorrt", "unusable", str(error)))
     return found, profiles
 
 

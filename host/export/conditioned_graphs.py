@@ -180,17 +180,7 @@ def encode_image_graph(model: Denoiser, ranges: Ranges | None = None) -> onnx.Mo
     pixels float32 (n, 3, 64, 64), RGB in 0 … 1 → memory float32 (1, 4 · n, D + 1), picture after picture
     """
     g, e, d = RowBuilder(model, ranges), "conditions.pictures", model.config.d_model
-    one, two = (g.constant(name, np.array(value, np.float32)) for name, value in (("one", 1), ("two", 2)))
-    x = g.op("Sub", "pixels.centred", g.op("Mul", "pixels.twice", "pixels", two), one)
-    parts = [f"{e}.patches.weight", f"{e}.patches.bias"]
-    x = g.op("Conv", f"{e}.patches.out", x, *map(g.weight, parts), strides=[4, 4])
-    for i in range(2):
-        x = g.op("Gelu", f"{e}.halves.{i}.in", x, approximate="none")
-        parts = [f"{e}.halves.{i}.weight", f"{e}.halves.{i}.bias"]
-        x = g.op("Conv", f"{e}.halves.{i}.out", x, *map(g.weight, parts), strides=[2, 2], pads=[1, 1, 1, 1])
-    x = g.op("Reshape", "grid.flat", x, g.constant("grid", np.array([0, d, -1])))
-    x = g.op("Transpose", "grid.rows", x, perm=[0, 2, 1])
-    x = g.op("Add", "embedded", x, g.weight(f"{e}.position_embedding.weight"))
+    x = g.embed_pictures(e)
     merged = g.op("MatMul", "grid.merged", g.constant("merging", merging()), _encoded(g, x, e))
     merged = g.op("Reshape", "grid.row", merged, g.constant("one_sequence", np.array([1, -1, d])))
     inputs: list[Value] = [("pixels", "float32", ("pictures", 3, PICTURE_SIZE, PICTURE_SIZE))]

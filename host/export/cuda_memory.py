@@ -89,18 +89,8 @@ def cuda_encode_image_graph(model: Denoiser, fp32_norms: bool = False) -> onnx.M
     memory_values.i float16 (1, H, 4 · n, D/H) of each layer, picture after picture
     """
     g, e, d = StepBuilder(model, "float16", fp32_norms), "conditions.pictures", model.config.d_model
-    one, two = (g.constant(name, np.full(1, value, np.float16)) for name, value in (("one", 1), ("two", 2)))
-    x = g.op("Sub", "pixels.centred", g.op("Mul", "pixels.twice", "pixels", two), one)
-    parts = [f"{e}.patches.weight", f"{e}.patches.bias"]
-    x = g.op("Conv", f"{e}.patches.out", x, *map(g.weight, parts), strides=[4, 4])
-    for i in range(2):
-        x = g.op("Gelu", f"{e}.halves.{i}.in", x, approximate="none")
-        parts = [f"{e}.halves.{i}.weight", f"{e}.halves.{i}.bias"]
-        x = g.op("Conv", f"{e}.halves.{i}.out", x, *map(g.weight, parts), strides=[2, 2], pads=[1, 1, 1, 1])
-    x = g.op("Reshape", "grid.flat", x, g.constant("grid", np.array([0, d, -1])))
-    x = g.op("Transpose", "grid.rows", x, perm=[0, 2, 1])
-    x = g.op("Add", "embedded", x, g.weight(f"{e}.position_embedding.weight"))
-    rows = g.op("MatMul", "grid.merged", g.constant("merging", merging().astype(np.float16)), _encoded(g, x, e))
+    x, merged = g.embed_pictures(e), g.constant("merging", merging().astype(np.float16))
+    rows = g.op("MatMul", "grid.merged", merged, _encoded(g, x, e))
     one_sequence = g.constant("one_sequence", np.array([1, PICTURES * PICTURE_ROWS, d]))
     rows = g.op("Reshape", "memory.rows", rows, one_sequence)
     inputs: list[Value] = [("pixels", "float16", (PICTURES, 3, PICTURE_SIZE, PICTURE_SIZE))]

@@ -119,6 +119,21 @@ class StepBuilder(GraphBuilder):
         x = self.op("Add", "embedded", tokens, places)
         return self.op("Add", "timed", x, self._time()) if config.time_input else x
 
+    def embed_pictures(self, encoder: str) -> str:
+        """Patches of `pixels` (n, 3, 64, 64) in 0 … 1, through the encoder's convolutions.  → (n, 16, D)"""
+        e, d = encoder, self.config.d_model
+        one, two = (self.constant(n, np.full(1, v, self._dtype)) for n, v in (("one", 1), ("two", 2)))
+        x = self.op("Sub", "pixels.centred", self.op("Mul", "pixels.twice", "pixels", two), one)
+        parts = [f"{e}.patches.weight", f"{e}.patches.bias"]
+        x = self.op("Conv", f"{e}.patches.out", x, *map(self.weight, parts), strides=[4, 4])
+        for i in range(2):
+            x = self.op("Gelu", f"{e}.halves.{i}.in", x, approximate="none")
+            parts = [f"{e}.halves.{i}.weight", f"{e}.halves.{i}.bias"]
+            x = self.op("Conv", f"{e}.halves.{i}.out", x, *map(self.weight, parts), strides=[2, 2], pads=[1, 1, 1, 1])
+        x = self.op("Reshape", "grid.flat", x, self.constant("grid", np.array([0, d, -1])))
+        x = self.op("Transpose", "grid.rows", x, perm=[0, 2, 1])
+        return self.op("Add", "embedded", x, self.weight(f"{e}.position_embedding.weight"))
+
     def attention_bias(self, relative: str) -> str:
         """Relative position bias (1, H, canvas, canvas) cut to the length, plus NEVER at keys after the end.
 

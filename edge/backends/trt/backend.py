@@ -73,14 +73,14 @@ class TrtBackend(Captured):
     def __init__(self, trt: ModuleType, gpu: Gpu, *, memory: Memory, manifest: Manifest, built: engines.Built) -> None:
         """Load an engine built for this GPU's `buckets` and the compiled kernels, and warm every bucket up.
 
-        Raises EngineRejected when TensorRT rejects the engine, DeviceError for any other failure.
+        Raises EngineRejected when TensorRT rejects the engine, BundleError, or DeviceError for any other failure.
         """
-        check_servable(manifest)
         super().__init__(trt, gpu)
         self.lengths = length_buckets(manifest.model.canvas_len)
         self.batches: tuple[int, ...] = BATCHES
         self._manifest = manifest
         try:
+            check_servable(manifest)
             self._load(memory, built)
         except BaseException:
             self.close()
@@ -236,28 +236,32 @@ def _load(
     if argument not in ("", "pycuda"):
         raise ConfigError(f"backend 'trt' takes nothing or 'pycuda' after its colon; found {argument!r}")
     check_servable(manifest)
-    gpu = Gpu()  # first: without a driver, TensorRT crashes instead of saying so
+
+    def start(gpu: Gpu) -> Made:
+        with ExitStack() as on_failure:
+            on_failure.callback(gpu.close)
+            memory: Memory = PycudaMemory() if argument else CudaMemory(gpu)
+            built = [engines.load(place) for place in places.values()]
+            on_failure.pop_all()
+        return make(trt, gpu, memory, built)  # the backend closes it from here on
+
+    gpu, places = Gpu(), dict[Role, Path]()  # first: without a driver, TensorRT crashes instead of saying so
     with ExitStack() as on_failure:
         on_failure.callback(gpu.close)
         trt = import_tensorrt()
-        places = dict[Role, Path]()
         for role in roles:
             facts = engines.facts_of(folder, manifest, tensorrt=trt.__version__, gpu=gpu, role=role)
             place = engines.find(facts, engines.cache_folders())
             if place is None:
                 raise NoEngine(f"no engine for this bundle on this device: run python -m edge.build --bundle {folder}")
             places[role] = place
-        memory: Memory = PycudaMemory() if argument else CudaMemory(gpu)
-        built = [engines.load(place) for place in places.values()]
-        on_failure.pop_all()  # the backend's from here on
+        on_failure.pop_all()
     try:
-        return make(trt, gpu, memory, built)
+        return start(gpu)
     except EngineRejected as error:
         log.warning("%s: building it again, which takes minutes", str(error))
     bundle = str(folder.absolute())
     for role, place in places.items():
         order = Order(bundle, str(place.parent), build_process.WORKSPACE_MIB, force=True, role=role)
         build_process.run_build(order, log.info)
-    gpu = Gpu()
-    memory = PycudaMemory() if argument else CudaMemory(gpu)
-    return make(trt, gpu, memory, [engines.load(place) for place in places.values()])
+    return start(Gpu())

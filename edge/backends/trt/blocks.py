@@ -90,7 +90,6 @@ class TrtBlocks(Captured):
 
         Raises EngineRejected, BundleError, or DeviceError for any other failure.
         """
-        check_servable(manifest)
         super().__init__(trt, gpu)
         assert manifest.blocks is not None
         self.depth = manifest.blocks.window
@@ -99,15 +98,19 @@ class TrtBlocks(Captured):
         self.fills_gaps = any(one.infilling_ratio is not None for one in parity) or any(
             one.role == "prefill" for one in manifest.graphs
         )
-        self._model = manifest.model
-        self._slots = 0
+        self._model, self._manifest, self._slots = manifest.model, manifest, 0
         self._placed: list[Writing | None] = [None] * SLOTS
         try:
-            self.capacity = _capacity(step, manifest, self.depth + 1)
+            check_servable(manifest)
+            self._fit(step)
             self._load(memory, built, graph)
         except BaseException:
             self.close()
             raise
+
+    def _fit(self, step: Graph) -> None:
+        """Sizes that the step graph has. Raises BundleError when they are not the manifest's."""
+        self.capacity = _capacity(step, self._manifest, self.depth + 1)
 
     def _kernel_names(self) -> tuple[str, ...]:
         drafting = (kernels.DRAFT_INPUT, kernels.DRAFT_LINEAR, kernels.DRAFT_TOKEN)
@@ -271,9 +274,8 @@ class TrtBlocks(Captured):
 
     def _read_prompt(self, w: Writing) -> bool:
         """→ whether that was its pass"""
-        first = w.position - len(w.pending) + 1
+        tokens, first = np.array(w.pending, np.int32), w.position - len(w.pending) + 1
         positions = np.arange(first, w.position + 1)
-        tokens = np.array(w.pending, np.int32)
         self._read_in(number_of(w), tokens=tokens, positions=positions, evidence=False, draws=True)
         return True
 

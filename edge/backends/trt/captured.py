@@ -38,7 +38,8 @@ class Program(Protocol):
 
 
 class Captured(ABC):
-    """Owns the context of the GPU, and frees everything in reverse order of creation. Not thread-safe.
+    """Owns the context of the GPU from the first, and frees everything in reverse order of creation: whoever constructs
+    one closes it when that fails. Not thread-safe.
 
     failure: why the device is out of service; None while it is healthy.
     """
@@ -47,12 +48,12 @@ class Captured(ABC):
         self.failure: str | None = None
         self._gpu, self._trt = gpu, trt
         self._owned = ExitStack()
+        self._owned.callback(gpu.close)
         self._programs: list[Program] = []
 
     def _begin(self, memory: Memory, built: Sequence[Built], names: tuple[str, ...]) -> None:
         """Stream, event, kernels and engines. Raises EngineRejected or DeviceError."""
         gpu, driver = self._gpu, self._gpu.driver
-        self._owned.callback(gpu.close)
         gpu.use()
         self._stream = gpu.call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._owned.callback(gpu.release, "cuStreamDestroy", self._stream)

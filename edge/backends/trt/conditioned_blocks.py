@@ -7,7 +7,6 @@ pass, and a kernel changes the scores by theirs before the draw. S: memory rows 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,14 @@ from edge.backends.ort_conditions import as_input
 from edge.backends.trt import kernels
 from edge.backends.trt.blocks import Pass, Tensors, TrtBlocks, aligned, number_of
 from edge.backends.trt.captured import Program
-from edge.backends.trt.driver import Gpu, Memory
+from edge.backends.trt.driver import Memory
 from edge.backends.trt.engine_cache import Built
 from edge.backends.trt.profiles import PAIRED
 from edge.decoding.blocks import Writing
 from edge.decoding.conditions import Condition
 from edge.decoding.types import Ids
 from shared.errors import BundleError
-from shared.manifest import Graph, Manifest
+from shared.manifest import Graph
 
 
 @dataclass(eq=False)
@@ -42,26 +41,16 @@ class TrtConditionedBlocks(TrtBlocks):
 
     requests = PAIRED
 
-    def __init__(
-        self,
-        trt: ModuleType,
-        gpu: Gpu,
-        *,
-        memory: Memory,
-        manifest: Manifest,
-        step: Graph,
-        graph: bytes,
-        built: Sequence[Built],
-    ) -> None:
-        assert manifest.conditions is not None and len(built) == 3
-        self._takes = takes = manifest.conditions
-        self._top_k = min(manifest.top_k, manifest.model.vocab_size)
+    def _fit(self, step: Graph) -> None:
+        super()._fit(step)
+        takes = self._manifest.conditions
+        assert takes is not None
+        self._takes, self._top_k = takes, min(self._manifest.top_k, self._model.vocab_size)
         self._word_rows = 1 + takes.words * takes.word_tokens
         self._picture_rows = takes.pictures * takes.picture_rows
         self._memory_rows = next(int(tensor.shape[1]) for tensor in step.inputs if tensor.name == "reads")
         if self._memory_rows <= self._word_rows + self._picture_rows:
             raise BundleError(f"{step.file} has no room for the words and pictures that the manifest promises")
-        super().__init__(trt, gpu, memory=memory, manifest=manifest, step=step, graph=graph, built=built)
 
     @property
     def fills_conditioned_gaps(self) -> bool:

@@ -12,7 +12,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from msgspec.structs import replace as replace_struct
 
+from edge.backends.trt import kernels
 from edge.backends.trt.blocks import SLOTS, TrtBlocks
 from edge.backends.trt.driver import CudaMemory, Gpu
 from edge.backends.trt.engine_cache import Built
@@ -284,6 +286,17 @@ def test_blocks_on_gpu_refuse_a_graph_without_its_drafter(bench: Bench) -> None:
         with pytest.raises(BundleError, match=rf"its constant {name} is of shape .*, not of shape"):
             bench.open()
         bench.graph = whole
+
+
+def test_blocks_on_gpu_refuse_a_bundle_beyond_them_and_leave_the_device(bench: Bench) -> None:
+    """`bench` asks whether its context is released."""
+    whole = bench.manifest
+    bench.manifest = replace_struct(whole, top_k=kernels.THREADS + 1)
+    with pytest.raises(BundleError, match="serves bundles with top_k up to"):
+        bench.open()
+    bench.manifest = replace_struct(whole, model=replace_struct(whole.model, heads=1))
+    with pytest.raises(BundleError, match=r"step\.cuda\.fp16\.onnx has other inputs than the kernels of blocks"):
+        bench.open()
 
 
 def test_blocks_on_gpu_texts_end(bench: Bench) -> None:

@@ -35,7 +35,7 @@ from host.export.random_weights import untrained
 from host.export.shared_weights import with_shared_weights
 from host.model import conditions as host_conditions
 from host.model.network import CONFIGS, Denoiser
-from shared.errors import DeviceError
+from shared.errors import BundleError, DeviceError
 from shared.manifest import Manifest, Role, find_graph, graph_bytes, read_manifest
 from shared.messages import GenerateRequest
 from shared.tokens import EOS, MASK
@@ -288,6 +288,16 @@ def test_conditions_on_gpu_scores_that_are_no_numbers_fail_before_anything_is_ke
     finish(backend, [mine, twin])
     np.testing.assert_array_equal(mine.canvas, twin.canvas)
     backend.close()
+
+
+def test_conditions_on_gpu_without_room_for_them_are_refused_and_the_device_is_left(bench: Bench) -> None:
+    """`bench` asks whether its context is released."""
+    takes = bench.manifest.conditions
+    assert takes is not None
+    more = msgspec.structs.replace(takes, words=10)
+    bench.manifest = msgspec.structs.replace(bench.manifest, conditions=more)
+    with pytest.raises(BundleError, match=r"step\.cuda\.fp16\.onnx has no room for the words and pictures"):
+        bench.open()
 
 
 def test_bundle_of_conditions_is_built_found_and_served(

@@ -173,6 +173,16 @@ def test_load_does_not_build_a_rejected_engine_twice(
     assert not any(jetson.driver.live.values())
 
 
+def test_load_leaves_the_device_when_the_engine_that_was_built_anew_is_gone(
+    jetson: Jetson, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = stale(jetson)
+    monkeypatch.setattr(build_process, "run_build", lambda order, tell: (place / engines.ENGINE).unlink())
+    with pytest.raises(DeviceError, match="cannot be read"):
+        load_backend("trt", jetson.bundle, jetson.manifest, 0)
+    assert not any(jetson.driver.live.values())
+
+
 def test_load_without_an_engine_names_the_command_that_builds_it(jetson: Jetson) -> None:
     with pytest.raises(DeviceError, match=f"run python -m edge.build --bundle {jetson.bundle}"):
         load_backend("trt", jetson.bundle, jetson.manifest, 0)
@@ -217,6 +227,13 @@ def test_doctor_of_a_healthy_board_reports_nothing_to_fix(jetson: Jetson, capsys
     assert found["step on the cpu"].endswith(" ms")
     for batch, length in buckets(jetson.manifest, PROCESSORS):  # every profile, nine on an Orin Nano
         assert agreement(found, batch, length) >= 95
+    assert not any(jetson.driver.live.values())
+
+
+def test_doctor_leaves_a_device_that_does_not_tell_its_memory(jetson: Jetson) -> None:
+    jetson.driver.fails = {"cuMemGetInfo": Result.CUDA_ERROR_LAUNCH_FAILED}
+    found, _ = doctor.gpu_and_engine(jetson.bundle, jetson.manifest)
+    assert [(one.name, one.fix) for one in found] == [("gpu", "cuMemGetInfo failed: CUDA_ERROR_LAUNCH_FAILED")]
     assert not any(jetson.driver.live.values())
 
 
