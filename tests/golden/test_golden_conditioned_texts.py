@@ -24,8 +24,12 @@ from tests.support.picture_files import picture
 TOLERANCE = 1e-3
 CONDITIONS: dict[str, dict[str, Any]] = {
     "words": {"words": ["dragon", "cake"]},
-    "pictures": {"images": [picture(1), picture(2)]},
-    "both": {"words": ["red"], "images": [picture(3)]},
+    "a picture": {"images": [picture(1)]},
+    "two pictures": {"images": [picture(1), picture(2)]},
+    "three pictures": {"images": [picture(1), picture(2), picture(3)]},
+    "a word and a picture": {"words": ["red"], "images": [picture(3)]},
+    "words and two pictures": {"words": ["red", "cake"], "images": [picture(3), picture(1)]},
+    "words and three pictures": {"words": ["red"], "images": [picture(3), picture(2), picture(1)]},
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": "\x01" * 220},  # near the end of the canvas

@@ -30,7 +30,16 @@ from host.train.objectives import Settings, ar
 VOCAB, LENGTH, K, GUIDANCE, ROWS, SCORED = 120, 48, 20, 1.5, 9, 3
 SHAPE = replace(config_named("debug"), vocab_size=VOCAB, canvas_len=LENGTH, time_input=False, conditions=True)
 WORDS, PICTURES = random_conditions(VOCAB, 6, seed=1)[-2:]
-CONDITIONS = [WORDS, PICTURES, replace(PICTURES, words=WORDS.words)]
+ONE, TWO = (replace(PICTURES, pictures=PICTURES.pictures[:count]) for count in (1, 2))
+CONDITIONS = {
+    "words": WORDS,
+    "a picture": ONE,
+    "two pictures": TWO,
+    "three pictures": PICTURES,
+    "a word and a picture": replace(ONE, words=WORDS.words[1:2]),
+    "words and two pictures": replace(TWO, words=WORDS.words[:2]),
+    "words and three pictures": replace(PICTURES, words=WORDS.words),
+}
 Feed = dict[str, np.ndarray[Any, Any]]
 
 
@@ -106,7 +115,7 @@ def step_feed(graph: onnx.ModelProto, tokens: torch.Tensor) -> Feed:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("condition", CONDITIONS, ids=["words", "pictures", "both"])
+@pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
 def test_conditioned_graphs_are_the_network(model: Denoiser, condition: Condition) -> None:
     torch.manual_seed(1)
     tokens, close = torch.randint(4, VOCAB, (1, ROWS)), partial(np.testing.assert_allclose, atol=1e-4)
@@ -141,11 +150,12 @@ def test_conditioned_graphs_are_the_network(model: Denoiser, condition: Conditio
 
 
 @torch.no_grad()
-def test_conditioned_prefill_graph_is_the_network(model: Denoiser) -> None:
+@pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
+def test_conditioned_prefill_graph_is_the_network(model: Denoiser, condition: Condition) -> None:
     places = [0, 1, 2, 6, 7]
     rows, cache = evidence([1, 9, 8, 7, 2], places, []), Cache.empty(SHAPE)
-    model(*rows, cache, memory=model.remember(Given.of([CONDITIONS[2]])))
-    memory = remembered(float_graphs(model), CONDITIONS[2])
+    model(*rows, cache, memory=model.remember(Given.of([condition])))
+    memory = remembered(float_graphs(model), condition)
     graph = conditioned_prefill_graph(model)
     feed = {"tokens": rows.tokens.numpy().astype(np.int32), "positions": np.array([places], np.int32)}
     made = run(graph, feed | {name: memory[name] for name in memory if name in {v.name for v in graph.graph.input}})
@@ -155,10 +165,13 @@ def test_conditioned_prefill_graph_is_the_network(model: Denoiser) -> None:
 
 
 @torch.no_grad()
-def test_conditioned_int8_graphs_are_near_the_network_and_a_row_is_the_same_in_any_pass(model: Denoiser) -> None:
+@pytest.mark.parametrize("condition", CONDITIONS.values(), ids=CONDITIONS)
+def test_conditioned_int8_graphs_are_near_the_network_and_a_row_is_the_same_in_any_pass(
+    model: Denoiser, condition: Condition
+) -> None:
     graphs = {str(graph.role): graph.model for graph in untested_conditions(model, {"ar"}, int8=True)}
-    memory: Memory = model.remember(Given.of([WORDS]))
-    feed = remembered(graphs, WORDS)
+    memory: Memory = model.remember(Given.of([condition]))
+    feed = remembered(graphs, condition)
     exact = folded(model, memory, 0)
     for kind in ("key", "value"):
         assert feed[f"memory_{kind}s.0"].dtype == np.int8 and np.abs(feed[f"memory_{kind}s.0"]).max() == 63

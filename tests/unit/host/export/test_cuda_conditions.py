@@ -33,7 +33,17 @@ ENCODERS = {"encode.text": cuda_encode_text_graph(MODEL), "encode.image": cuda_e
 TOLERANCE = 0.03
 """Of scores whose spread is about 3, in half precision."""
 WORDS, PICTURES = random_conditions(CONFIG.vocab_size, 6, seed=1)[-2:]
-CONDITIONS = [WORDS, PICTURES, replace(PICTURES, words=WORDS.words), Condition([[FIRST_TEXT_ID]])]
+ONE, TWO = (replace(PICTURES, pictures=PICTURES.pictures[:count]) for count in (1, 2))
+CONDITIONS = [
+    WORDS,
+    PICTURES,
+    replace(PICTURES, words=WORDS.words),
+    Condition([[FIRST_TEXT_ID]]),
+    ONE,
+    TWO,
+    replace(ONE, words=WORDS.words[1:2]),
+    replace(TWO, words=WORDS.words[:2]),
+]
 N = 24
 
 
