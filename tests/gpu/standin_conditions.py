@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from edge.backends.trt.driver import Gpu
+from host.model.conditions import MERGED, PICTURE_ROWS
 from host.model.network import Denoiser
 from shared.manifest import Graph, Role
 from tests.gpu.standin_rows import RowsStandIn, Tensors
@@ -46,7 +47,8 @@ class PicturesStandIn(RowsStandIn):
     @torch.no_grad()
     def compute(self, read: Tensors) -> Tensors:
         conditions: Any = self.model.conditions
-        shown = conditions.pictures(read["pixels"].float())
+        grids = conditions.pictures(read["pixels"].float())
+        shown = grids.unflatten(1, (PICTURE_ROWS, MERGED)).mean(2)
         return remembered(self.model, shown.reshape(1, -1, shown.shape[2]))
 
 

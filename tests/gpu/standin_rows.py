@@ -3,6 +3,7 @@
 Every operation has one shape and waits for nothing, so that it can be recorded.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge.backends.trt.driver import Gpu
+from host.export.cuda_memory import WORD_ROWS
+from host.model.conditions import MERGED, PICTURE_ROWS, PICTURES
 from host.model.network import BIAS_FLOOR, RELATIVE_UNIT, Denoiser
 from shared import manifest
 from shared.manifest import Graph
@@ -105,9 +108,11 @@ def of_memory(model: Denoiser, layer: int, normed: Tensor, read: Tensors) -> Ten
     reader: Any = model.conditions.reads[layer]  # type: ignore[union-attr]
     keys, values = (read[f"memory_{kind}.{layer}"].float() for kind in ("keys", "values"))
     (r, n, d), heads, width = normed.shape, keys.shape[1], keys.shape[3]
-    hidden = (read["reads"] < 1)[:, None, None]
+    hidden, row = (read["reads"] < 1)[:, None, None], torch.arange(keys.shape[2], device=keys.device)
+    of_pictures = (row >= WORD_ROWS) & (row < WORD_ROWS + PICTURES * PICTURE_ROWS)
     q = reader.q(normed).view(r, n, heads, width).transpose(1, 2) * width**-0.5
-    weights = (q @ keys.transpose(-1, -2)).masked_fill(hidden, -1e4).softmax(-1)
+    scores = q @ keys.transpose(-1, -2) + math.log(MERGED) * of_pictures
+    weights = scores.masked_fill(hidden, -1e4).softmax(-1)
     mixed = (weights @ values).transpose(1, 2).reshape(r, n, d)
     change: Tensor = reader.out(mixed) + reader.gain * mixed
     return change
