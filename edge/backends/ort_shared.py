@@ -19,6 +19,8 @@ from shared.manifest import Manifest, Role
 log = logging.getLogger(__name__)
 
 ROLE: Final[Role] = "step.shared"
+TABLES: Final = SLOTS // REQUESTS
+"""Of a thread. In one lane eight requests are computed by fours in turn: with one table each would be bound anew."""
 
 
 class OrtShared:
@@ -76,9 +78,12 @@ class OrtShared:
 
     def seat(self, slots: Sequence[Slot], caches: Sequence[dict[str, Floats]]) -> Seats:
         """See `edge.decoding.together.SharedRows`. caches: of the slots, by the names of a step graph's inputs."""
-        table: _Table | None = getattr(self._local, "table", None)
-        if table is None:
-            table = self._local.table = _Table(self._graphs.open(ROLE, 1), self._vocab_size)
+        tables: list[_Table] = self._local.__dict__.setdefault("tables", [])
+        table = max(tables, key=lambda table: table.seated(slots), default=None)
+        if table is None or (table.seated(slots) < REQUESTS and len(tables) < TABLES):
+            table = _Table(self._graphs.open(ROLE, 1), self._vocab_size)
+            tables.append(table)
+        self._local.table = table
         return table.seat(slots, caches)
 
     def run(self, seats: Seats) -> None:
@@ -116,6 +121,10 @@ class _Table:
 
         bind = self._binding.bind_ortvalue_output if output else self._binding.bind_ortvalue_input
         bind(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def seated(self, slots: Sequence[Slot]) -> int:
+        """How many of them have a place here."""
+        return sum(slot in slots for slot in self._slots)
 
     def seat(self, slots: Sequence[Slot], caches: Sequence[dict[str, Floats]]) -> Seats:
         free = [place for place, slot in enumerate(self._slots) if slot is None or slot not in slots]

@@ -275,14 +275,15 @@ def keep(w: Writing, drawn: list[int]) -> tuple[int, bool]:
 def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
     """The token of each row (M,), after temperature, top-k and top-p, with its position's noise. Ties: the lower id.
 
-    scores, noise (M, V). The token with the best noisy score of all is the draw if top-k and top-p keep it, as they
-    mostly do; only for other rows is the vocabulary filtered. RuntimeError for scores that are not numbers.
+    scores, noise (…, V), M rows of both. The token with the best noisy score of all is the draw if top-k and top-p keep
+    it, as they mostly do; only for other rows is the vocabulary filtered. RuntimeError for scores that are not numbers.
     """
     cooled = np.float32(max(law.temperature, COLDEST))
     noisy = scores
     if law.temperature != 0:
         noisy = scores / cooled
         noisy += noise
+    scores, noisy = scores.reshape(-1, scores.shape[-1]), noisy.reshape(-1, noisy.shape[-1])
     token: Ids = noisy.argmax(1).astype(np.int32)
     own = scores[np.arange(len(token)), token]  # argmax takes what is not a number for the best
     if not np.isfinite(own).all():
@@ -290,7 +291,8 @@ def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
     as_good = scores >= own[:, None]
     if law.temperature == 0 or (law.top_p == 1 and np.count_nonzero(as_good) <= law.top_k):
         return token
-    for row, rank in enumerate(np.count_nonzero(as_good, axis=1).tolist()):
+    for row, good in enumerate(as_good):  # one by one: along an axis numpy sums integers, which takes twice as long
+        rank = np.count_nonzero(good)
         if rank > (law.top_k if law.top_p == 1 else 1):  # the best token is kept always
             token[row] = _filtered(scores[row] / cooled, noisy[row], law)
     return token

@@ -59,11 +59,15 @@ def block_noise(seed: int, positions: UInt32, vocab_size: int) -> Float32:
     counters = np.arange(-(-vocab_size // 4), dtype=np.uint32)
     zero, domain = np.zeros(1, np.uint32), np.array([BLOCK_DOMAIN], np.uint32)
     words = np.stack(philox((counters, positions[:, None], zero, domain), seed), -1)  # (P, V / 4, 4)
-    u = _open_unit(words.reshape(len(positions), -1)[:, :vocab_size])
-    noise: Float32 = -np.log(-np.log(u))
+    noise = _open_unit(words.reshape(len(positions), -1)[:, :vocab_size])
+    for _ in range(2):  # in place: copies cost as much as the logarithms
+        np.log(noise, out=noise)
+        np.negative(noise, out=noise)
     return noise
 
 
 def _open_unit(words: UInt32) -> Float32:
-    u: Float32 = ((words >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    u: Float32 = (words >> np.uint32(9)).astype(np.float32)
+    u += np.float32(0.5)
+    u *= np.float32(2.0**-23)
     return u

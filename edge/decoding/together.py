@@ -96,7 +96,5 @@ def _draws(seats: Seats, seated: Sequence[Writing]) -> list[list[int]]:
     noise = seats.noise[:, :ROWS]
     if len({(w.law.temperature, w.law.top_k, w.law.top_p) for w in seated}) > 1:
         return [draw(seats.scores[i], noise[i], w.law).tolist() for i, w in enumerate(seated)]
-    width = seats.scores.shape[-1]
-    tokens = draw(seats.scores.reshape(-1, width), noise.reshape(-1, width), seated[0].law)
-    rows: list[list[int]] = tokens.reshape(-1, ROWS).tolist()
+    rows: list[list[int]] = draw(seats.scores, noise, seated[0].law).reshape(-1, ROWS).tolist()
     return rows

@@ -55,10 +55,11 @@ class FairQueue(Generic[T]):
 
     def order(self) -> list[T]:
         """All requests, the next first."""
-        jobs = sorted(self._used, key=lambda job: (self._used[job] + self._cost(job), job.number))
+        costs = {job: self._cost(job) for job in self._used}
+        jobs = sorted(costs, key=lambda job: (self._used[job] + costs[job], job.number))
         after: dict[str, int] = {}  # what a client will have used after the next step of its first request
         for job in jobs:
-            after.setdefault(job.client, self._client_used[job.client] + self._cost(job))
+            after.setdefault(job.client, self._client_used[job.client] + costs[job])
         return sorted(jobs, key=lambda job: after[job.client])
 
     def charge(self, jobs: Iterable[T]) -> None:

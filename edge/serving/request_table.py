@@ -93,7 +93,7 @@ class _State:
         kind = self._kind(first)
         mates = [job for job in order if not job.alone and self._kind(job) == kind]
         others = (job for batch in self.batches for job in batch)
-        alike = len(mates) + sum(self._kind(job)[:2] == kind[:2] for job in others)
+        alike = len(mates) + sum((job.loaded, type(job.run)) == kind[:2] for job in others)
         own_share = share_of_a_lane(alike, first.loaded.lanes)
         size = max(size for size in sizes if size <= min(len(mates), own_share))
         return sorted(mates[:size], key=lambda job: job.number)

@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from edge.backends.ort_rows import OrtRows
+from edge.backends.ort_shared import _Table
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.runs import Run
 from edge.serving.scheduler import Scheduler
@@ -151,6 +152,26 @@ def test_together_the_graph_is_open_where_a_lane_has_four_of_eight(bundle: Path,
     rows = OrtRows(bundle, read_manifest(bundle), threads)
     assert (("step.shared", 1) in rows._graphs.sizes()) is opened
     assert rows.batches == ((1, 4) if opened else (1,)) and rows.degraded is None
+
+
+def test_together_two_fours_in_turn_are_bound_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, bound = OrtRows(bundle, read_manifest(bundle), threads=1), list[str]()
+    slots, bind = [rows.open_slot() for _ in range(8)], _Table._bind
+    fours = slots[:4], [slots[i] for i in (6, 4, 7, 5)]
+
+    def counted(table: _Table, name: str, array: Any, output: bool = False) -> None:
+        bound.append(name)
+        bind(table, name, array, output)
+
+    for four in fours:
+        rows.seat(four)
+    monkeypatch.setattr(_Table, "_bind", counted)
+    for _ in range(3):
+        for four in fours:
+            assert [four[i] for i in rows.seat(four).order] in (four, four[::-1])
+    assert bound == []
+    rows.seat([*slots[:3], slots[7]])
+    assert {name.split(".")[-1] for name in bound} == {"0"}  # one slot, at the place of the one that left
 
 
 def test_together_few_requests_have_lanes_of_their_own(bundle: Path) -> None:
