@@ -13,14 +13,14 @@ from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law, RowsBackend, 
 from edge.decoding.canvas import advance
 from edge.decoding.conditions import Condition
 from edge.decoding.types import AnyBackend, Row, Sampling
-from edge.measure.conditions import GUIDANCE, random_condition
+from edge.measure.conditions import random_condition
 from shared.manifest import Manifest
 from shared.tokens import BOS, EOS, MASK, PAD
 
 STEPS: Final = 5
 """Denoising steps per profile."""
 TEXTS: Final = 8
-TOKENS: Final = 4
+TOKENS: Final = 8
 """That blocks write after each text."""
 SHORT: Final = 8
 """Tokens of a text that is not to fill a profile."""
@@ -28,6 +28,8 @@ MIN_AGREEMENT: Final = 0.8
 """Of committed tokens: lower precision changes close draws only, a broken engine most of them."""
 PLAIN: Final = ""
 GUIDED: Final = "guidance"
+GUIDANCE: Final = 0.5
+"""It multiplies what precision costs, too: the error of a score by 1 + 2 · guidance at most."""
 KINDS: Final = (PLAIN, "words", "pictures", GUIDED)
 """Of requests for an engine that reads conditions. A guided one has both words and pictures, and takes two slots."""
 

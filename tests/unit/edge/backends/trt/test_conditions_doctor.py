@@ -61,7 +61,7 @@ def report(
     driver, manifest = FakeDriver(emulator), read_manifest(bundle)
     tensorrt = BuildingTensorRT(driver, PROFILES)
     monkeypatch.setattr("edge.config.CONFIG", tmp_path / "none.toml")
-    monkeypatch.setattr("edge.measure.self_test.TEXTS", 4)
+    monkeypatch.setattr("edge.measure.self_test.TEXTS", 2)
     for name, value in (("CACHE_DIRECTORY", ""), ("EDGELM_SOCKET", "socket"), ("EDGELM_STATE", "state")):
         monkeypatch.setenv(name, str(tmp_path / value))
     monkeypatch.setattr("edge.backends.trt.kernels.compile_kernels", lambda architecture: b"cubin")
