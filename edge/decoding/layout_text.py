@@ -102,8 +102,8 @@ class Texts:
         return encoded
 
     def word(self, word: str) -> tuple[int, ...]:
-        """The tokens of a word as it stands within a text, with a space before it."""
-        return tuple(self._tokenizer.encode(f" {word}", add_special_tokens=False).ids)
+        """The tokens of a word as it stands within a text: with a space before it, in small letters as in training."""
+        return tuple(self._tokenizer.encode(f" {word.lower()}", add_special_tokens=False).ids)
 
     def read(self, layout: Layout, canvas: NDArray[np.int32]) -> str:
         """The text of a canvas: given text verbatim, filled gaps decoded, open positions as OPEN_POSITION."""

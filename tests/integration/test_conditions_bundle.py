@@ -48,3 +48,9 @@ def test_conditions_bundle_tells_of_most_words_that_it_is_asked_for(loaded: Load
         for i, word in enumerate(words)
     ]
     assert sum(told) >= 4
+
+
+def test_conditions_bundle_takes_a_word_in_capitals(loaded: LoadedBundle) -> None:
+    asked = [GenerateRequest(prompt="Once", seed=3, words=[word]) for word in ("dragon", "Dragon", "DRAGON")]
+    (text,) = {loaded.run(loaded.prepare(request)).text for request in asked}
+    assert "dragon" in text.lower()

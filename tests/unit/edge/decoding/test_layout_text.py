@@ -47,6 +47,12 @@ def filled(layout: Layout, tokenizer: Tokenizer, *fillings: str) -> NDArray[np.i
     return canvas
 
 
+@pytest.mark.parametrize("word", ["dragon", "ice cream"])
+def test_word_is_the_same_in_capitals(texts: Texts, tokenizer: Tokenizer, word: str) -> None:
+    ids = tuple(tokenizer.encode(f" {word}", add_special_tokens=False).ids)
+    assert {texts.word(written) for written in (word, word.capitalize(), word.title(), word.upper())} == {ids}
+
+
 # --- laying out ------------------------------------------------------------------------------------------------------
 
 
