@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -29,7 +29,8 @@ EPILOG = """examples:
   python -m edge.generate "Once upon a time" --stream
   python -m edge.generate --infill "Tom had a ___ and it was ___:6." --seed 7
   python -m edge.generate "Lily found a" --decode canvas --steps 32 --json
-  python -m edge.generate "Once upon a time" --word dragon --word cake --image card.png"""
+  python -m edge.generate --word dragon --word cake --seed 7
+  python -m edge.generate "Once upon a time" --image card.png --guidance 1"""
 
 
 def parse_infill(text: str) -> list[Any]:
@@ -49,10 +50,12 @@ def read_image(file: Path) -> bytes:
     try:
         with file.open("rb") as opened:
             content = opened.read(MAX_IMAGE_BYTES + 1)
+            size = max(os.fstat(opened.fileno()).st_size, len(content))  # a pipe has no size
     except OSError as error:
         raise RequestError("bad_request", f"--image {file} cannot be read: {error.strerror}") from None
     if len(content) > MAX_IMAGE_BYTES:
-        raise RequestError("too_large", f"--image {file} has more bytes than fit a message: make it smaller")
+        limit = f"a picture within a message may have {MAX_IMAGE_BYTES}"
+        raise RequestError("too_large", f"--image {file} has {size} bytes; {limit}: make it smaller")
     return content
 
 
@@ -122,12 +125,15 @@ def generate_here(config: Config, request: GenerateRequest, show: Callable[[Part
     return responses[0]
 
 
-def unwrap(response: Response) -> str:
-    """The text of an answer; raises the error it carries instead."""
+def unwrap(response: Response, images: Sequence[Path] = ()) -> str:
+    """The text of an answer; raises the error it carries instead, which names a picture by its file."""
     if response.error is not None:
-        if response.error.code not in ERROR_CODES:
-            raise DiffusionLLMError(response.error.message)
-        raise RequestError(response.error.code, response.error.message, response.error.retry_after_ms)
+        code, message = response.error.code, response.error.message
+        for i, file in enumerate(images):
+            message = message.replace(f"`images[{i}]`", f"--image {file}")
+        if code not in ERROR_CODES:
+            raise DiffusionLLMError(message)
+        raise RequestError(code, message, response.error.retry_after_ms)
     return response.text or ""
 
 
@@ -135,8 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line, get the text, print it."""
     parser = command_line()
     args = parser.parse_args(argv)
+    if args.prompt is None and args.infill is None and (args.words or args.images):
+        args.prompt = ""
     if (args.prompt is None) == (args.infill is None):
-        parser.error("give either a prompt or --infill TEXT")
+        parser.error("give either a prompt or --infill TEXT; with --word or --image the prompt may be left out")
     request = build_request(args)
     flags = {key: value for key in ("bundle", "socket") if (value := getattr(args, key)) is not None}
     config = load_config(flags=flags)
@@ -152,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(encode(response).decode())
         return 0 if response.error is None else RequestError.exit_code
-    print(laid_out(unwrap(response), sys.stdout))
+    print(laid_out(unwrap(response, args.images or ()), sys.stdout))
     return 0
 
 
@@ -165,7 +173,7 @@ def command_line() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompt", nargs="?", help="how the text begins")
+    parser.add_argument("prompt", nargs="?", help="how the text begins; not needed with --word or --image")
     parser.add_argument("--infill", metavar="TEXT", help="text with gaps: ___, or ___:6 for 6 tokens, at most (blocks)")
     parser.add_argument("--stream", action="store_true", default=None, help="watch the text appear (on stderr)")
     parser.add_argument("--json", action="store_true", help="print the whole response")

@@ -143,6 +143,19 @@ def test_conditions_from_the_command_line(conditioned_bundle: Path, tmp_path: Pa
     assert json.loads(done.stdout)["text"] == line_ask(daemon, asked)["text"]
 
 
+@pytest.mark.slow
+def test_conditions_from_the_command_line_need_no_prompt(tmp_path: Path, daemon: Daemon) -> None:
+    (tmp_path / "card.png").write_bytes(picture_file(1))
+    asked = {"--word": ("dragon", {"words": ["dragon"]}), "--image": ("card.png", {"images": [picture(1)]})}
+    for flag, (value, fields) in asked.items():
+        value = str(tmp_path / value) if flag == "--image" else value
+        done = run_module("edge.generate", flag, value, "--seed", "3", "--json", "--socket", str(daemon.socket))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["text"] == line_ask(daemon, {"prompt": "", "seed": 3} | fields)["text"]
+    refused = run_module("edge.generate", "--seed", "3", "--socket", str(daemon.socket))
+    assert refused.returncode == 2 and "with --word or --image the prompt may be left out" in refused.stderr
+
+
 @pytest.fixture
 def start_site(
     start_daemon: Callable[..., Daemon], conditioned_bundle: Path, broker: Broker

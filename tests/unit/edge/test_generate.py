@@ -70,7 +70,9 @@ def test_build_request_carries_words_and_the_files_of_pictures(tmp_path: Path) -
     assert request.images == [base64.b64encode(b"\x89PNG").decode()]
 
 
-@pytest.mark.parametrize(("size", "sentence"), [(None, "cannot be read"), (48_129, "more bytes than fit")])
+@pytest.mark.parametrize(
+    ("size", "sentence"), [(None, "cannot be read"), (60_000, "has 60000 bytes; a picture .* 48128")]
+)
 def test_build_request_refuses_a_picture_by_its_file(tmp_path: Path, size: int | None, sentence: str) -> None:
     file = tmp_path / "a.png"
     if size is not None:
@@ -108,6 +110,12 @@ def test_unwrap_raises_the_error_of_an_answer() -> None:
     with pytest.raises(DiffusionLLMError, match="of a newer daemon"):
         unwrap(Response(status="error", error=ErrorInfo("unheard_of", "of a newer daemon")))
     assert unwrap(Response(status="ok", text="Once")) == "Once"
+
+
+def test_unwrap_names_a_picture_by_its_file() -> None:
+    refused = Response(status="error", error=ErrorInfo("bad_request", "`images[1]` is neither PNG nor JPEG"))
+    with pytest.raises(RequestError, match=r"^--image b\.txt is neither PNG nor JPEG$"):
+        unwrap(refused, [Path("a.png"), Path("b.txt")])
 
 
 def test_find_daemon_takes_the_default_socket_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
