@@ -25,7 +25,14 @@ from host.device import mixed_precision_dtype
 from host.evaluate.bundle_conditions import evaluate_bundle
 from host.evaluate.bundle_drafting import measure_drafting, print_bundle_drafting
 from host.evaluate.conditions import COUNT as CONDITIONED_TEXTS
-from host.evaluate.conditions import GUIDANCES, evaluate_conditions, print_header, print_laws_given, print_told
+from host.evaluate.conditions import (
+    GUIDANCES,
+    evaluate_conditions,
+    print_header,
+    print_laws_given,
+    print_left_out,
+    print_told,
+)
 from host.evaluate.gen_ppl import COUNT, SampleScorer, print_scored, score_samples
 from host.evaluate.laws import measure_laws, print_laws
 from host.evaluate.likelihood import DRAWS, STORIES, evaluate, held_out_files, held_out_split, print_table
@@ -171,8 +178,7 @@ def measure_conditions(args: argparse.Namespace) -> None:
             on_start=(lambda: None) if args.json else print_header,
             on_row=on_row,
         )
-        if args.json:
-            print(msgspec.json.encode(of_bundle).decode())
+        print(msgspec.json.encode(of_bundle).decode()) if args.json else print_left_out(of_bundle)
         return
     run = args.run or newest_run()
     model, _ = load_run(run)
@@ -191,7 +197,11 @@ def measure_conditions(args: argparse.Namespace) -> None:
         dtype=mixed_precision_dtype(model.device),
         on_row=on_row,
     )
-    print(msgspec.json.encode(figures).decode()) if args.json else print_laws_given(figures.laws)
+    if args.json:
+        print(msgspec.json.encode(figures).decode())
+        return
+    print_left_out(figures)
+    print_laws_given(figures.laws)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from edge.backends.ort_rows import OrtRows
 from edge.decoding import conditions as edge_conditions
 from host.data.shards import SplitName
 from host.evaluate.bundle_drafting import law_of, write_text
-from host.evaluate.conditions import NUMBERS, ConditionFigures, Told, evaluate_told
+from host.evaluate.conditions import NUMBERS, ConditionFigures, Told, evaluate_told, left_out
 from host.evaluate.gen_ppl import SampleScorer
 from host.evaluate.likelihood import HeldOut, held_out_split
 from host.model.conditions import Condition
@@ -47,7 +47,7 @@ def evaluate_bundle(
     told = told_by_bundle(
         bundle, conditioner, held_out=held_out, count=count, guidances=guidances, scorer=scorer, on_row=on_row
     )
-    return ConditionFigures(held_out.name, told, [])
+    return ConditionFigures(held_out.name, told, [], left_out(conditioner, held_out, told, NUMBERS))
 
 
 def told_by_bundle(

@@ -23,7 +23,6 @@ from host.sampling.many import sample_autoregressive
 from host.sampling.reference import TOP_K, Settings
 from host.train.conditioner import Conditioner, text_of
 from shared.conditions import AskedFor, ConditionalLaw
-from shared.errors import DataError
 from shared.figures import Figure
 from shared.tokens import FIRST_TEXT_ID, PAD
 
@@ -51,11 +50,12 @@ class Told(msgspec.Struct, frozen=True):
 
 
 class ConditionFigures(msgspec.Struct, frozen=True):
-    """All of them."""
+    """All of them. left_out: sentences on what the stories do not show."""
 
     source: str
     told: list[Told]
     laws: list[ConditionalLaw]
+    left_out: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def evaluate_conditions(
         scorer=scorer,
         on_row=on_row,
     )
-    return ConditionFigures(held_out.name, told, laws)
+    return ConditionFigures(held_out.name, told, laws, left_out(conditioner, held_out, told, numbers))
 
 
 def evaluate_told(
@@ -115,13 +115,11 @@ def evaluate_told(
     scorer: SampleScorer | None = None,
     on_row: Callable[[Told], None] = lambda row: None,
 ) -> list[Told]:
-    """How many of the first texts contain what they were asked for."""
+    """How many of the first texts contain what they were asked for; of what some story has."""
     count = min(count, len(held_out.canvases))
     plain, told = write(range(count), (), 0), list[Told]()
     for given, number, wishes in asked_of(conditioner, held_out, numbers):
         few = [wish for wish in wishes if wish is not None][:count]
-        if not few:
-            raise DataError(f"no story of {held_out.name} has {number} {given}: more --stories may have some")
         for guidance in guidances:
             texts = write(range(len(few)), [wish.condition for wish in few], guidance)
             shares = [shares_told(conditioner, few, canvases) for canvases in (texts, plain)]
@@ -138,17 +136,35 @@ def evaluate_told(
 def asked_of(
     conditioner: Conditioner, held_out: HeldOut, numbers: Sequence[int]
 ) -> Iterator[tuple[str, int, list[Wish | None]]]:
-    """What is given, how many, and the wish of each story.
+    """What is given, how many, and the wish of each story; without what no story has.
 
     Pictures are of any trained style, and of each held-out one, as they are, without the changes of training.
     """
+    for given, styles in _kinds(conditioner).items():
+        for number in numbers:
+            wishes = wishes_of(conditioner, held_out.canvases, number, styles=styles)
+            if any(wishes):
+                yield given, number, wishes
+
+
+def left_out(conditioner: Conditioner, held_out: HeldOut, told: Sequence[Told], numbers: Sequence[int]) -> list[str]:
+    """A sentence for each setting that `told` lacks, since no story has it."""
+    there = {(one.asked.given, one.asked.number) for one in told}
+    return [
+        f"left out: no story of {held_out.name} has {number} {given}; more --stories may have some"
+        for given in _kinds(conditioner)
+        for number in numbers
+        if (given, number) not in there
+    ]
+
+
+def _kinds(conditioner: Conditioner) -> dict[str, Sequence[str] | None]:
+    """What is given, and of which styles the pictures are; None for words."""
     kinds: dict[str, Sequence[str] | None] = {WORDS_GIVEN: None}
     if (pictures := conditioner.pictures) is not None:
         kinds[PICTURES_GIVEN] = pictures.trained_styles
         kinds |= {f"pictures, {style} (held out)": (style,) for style in pictures.meta.held_out}
-    for given, styles in kinds.items():
-        for number in numbers:
-            yield given, number, wishes_of(conditioner, held_out.canvases, number, styles=styles)
+    return kinds
 
 
 def wishes_of(
@@ -191,10 +207,11 @@ def _distinct(canvases: np.ndarray) -> tuple[float, float, float]:
 def conditional_laws(
     model: Denoiser, conditioner: Conditioner, held_out: HeldOut, numbers: Sequence[int]
 ) -> list[ConditionalLaw]:
-    """Of each kind and number of conditions."""
+    """Of each kind and number of conditions that two stories have: each is the other story of the other."""
     return [
         conditional_law(model, held_out, wishes, f"{number} {given}")
         for given, number, wishes in asked_of(conditioner, held_out, numbers)
+        if sum(wish is not None for wish in wishes) > 1
     ]
 
 
@@ -241,6 +258,12 @@ def print_told(one: Told) -> None:
         f"{a.given:30} {a.number:6} {a.guidance:8g} {told:>15} {base:>15} {grams[0]:>18} {grams[1]:>18} {ppl:>14}",
         flush=True,
     )
+
+
+def print_left_out(figures: ConditionFigures) -> None:
+    """One line a setting that the stories do not show."""
+    for sentence in figures.left_out:
+        print(sentence)
 
 
 def print_laws_given(laws: Sequence[ConditionalLaw]) -> None:
