@@ -37,7 +37,7 @@ from shared.tokens import BOS, EOS, PAD, SPECIAL_TOKENS
 
 Dtype = Literal["float32", "float16"]
 MODELING: Final = "modeling_diffusion_llm"
-CONDITION_STAGES: Final = (("conditions",), ("pictures",))
+CONDITION_STAGES: Final = (("conditions",), ("pictures",), ("reads",))
 """Objectives of stages that leave network and drafter as they are."""
 
 
