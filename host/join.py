@@ -2,27 +2,33 @@
 
 A drafter and conditions leave the network as it is, to the bit, and the encoder of pictures and what blocks read leave
 each other: so they can be trained side by side. The result has the parts of both runs, and each run's of what its last
-stage trained.
+stage trained; it has gone through the stages of the first, then through those of the second that the first lacks.
 """
 
 import argparse
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from host.model.network import Denoiser
-from host.train.checkpoint import LAST, Progress, find_checkpoint, load_model, save_checkpoint
+from host.train.checkpoint import LAST, Progress, find_checkpoint, load_model, read_progress, save_checkpoint
 from host.train.optim import Ema
-from host.train.run_folder import fresh_folder, read_config, training_stages, work_behind, write_config
+from host.train.published import is_published
+from host.train.run_folder import Work, fresh_folder, read_config, training_stages, work_behind, write_config
 from host.train.stages import PARTS
 from shared.errors import DataError, run_main
-from shared.manifest import TOKENIZER
+from shared.manifest import TOKENIZER, TrainingStage
 
 
 def join(first: Path, second: Path, out: Path) -> Progress:
     """Write the run `out`; DataError when the two are not of one network, or one has all that the other has."""
-    (one, progress), (other, added) = (load_model(find_checkpoint(run)) for run in (first, second))
+    for one, other in ((first, second), (second, first)):
+        if one.resolve() in {run.resolve() for run in runs_before(other)}:
+            raise DataError(f"{other} goes on from {one} already, and has all that it has: there is nothing to join")
+    (mine, progress), (theirs, added) = map(_weights_of, (first, second))
     shape = replace(
         progress.model,
         draft_depth=progress.model.draft_depth or added.model.draft_depth,
@@ -30,7 +36,6 @@ def join(first: Path, second: Path, out: Path) -> Progress:
     )
     if progress.tokenizer_sha256 != added.tokenizer_sha256:
         raise DataError(f"{first} and {second} have different tokenizers")
-    mine, theirs = one.state_dict(), other.state_dict()
     trained = [PARTS.get(read_config(run).stage, "") for run in (first, second)]
     both = mine.keys() & theirs.keys()
     apart = [name for name in both if not torch.equal(mine[name], theirs[name])]
@@ -42,13 +47,44 @@ def join(first: Path, second: Path, out: Path) -> Progress:
     by_second = {name: theirs[name] for name in apart if trained[1] and name.startswith(trained[1])}
     model = Denoiser(shape)
     model.load_state_dict(theirs | mine | by_second)
-    joined, config = replace(added, model=shape), read_config(second)
+    joined = replace(added, model=shape, step=0, tokens_seen=0, seconds=0.0, compute_seconds=0.0)
+    known, config = training_stages(first), read_config(second)
+    stages = (*known, *(stage for stage in training_stages(second) if stage not in known))
+    work, more = work_behind(first), work_beside(second, known)
+    work = Work(work.compute_seconds + more.compute_seconds, work.tokens + more.tokens)
     with fresh_folder(out):
-        began = replace(config, init=first, init_work=work_behind(first), init_stages=training_stages(first))
+        began = replace(config, init=first, init_work=work, init_stages=stages)
         write_config(replace(began, out=out), second / TOKENIZER)
         ema, scaler = Ema(model, config.ema_decay), torch.amp.GradScaler("cpu", enabled=False)
         save_checkpoint(out / LAST, joined, model=model, ema=ema, optimizers=(), scaler=scaler)
     return joined
+
+
+def _weights_of(run: Path) -> tuple[dict[str, Tensor], Progress]:
+    model, progress = load_model(find_checkpoint(run))
+    return model.state_dict(), progress
+
+
+def runs_before(run: Path) -> Iterator[Path]:
+    """Those that it started from, newest first, as far as they are still there."""
+    while not is_published(run):
+        before = read_config(run).init
+        if before is None or not before.is_dir():
+            return
+        run = before
+        yield run
+
+
+def work_beside(run: Path, known: Collection[TrainingStage]) -> Work:
+    """Cost of the stages of a run that are not among `known`; where only their sum with others is, the last one's."""
+    work, tokens = work_behind(run), sum(stage.tokens for stage in training_stages(run) if stage not in known)
+    for before in runs_before(run):
+        if set(training_stages(before)) <= set(known):
+            at_start = work_behind(before)
+            if work.tokens - at_start.tokens == tokens:
+                return Work(work.compute_seconds - at_start.compute_seconds, tokens)
+            break
+    return Work(read_progress(find_checkpoint(run)).compute_seconds, tokens)
 
 
 def main() -> None:
@@ -60,7 +96,7 @@ def main() -> None:
         epilog="example: python -m host.join runs/drafter runs/conditions --out runs/both",
     )
     parser.add_argument("first", type=Path, help="run folder")
-    parser.add_argument("second", type=Path, help="run folder; the last stage of the result")
+    parser.add_argument("second", type=Path, help="run folder; its stages come last")
     parser.add_argument("--out", type=Path, required=True, help="run folder to make")
     args = parser.parse_args()
     joined = join(args.first, args.second, args.out)

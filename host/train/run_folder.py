@@ -117,11 +117,16 @@ def work_behind(run: Path) -> Work:
 
 
 def training_stages(run: Path) -> tuple[TrainingStage, ...]:
-    """The runs that a run's weights went through, oldest first; of a published folder those of conditions last."""
+    """The runs that a run's weights went through, oldest first; of a published folder those of conditions last.
+
+    A run that has trained on nothing, as one made by host.join, is none of them.
+    """
     if is_published(run):
         training = read_published(run).training
         return training.stages + training.condition_stages
     config, progress = read_config(run), read_progress(find_checkpoint(run))
+    if progress.tokens_seen == 0 and config.init_stages:
+        return config.init_stages
     objectives = tuple(progress.objectives) if config.stage == "body" else (config.stage,)
     stage = TrainingStage(name=run.resolve().name, objectives=objectives, tokens=progress.tokens_seen)
     return (*config.init_stages, stage)
