@@ -1,6 +1,7 @@
 """The conditions that a run has learned, beside the graphs of a bundle of the same network, which stay as they are."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace as evolve
 from pathlib import Path
 from typing import Final
 
@@ -13,17 +14,29 @@ from host.export.conditions_pipeline import conditions_of_run, conditions_spec, 
 from host.export.stages import Stages
 from host.export.step_graph import step_graph
 from host.files import swapped_in
-from host.model.network import Denoiser
+from host.model.network import Denoiser, count_parameters
 from host.train.conditioner import conditioner_of
 from host.train.published import is_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
 from shared.conditions import Conditions
 from shared.errors import ConfigError
-from shared.manifest import TOKENIZER, Graph, Manifest, Role, find_graph, has_role, read_manifest, verified_bytes
+from shared.manifest import (
+    TOKENIZER,
+    Graph,
+    Manifest,
+    Role,
+    TrainingStage,
+    find_graph,
+    has_role,
+    read_manifest,
+    verified_bytes,
+)
 
 KEPT: Final[tuple[Role, ...]] = ("step", "prefill", "draft", "step.shared")
 CONDITIONS: Final = "graphs of conditions"
 FIGURES: Final = "figures on held-out text (the bundle is there already)"
+OF_CONDITIONS: Final = frozenset(("conditions", "pictures", "reads"))
+"""Objectives of the stages that train conditions, and nothing else."""
 CALIBRATED: Final = (".in.scale", ".in.zero")
 """Endings of constants that come from text, not from the network."""
 
@@ -77,11 +90,12 @@ def add_conditions(run: Path, bundle: Path, *, out: Path, measure_on: Callable[[
         held_out=held_out,
         int8=step.precision == "int8",
     )
-    history, files = training_stages(run), {graph.file for graph in kept}
+    files, history = {graph.file for graph in kept}, merged_stages(manifest.data.stages, training_stages(run))
+    drafts = manifest.blocks.window if manifest.blocks and has_role(manifest, "cpu", "draft") else 0
     manifest = replace(
         manifest,
         name=out.name,
-        model=replace(manifest.model, parameters=sum(p.numel() for p in model.parameters())),
+        model=replace(manifest.model, parameters=count_parameters(evolve(model.config, draft_depth=drafts))),
         decoders=("blocks",),
         evaluations=(),
         parity=(),
@@ -95,6 +109,13 @@ def add_conditions(run: Path, bundle: Path, *, out: Path, measure_on: Callable[[
     stages.begin(FIGURES)
     found = measured_conditions(model, conditioner=conditioner, held_out=held_out, guidance=guidance, bundle=out)
     write_beside(bundle, out, manifest=manifest, kept=kept, graphs=made.graphs, conditions=found)
+
+
+def merged_stages(of_bundle: Sequence[TrainingStage], of_run: Sequence[TrainingStage]) -> tuple[TrainingStage, ...]:
+    """What a bundle's blocks went through, with its drafter, and then a run's conditions; those alone are a run's."""
+    body = [stage for stage in of_bundle if stage in of_run or not OF_CONDITIONS.issuperset(stage.objectives)]
+    added = [stage for stage in of_run if stage not in body and OF_CONDITIONS.issuperset(stage.objectives)]
+    return (*body, *added)
 
 
 def difference(step: onnx.ModelProto, model: Denoiser) -> str | None:

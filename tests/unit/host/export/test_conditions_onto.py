@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from edge.serving.loaded_bundle import LoadedBundle
 from host.export import __main__ as export
-from host.export.conditions_onto import difference
+from host.export.conditions_onto import difference, merged_stages
 from host.export.pipeline import Wanted
 from host.export.random_weights import untrained
 from host.export.step_graph import step_graph
-from host.model.network import config_named
+from host.model.network import config_named, count_parameters
 from host.train.checkpoint import BEST
-from host.train.run_folder import training_stages
-from shared.manifest import CONDITIONED_ROLES, SamplingDefaults, read_manifest
+from host.train.run_folder import load_run, training_stages
+from shared.manifest import CONDITIONED_ROLES, SamplingDefaults, TrainingStage, read_manifest
 from shared.messages import GenerateRequest
 from tests.support.commands import call, refusal
 
@@ -81,6 +81,24 @@ def test_difference_of_networks_is_seen_in_their_step_graphs(int8: bool) -> None
     assert difference(step, untrained(replace(SHAPE, layers=SHAPE.layers + 1))[0]) is not None
 
 
+def test_merged_stages_are_the_blocks_of_the_bundle_and_the_conditions_of_the_run() -> None:
+    """Each stage once; neither conditions that are replaced, nor a drafter that stays behind."""
+    body, draft, ours, theirs, reads = (
+        TrainingStage(name=name, objectives=objectives, tokens=tokens)
+        for name, objectives, tokens in (
+            ("a", ("ar", "infill"), 9),
+            ("d", ("drafter",), 2),
+            ("old", ("conditions",), 3),
+            ("new", ("conditions",), 4),
+            ("r", ("reads",), 1),
+        )
+    )
+    other = TrainingStage(name="e", objectives=("drafter",), tokens=5)
+    assert merged_stages((body, draft), (body, theirs)) == (body, draft, theirs)
+    assert merged_stages((body, draft, ours), (body, other, theirs, reads)) == (body, draft, theirs, reads)
+    assert merged_stages((body, ours, draft), (body, ours, reads)) == (body, ours, draft, reads)
+
+
 @pytest.mark.slow
 def test_conditions_are_added_to_a_bundle_whose_graphs_stay_as_they_are(
     runs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -99,7 +117,11 @@ def test_conditions_are_added_to_a_bundle_whose_graphs_stay_as_they_are(
     assert added == dict.fromkeys((*CONDITIONED_ROLES["cpu"], "prefill.conditioned"), "int8")
     assert (after.laws, after.blocks) == (before.laws, before.blocks)
     assert [p.graph for p in after.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]
-    assert after.law_parity[:1] == before.law_parity and after.data.stages == training_stages(conditions)
+    assert after.law_parity[:1] == before.law_parity
+    history = (*training_stages(drafter), training_stages(conditions)[-1])  # the drafter is the bundle's
+    assert (after.data.stages, after.data.tokens_seen) == (history, sum(stage.tokens for stage in history))
+    whole = replace(load_run(conditions)[0].config, draft_depth=load_run(drafter)[0].config.draft_depth)
+    assert after.model.parameters == count_parameters(whole) > before.model.parameters
     assert after.calibration.startswith(f"{before.calibration}; step.conditioned.cpu.int8.onnx: ")
     assert after.conditions is not None and after.conditions.guidance == 1.5 and after.conditions.asked_for
     loaded = LoadedBundle.load(out, threads=1)
