@@ -18,6 +18,7 @@ from host.model.layouts import causal
 from host.model.network import NO_PADDING, Denoiser
 from host.sampling.many import sample_autoregressive
 from host.sampling.reference import TOP_K, Settings, drawn
+from shared.errors import DataError
 from shared.figures import Figure
 from shared.tokens import PAD
 
@@ -52,9 +53,14 @@ class Agreement:
 def evaluate_drafting(
     model: Denoiser, held_out: HeldOut, temperatures: Sequence[float] = TEMPERATURES, dtype: torch.dtype | None = None
 ) -> list[Drafting]:
-    """Measure the drafter on texts that the law writes after the first tokens of held-out stories."""
+    """Measure the drafter on texts that the law writes after the first tokens of held-out stories.
+
+    DataError when no story is long enough.
+    """
     assert model.drafter is not None
-    stories = held_out.canvases[held_out.canvases[:, PROMPT_TOKENS + 1] != PAD]
+    stories = long_enough(held_out)
+    if not len(stories):
+        raise DataError(f"{held_out.name} has no story of more than {PROMPT_TOKENS} tokens, to measure drafts on")
     prompts = torch.from_numpy(stories[:, 1 : 1 + PROMPT_TOKENS].astype(np.int64))
     depth = len(model.drafter.depths)
     top_k = min(TOP_K, model.config.vocab_size)
@@ -65,6 +71,11 @@ def evaluate_drafting(
         drafted = [agreement(model, text, PROMPT_TOKENS + 1, one) for text, one in zip(texts, settings, strict=True)]
         measured += [_summary(drafted, temperature, window) for window in range(1, depth + 1)]
     return measured
+
+
+def long_enough(held_out: HeldOut) -> np.ndarray:
+    """Stories of more tokens than a prompt has, (m, L)."""
+    return held_out.canvases[held_out.canvases[:, PROMPT_TOKENS + 1] != PAD]
 
 
 @torch.no_grad()

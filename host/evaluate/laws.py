@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from host.device import mixed_precision_dtype
-from host.evaluate.drafting import Drafting, evaluate_drafting, print_drafting
+from host.evaluate.drafting import Drafting, evaluate_drafting, long_enough, print_drafting
 from host.evaluate.infilling import Infilling, evaluate_infilling, print_infilling
 from host.evaluate.likelihood import HeldOut, evaluate, exact_likelihood, print_table, token_nats
 from host.evaluate.scorers import TorchScorer
@@ -53,15 +53,18 @@ def measure_laws(model: Denoiser, progress: Progress, *, held_out: HeldOut, draw
 
 
 def law_figures(model: Denoiser, held_out: HeldOut, learned: Collection[str]) -> LawFigures:
-    """What a bundle's manifest says of the laws in float32; drafts on the first stories, with all the drafter makes."""
+    """What a bundle's manifest says of the laws in float32; drafts on the first stories, with all the drafter makes.
+
+    Without drafts where these stories are too short.
+    """
     own = token_nats(model, held_out.canvases)
     nats, bits = exact_likelihood(own, held_out)
     gaps = None
     if "infill" in learned:
         gaps = evaluate_infilling(model, held_out, token_nats=own, draws=0, canvas=False)
     kept = None
-    if model.drafter is not None:
-        few = replace(held_out, canvases=held_out.canvases[:DRAFTED_STORIES])
+    few = replace(held_out, canvases=held_out.canvases[:DRAFTED_STORIES])
+    if model.drafter is not None and len(long_enough(few)):
         drafting = evaluate_drafting(model, few, (0.0, 0.8, 1.0))
         kept = {f"{one.temperature:g}": one.tokens_per_pass.value for one in drafting}  # the widest window is the last
     return LawFigures(

@@ -11,11 +11,13 @@ import torch
 from host.evaluate import __main__ as evaluate
 from host.evaluate.drafting import agreement, evaluate_drafting, passes
 from host.evaluate.infilling import evaluate_infilling
+from host.evaluate.laws import law_figures
 from host.evaluate.likelihood import HeldOut, token_nats
 from host.model.network import Denoiser, config_named
 from host.sampling.blocks import write
 from host.sampling.reference import Settings
 from host.train import trainer as train
+from shared.errors import DataError
 from shared.tokens import BOS, EOS, FIRST_TEXT_ID, PAD
 from tests.support.commands import call, refusal, small
 
@@ -98,3 +100,13 @@ def test_laws_of_a_run_are_all_measured(data: Path, tmp_path: Path, capsys: pyte
     code, sentence = refusal(capsys, evaluate.main, "--run", a, "--drafts", "--stories", 8)
     assert code == 78
     assert sentence.startswith("--drafts needs a run with a drafter")
+
+
+def test_drafting_on_text_that_is_too_short_is_refused_or_left_out(model: Denoiser) -> None:
+    canvases = np.full((3, LENGTH), PAD, np.uint16)
+    canvases[:, :6] = [BOS, 7, 8, 9, 10, EOS]
+    tiny = HeldOut("tiny", canvases, np.ones(VOCAB, np.int64))
+    with pytest.raises(DataError, match=r"^tiny has no story of more than 16 tokens, to measure drafts on$"):
+        evaluate_drafting(model, tiny, [0.0])
+    assert law_figures(model, tiny, ["ar"]).tokens_per_pass is None
+    assert law_figures(model, held_out(), ["ar"]).tokens_per_pass
