@@ -202,7 +202,14 @@ def _make_http(
         return HttpServer(config, worker, inherited=inherited)
     from edge.transports.mqtt.fleet_on_demand import FleetOnDemand
 
-    return HttpServer(config, worker, outbox=mqtt.outbox, inherited=inherited, fleet=FleetOnDemand(config.mqtt))
+    return HttpServer(
+        config,
+        worker,
+        outbox=mqtt.outbox,
+        attachments=mqtt.attachments,
+        inherited=inherited,
+        fleet=FleetOnDemand(config.mqtt),
+    )
 
 
 def _ready_line(path: Path, worker: Scheduler, *, mqtt: "MqttTransport | None", http: "HttpServer | None") -> str:

@@ -29,7 +29,7 @@ _WORD: Final = "a word: 1 to 32 letters and digits, with single spaces, `-` and 
 Word = Annotated[str, Meta(max_length=32, pattern=r"^[^\W_]+(?:[ '’-][^\W_]+)*\Z", description=_WORD)]
 Image = Annotated[str, Meta(max_length=MAX_MESSAGE_BYTES)]
 ATTACHMENT: Final = "attachment:"
-"""Begins an image that was sent in a message of its own, over MQTT; the name it was sent under follows."""
+"""Begins an image that was sent in a message of its own, over MQTT or HTTP; the name it was sent under follows."""
 
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 

@@ -49,12 +49,21 @@ class DirectRequests:
         self._waiting: Locked[dict[int, list[tuple[Waiter, float]]]] = Locked({})
 
     def accept(
-        self, request: GenerateRequest, waiter: Waiter, *, digest: bytes, client: str, accepted_s: float, every_s: float
+        self,
+        request: GenerateRequest,
+        waiter: Waiter,
+        *,
+        attached: Callable[[GenerateRequest], GenerateRequest],
+        digest: bytes,
+        client: str,
+        accepted_s: float,
+        every_s: float,
     ) -> None:
         """Accept a request with an id, or refuse it by an answer; one that is known gets its answer once there is one.
 
-        digest: of all that the client sent. client: for the fair queue. every_s: least time between snapshots. Raises
-        RequestError `conflict` for an id that was given to something else. Called from one thread only.
+        attached: puts attachments in place; raises RequestError. digest: of all that the client sent. client: for the
+        fair queue. every_s: least time between snapshots. Raises RequestError `conflict` for an id that was given to
+        something else. Called from one thread only.
         """
         assert request.id is not None
         opened = OpenRequest(DIRECT, DIRECT, request.id, None)
@@ -62,8 +71,13 @@ class DirectRequests:
             raise RequestError("queue_full", f"`id` {request.id!r} is being taken in at this moment", ARRIVING_MS)
         known = self._journal.find(DIRECT, DIRECT, request.id)
         if known is None:
+            try:
+                whole = attached(request)
+            except RequestError:
+                self._open.leave(opened)
+                raise
             self._submit(
-                request, waiter, opened=opened, digest=digest, client=client, accepted_s=accepted_s, every_s=every_s
+                whole, waiter, opened=opened, digest=digest, client=client, accepted_s=accepted_s, every_s=every_s
             )
             return
         self._open.leave(opened)

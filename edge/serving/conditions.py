@@ -37,7 +37,7 @@ def read_condition(request: GenerateRequest, takes: Conditions, texts: Texts) ->
 def image_bytes(image: str, name: str) -> bytes:
     """A picture's file as a request carries it. Raises RequestError. name: for its sentence."""
     if image.startswith(ATTACHMENT):
-        raise RequestError("bad_request", f"{name} names an attachment, and those come over MQTT alone: send base64")
+        raise RequestError("bad_request", f"{name} names an attachment, and those come over MQTT and HTTP: send base64")
     try:
         return base64.b64decode(image, validate=True)
     except (binascii.Error, ValueError):  # the latter for characters outside ASCII

@@ -16,7 +16,8 @@ from edge.transports.http.openai_shape import (
     Ignored,
     check_openai_fields,
 )
-from shared.messages import MAX_GAP, Text, Timing
+from shared.conditions import Guidance
+from shared.messages import CONDITION_FIELDS, MAX_CONDITIONS, MAX_GAP, Image, Text, Timing, Word
 
 MAX_CHAT: Final = 1024
 
@@ -39,11 +40,14 @@ class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
 class ChatRequest(AnyRequest, frozen=True, kw_only=True):
     """Ask for what follows the last of `messages`; those before it are taken and not used.
 
-    max_completion_tokens: OpenAI's newer name of max_tokens.
+    max_completion_tokens: OpenAI's newer name of max_tokens. words, images, guidance: as of a completion.
     """
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_CHAT)]
     max_completion_tokens: Annotated[int, Meta(ge=1, le=MAX_GAP)] | None = None
+    words: Annotated[list[Word], Meta(min_length=1, max_length=MAX_CONDITIONS)] | None = None
+    images: Annotated[list[Image], Meta(min_length=1, max_length=MAX_CONDITIONS)] | None = None
+    guidance: Guidance | None = None
 
     def __post_init__(self) -> None:
         check_openai_fields(self)
@@ -104,7 +108,7 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
 
 def to_completion(chat: ChatRequest) -> CompletionRequest:
     """The completion that answers it."""
-    fields: dict[str, Any] = {name: getattr(chat, name) for name in AnyRequest.__struct_fields__}
+    fields: dict[str, Any] = {name: getattr(chat, name) for name in (*AnyRequest.__struct_fields__, *CONDITION_FIELDS)}
     fields["max_tokens"] = chat.max_tokens or chat.max_completion_tokens
     content = chat.messages[-1].content
     prompt = content if isinstance(content, str) else "".join(part.text for part in content)

@@ -10,15 +10,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from email.utils import formatdate
 from typing import Final, Protocol
 
 import h11
 
+from edge.transports.http.attaching import MESSAGE, Limit
 from edge.transports.http.exchange import Exchange, Header, Request
 from edge.transports.http.places import Pace, Places, unit
 from shared.errors import RequestError
-from shared.messages import MAX_MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ class Site(Protocol):
     pace: Pace
     closing: bool
 
+    def limit(self, head: Request) -> Limit:
+        """Of the body of a request, of which the head has come. Raises RequestError."""
+
     def serve(self, request: Request, exchange: Exchange) -> None:
         """Answer a request, now or later. Raises RequestError."""
 
@@ -66,7 +70,8 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None  # ends waiting for the client
         self._stall: asyncio.TimerHandle | None = None
         self._written = 0
-        self._head: h11.Request | None = None
+        self._head: Request | None = None  # without its body
+        self._limit = MESSAGE
         self._body = bytearray()
         self._exchange: Exchange | None = None
         self._ended = False  # nothing more is read or begun
@@ -140,6 +145,11 @@ class Connection(asyncio.Protocol):
         """Whether no request is being served. One that has come in part does not count."""
         return self._exchange is None
 
+    @property
+    def uploading(self) -> bool:
+        """Whether an attachment is coming in."""
+        return self._head is not None and self._exchange is None and self._limit is not MESSAGE
+
     def make_way(self) -> None:
         """Hang up, with a word if a request has begun to come."""
         if self._head is None:
@@ -185,30 +195,25 @@ class Connection(asyncio.Protocol):
             self._fail(error)
 
     def _begin(self, head: h11.Request) -> None:
-        self._head = head
-        declared = next((int(value) for name, value in head.headers if name == b"content-length"), 0)
-        self._check_size(declared)
+        self._limit = MESSAGE
+        self._head = Request(
+            method=head.method.decode("ascii"),
+            path=head.target.decode("ascii").partition("?")[0],
+            headers={name.decode("ascii"): value.decode("latin-1") for name, value in head.headers},
+            body=b"",
+            unit=self.unit,
+        )
+        self._limit = self._site.limit(self._head)
+        self._limit.check(int(self._head.headers.get("content-length", 0)), whole=True)
 
     def _take(self, data: bytes) -> None:
-        self._check_size(len(self._body) + len(data))
+        self._limit.check(len(self._body) + len(data), whole=False)
         self._body += data
-
-    def _check_size(self, size: int) -> None:
-        if size > MAX_MESSAGE_BYTES:
-            raise RequestError(
-                "too_large", f"a message may have {MAX_MESSAGE_BYTES} bytes; this one has {size} or more"
-            )
 
     def _serve(self) -> None:
         self._wait(None, lambda: None)
         assert self._head is not None
-        request = Request(
-            method=self._head.method.decode("ascii"),
-            path=self._head.target.decode("ascii").partition("?")[0],
-            headers={name.decode("ascii"): value.decode("latin-1") for name, value in self._head.headers},
-            body=bytes(self._body),
-            unit=self.unit,
-        )
+        request = replace(self._head, body=bytes(self._body))
         self._body.clear()
         self._exchange = exchange = Exchange(self)
         self.used_s = time.monotonic()
@@ -258,7 +263,7 @@ class Connection(asyncio.Protocol):
 
     def send_data(self, data: bytes) -> None:
         """A piece of its body, which an answer to HEAD has not."""
-        if self._head is None or self._head.method != b"HEAD":
+        if self._head is None or self._head.method != "HEAD":
             self._send(h11.Data(data=data))
 
     def send_end(self) -> None:

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 import msgspec
 
+from edge.transports.http.attaching import Attached
 from edge.transports.http.chat_shape import ChatCompletion, ChatRequest
 from edge.transports.http.errors import ErrorBody
 from edge.transports.http.models import Model, ModelList
@@ -15,6 +16,7 @@ from shared.messages import Health
 SCHEMAS: Final = (
     CompletionRequest,
     Completion,
+    Attached,
     ChatRequest,
     ChatCompletion,
     ErrorBody,
@@ -66,6 +68,7 @@ def openapi_document(version: str, *, fleet: bool) -> Object:
         "paths": {
             "/v1/completions": {"post": complete},
             "/v1/chat/completions": {"post": chat},
+            "/v1/attachments/{name}": {"put": _attach()},
             "/v1/models": {"get": _operation("The bundle", "models", _json(ModelList))},
             "/v1/models/{model}": {"get": model},
             "/health": {"get": health},
@@ -84,6 +87,16 @@ def _written(summary: str, name: str, *, asked: type[msgspec.Struct], answered: 
     operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     operation["requestBody"] = {"required": True, "content": _json(asked)}
     operation["parameters"] = [KEY]
+    return operation
+
+
+def _attach() -> Object:
+    operation = _operation("A picture's file, by a name for `images`", "attach", _json(Attached))
+    operation["responses"]["201"] = operation["responses"]["200"]
+    operation["responses"]["200"] = {"description": "Taken away, by an empty body", "content": _json(Attached)}
+    name = {"type": "string", "pattern": "^[^/+#\\x00-\\x1f\\x7f-\\x9f]{1,64}$"}
+    operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": name}]
+    operation["requestBody"] = {"required": True, "content": {"application/octet-stream": {}}}
     return operation
 
 

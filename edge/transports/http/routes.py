@@ -11,7 +11,9 @@ import msgspec
 from edge.delivery.direct import DirectRequests
 from edge.serving.prometheus import CONTENT_TYPE, prometheus_text
 from edge.serving.scheduler import SNAPSHOT_S, Scheduler
+from edge.transports.attachments import Attachments
 from edge.transports.http.access import Access
+from edge.transports.http.attaching import MESSAGE, PATH, PICTURE, Attached, Limit, is_upload, name_of, owner_of
 from edge.transports.http.chat_shape import ChatRequest, to_completion
 from edge.transports.http.completion import Answering
 from edge.transports.http.errors import MethodError
@@ -21,7 +23,7 @@ from edge.transports.http.models import model_list
 from edge.transports.http.openai_shape import CompletionRequest, decode_body, to_generate
 from edge.transports.http.openapi import openapi_document
 from shared.errors import RequestError
-from shared.messages import Id, encode
+from shared.messages import ATTACHMENT, GenerateRequest, Id, encode
 from shared.validation import explain
 
 PAGE: Final = Path(__file__).parent / "page"
@@ -57,6 +59,7 @@ class Routes:
         queue_size: int,
         device: str,
         fleet: FleetReaders,
+        attachments: Attachments,
     ) -> None:
         self._scheduler = scheduler
         self._direct = direct
@@ -64,6 +67,7 @@ class Routes:
         self._queue_size = queue_size
         self._device = device
         self._fleet = fleet
+        self._attachments = attachments
         self._page = {f"/page/{file.name}": file for file in PAGE.iterdir() if file.suffix in KINDS}
         self._page["/"] = PAGE / "index.html"
         self._routes: dict[str, tuple[str, Handler]] = {
@@ -76,6 +80,13 @@ class Routes:
             "/openapi.json": ("GET", self._openapi),
         }
 
+    def limit(self, head: Request) -> Limit:
+        """Of a request's body, by its head. Raises RequestError: a picture of a stranger is refused before it comes."""
+        if not is_upload(head):
+            return MESSAGE
+        self._access.check(head.headers)
+        return PICTURE
+
     def serve(self, request: Request, exchange: Exchange) -> None:
         """Answer a request, now or later. Raises RequestError."""
         if request.path in self._page and request.method in ("GET", "HEAD"):
@@ -87,6 +98,8 @@ class Routes:
         method, handler = self._routes.get(request.path, ("GET", None))
         if request.path.startswith("/v1/models/"):
             handler = self._model
+        elif request.path.startswith(PATH):
+            method, handler = "PUT", self._attach
         if handler is None:
             raise RequestError("not_found", f"nothing is at {request.path}: see /v1/completions, /health or /")
         if request.method != method and (method, request.method) != ("GET", "HEAD"):
@@ -100,21 +113,39 @@ class Routes:
         completion = to_completion(decode_body(_json_of(request), ChatRequest))
         self._write(request, exchange, completion, chat=True)
 
+    def _attach(self, request: Request, exchange: Exchange) -> None:
+        name, file = name_of(request), request.body
+        self._attachments.put(owner_of(request), name, file, self._scheduler.loaded.takes_conditions)
+        attached = Attached(image=f"{ATTACHMENT}{name}", bytes=len(file))
+        exchange.answer(msgspec.json.encode(attached), status=201 if file else 200)
+
     def _write(self, request: Request, exchange: Exchange, completion: CompletionRequest, *, chat: bool) -> None:
         id = _id_of(request, completion)
         wanted = to_generate(completion, id)
         client, now_s = f"http:{request.unit}", time.time()
+
+        def attached(whole: GenerateRequest) -> GenerateRequest:
+            return self._attachments.attached(owner_of(request), whole)
+
         answering = Answering(exchange, completion, id=id, model=self._scheduler.model, chat=chat)
         if id is None:
             self._scheduler.submit(
-                wanted,
+                attached(wanted),
                 lambda reply: answering.answer(reply, now_s),
                 gone=lambda: answering.gone,
                 client=client,
             )
             return
         digest = hashlib.sha256(encode(completion)).digest()
-        self._direct.accept(wanted, answering, digest=digest, client=client, accepted_s=now_s, every_s=SNAPSHOT_S)
+        self._direct.accept(
+            wanted,
+            answering,
+            attached=attached,
+            digest=digest,
+            client=client,
+            accepted_s=now_s,
+            every_s=SNAPSHOT_S,
+        )
 
     def _models(self, request: Request, exchange: Exchange) -> None:
         models = model_list(self._scheduler.loaded, self._queue_size)

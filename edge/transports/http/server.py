@@ -13,7 +13,9 @@ from edge.delivery.journal import Journal
 from edge.delivery.outbox import Outbox
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Sign
+from edge.transports.attachments import Attachments
 from edge.transports.http.access import Access
+from edge.transports.http.attaching import MAX_UPLOADS, MESSAGE, Limit
 from edge.transports.http.connection import Connection
 from edge.transports.http.exchange import Exchange, Request
 from edge.transports.http.fleet import FleetReaders, FleetSource
@@ -32,8 +34,8 @@ BUFFER_BYTES: Final = 64 * 1024
 class HttpServer:
     """Serves a scheduler over HTTP. Raises ConfigError when an address cannot be taken, or would be open to strangers.
 
-    outbox: of MQTT, which has the journal; without it the server has one of its own. inherited: listening sockets of
-    systemd's, served instead of `http.listen`. fleet: the devices of the broker, which the server closes.
+    outbox, attachments: of MQTT; without it the server has its own, the outbox with the journal. inherited: listening
+    sockets of systemd's, served instead of `http.listen`. fleet: the devices of the broker, which the server closes.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class HttpServer:
         scheduler: Scheduler,
         *,
         outbox: Outbox | None = None,
+        attachments: Attachments | None = None,
         inherited: Sequence[socket.socket] = (),
         fleet: FleetSource | None = None,
     ) -> None:
@@ -68,6 +71,7 @@ class HttpServer:
             queue_size=config.queue_size,
             device=config.device,
             fleet=self._fleet,
+            attachments=attachments or Attachments(),
         )
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -110,6 +114,13 @@ class HttpServer:
         self._loop.close()
 
     # --- Site: what connections need ----------------------------------------------------------------------------------
+
+    def limit(self, head: Request) -> Limit:
+        """Of the body of a request. Raises RequestError for a picture that nobody may send, or of too many at once."""
+        limit = self._routes.limit(head)
+        if limit is not MESSAGE and sum(connection.uploading for connection in self.places) >= MAX_UPLOADS:
+            raise RequestError("queue_full", f"{MAX_UPLOADS} attachments are coming in at this moment", 1000)
+        return limit
 
     def serve(self, request: Request, exchange: Exchange) -> None:
         """Answer a request, now or later. Raises RequestError."""

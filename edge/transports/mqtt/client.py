@@ -45,7 +45,7 @@ from edge.delivery.pool import Claim, Member
 from edge.delivery.publisher import Message, MessageTooLargeError
 from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Sign
-from edge.transports.mqtt.attachments import Attachments
+from edge.transports.attachments import Attachments
 from edge.transports.mqtt.homeassistant import Discovery
 from edge.transports.mqtt.link import Link
 from edge.transports.mqtt.properties import answer_properties, json_properties, partial_properties, sent_with
@@ -89,7 +89,7 @@ class MqttTransport:
         self._scheduler = scheduler
         self._topics = topics = Topics.of(config)
         self._pool = None if config.mqtt.pool is None else topics.pool(config.mqtt.pool)
-        self._attachments = Attachments()
+        self.attachments = Attachments()
         self._discovery = Discovery(config, topics, self._retain)
         self._link = Link(
             config.mqtt,
@@ -242,7 +242,7 @@ class MqttTransport:
         if request is not None and refusal is None:
             try:
                 expiry_s = sent_with(incoming.message, "MessageExpiryInterval")
-                self._outbox.accept(sender, request, expiry_s, lambda r: self._attachments.attached(incoming.client, r))
+                self._outbox.accept(sender, request, expiry_s, lambda r: self.attachments.attached(incoming.client, r))
             except RequestError as error:
                 refusal = error
             except Exception:  # such as a journal that cannot be read: reported to the sender
@@ -253,9 +253,8 @@ class MqttTransport:
 
     def _attach(self, incoming: _Request, name: str) -> None:
         try:
-            if not self._scheduler.loaded.takes_conditions:
-                raise RequestError("bad_request", "this device takes no pictures with the bundle that it serves")
-            self._attachments.put(incoming.client, name, bytes(incoming.message.payload))
+            takes = self._scheduler.loaded.takes_conditions
+            self.attachments.put(incoming.client, name, bytes(incoming.message.payload), takes)
         except RequestError as error:
             sender, _ = self._sender(incoming, topic=None, id=name)
             self._outbox.replies.refuse(sender, error, name)

@@ -16,6 +16,12 @@ _NONCHARACTERS: Final = "".join(chr(plane << 16 | low) for plane in range(17) fo
 UNSENDABLE: Final = re.compile(f"[+#\x00-\x1f\x7f-\x9f\ufdd0-\ufdef{_NONCHARACTERS}]")
 """Wildcards, and characters at which a broker may drop the connection, which would interrupt every answer."""
 
+
+def is_level(name: str) -> bool:
+    """Whether a client, or an attachment, may be called so: it is one level of a topic."""
+    return 0 < len(name) <= MAX_CLIENT and "/" not in name and not UNSENDABLE.search(name)
+
+
 RequestKind = Literal["generate", "cancel", "health"]
 
 
@@ -73,8 +79,8 @@ class Topics:
         """The client and the name of an attachment's topic; None for a topic of another kind, or names not valid."""
         kind, _, rest = topic.removeprefix(self.own("request") + "/").partition("/")
         *client, name = rest.split("/")
-        invalid = any(not part or len(part) > MAX_CLIENT or UNSENDABLE.search(part) for part in (*client, name))
-        return None if kind != "attachment" or invalid else (client[0] if client else None, name)
+        valid = all(map(is_level, (*client, name)))
+        return (client[0] if client else None, name) if kind == "attachment" and valid else None
 
     def may_answer_on(self, topic: str, client: str | None) -> bool:
         """Whether a client may have answers sent there: anywhere else it would publish with the daemon's rights."""

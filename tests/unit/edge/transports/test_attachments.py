@@ -5,8 +5,8 @@ import base64
 import pytest
 
 from edge.decoding.pictures import MAX_PICTURE_BYTES
-from edge.transports.mqtt import attachments
-from edge.transports.mqtt.attachments import MAX_BYTES, MAX_CLIENT_BYTES, MAX_OF_CLIENT, Attachments
+from edge.transports import attachments
+from edge.transports.attachments import MAX_BYTES, MAX_CLIENT_BYTES, MAX_OF_CLIENT, Attachments
 from edge.transports.mqtt.topics import Topics
 from shared.errors import RequestError
 from shared.messages import GenerateRequest
@@ -65,7 +65,7 @@ def test_attachments_of_all_clients_are_bounded_in_bytes() -> None:
 
 
 def test_attachments_too_large_are_refused() -> None:
-    with pytest.raises(RequestError, match=f"may have {MAX_PICTURE_BYTES} bytes, not {MAX_PICTURE_BYTES + 1}"):
+    with pytest.raises(RequestError, match=f"may have {MAX_PICTURE_BYTES} bytes; this one has {MAX_PICTURE_BYTES + 1}"):
         Attachments().put("anna", "card", b"x" * (MAX_PICTURE_BYTES + 1))
 
 

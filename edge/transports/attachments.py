@@ -17,7 +17,7 @@ KEEP_S: Final = 600.0
 MAX_OF_CLIENT: Final = 8
 MAX_CLIENT_BYTES: Final = 1 << 20
 MAX_BYTES: Final = 8 << 20
-"""Of all clients."""
+"""Of all clients, whatever they come over."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,16 @@ class Attachments:
     def __init__(self) -> None:
         self._kept: Locked[OrderedDict[tuple[str, str], _Attachment]] = Locked(OrderedDict())
 
-    def put(self, client: str | None, name: str, content: bytes) -> None:
-        """Keep it, in place of an older one of that name; an empty one takes it away. Raises RequestError."""
+    def put(self, client: str | None, name: str, content: bytes, takes: bool = True) -> None:
+        """Keep it, in place of an older one of that name; an empty one takes it away. Raises RequestError.
+
+        takes: whether the bundle takes pictures.
+        """
+        if not takes:
+            raise RequestError("bad_request", "this device takes no pictures with the bundle that it serves")
         if len(content) > MAX_PICTURE_BYTES:
-            raise RequestError("too_large", f"an attachment may have {MAX_PICTURE_BYTES} bytes, not {len(content)}")
+            limit = f"an attachment may have {MAX_PICTURE_BYTES} bytes"
+            raise RequestError("too_large", f"{limit}; this one has {len(content)}")
         owner = client or ""
         with self._kept as kept:
             kept.pop((owner, name), None)
@@ -63,6 +69,6 @@ class Attachments:
         with self._kept as kept:
             found = kept.get((client or "", name))
         if found is None or found.came_s < time.monotonic() - KEEP_S:
-            sentence = f"`images[{number}]`: no attachment {name!r} is here; each is kept for {KEEP_S:.0f} s at most"
-            raise RequestError("bad_request", sentence)
+            why = f"each is kept for {KEEP_S:.0f} s at most, and a broker may drop one above {MAX_PICTURE_BYTES} bytes"
+            raise RequestError("bad_request", f"`images[{number}]`: no attachment {name!r} is here; {why}")
         return base64.b64encode(found.content).decode()
