@@ -75,7 +75,8 @@ def evaluate_drafting(
 
 def long_enough(held_out: HeldOut) -> np.ndarray:
     """Stories of more tokens than a prompt has, (m, L)."""
-    return held_out.canvases[held_out.canvases[:, PROMPT_TOKENS + 1] != PAD]
+    canvases: np.ndarray = held_out.canvases[held_out.canvases[:, PROMPT_TOKENS + 1] != PAD]
+    return canvases
 
 
 @torch.no_grad()
