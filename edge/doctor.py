@@ -150,10 +150,13 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
     return found, profiles
 
 
-def self_test(folder: Path, manifest: Manifest, profiles: Profiles) -> list[Finding]:
-    """Blocks and canvas on the CPU; and every profile of the engines, compared with the CPU from the same texts."""
+def self_test(folder: Path, manifest: Manifest, profiles: Profiles, threads: int = 0) -> list[Finding]:
+    """Blocks and canvas on the CPU; and every profile of the engines, compared with the CPU from the same texts.
+
+    threads: of the CPU, as the daemon has them.
+    """
     with ExitStack() as stack:
-        loaded = LoadedBundle.load(folder, "ort")
+        loaded = LoadedBundle.load(folder, "ort", threads)
         stack.callback(loaded.close)
         found, cpu, rows_on_cpu = list[Finding](), loaded.backend, loaded.rows
         if loaded.rows is not None:
@@ -162,6 +165,9 @@ def self_test(folder: Path, manifest: Manifest, profiles: Profiles) -> list[Find
             found.append(
                 Finding("blocks on the cpu", f"{(time.perf_counter() - started_s) * 1e3 / steps:.2f} ms a pass")
             )
+        if (why := loaded.degraded or loaded.alone) is not None:
+            value = "each in passes of its own" if loaded.degraded else f"each in passes of its own: {why}"
+            found.append(Finding("many requests", value, loaded.degraded))
         for kind in KINDS if loaded.takes_conditions else ():
             cost = measure_condition(loaded, kind)
             found.append(
@@ -262,7 +268,7 @@ def examine(config: Config) -> list[Finding]:
     found = [*system(), Finding("serves from", "GPU" if on_gpu else "CPU"), bundle, *gpu]
     if manifest is not None and bundle.fix is None:
         try:
-            found += self_test(config.bundle, manifest, profiles if on_gpu else {})
+            found += self_test(config.bundle, manifest, profiles if on_gpu else {}, config.threads)
         except DiffusionLLMError as error:
             found.append(Finding("self-test", "failed", str(error)))
     return [*found, *sensors(), *surroundings(config, on_gpu)]

@@ -80,6 +80,14 @@ def blocks_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_rows_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In INT8, with the graph of several requests."""
+    folder = tmp_path_factory.mktemp("bundles") / "int8"
+    export_untrained("debug", folder, wanted=Wanted(cpu_int8=True), defaults=SamplingDefaults())
+    return folder
+
+
+@pytest.fixture(scope="session")
 def conditioned_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, and the graphs of words and pictures."""
     folder = tmp_path_factory.mktemp("bundles") / "conditioned"

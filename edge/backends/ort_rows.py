@@ -136,7 +136,7 @@ class OrtRows:
             self.share_no_more(f"it does not run: {error}")
         else:
             if any(differ):
-                self.share_no_more(f"of {REQUESTS} requests, {sum(differ)} score otherwise than by themselves")
+                self._shared.stay_alone(f"of {REQUESTS} requests, {sum(differ)} score otherwise than by themselves")
         self._shared.leave()
 
     @property
@@ -148,6 +148,11 @@ class OrtRows:
     def degraded(self) -> str | None:
         """See `edge.decoding.together.SharedRows`."""
         return self._shared.degraded
+
+    @property
+    def alone(self) -> str | None:
+        """Why no pass is shared though the graph for it runs; None otherwise."""
+        return self._shared.alone
 
     def share_no_more(self, why: str) -> None:
         """See `edge.decoding.together.SharedRows`."""

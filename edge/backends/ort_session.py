@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from edge.system.locked import Locked
 from shared.errors import BundleError, one_line
 from shared.manifest import Manifest, Role, find_graph, has_role, verified_bytes
+
+MOST_NAMED: Final = 4
+"""Inputs or outputs in a sentence."""
 
 
 def open_session(
@@ -104,8 +107,18 @@ class Graphs:
 
 
 def check_names(file: Path, session: Any, needed: tuple[set[str], set[str]]) -> None:
-    """Raise BundleError unless a graph has exactly these inputs and outputs."""
-    found = tuple({value.name for value in values} for values in (session.get_inputs(), session.get_outputs()))
-    if found != needed:
-        shown, wanted = ("; ".join(", ".join(sorted(names)) for names in sides) for sides in (found, needed))
-        raise BundleError(f"{file} has inputs and outputs {shown}, not {wanted}")
+    """Raise BundleError unless a graph has exactly these inputs and outputs; it names what differs."""
+    told = []
+    for kind, values, wanted in zip(
+        ("input", "output"), (session.get_inputs(), session.get_outputs()), needed, strict=True
+    ):
+        found = {value.name for value in values}
+        told += [f"no {kind} {_listed(wanted - found)}"] * (not wanted <= found)
+        told += [f"an unknown {kind} {_listed(found - wanted)}"] * (not found <= wanted)
+    if told:
+        raise BundleError(f"{file} has other inputs and outputs than a graph of its kind: {'; '.join(told)}")
+
+
+def _listed(names: set[str]) -> str:
+    first = sorted(names)[:MOST_NAMED]
+    return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")

@@ -26,7 +26,8 @@ TABLES: Final = SLOTS // REQUESTS
 class OrtShared:
     """The graph of several requests, open where a lane may have so many. Without it a pass takes one request.
 
-    batches, degraded: see `edge.decoding.together.SharedRows`. Raises BundleError for a damaged file.
+    batches, degraded: see `edge.decoding.together.SharedRows`. alone: why no pass is shared though the graph runs; None
+    otherwise. Raises BundleError for a damaged file.
     """
 
     def __init__(self, graphs: Graphs, manifest: Manifest, lanes: int) -> None:
@@ -35,6 +36,7 @@ class OrtShared:
         self._graphs, self._vocab_size = graphs, manifest.model.vocab_size
         self.batches: tuple[int, ...] = (1,)
         self.degraded: str | None = None
+        self.alone: str | None = None
         self._reasons: Locked[list[str]] = Locked([])
         self._local = threading.local()
         if not graphs.has(ROLE):
@@ -64,13 +66,23 @@ class OrtShared:
             reasons.append(why)
             if len(reasons) > 1:  # of another lane, whose pass had begun
                 return
-            self.batches = (1,)
             effect = "no requests share a pass, so many at once take longer"
             todo = "export the bundle again, or install another ONNX Runtime"
             self.degraded = f"{self._graphs.file(ROLE)} cannot be used, and {effect}: {todo} ({one_line(why)})"
             log.warning("%s", self.degraded)
-            self._local = threading.local()
-            self._graphs.close_one(ROLE)
+            self._close()
+
+    def stay_alone(self, why: str) -> None:
+        """Close a graph that runs, and whose texts might be others. Nothing is broken: on another processor the last
+        bits of a sum may differ."""
+        self.alone = f"{self._graphs.file(ROLE)} is not used on this processor: {why}; no requests share a pass"
+        log.info("%s", self.alone)
+        self._close()
+
+    def _close(self) -> None:
+        self.batches = (1,)
+        self._local = threading.local()
+        self._graphs.close_one(ROLE)
 
     def leave(self) -> None:
         """Forget the slots at this thread's places, and with them their memory."""

@@ -46,6 +46,9 @@ class SharedRows(RowsBackend, Protocol):
     degraded: str | None
     """Why no pass is shared, where the bundle has a graph for it; None where all is well."""
 
+    alone: str | None
+    """Why no pass is shared though that graph runs; None otherwise."""
+
     def share_no_more(self, why: str) -> None:
         """A pass of several requests has failed: from now on there is none."""
 

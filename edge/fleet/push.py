@@ -97,23 +97,31 @@ def chosen(devices: Sequence[Device], names: Sequence[str] | None, model: str) -
 def push(
     parcel: Parcel, watch: FleetWatch, *, devices: Sequence[Device], wave: int, route: Route, say: Callable[[str], None]
 ) -> None:
-    """Install on `wave` devices at a time. Raises DeviceError after the first wave in which one failed."""
+    """Install on `wave` devices at a time. Raises DeviceError after the first wave in which one failed.
+
+    A device that serves the bundle on what computed before has not failed, though it be degraded.
+    """
     waves = [devices[start : start + wave] for start in range(0, len(devices), wave)]
     with ThreadPoolExecutor(max_workers=wave) as pool:
         for number, members in enumerate(waves, 1):
             say(f"wave {number} of {len(waves)}: {', '.join(device.device for device in members)}")
             failures = []
-            for device, failure in zip(
+            for device, (served, told) in zip(
                 members, pool.map(lambda d: _give(parcel, watch, d, route), members), strict=True
             ):
-                say(f"{device.device}: {failure or f'serves {parcel.model}'}")
-                failures += [f"{device.device} failed: {failure}"] if failure else []
+                say(f"{device.device}: {told}")
+                failures += [] if served else [f"{device.device} failed: {told}"]
             if failures:
                 raise DeviceError(f"stopped at wave {number} of {len(waves)}: {'; '.join(failures)}")
 
 
-def _give(parcel: Parcel, watch: FleetWatch, device: Device, route: Route) -> str | None:
-    """Install on one device, and wait until it says on the broker that it serves.  → why it does not"""
+def serves(now: Device, before: Device) -> bool:
+    """Whether a device that has a new bundle is well: as it was, or degraded on the backend that it had."""
+    return now.state in HEALTHY or now.state == before.state or (now.online and now.backend == before.backend)
+
+
+def _give(parcel: Parcel, watch: FleetWatch, device: Device, route: Route) -> tuple[bool, str]:
+    """Install on one device, and wait until it says on the broker that it serves.  → whether it does; how, or why"""
     command = route.command(device.device, parcel.script)
     try:
         with (parcel.archive or Path(os.devnull)).open("rb") as archive:
@@ -121,17 +129,18 @@ def _give(parcel: Parcel, watch: FleetWatch, device: Device, route: Route) -> st
                 command, stdin=archive, capture_output=True, text=True, errors="replace", timeout=INSTALL_S
             )
     except subprocess.TimeoutExpired:
-        return f"not installed within {INSTALL_S:g} s"
+        return False, f"not installed within {INSTALL_S:g} s"
     except FileNotFoundError:
-        return "ssh is not installed here"
+        return False, "ssh is not installed here"
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"ssh ends with {done.returncode}"]
-        return one_line(lines[-1].removeprefix("error: "))
+        return False, one_line(lines[-1].removeprefix("error: "))
     give_up_s = time.monotonic() + CONFIRM_S
     while True:
         now = next((d for d in watch.view().devices if d.device == device.device), device)
-        if now.bundle == parcel.model and (now.state in HEALTHY or now.state == device.state):
-            return None
+        if now.bundle == parcel.model and serves(now, device):
+            why = "" if now.state in HEALTHY else f", {now.state}: {now.failure or 'it does not say why'}"
+            return True, f"serves {parcel.model}{why}"
         if time.monotonic() > give_up_s:
-            return f"installed, but it serves {now.bundle} and is {now.state}, {CONFIRM_S:g} s later"
+            return False, f"installed, but it serves {now.bundle} and is {now.state}, {CONFIRM_S:g} s later"
         time.sleep(POLL_S)

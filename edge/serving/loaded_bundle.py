@@ -69,6 +69,11 @@ class LoadedBundle:
         return self.fallback or (None if self._shared_rows is None else self._shared_rows.degraded)
 
     @property
+    def alone(self) -> str | None:
+        """Why no requests share a pass here though the graph for it runs; None otherwise."""
+        return None if self._shared_rows is None else self._shared_rows.alone
+
+    @property
     def model(self) -> str:
         """Name and digest, as answers and health state them."""
         return f"{self.manifest.name}@{self.digest[:12]}"

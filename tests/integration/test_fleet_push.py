@@ -20,6 +20,7 @@ from edge.fleet import push
 from tests.integration.harness import ROOT, TIMEOUT_S, Broker, Daemon, clean_environment, until
 from tests.integration.test_bundle_command import bundle_command, needs_minisign, variant
 from tests.integration.test_fleet import devices
+from tests.support.altered_bundle import with_graph
 from tests.support.https_server import HttpsServer
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -77,7 +78,7 @@ class Site:
         done = bundle_command(store, "install", self.bundle)
         assert done.returncode == 0, done.stderr
         arguments = ["--backend", "ort", "--mqtt", self.broker.address]
-        self.daemons[name] = Daemon(home, store / "current", *arguments, DEVICE=name)
+        self.daemons[name] = Daemon(home, store / "current", *arguments, DEVICE=name, THREADS="2")
         shutil.copy(self.folder / "owner.pub", home / "minisign.pub")
         variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in clean_environment().items())
         program = f'{sys.executable} -m edge.bundle install "$3" --store {store} --key {home}/minisign.pub'
@@ -168,6 +169,18 @@ def test_fleet_push_gives_a_folder_to_all_in_waves_and_stops_at_a_failure(site: 
     assert given.returncode == 69 and "shed failed: installed, but it serves second@" in given.stderr
     left = [path.name for path in site.folder.iterdir() if path.name.startswith(("edgelm-push-", "tmp."))]
     assert left == []
+
+
+def test_fleet_push_to_a_device_that_comes_up_degraded_says_why(site: Site, shared_rows_bundle: Path) -> None:
+    """It serves: its CPU computes each request by itself, since the graph of several cannot be run."""
+    broken = with_graph(
+        shared_rows_bundle, site.folder / "broken", "step.shared", lambda model: model.graph.output.pop()
+    )
+    site.bundle = broken
+    done = site.push(site.signed("slow"), "--device", "attic")
+    assert (done.returncode, done.stderr) == (0, "")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("attic: serves slow@"))
+    assert ", degraded: " in line and "cannot be used" in line
 
 
 def test_fleet_push_has_devices_download_what_is_signed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

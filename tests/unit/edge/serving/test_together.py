@@ -126,10 +126,9 @@ def nothing(model: onnx.ModelProto) -> None:
     ("change", "why"),
     [
         (adding([0.0]), "it does not run: "),
-        (adding([0.001] * 300), "of 4 requests, 4 score otherwise than by themselves"),
-        (nothing, "has inputs and outputs"),
+        (nothing, "has other inputs and outputs than a graph of its kind: no output drafts)"),
     ],
-    ids=["fails", "differs", "names"],
+    ids=["fails", "names"],
 )
 def test_together_a_graph_that_cannot_be_used_is_found_at_load(
     bundle: Path,
@@ -145,6 +144,22 @@ def test_together_a_graph_that_cannot_be_used_is_found_at_load(
     assert texts == [loaded.run(loaded.prepare(request)).text for request in requests()[:8]]
     assert (metrics.state, metrics.failure) == ("degraded", warning)
     assert len([record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]) == 1
+
+
+def test_together_a_graph_that_scores_otherwise_by_a_bit_is_left_alone(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it may on another processor: the texts are those of each request by itself, and nothing is degraded."""
+    caplog.set_level("INFO", logger="edge")
+    folder = with_graph(bundle, tmp_path / "b", "step.shared", adding([0.001] * 300))
+    loaded = LoadedBundle.load(folder, "ort", threads=1)
+    (told,) = [record for record in caplog.records if "step.shared" in record.message]
+    assert told.levelname == "INFO" and "of 4 requests, 4 score otherwise than by themselves" in told.message
+    texts, metrics = answers_of(loaded, requests()[:8])
+    assert texts == [loaded.run(loaded.prepare(request)).text for request in requests()[:8]]
+    assert (metrics.state, metrics.failure, loaded.alone) == ("idle", None, told.message)
+    assert isinstance(loaded.rows, OrtRows) and loaded.rows.batches == (1,)
+    assert ("step.shared", 1) not in loaded.rows._graphs.sizes()
 
 
 @pytest.mark.parametrize(("threads", "opened"), [(1, True), (2, True), (3, False), (4, False)])
