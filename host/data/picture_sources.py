@@ -58,8 +58,8 @@ def _of_folder(folder: Path) -> Iterator[Shown]:
 
 def _files_named(
     name: str, style: str, plain: Path, packed: Mapping[str, zipfile.ZipFile]
-) -> Iterator[tuple[str, bytes]]:
-    """The files of that name, in the folder and in its zip files, whose names are styles; one without bytes if none."""
+) -> Iterator[tuple[str, bytes | None]]:
+    """The files of that name, in the folder and in its zip files, whose names are styles; None if there is none."""
     found = False
     if plain.is_file():
         found = True
@@ -70,7 +70,7 @@ def _files_named(
             with archive.open(name) as file:
                 yield of_zip, file.read(MAX_FILE_BYTES + 1)
     if not found:
-        yield style, b""
+        yield style, None
 
 
 def _concepts(line: _Line) -> tuple[tuple[str, ...], ...]:

@@ -60,12 +60,15 @@ class PicturesMeta(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture to prepare: name for messages, forms of each concept that it shows, style, bytes of its file."""
+    """A picture to prepare: name for messages, forms of each concept that it shows, style, bytes of its file.
+
+    raw: None where there is no such file.
+    """
 
     name: str
     concepts: tuple[tuple[str, ...], ...]
     style: str
-    raw: bytes
+    raw: bytes | None
 
 
 def concepts_of_caption(caption: str) -> tuple[tuple[str, ...], ...]:
@@ -86,6 +89,9 @@ def prepare_pictures(shown: Iterable[Shown], out: Path, *, source: str, held_out
     with swapped_in(out) as folder:
         with (folder / PIXELS_FILE).open("wb") as file:
             for one in shown:
+                if one.raw is None:
+                    skipped.append(f"{one.name} is missing: {source} has no such file")
+                    continue
                 try:
                     pixels = read_picture(one.raw, one.name, SIDE, MAX_FILE_BYTES)
                 except RequestError as error:
@@ -98,9 +104,8 @@ def prepare_pictures(shown: Iterable[Shown], out: Path, *, source: str, held_out
                     raise DataError(f"{source} has more than {MAX_PICTURES} pictures: give fewer")
         styles = {picture.style for picture in pictures}
         if missing := [style for style in held_out if style not in styles]:
-            raise DataError(
-                f"--held-out-style {missing[0]}: there are the styles {', '.join(sorted(styles)) or 'none'}"
-            )
+            named = ", ".join(sorted(style or "one without a name" for style in styles)) or "none"
+            raise DataError(f"--held-out-style {missing[0]} does not occur; styles: {named}")
         if not styles - set(held_out):
             because = f": {skipped[0]}" if skipped else ""
             raise DataError(f"{source} has no picture to train on, {len(skipped)} were skipped{because}")
@@ -117,8 +122,10 @@ def prepare_pictures(shown: Iterable[Shown], out: Path, *, source: str, held_out
         (folder / PICTURES_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(meta)))
     for sentence in meta.skipped_because:
         print(f"skipped: {sentence}")
+    pairs = ((len(meta.pictures), "picture"), (len(meta.concepts), "concept"), (len(styles), "style"))
+    counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in pairs]
     print(
-        f"{out}: {len(meta.pictures)} pictures of {len(meta.concepts)} concepts in {len(styles)} styles, "
+        f"{out}: {counts[0]} of {counts[1]} in {counts[2]}, "
         f"{meta.skipped} skipped; train with python -m host.train --stage conditions --init RUN --pictures {out}"
     )
     return meta

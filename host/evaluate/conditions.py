@@ -151,11 +151,17 @@ def left_out(conditioner: Conditioner, held_out: HeldOut, told: Sequence[Told], 
     """A sentence for each setting that `told` lacks, since no story has it."""
     there = {(one.asked.given, one.asked.number) for one in told}
     return [
-        f"left out: no story of {held_out.name} has {number} {given}; more --stories may have some"
+        f"left out: no story of {held_out.name} has {counted(number, given)}; more --stories may have some"
         for given in _kinds(conditioner)
         for number in numbers
         if (given, number) not in there
     ]
+
+
+def counted(number: int, given: str) -> str:
+    """Such as "1 word" and "2 pictures, trained styles"."""
+    kind, *styles = given.split(", ", 1)
+    return ", ".join((f"{number} {kind.removesuffix('s') if number == 1 else kind}", *styles))
 
 
 def _kinds(conditioner: Conditioner) -> dict[str, Sequence[str] | None]:
@@ -209,7 +215,7 @@ def conditional_laws(
 ) -> list[ConditionalLaw]:
     """Of each kind and number of conditions that two stories have: each is the other story of the other."""
     return [
-        conditional_law(model, held_out, wishes, f"{number} {given}")
+        conditional_law(model, held_out, wishes, counted(number, given))
         for given, number, wishes in asked_of(conditioner, held_out, numbers)
         if sum(wish is not None for wish in wishes) > 1
     ]

@@ -3,7 +3,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final
 
 from host.data.prepare import DEFAULT_OUT
 from host.files import check_numbers
@@ -23,6 +23,13 @@ FRACTIONS: Final = ("dropout", "input_noise")  # at least 0, below 1
 CHANGED_ON_RESUME: Final = ("resume", "steps", "minutes", "wandb")
 DEFAULT_OBJECTIVES: Final = "ar=1,infill=.25,canvas=.1"
 """All three laws on one network; left to right has most of the stories, since it learns most in the first epochs."""
+STAGES: Final[dict[Stage, str]] = {
+    "body": "the network",
+    "drafter": "what drafts tokens after the next one, so that a pass may commit several",
+    "conditions": "all that makes it take words, and pictures with --pictures",
+    "pictures": "after conditions, the encoder of pictures alone",
+    "reads": "after conditions, what its blocks read of words and pictures alone",
+}
 OF_CANVAS: Final = ("schedule", "weighting", "time_input")
 OF_BODY: Final = ("config", "objectives", "dropout", "input_noise", *OF_CANVAS)
 
@@ -42,16 +49,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--init", type=Path, metavar="RUN", help="start from the weights of a run or published folder")
     parser.add_argument(
         "--stage",
-        choices=get_args(Stage),
+        choices=list(STAGES),
         default="body",
-        help="train the network, or for the frozen network of --init only a drafter, or only what makes it take words "
-        "and pictures (default: %(default)s)",
+        help=f"what to train: {'; '.join(f'{stage}: {what}' for stage, what in STAGES.items())}. All but body leave "
+        "the network of --init as it is (default: %(default)s)",
     )
     parser.add_argument(
         "--pictures",
         type=Path,
         metavar="DATA",
-        help="prepared pictures, for --stage conditions or objective conditioned",
+        help="prepared pictures (host.data --pictures): --stage pictures needs them; --stage conditions, --stage reads "
+        "and the objective conditioned may have them",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"optimizer steps in all (default: {TrainConfig.steps})")
@@ -104,7 +112,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.stage == "pictures" and args.pictures is None:
         raise ConfigError("--stage pictures needs --pictures DATA")
     if args.pictures and args.stage not in ("conditions", "pictures", "reads") and "conditioned" not in args.objectives:
-        raise ConfigError("--pictures needs --stage conditions, or the objective conditioned")
+        raise ConfigError("--pictures needs --stage conditions, pictures or reads, or the objective conditioned")
     if args.time_input and len(args.objectives) > 1:
         raise ConfigError("--time-input takes the objective canvas alone: other objectives have no diffusion time")
     return args

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import pytest
 
@@ -12,6 +12,7 @@ from host.data import prepare
 from host.evaluate import __main__ as evaluate
 from host.experiments import baseline, compare
 from host.train import trainer
+from host.train.run_folder import Stage
 from tests.support.commands import call
 
 MAINS: dict[str, Callable[[], None]] = {
@@ -65,3 +66,12 @@ def test_help_has_a_text_an_example_and_every_default(name: str) -> None:
         takes_value = action.nargs != 0 and action.option_strings and not action.required
         if takes_value and "default" not in action.help:
             assert action.default is None, f"the help of {flag} lacks its default"
+
+
+def test_help_of_training_says_what_each_stage_trains_and_which_take_pictures() -> None:
+    actions = {action.dest: action for action in actions_of(parser_of(trainer.main))}
+    for stage in get_args(Stage):
+        assert f"{stage}: " in (actions["stage"].help or "")
+    for stage in ("pictures", "conditions", "reads"):
+        assert f"--stage {stage}" in (actions["pictures"].help or "")
+    assert set(actions["stage"].choices or ()) == set(get_args(Stage))

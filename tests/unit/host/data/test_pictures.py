@@ -68,6 +68,7 @@ def test_pictures_with_words_or_captions_and_broken_ones_are_named_and_counted(
     made, printed = load_pictures(out), capsys.readouterr().out
     assert {concept.forms[0] for concept in made.meta.concepts} == {"frog", "sitting", "leaf"}
     assert len(made.meta.pictures) == 4 and made.meta.skipped == 3 and "3 skipped" in printed
+    assert "skipped: gone.png is missing: " in printed and "4 pictures of 3 concepts in 2 styles" in printed
     for name in ("text.png", "dot.png", "gone.png"):
         assert sum(name in sentence for sentence in made.meta.skipped_because) == 1 and name in printed
 
@@ -106,6 +107,21 @@ def test_pictures_refuse_styles_and_folders_that_are_not_there(
     assert "holds no prepared pictures" in said("--pictures", styles, "--out", styles)
     assert "cannot be combined" in said("--pictures", styles, "--source", "a.txt", *out)
     assert "needs --pictures" in said("--held-out-style", "soft", *out)
+
+
+def test_pictures_sentences_name_a_style_without_name_and_count_one_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "mine", ("--out", tmp_path / "out")
+    folder.mkdir()
+    picture(folder / "a.png", "green")
+    lines = [{"image": "a.png", "words": ["frog"]}, {"image": "a.png", "words": ["frog"], "style": "photo"}]
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    said = refusal(capsys, prepare.main, "--pictures", folder, "--held-out-style", "oil", *out)[1]
+    assert said == "--held-out-style oil does not occur; styles: one without a name, photo"
+    (folder / "all.jsonl").write_text(json.dumps(lines[0]))
+    call(prepare.main, "--pictures", folder, *out)
+    assert ": 1 picture of 1 concept in 1 style, 0 skipped; " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_conditions_that_no_story_has_are_left_out(
     conditions = read_manifest(bundle).conditions
     assert conditions is not None
     assert [(one.given, one.number) for one in conditions.asked_for] == [("words", 1), (STYLE, 1)]
-    assert [law.given for law in conditions.laws] == ["1 words"]  # one story has no other story's picture
+    assert [law.given for law in conditions.laws] == ["1 word"]  # one story has no other story's picture
     for flags in (["--run", cake_run], ["--bundle", bundle, "--scorer", cake_run]):
         capsys.readouterr()
         call(evaluate.main, *flags, *asked)

@@ -282,7 +282,7 @@ def test_conditions_stage_refuses_what_does_not_go_with_it(
         return refusal(capsys, train.main, "--data", data, "--out", tmp_path / "x", *arguments)[1]
 
     assert "--stage conditions needs --init RUN" in said("--stage", "conditions")
-    assert "--pictures needs --stage conditions" in said("--pictures", tmp_path)
+    assert "--pictures needs --stage conditions, pictures or reads" in said("--pictures", tmp_path)
     assert "cannot be combined with --stage conditions" in said(
         "--stage", "conditions", "--init", "a", "--dropout", 0.1
     )
