@@ -1,8 +1,9 @@
 """One run of two that trained different parts beside the same frozen network: `python -m host.join RUN RUN --out RUN`.
 
 A drafter and conditions leave the network as it is, to the bit, and the encoder of pictures and what blocks read leave
-each other: so they can be trained side by side. The result has the parts of both runs, and each run's of what its last
-stage trained; it has gone through the stages of the first, then through those of the second that the first lacks.
+each other: so they can be trained side by side, also where the other part learns on meanwhile. The result has the
+parts of both runs, and each run's of what its last stage trained; it has gone through the stages of the first, then
+through those of the second that the first lacks.
 """
 
 import argparse

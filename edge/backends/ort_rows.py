@@ -115,9 +115,10 @@ class OrtRows:
             raise BundleError(f"{file} gives arrays of shapes {made}, not {expected}")
 
     def _try_shared(self) -> None:
-        """Score the same random rows in both step graphs; without a pass of several requests unless all are equal."""
+        """Run the same random rows through both step graphs; without a pass of several requests unless their scores and
+        what they write to the caches are equal."""
         rng, vocab_size = np.random.default_rng(0), self._manifest.model.vocab_size
-        slots, alone, given = [self.open_slot() for _ in range(REQUESTS)], list[Floats](), list[Ids]()
+        slots, alone, given = [self.open_slot() for _ in range(REQUESTS)], list[list[Floats]](), list[Ids]()
         for number, slot in enumerate(slots):
             kept = self._manifest.model.canvas_len // 8 >> number
             text = rng.integers(FIRST_TEXT_ID, vocab_size, kept + ROWS).astype(np.int32)
@@ -125,13 +126,19 @@ class OrtRows:
             self.rows(slot, text, positions=places, scored=1)
             slot.cached = kept
             given.append(np.stack([text[kept:], places[kept:]]))
-            alone.append(self.rows(slot, given[-1][0], positions=given[-1][1], scored=ROWS).scores.copy())
+            scores = self.rows(slot, given[-1][0], positions=given[-1][1], scored=ROWS).scores
+            alone.append([scores.copy(), *(rows.copy() for rows in _behind(slot))])
+            for rows in _behind(slot):
+                rows[:] = 0  # to be written once more
         try:
             seats = self.seat(slots)
             for place, i in enumerate(seats.order):
                 seats.tokens[place], seats.positions[place] = given[i]
             self.rows_together(seats)
-            differ = [not np.array_equal(seats.scores[place], alone[i]) for place, i in enumerate(seats.order)]
+            differ = [
+                not all(map(np.array_equal, [seats.scores[place], *_behind(slots[i])], alone[i]))
+                for place, i in enumerate(seats.order)
+            ]
         except Exception as error:  # onnxruntime raises types of its own that share no public base
             self.share_no_more(f"it does not run: {error}")
         else:
@@ -278,6 +285,11 @@ class OrtRows:
         self._graphs.close()
         if self.conditions is not None:
             self.conditions.close()
+
+
+def _behind(slot: Slot) -> list[Floats]:
+    """Keys and values of the rows of a shared pass, behind those that the slot keeps; views of its caches."""
+    return [array[:, :, slot.cached : slot.cached + ROWS] for array in slot.memory.cache.values()]
 
 
 def _keep(session: Any, feed: Mapping[str, NDArray[Any]], cache: dict[str, Floats], prefix: str = "") -> None:

@@ -64,7 +64,8 @@ class OrtShared:
         """See `edge.decoding.together.SharedRows`. Warns once, and closes the graph."""
         with self._reasons as reasons:
             reasons.append(why)
-            if len(reasons) > 1:  # of another lane, whose pass had begun
+            if len(reasons) > 1:  # of another lane, whose pass had begun, and may have opened it again
+                self._close()
                 return
             effect = "no requests share a pass, so many at once take longer"
             todo = "export the bundle again, or install another ONNX Runtime"

@@ -91,17 +91,19 @@ class _State:
         if sizes == (1,):
             return [first]
         kind = self._kind(first)
-        mates = [job for job in order if not job.alone and self._kind(job) == kind]
+        alike_now = (job for job in order if not job.alone and self._kind(job) == kind)
+        # a lane may have given up shared passes meanwhile: then none has these sizes, and the first goes alone
+        mates = [job for job in alike_now if job.loaded.batches(job.run) == sizes] or [first]
         others = (job for batch in self.batches for job in batch)
         alike = len(mates) + sum((job.loaded, type(job.run)) == kind[:2] for job in others)
         own_share = share_of_a_lane(alike, first.loaded.lanes)
         size = max(size for size in sizes if size <= min(len(mates), own_share))
         return sorted(mates[:size], key=lambda job: job.number)
 
-    def _kind(self, job: Job) -> tuple[LoadedBundle, type, int, tuple[int, ...]]:
+    def _kind(self, job: Job) -> tuple[LoadedBundle, type, int]:
         """What jobs of one step have in common."""
         positions = 0 if isinstance(job.run, BlocksRun) else job.positions()
-        return job.loaded, type(job.run), positions, job.loaded.batches(job.run)
+        return job.loaded, type(job.run), positions
 
     def reason(self, usual: str) -> str:
         """Why requests are not served: a failed device is named before the usual reason."""

@@ -16,6 +16,7 @@ from shared.messages import ATTACHMENT, GenerateRequest
 KEEP_S: Final = 600.0
 MAX_OF_CLIENT: Final = 8
 MAX_CLIENT_BYTES: Final = 1 << 20
+MAX_ATTACHMENTS: Final = 256
 MAX_BYTES: Final = 8 << 20
 """Of all clients, whatever they come over."""
 
@@ -37,7 +38,7 @@ class Attachments:
 
         takes: whether the bundle takes pictures.
         """
-        if not takes:
+        if content and not takes:
             raise RequestError("bad_request", "this device takes no pictures with the bundle that it serves")
         if len(content) > MAX_PICTURE_BYTES:
             limit = f"an attachment may have {MAX_PICTURE_BYTES} bytes"
@@ -47,13 +48,11 @@ class Attachments:
             kept.pop((owner, name), None)
             if content:
                 kept[owner, name] = _Attachment(content, time.monotonic())
-            oldest_s = time.monotonic() - KEEP_S
-            for key in [key for key, attachment in kept.items() if attachment.came_s < oldest_s]:
-                del kept[key]
+            _forget_old(kept)
             own = [key for key in kept if key[0] == owner]
             while len(own) > MAX_OF_CLIENT or sum(len(kept[key].content) for key in own) > MAX_CLIENT_BYTES:
                 del kept[own.pop(0)]
-            while sum(len(attachment.content) for attachment in kept.values()) > MAX_BYTES:
+            while len(kept) > MAX_ATTACHMENTS or sum(len(one.content) for one in kept.values()) > MAX_BYTES:
                 kept.popitem(last=False)
 
     def attached(self, client: str | None, request: GenerateRequest) -> GenerateRequest:
@@ -67,8 +66,15 @@ class Attachments:
             return image
         name = image.removeprefix(ATTACHMENT)
         with self._kept as kept:
+            _forget_old(kept)
             found = kept.get((client or "", name))
-        if found is None or found.came_s < time.monotonic() - KEEP_S:
-            why = f"each is kept for {KEEP_S:.0f} s at most, and a broker may drop one above {MAX_PICTURE_BYTES} bytes"
+        if found is None:
+            why = f"each is kept for {KEEP_S:.0f} s at most, and may have {MAX_PICTURE_BYTES} bytes"
             raise RequestError("bad_request", f"`images[{number}]`: no attachment {name!r} is here; {why}")
         return base64.b64encode(found.content).decode()
+
+
+def _forget_old(kept: OrderedDict[tuple[str, str], _Attachment]) -> None:
+    """They lie in the order in which they came."""
+    while kept and next(iter(kept.values())).came_s < time.monotonic() - KEEP_S:
+        kept.popitem(last=False)

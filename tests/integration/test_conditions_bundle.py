@@ -20,6 +20,7 @@ def loaded() -> LoadedBundle:
 
 def test_conditions_bundle_is_the_shipped_network_with_encoders() -> None:
     manifest, shipped = read_manifest(FOLDER), read_manifest(BUNDLES / "tinystories")
+    assert manifest.name == FOLDER.name
     for graph in manifest.graphs:
         verified_bytes(FOLDER, graph.file, graph.sha256)
     verified_bytes(FOLDER, TOKENIZER, manifest.tokenizer_sha256)

@@ -96,7 +96,7 @@ def _attach() -> Object:
     operation["responses"]["200"] = {"description": "Taken away, by an empty body", "content": _json(Attached)}
     name = {"type": "string", "pattern": "^[^/+#\\x00-\\x1f\\x7f-\\x9f]{1,64}$"}
     operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": name}]
-    operation["requestBody"] = {"required": True, "content": {"application/octet-stream": {}}}
+    operation["requestBody"] = {"content": {"application/octet-stream": {}}}
     return operation
 
 

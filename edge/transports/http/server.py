@@ -15,7 +15,7 @@ from edge.serving.scheduler import Scheduler
 from edge.system.heartbeat import Sign
 from edge.transports.attachments import Attachments
 from edge.transports.http.access import Access
-from edge.transports.http.attaching import MAX_UPLOADS, MESSAGE, Limit
+from edge.transports.http.attaching import MAX_UPLOADS, MAX_UPLOADS_OF_UNIT, MESSAGE, Limit
 from edge.transports.http.connection import Connection
 from edge.transports.http.exchange import Exchange, Request
 from edge.transports.http.fleet import FleetReaders, FleetSource
@@ -118,8 +118,11 @@ class HttpServer:
     def limit(self, head: Request) -> Limit:
         """Of the body of a request. Raises RequestError for a picture that nobody may send, or of too many at once."""
         limit = self._routes.limit(head)
-        if limit is not MESSAGE and sum(connection.uploading for connection in self.places) >= MAX_UPLOADS:
-            raise RequestError("queue_full", f"{MAX_UPLOADS} attachments are coming in at this moment", 1000)
+        if limit is MESSAGE:
+            return limit
+        coming = [connection.unit for connection in self.places if connection.uploading]
+        if len(coming) >= MAX_UPLOADS or coming.count(head.unit) >= MAX_UPLOADS_OF_UNIT:
+            raise RequestError("queue_full", f"{len(coming)} attachments are coming in at this moment", 1000)
         return limit
 
     def serve(self, request: Request, exchange: Exchange) -> None:

@@ -65,8 +65,8 @@ def test_together_texts_are_the_same_as_alone(bundle: Path, threads: int, monkey
     assert set(sizes) == {1, 4} and sizes.count(4) > 10
 
 
-def adding(table: list[float]) -> Callable[[onnx.ModelProto], None]:
-    """To all scores, what stands in a table at the first request's position; behind its end the graph fails."""
+def adding(table: list[float] | list[list[float]]) -> Callable[[onnx.ModelProto], None]:
+    """To each row's scores what a table has for the first request's position; behind its end the graph fails."""
 
     def change(model: onnx.ModelProto) -> None:
         node = next(node for node in model.graph.node if "scores" in node.output)
@@ -151,7 +151,8 @@ def test_together_a_graph_that_scores_otherwise_by_a_bit_is_left_alone(
 ) -> None:
     """As it may on another processor: the texts are those of each request by itself, and nothing is degraded."""
     caplog.set_level("INFO", logger="edge")
-    folder = with_graph(bundle, tmp_path / "b", "step.shared", adding([0.001] * 300))
+    other = [0.0] * (read_manifest(bundle).model.vocab_size - 1) + [9.0]  # of one token: the texts would be others
+    folder = with_graph(bundle, tmp_path / "b", "step.shared", adding([other] * 300))
     loaded = LoadedBundle.load(folder, "ort", threads=1)
     (told,) = [record for record in caplog.records if "step.shared" in record.message]
     assert told.levelname == "INFO" and "of 4 requests, 4 score otherwise than by themselves" in told.message
@@ -160,6 +161,26 @@ def test_together_a_graph_that_scores_otherwise_by_a_bit_is_left_alone(
     assert (metrics.state, metrics.failure, loaded.alone) == ("idle", None, told.message)
     assert isinstance(loaded.rows, OrtRows) and loaded.rows.batches == (1,)
     assert ("step.shared", 1) not in loaded.rows._graphs.sizes()
+
+
+def test_together_a_graph_that_does_not_write_the_caches_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+    def silent(model: onnx.ModelProto) -> None:
+        """Keys of the first layer as they were."""
+        node = next(node for node in model.graph.node if "new_keys.0.0" in node.output)
+        node.output[list(node.output).index("new_keys.0.0")] = "written"
+        model.graph.node.append(onnx.helper.make_node("Identity", ["keys.0.0"], ["new_keys.0.0"]))
+
+    folder = with_graph(bundle, tmp_path / "b", "step.shared", silent)
+    loaded = LoadedBundle.load(folder, "ort", threads=1)
+    assert loaded.alone is not None and "of 4 requests, 1 score otherwise" in loaded.alone
+
+
+def test_together_a_lane_whose_pass_had_begun_leaves_the_graph_closed(bundle: Path) -> None:
+    rows = OrtRows(bundle, read_manifest(bundle), threads=1)
+    rows.share_no_more("first")
+    rows.seat([rows.open_slot() for _ in range(4)])
+    rows.share_no_more("of the lane that was late")
+    assert ("step.shared", 1) not in rows._graphs.sizes() and rows.batches == (1,)
 
 
 @pytest.mark.parametrize(("threads", "opened"), [(1, True), (2, True), (3, False), (4, False)])

@@ -10,7 +10,7 @@ import pytest
 
 from edge.serving.scheduler import Scheduler
 from edge.transports.http import connection, places
-from edge.transports.http.attaching import MAX_UPLOADS
+from edge.transports.http.attaching import MAX_UPLOADS, MAX_UPLOADS_OF_UNIT
 from edge.transports.http.server import HttpServer
 
 TIMEOUT_S = 20.0
@@ -235,13 +235,19 @@ def test_connection_the_watchdogs_sign_moves_with_the_loop(server: HttpServer) -
 
 def test_connection_bounds_the_attachments_that_come_in_at_once(dial: Callable[..., socket.socket]) -> None:
     upload = b"PUT /v1/attachments/card HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
-    coming = [dial() for _ in range(MAX_UPLOADS)]
+    coming = [dial(f"127.0.0.{1 + i // MAX_UPLOADS_OF_UNIT}") for i in range(MAX_UPLOADS)]
     for sock in coming:
         sock.sendall(upload.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
         assert sock.recv(65536).startswith(b"HTTP/1.1 100 ")
+    for source in ("127.0.0.1", "127.0.0.9"):  # of an address that has its share, and of one that has none
+        more = dial(source)
+        more.sendall(upload)
+        assert head_of(read_all(more)) == (429, "queue_full")
+    coming[-1].sendall(b"123456789")
+    assert coming[-1].recv(65536).startswith(b"HTTP/1.1 400 ")
     more = dial()
     more.sendall(upload)
-    assert head_of(read_all(more)) == (429, "queue_full")
+    assert head_of(read_all(more)) == (429, "queue_full")  # there is room, and not for an address with its share
     coming[0].sendall(b"123456789")
     assert coming[0].recv(65536).startswith(b"HTTP/1.1 400 ")  # this bundle takes none, but it has come
     more = dial()
