@@ -18,6 +18,7 @@ from host.model.network import Denoiser, count_parameters
 from host.train.conditioner import conditioner_of
 from host.train.published import is_published
 from host.train.run_folder import data_of, load_run, pictures_of, training_stages
+from host.train.stages import CONDITION_STAGES
 from shared.conditions import Conditions
 from shared.errors import ConfigError
 from shared.manifest import (
@@ -35,8 +36,6 @@ from shared.manifest import (
 KEPT: Final[tuple[Role, ...]] = ("step", "prefill", "draft", "step.shared")
 CONDITIONS: Final = "graphs of conditions"
 FIGURES: Final = "figures on held-out text (the bundle is there already)"
-OF_CONDITIONS: Final = frozenset(("conditions", "pictures", "reads"))
-"""Objectives of the stages that train conditions, and nothing else."""
 CALIBRATED: Final = (".in.scale", ".in.zero")
 """Endings of constants that come from text, not from the network."""
 
@@ -113,8 +112,8 @@ def add_conditions(run: Path, bundle: Path, *, out: Path, measure_on: Callable[[
 
 def merged_stages(of_bundle: Sequence[TrainingStage], of_run: Sequence[TrainingStage]) -> tuple[TrainingStage, ...]:
     """What a bundle's blocks went through, with its drafter, and then a run's conditions; those alone are a run's."""
-    body = [stage for stage in of_bundle if stage in of_run or not OF_CONDITIONS.issuperset(stage.objectives)]
-    added = [stage for stage in of_run if stage not in body and OF_CONDITIONS.issuperset(stage.objectives)]
+    body = [stage for stage in of_bundle if stage in of_run or stage.objectives not in CONDITION_STAGES]
+    added = [stage for stage in of_run if stage not in body and stage.objectives in CONDITION_STAGES]
     return (*body, *added)
 
 

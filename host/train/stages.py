@@ -31,6 +31,9 @@ PARTS: Final[dict[Stage, str]] = {
 }
 """Stages that train one part of the network, whose names begin so, and freeze the rest."""
 
+CONDITION_STAGES: Final = tuple((stage,) for stage, part in PARTS.items() if part.startswith("conditions."))
+"""Objectives of those that leave network and drafter as they are, as a manifest has them."""
+
 
 def freeze(model: Denoiser, stage: Stage) -> None:
     """Turn gradients off for all that the stage does not train."""

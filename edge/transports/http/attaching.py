@@ -16,8 +16,7 @@ from shared.messages import MAX_MESSAGE_BYTES
 PATH: Final = "/v1/attachments/"
 MAX_UPLOADS: Final = 16
 """Pictures that may be coming in at once: three megabytes."""
-MAX_UPLOADS_OF_UNIT: Final = 8
-"""Of these, of one address."""
+MAX_UPLOADS_OF_UNIT: Final = 8  # of one address
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,13 @@ from host.train.published import (
     read_published,
 )
 from host.train.run_folder import training_stages, work_behind
+from host.train.stages import CONDITION_STAGES
 from shared.errors import ConfigError, DataError, DiffusionLLMError
 from shared.manifest import TOKENIZER, Evaluation, LawFigures, SamplingDefaults, bundle_digest, read_manifest
 from shared.tokens import BOS, EOS, PAD, SPECIAL_TOKENS
 
 Dtype = Literal["float32", "float16"]
 MODELING: Final = "modeling_diffusion_llm"
-CONDITION_STAGES: Final = (("conditions",), ("pictures",), ("reads",))
-"""Objectives of stages that leave network and drafter as they are."""
 
 
 def check_publishable(out: Path) -> None:
