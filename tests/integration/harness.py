@@ -205,11 +205,11 @@ class Listener:
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         self.client.publish(topic, body, qos=1, retain=retain, properties=carried).wait_for_publish(TIMEOUT_S)
 
-    def next(self, topic: str) -> MQTTMessage:
-        """The next message on that topic; those on others are passed over."""
+    def next(self, *topics: str) -> MQTTMessage:
+        """The next message on one of these topics; those on others are passed over."""
         while True:
             message = self.heard.get(timeout=TIMEOUT_S)
-            if message.topic == topic:
+            if message.topic in topics:
                 return message
 
     def close(self) -> None:

@@ -160,13 +160,22 @@ def test_conditions_from_the_command_line_need_no_prompt(tmp_path: Path, daemon:
 def start_site(
     start_daemon: Callable[..., Daemon], conditioned_bundle: Path, broker: Broker
 ) -> Callable[[str], Daemon]:
-    return lambda backend: start_daemon(
-        "--mqtt", broker.address, "--bundle", str(conditioned_bundle), backend=backend, DEVICE="dev"
-    )
+    """Start a daemon on the broker, and wait until it is subscribed: the broker drops what comes before."""
+    started = 0
+
+    def start(backend: str) -> Daemon:
+        nonlocal started
+        started += 1
+        flags = ("--mqtt", broker.address, "--bundle", str(conditioned_bundle))
+        daemon = start_daemon(*flags, backend=backend, DEVICE="dev")
+        until(lambda: daemon.log.read_text().count("mqtt connected") == started, "the daemon to connect")
+        return daemon
+
+    return start
 
 
-def body(listener: Listener, topic: str) -> dict[str, Any]:
-    decoded: dict[str, Any] = json.loads(listener.next(topic).payload)
+def body(listener: Listener, *topics: str) -> dict[str, Any]:
+    decoded: dict[str, Any] = json.loads(listener.next(*topics).payload)
     return decoded
 
 
@@ -238,8 +247,9 @@ def test_conditions_survive_a_kill_and_leave_the_journal_with_the_answer(
     killed.exit_code()
     assert pictures_of(tmp_path / "journal.sqlite") == 2  # of two requests, three each
     daemon = start_site("fake")
-    for id in ("a", "b"):
-        answer = body(listener, f"edgelm/dev/response/{id}")
+    answers = [body(listener, "edgelm/dev/response/a", "edgelm/dev/response/b") for _ in range(2)]
+    assert sorted(answer["id"] for answer in answers) == ["a", "b"]
+    for answer in answers:
         assert answer["status"] == "ok"
         again = line_ask(daemon, request | {"images": [picture(1), picture(2), picture(2)], "seed": answer["seed"]})
         assert again["text"] == answer["text"]

@@ -1,5 +1,6 @@
 """The page in a real Chromium, on the daemon with the model that ships."""
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,21 +13,24 @@ pytest.importorskip("selenium", reason="the driver of Chromium, in the extra `de
 from selenium.webdriver.common.keys import Keys
 
 from tests.integration.harness import ROOT, Daemon, until
-from tests.integration.http_client import ask, complete, url_of
+from tests.integration.http_client import ask, complete, events, url_of
 from tests.support.browser import Browser, contrast, luminance, set_field
 
 pytestmark = pytest.mark.slow
 DONE = "Done."
+WITH_GAPS = "Tom had a ___:3 and it was ___:4."
+GAPS = ["Tom had a ", {"gap": 3}, " and it was ", {"gap": 4}, "."]
 DRAWN = """
 window.drawn = [];
-const look = () => requestAnimationFrame(() => setTimeout(() => {
+const look = () => requestAnimationFrame(() => {
   const text = document.querySelector("article:last-child .text")?.textContent;
   if (text && text !== window.drawn.at(-1)) window.drawn.push(text);
   look();
-}));
+});
 look();
 """
-"""Keeps each text that a frame was drawn with; what changes a text does so before a frame, and not after it."""
+"""Keeps each text that a frame was drawn with. It asks for each frame before the page does, and so sees the text of the
+frame before, which the page is about to change."""
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +78,27 @@ def test_page_shows_a_text_as_it_is_written(page: Browser) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "fields"),
+    ("given", "fields"),
     [
         ("Once upon a", {"max_tokens": 4, "seed": 1, "window": 1}),
         ("Once upon a time", {"max_tokens": 8, "seed": 1}),
-        ("Tom had a ___:3 and it was ___:4.", {"seed": 25}),
+        (GAPS, {"seed": 25}),
     ],
 )
-def test_page_draws_a_short_text_in_steps(page: Browser, prompt: str, fields: dict[str, int]) -> None:
-    """What an eye can see: the states in which the browser has drawn the text, each for a frame at least."""
+def test_page_draws_a_short_text_in_steps(
+    page: Browser, daemon: Daemon, given: str | list[Any], fields: dict[str, int]
+) -> None:
+    """What an eye can see: each state that the daemon sent of the text, and the whole, for a frame at least."""
+    asked = {"prompt": given} if isinstance(given, str) else {"segments": given}
+    snapshots = [data for name, data in events(daemon, snapshots=True, **asked, **fields) if name == "snapshot"]
+    sent = ["".join(part["text"] for part in json.loads(data)["parts"]) for data in snapshots]
     set_field(page, **fields)
     page.js(DRAWN)
-    text = page.write(prompt)
+    text = page.write(given if isinstance(given, str) else WITH_GAPS)
+    page.until(lambda: page.js("return window.drawn.at(-1)") == text, "a frame with the whole text")
     drawn = page.js("return window.drawn")
-    assert drawn[-1] == text and len(drawn) >= 4, drawn  # three that came, beside the one that it began with
+    assert len(sent) >= 2
+    assert drawn[-len(sent) - 1 :] == [*sent, text] and len(drawn) <= len(sent) + 2, drawn  # before: what was given
 
 
 def test_page_text_is_that_of_the_daemon(page: Browser, daemon: Daemon) -> None:
@@ -99,10 +110,9 @@ def test_page_text_is_that_of_the_daemon(page: Browser, daemon: Daemon) -> None:
 
 def test_page_fills_gaps(page: Browser, daemon: Daemon) -> None:
     set_field(page, seed=25)
-    text = page.write("Tom had a ___:3 and it was ___:4.")
-    segments = ["Tom had a ", {"gap": 3}, " and it was ", {"gap": 4}, "."]
+    text = page.write(WITH_GAPS)
 
-    assert text == complete(daemon, segments=segments, seed=25).object["choices"][0]["text"]
+    assert text == complete(daemon, segments=GAPS, seed=25).object["choices"][0]["text"]
     assert [span.text for span in page.all(".given")] == ["Tom had a ", " and it was ", "."]
     assert len(page.all(".written")) == 2, "what was written is told from what was given"
 
