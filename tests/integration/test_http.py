@@ -117,6 +117,8 @@ def test_http_stream_has_no_snapshots_unless_asked(daemon: Daemon) -> None:
         ({"prompt": "a", "snapshots": True}, "snapshots", "goes with `stream`"),
         ({"prompt": "a", "window": 2, "steps": 3}, "steps", "`steps` is of decoding by canvas"),
         ({"prompt": "a", "top_k": 10**6}, "top_k", "`top_k` 1000000 is above"),
+        ({"segments": ["a", {"gap": 0}]}, "segments", "`segments[1].gap` must be an integer"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_usage": 3}}, "stream_options", "`stream_options."),
     ],
 )
 def test_http_bad_field_is_named(daemon: Daemon, fields: dict[str, Any], param: str, said: str) -> None:

@@ -54,6 +54,14 @@ def test_http_attachment_is_the_picture_itself(daemon: Daemon) -> None:
     assert streamed.status == 200 and streamed.body.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize(
+    ("image", "code"), [(picture(1, kind="GIF"), "bad_request"), (picture(1, size=(2000, 1100)), "too_large")]
+)
+def test_http_unfit_picture_is_told_of_its_field(daemon: Daemon, image: str, code: str) -> None:
+    error = complete(daemon, **ASKED, images=[picture(2), image]).error
+    assert (error["code"], error["param"]) == (code, "images") and "`images[1]`" in error["message"]
+
+
 def test_http_attachment_may_be_larger_than_a_message(daemon: Daemon) -> None:
     """As many bytes as may be: what a PNG has after its end is not read."""
     assert put(daemon, "large", picture_file(1).ljust(MAX_PICTURE_BYTES, b"\0")).status == 201

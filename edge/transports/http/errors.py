@@ -20,6 +20,8 @@ TYPES: Final[dict[str, str]] = {
     "storage_full": "server_error",
 }
 """Code → OpenAI's type of error; all others are `invalid_request_error`."""
+FIELD: Final = re.compile(r"`([a-z_]+)(?:[.\[][^`]*)?`|unknown field `([^`]+)`")
+"""The field that a sentence names first; of a place within one, as in `images[0]`, the field."""
 
 
 class ErrorDetail(Struct, frozen=True, kw_only=True):
@@ -48,7 +50,7 @@ class MethodError(RequestError):
 def error_body(error: RequestError) -> bytes:
     """The error as JSON."""
     kind = TYPES.get(error.code, "invalid_request_error")
-    named = re.search(r"`([a-z_]+)`|unknown field `([^`]+)`", str(error)) if error.code == "bad_request" else None
+    named = FIELD.search(str(error)) if error.code in ("bad_request", "too_large") else None
     param = None if named is None else named[1] or named[2]
     detail = ErrorDetail(message=str(error), type=kind, param=param, code=error.code)
     return msgspec.json.encode(ErrorBody(error=detail))
