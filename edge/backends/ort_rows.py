@@ -140,7 +140,7 @@ class OrtRows:
                 for place, i in enumerate(seats.order)
             ]
         except Exception as error:  # onnxruntime raises types of its own that share no public base
-            self.share_no_more(f"it does not run: {error}")
+            self.share_no_more(error)
         else:
             if any(differ):
                 self._shared.stay_alone(f"of {REQUESTS} requests, {sum(differ)} score otherwise than by themselves")
@@ -161,9 +161,9 @@ class OrtRows:
         """Why no pass is shared though the graph for it runs; None otherwise."""
         return self._shared.alone
 
-    def share_no_more(self, why: str) -> None:
+    def share_no_more(self, error: Exception) -> None:
         """See `edge.decoding.together.SharedRows`."""
-        self._shared.share_no_more(why)
+        self._shared.share_no_more(error)
 
     def open_slot(self) -> Slot:
         """See `edge.decoding.blocks.RowsBackend`."""

@@ -37,7 +37,7 @@ class OrtShared:
         self.batches: tuple[int, ...] = (1,)
         self.degraded: str | None = None
         self.alone: str | None = None
-        self._reasons: Locked[list[str]] = Locked([])
+        self._reasons: Locked[list[Exception]] = Locked([])
         self._local = threading.local()
         if not graphs.has(ROLE):
             return
@@ -49,7 +49,7 @@ class OrtShared:
             try:
                 self._check(manifest.model.layers)
             except BundleError as error:
-                self.share_no_more(str(error))
+                self.share_no_more(error)
 
     def _check(self, layers: int) -> None:
         """Open it. Raises BundleError when it reads or makes something else."""
@@ -60,17 +60,21 @@ class OrtShared:
         given = {"tokens", "positions", "noise", "temperature", *own}
         check_names(file, session, (given, {"scores", "drafts", *made}))
 
-    def share_no_more(self, why: str) -> None:
-        """See `edge.decoding.together.SharedRows`. Warns once, and closes the graph."""
+    def share_no_more(self, error: Exception) -> None:
+        """See `edge.decoding.together.SharedRows`. Warns once, with the traceback, and closes the graph."""
         with self._reasons as reasons:
-            reasons.append(why)
+            reasons.append(error)
             if len(reasons) > 1:  # of another lane, whose pass had begun, and may have opened it again
                 self._close()
                 return
-            effect = "no requests share a pass, so many at once take longer"
-            todo = "export the bundle again, or install another ONNX Runtime"
-            self.degraded = f"{self._graphs.file(ROLE)} cannot be used, and {effect}: {todo} ({one_line(why)})"
-            log.warning("%s", self.degraded)
+            effect, file = "no requests share a pass, so many at once take longer", self._graphs.file(ROLE)
+            if isinstance(error, BundleError):
+                todo = "export the bundle again, or install another ONNX Runtime"
+                self.degraded = f"{file} cannot be used, and {effect}: {todo} ({error})"
+            else:
+                why = f"a pass of several requests has failed ({one_line(f'{type(error).__name__}: {error}')})"
+                self.degraded = f"{why}, and until the daemon starts again {effect}"
+            log.warning("%s", self.degraded, exc_info=error.__cause__ if isinstance(error, BundleError) else error)
             self._close()
 
     def stay_alone(self, why: str) -> None:
@@ -167,4 +171,7 @@ class _Table:
             end = slot.cached + ROWS
             slot.positions[slot.cached : end] = seats.positions[place]
             last[0], total[0] = end - 1, end
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime raises types of its own that share no public base
+            raise BundleError(f"it does not run: {type(error).__name__}: {error}") from error

@@ -49,8 +49,8 @@ class SharedRows(RowsBackend, Protocol):
     alone: str | None
     """Why no pass is shared though that graph runs; None otherwise."""
 
-    def share_no_more(self, why: str) -> None:
-        """A pass of several requests has failed: from now on there is none."""
+    def share_no_more(self, error: Exception) -> None:
+        """A pass of several requests has failed with it: from now on there is none."""
 
     def seat(self, slots: Sequence[Slot]) -> Seats:
         """Places for the next pass of this thread, as many as one of `batches`, each slot where it was before."""
@@ -68,7 +68,7 @@ def advance_together(backend: SharedRows, writings: Sequence[Writing], under_way
         seats, seated = _scored(backend, writings)
         drawn_of = _draws(seats, seated)
     except Exception as error:  # runtimes raise types of their own; nothing is committed yet
-        backend.share_no_more(f"{type(error).__name__}: {error}")
+        backend.share_no_more(error)
         for w in writings:
             advance(backend, w, under_way)
         return

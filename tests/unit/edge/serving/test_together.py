@@ -1,5 +1,7 @@
 """Many requests share passes of a CPU, whatever their lengths and laws, and no text shows it."""
 
+import logging
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,11 +113,35 @@ def test_together_a_graph_that_fails_later_is_used_no_more(
     texts, metrics = answers_of(loaded, asked)
     assert texts == alone
     assert sizes.count(4) > 1 and sizes[-50:] == [1] * 50 and max(under_way) >= 8
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
-    assert "step.shared.cpu.int8.onnx cannot be used" in warning and "export the bundle again" in warning
-    assert (metrics.state, metrics.failure, metrics.answered) == ("degraded", warning, {"ok": 16})
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.levelname == "WARNING" and "run" in traceback_of(record)
+    assert "step.shared.cpu.int8.onnx cannot be used" in record.message and "export the bundle again" in record.message
+    assert (metrics.state, metrics.failure, metrics.answered) == ("degraded", record.message, {"ok": 16})
     assert isinstance(loaded.rows, OrtRows) and not [role for role, _ in loaded.rows._graphs.sizes() if "." in role]
+
+
+def traceback_of(record: logging.LogRecord) -> list[str]:
+    """The functions that a record's exception came through."""
+    assert record.exc_info is not None
+    return [frame.name for frame in traceback.extract_tb(record.exc_info[2])]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_together_a_fault_beside_the_graph_is_told_as_itself(
+    bundle: Path, threads: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise TypeError("no such law")
+
+    monkeypatch.setattr("edge.decoding.together.draw", broken)
+    loaded = LoadedBundle.load(bundle, "ort", threads=threads)
+    alone = [loaded.run(loaded.prepare(request)).text for request in requests()]
+    texts, metrics = answers_of(loaded, requests())
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert texts == alone
+    assert (metrics.state, metrics.failure) == ("degraded", record.message)
+    assert "(TypeError: no such law)" in record.message and "until the daemon starts again" in record.message
+    assert "onnx" not in record.message and traceback_of(record)[-1] == "broken"
 
 
 def nothing(model: onnx.ModelProto) -> None:
@@ -125,7 +151,7 @@ def nothing(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (adding([0.0]), "it does not run: "),
+        (adding([0.0]), "it does not run: RuntimeError: "),
         (nothing, "has other inputs and outputs than a graph of its kind: no output drafts)"),
     ],
     ids=["fails", "names"],
@@ -177,9 +203,9 @@ def test_together_a_graph_that_does_not_write_the_caches_is_left_alone(bundle: P
 
 def test_together_a_lane_whose_pass_had_begun_leaves_the_graph_closed(bundle: Path) -> None:
     rows = OrtRows(bundle, read_manifest(bundle), threads=1)
-    rows.share_no_more("first")
+    rows.share_no_more(ValueError("first"))
     rows.seat([rows.open_slot() for _ in range(4)])
-    rows.share_no_more("of the lane that was late")
+    rows.share_no_more(ValueError("of the lane that was late"))
     assert ("step.shared", 1) not in rows._graphs.sizes() and rows.batches == (1,)
 
 
