@@ -279,9 +279,11 @@ def _contradiction(manifest: Manifest) -> str | None:
     given = {(graph.target, graph.role) for graph in manifest.graphs if graph.role in CONDITIONED_ROLES["cpu"]}
     if manifest.conditions is None:
         return "graphs that take conditions, but no `conditions`" if given else None
-    targets = {target for target, _ in given} or {"cpu"}
+    targets = {target for target, _ in given}
+    if not targets or has_role(manifest, "cpu", "step"):  # a GPU serves blocks without conditions, the CPU does not
+        targets.add("cpu")
     needed = [(target, role) for target in sorted(targets) for role in CONDITIONED_ROLES[target]]
-    missing = [role for target, role in needed if (target, role) not in given]
+    missing = [f"{role} for the target {target}" for target, role in needed if (target, role) not in given]
     return f"conditions, but no graph of the role {missing[0]}" if missing else None
 
 

@@ -13,6 +13,7 @@ from shared.conditions import Conditions
 from shared.errors import BundleError
 from shared.figures import Figure
 from shared.manifest import (
+    CONDITIONED_ROLES,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     BlocksDefaults,
@@ -268,23 +269,30 @@ def test_manifest_field_that_does_not_fit_is_named(
 
 
 def test_manifest_of_conditions_has_their_graphs_for_a_target(bundle: Path) -> None:
-    """Encoders alone suffice for CUDA, whose step graph reads the memory itself."""
+    """Encoders alone suffice for CUDA, whose step graph reads the memory itself; a CPU that writes blocks needs its own
+    graphs, whatever CUDA has."""
     takes = Conditions(words=3, word_tokens=8, pictures=3, picture_size=64, picture_rows=16)
-    text, image = (
-        structs.replace(graph_of(role), target="cuda", file=f"{role}.onnx") for role in ("encode.text", "encode.image")
+    roles: tuple[Role, ...] = ("canvas", "step", "encode.text", "encode.image")
+    canvas, step, text, image = (
+        structs.replace(graph_of(role), target="cuda", file=f"cuda.{role}.onnx") for role in roles
     )
-    for graphs, place in (
-        ((text, image), None),
-        ((text,), "no graph of the role encode.image"),
-        ((text, image, graph_of("encode.text")), "no graph of the role encode.image"),
-        ((), "no graph of the role encode.text"),
+    on_cpu = tuple(graph_of(role) for role in CONDITIONED_ROLES["cpu"])
+    for graphs, missing in (
+        ((canvas, step, text, image), None),
+        ((canvas, step, text), "encode.image for the target cuda"),
+        ((*BLOCKS.graphs, *on_cpu), None),
+        ((*BLOCKS.graphs, *on_cpu, canvas, step), None),
+        ((*BLOCKS.graphs, *on_cpu, canvas, step, text), "encode.image for the target cuda"),
+        ((*BLOCKS.graphs, graph_of("encode.text")), "encode.image for the target cpu"),
+        (BLOCKS.graphs, "encode.text for the target cpu"),
+        ((*BLOCKS.graphs, canvas, step, text, image), "encode.text for the target cpu"),
     ):
-        whole = structs.replace(BLOCKS, conditions=takes, graphs=(*BLOCKS.graphs, *graphs))
+        whole = structs.replace(BLOCKS, conditions=takes, graphs=graphs)
         (bundle / MANIFEST).write_bytes(msgspec.json.encode(whole))
-        if place is None:
+        if missing is None:
             assert read_manifest(bundle).conditions == takes
         else:
-            assert place in refusal(bundle)
+            assert f"conditions, but no graph of the role {missing}" in refusal(bundle)
 
 
 def test_verified_bytes_reads_a_file_once(bundle: Path) -> None:
