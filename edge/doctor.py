@@ -43,13 +43,14 @@ from edge.system.bundle_store import check_files
 from edge.system.memory import available_mb
 from edge.transports.mqtt.login import try_login
 from edge.transports.peer_credentials import user_id
-from shared.errors import ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
+from shared.errors import BundleError, ConfigError, DeviceError, DiffusionLLMError, command_name, run_main
 from shared.manifest import ROLE_OF, Manifest, Role, Target, find_graph, read_manifest
 from shared.messages import GenerateRequest
 
 MIN_DISK_MIB: Final = 64
 MIN_MEMORY_MIB: Final = 256
 BLOCKS_TEST: Final = GenerateRequest(prompt="", seed=1, max_tokens=16, window=0)
+BUNDLE: Final = "bundle"
 JETPACKS: Final = {36: 6, 38: 7, 39: 7}
 """Major version of Jetson Linux → of JetPack."""
 NODES: Final = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dri/renderD128")
@@ -211,9 +212,9 @@ def whole_bundle(folder: Path, target: Target) -> Finding:
             find_graph(folder, manifest, target, ROLE_OF[decoder])
         check_files(folder)
     except DiffusionLLMError as error:
-        return Finding("bundle", "unusable", str(error))
+        return Finding(BUNDLE, "unusable", str(error))
     graphs = ", ".join(f"{graph.target} {graph.precision}" for graph in manifest.graphs)
-    return Finding("bundle", f"{manifest.name}: {graphs}")
+    return Finding(BUNDLE, f"{manifest.name}: {graphs}")
 
 
 def listener(path: Path) -> Finding:
@@ -266,7 +267,9 @@ def examine(config: Config) -> list[Finding]:
     if not on_gpu:
         gpu = [Finding(finding.name, finding.value) for finding in gpu]
     found = [*system(), Finding("serves from", "GPU" if on_gpu else "CPU"), bundle, *gpu]
-    if manifest is not None and bundle.fix is None:
+    if manifest is not None and not any(graph.target == "cpu" for graph in manifest.graphs):
+        found.append(Finding("self-test", "none: the bundle has no graph for the CPU, which the GPU is compared with"))
+    elif manifest is not None and bundle.fix is None:
         try:
             found += self_test(config.bundle, manifest, profiles if on_gpu else {}, config.threads)
         except DiffusionLLMError as error:
@@ -275,11 +278,12 @@ def examine(config: Config) -> list[Finding]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; the exit status is 0 when nothing needs a fix, else 69."""
+    """Print the report; the exit status is 0 when nothing needs a fix, else that of the daemon for the first one."""
     parser = argparse.ArgumentParser(
         prog=command_name("edge.doctor"),
         description=__doc__,
-        epilog="exit codes: 0 all is well, 69 something needs a fix; example: edgelm doctor --bundle bundles/mine",
+        epilog="exit codes: 0 all is well, 66 the bundle cannot be used, 69 something else needs a fix first; "
+        "example: edgelm doctor --bundle bundles/mine",
     )
     parser.add_argument("--bundle", metavar="DIR", help="bundle to examine (default: the one that is served)")
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"its settings (default: {CONFIG}, if it is there)")
@@ -294,7 +298,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'✗' if finding.fix else ' '} {finding.name:16} {finding.value}")
         if fixes:
             print(f"fix first: {fixes[0]}", file=sys.stderr)
-    return DeviceError.exit_code if fixes else 0
+    of_bundle = next((finding.name for finding in found if finding.fix), "") == BUNDLE
+    return 0 if not fixes else BundleError.exit_code if of_bundle else DeviceError.exit_code
 
 
 if __name__ == "__main__":

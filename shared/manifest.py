@@ -298,7 +298,9 @@ def find_graph(folder: Path, manifest: Manifest, target: Target, role: Role = "c
         if (graph.target, graph.role) == (target, role):
             return graph
     listed = ", ".join(f"{g.file} ({g.role}, {g.target})" for g in manifest.graphs) or "none"
-    raise BundleError(f"bundle {folder} has no {role} graph for target {target!r}; it lists {listed}")
+    served = any(graph.target == target for graph in manifest.graphs)
+    what = f"{role} graph for target" if served else "graph for this device, whose target is"
+    raise BundleError(f"bundle {folder} has no {what} {target!r}; it lists {listed}")
 
 
 def verified_bytes(folder: Path, file: str, sha256: str) -> bytes:
@@ -310,9 +312,8 @@ def verified_bytes(folder: Path, file: str, sha256: str) -> bytes:
         raise BundleError(f"bundle file {path} cannot be read ({error.strerror})") from None
     actual = hashlib.sha256(content).hexdigest()
     if actual != sha256:
-        raise BundleError(
-            f"bundle file {path} does not match its manifest: sha256 {actual[:12]}… instead of {sha256[:12]}…"
-        )
+        hashes = f"sha256 {actual[:12]}… instead of {sha256[:12]}…"
+        raise BundleError(f"bundle file {path} does not match its manifest: {hashes}")
     return content
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 
 from edge import doctor
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
@@ -20,9 +21,9 @@ from edge.measure.roofline import BOARDS, floor, matmul_flops
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
 from edge.transports.unix_socket import SocketServer
-from shared.errors import ConfigError, DeviceError
-from shared.manifest import find_graph, read_manifest
-from tests.support.altered_bundle import with_graph
+from shared.errors import BundleError, ConfigError, DeviceError, DiffusionLLMError
+from shared.manifest import Manifest, find_graph, read_manifest
+from tests.support.altered_bundle import changed, with_graph
 from tests.support.board import write_sensor, write_zone
 from tests.support.emulator import Emulator
 from tests.support.emulator.fakes import FakeDriver, array_at
@@ -112,12 +113,32 @@ def test_doctor_of_a_device_that_is_to_serve_from_a_gpu_says_what_it_lacks(
     assert fix is not None and ("cuda-python is not installed" in fix or "no NVIDIA driver" in fix)
 
 
+@pytest.mark.skipif(is_gpu_device(), reason="this machine has a GPU")
+@pytest.mark.parametrize("backend", ["auto", "trt"])
+def test_doctor_of_a_bundle_without_a_graph_for_this_device_says_so(
+    debug_bundle: Path, tmp_path: Path, report: Report, settings: Callable[..., None], backend: str
+) -> None:
+    """As the daemon: of a device that is to serve from a GPU, that it has none. There is nothing to compare with."""
+
+    def for_cuda(manifest: Manifest) -> Manifest:
+        return replace(manifest, graphs=tuple(graph for graph in manifest.graphs if graph.target == "cuda"))
+
+    settings(BACKEND=backend)
+    bundle = changed(debug_bundle, tmp_path / "cuda", for_cuda)
+    with pytest.raises(DiffusionLLMError) as refused:
+        LoadedBundle.load(bundle, backend)
+    code, found, fix = report(bundle)
+    assert (code, fix) == (refused.value.exit_code, str(refused.value))
+    assert code == (BundleError.exit_code if backend == "auto" else DeviceError.exit_code)
+    assert found["self-test"].startswith("none: the bundle has no graph for the CPU")
+
+
 def test_doctor_names_the_file_of_a_bundle_that_is_corrupt(debug_bundle: Path, tmp_path: Path, report: Report) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(debug_bundle, copy)
     (copy / "canvas.cuda.fp16.onnx").write_bytes(b"rubbish")  # not even a graph that this device needs
     code, _, fix = report(copy)
-    assert code == DeviceError.exit_code and fix is not None
+    assert code == BundleError.exit_code and fix is not None
     assert f"{copy / 'canvas.cuda.fp16.onnx'} does not match its manifest" in fix
 
 
@@ -166,7 +187,7 @@ def test_doctor_names_a_disk_without_room(debug_bundle: Path, report: Report, mo
 
 
 def test_doctor_of_a_broken_bundle_names_it_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--bundle", str(tmp_path)]) == DeviceError.exit_code
+    assert doctor.main(["--bundle", str(tmp_path)]) == BundleError.exit_code
     assert "fix first: " in (err := capsys.readouterr().err)
     assert "is not a bundle" in err
 

@@ -320,11 +320,9 @@ def test_find_graph_of_a_target(bundle: Path) -> None:
 
 
 def test_find_graph_refuses_with_what_there_is(bundle: Path) -> None:
-    with pytest.raises(
-        BundleError, match=r"no canvas graph for target 'cuda'; it lists canvas\.cpu\.int8\.onnx \(canvas, cpu\)"
-    ):
+    with pytest.raises(BundleError, match="no graph for this device, whose target is 'cuda'; it lists canvas"):
         find_graph(bundle, WHOLE, "cuda")
-    with pytest.raises(BundleError, match="no step graph for target 'cpu'"):
+    with pytest.raises(BundleError, match=r"no step graph for target 'cpu'; it lists canvas\.cpu\.int8\.onnx \(canvas"):
         find_graph(bundle, WHOLE, "cpu", role="step")
 
 

@@ -292,7 +292,7 @@ BAD: dict[Callable[[Path], None], str] = {
     truncated_graph: "canvas.cpu.fp32.onnx cannot be loaded by ONNX Runtime",
     truncated_tokenizer: "tokenizer.json cannot be read",
     tokenizer_of_another_size: "tokenizer.json has 512 tokens, the model 600",
-    no_cpu_graph: "has no canvas graph for target 'cpu'; it lists canvas.cuda.fp16.onnx (canvas, cuda)",
+    no_cpu_graph: "has no graph for this device, whose target is 'cpu'; it lists canvas.cuda.fp16.onnx",
     other_outputs: "canvas.cuda.fp16.onnx has inputs and outputs",
     other_inputs: "canvas.cpu.fp32.onnx has inputs and outputs",
     another_k: "canvas.cpu.fp32.onnx gives",
