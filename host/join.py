@@ -2,8 +2,8 @@
 
 A drafter and conditions leave the network as it is, to the bit, and the encoder of pictures and what blocks read leave
 each other: so they can be trained side by side, also where the other part learns on meanwhile. The result has the
-parts of both runs, and each run's of what its last stage trained; it has gone through the stages of the first, then
-through those of the second that the first lacks.
+parts of both runs, each from the run that has trained it since they parted; it has gone through the stages of the
+first, then through those of the second that the first lacks.
 """
 
 import argparse
@@ -18,14 +18,16 @@ from host.model.network import Denoiser
 from host.train.checkpoint import LAST, Progress, find_checkpoint, load_model, read_progress, save_checkpoint
 from host.train.optim import Ema
 from host.train.published import is_published
-from host.train.run_folder import Work, fresh_folder, read_config, training_stages, work_behind, write_config
+from host.train.run_folder import Stage, Work, fresh_folder, read_config, training_stages, work_behind, write_config
 from host.train.stages import PARTS
 from shared.errors import DataError, run_main
 from shared.manifest import TOKENIZER, TrainingStage
 
 
 def join(first: Path, second: Path, out: Path) -> Progress:
-    """Write the run `out`; DataError when the two are not of one network, or one has all that the other has."""
+    """Write the run `out`; DataError when the two are not of one network, have trained the same part since they parted,
+    or one has all that the other has.
+    """
     for one, other in ((first, second), (second, first)):
         if one.resolve() in {run.resolve() for run in runs_before(other)}:
             raise DataError(f"{other} goes on from {one} already, and has all that it has: there is nothing to join")
@@ -37,17 +39,22 @@ def join(first: Path, second: Path, out: Path) -> Progress:
     )
     if progress.tokenizer_sha256 != added.tokenizer_sha256:
         raise DataError(f"{first} and {second} have different tokenizers")
-    trained = [PARTS.get(read_config(run).stage, "") for run in (first, second)]
-    both = mine.keys() & theirs.keys()
-    apart = [name for name in both if not torch.equal(mine[name], theirs[name])]
+    apart = [name for name in mine if name in theirs and not torch.equal(mine[name], theirs[name])]
+    by_first, by_second = stages_beside(first, second), stages_beside(second, first)
     for name in apart:
-        if sum(name.startswith(part) for part in trained if part) != 1:
+        here, there = ([stage for stage in by if name.startswith(PARTS[stage])] for by in (by_first, by_second))
+        if here and there:
+            part = max(here + there, key=lambda stage: len(PARTS[stage]))
+            raise DataError(
+                f"{first} and {second} have both trained {part}, and one of them would be lost: {name} differs"
+            )
+        if not here and not there:
             raise DataError(f"{first} and {second} did not start from the same network: {name} differs")
     if shape in (progress.model, added.model) and not apart:
         raise DataError(f"{first} and {second} have nothing to join: all that one has is in the other")
-    by_second = {name: theirs[name] for name in apart if trained[1] and name.startswith(trained[1])}
+    parts = tuple(PARTS[stage] for stage in by_second)
     model = Denoiser(shape)
-    model.load_state_dict(theirs | mine | by_second)
+    model.load_state_dict(theirs | mine | {name: theirs[name] for name in apart if name.startswith(parts)})
     joined = replace(added, model=shape, step=0, tokens_seen=0, seconds=0.0, compute_seconds=0.0)
     known, config = training_stages(first), read_config(second)
     stages = (*known, *(stage for stage in training_stages(second) if stage not in known))
@@ -59,6 +66,13 @@ def join(first: Path, second: Path, out: Path) -> Progress:
         ema, scaler = Ema(model, config.ema_decay), torch.amp.GradScaler("cpu", enabled=False)
         save_checkpoint(out / LAST, joined, model=model, ema=ema, optimizers=(), scaler=scaler)
     return joined
+
+
+def stages_beside(run: Path, other: Path) -> set[Stage]:
+    """Of one part each, that a run has gone through and the other has not."""
+    known = training_stages(other)
+    names = {objective for stage in training_stages(run) if stage not in known for objective in stage.objectives}
+    return {stage for stage in PARTS if stage in names}
 
 
 def _weights_of(run: Path) -> tuple[dict[str, Tensor], Progress]:

@@ -61,3 +61,22 @@ def test_join_says_that_one_run_goes_on_from_the_other(
     sentence = f"{second} goes on from {first} already, and has all that it has: there is nothing to join"
     for pair in ((first, second), (second, first)):
         assert refusal(capsys, join.main, *pair, "--out", tmp_path / "x")[1] == sentence
+
+
+@pytest.mark.slow
+def test_join_of_two_runs_that_trained_the_same_part_names_it(
+    runs: tuple[Path, Path, Path],
+    later: Path,
+    pictures: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever their last stages are: the other's part would be lost without a word."""
+    again = tmp_path / "again"
+    flags = ["--data", data, "--stage", "pictures", "--pictures", pictures, "--steps", 2, "--batch-size", 8]
+    call(train.main, *flags, "--seed", 9, "--init", runs[2], "--out", again)
+    for one, other in ((again, later / "reads"), (later / "reads", again)):
+        said = refusal(capsys, join.main, one, other, "--out", tmp_path / "x")[1]
+        assert f"{one} and {other} have both trained pictures, and one of them would be lost" in said
+        assert not (tmp_path / "x").exists()
