@@ -42,14 +42,14 @@ def sample_many(
         unfinished.sort(key=lambda i: int(first_end(canvases[i][None])))
         for start in range(0, len(unfinished), ROWS):
             rows = unfinished[start : start + ROWS]
-            for i, logp in zip(rows, _scores(model, schedule, [canvases[i] for i in rows], dtype), strict=True):
+            for i, logp in zip(rows, scores(model, schedule, [canvases[i] for i in rows], dtype), strict=True):
                 open_positions = (canvases[i] == MASK).nonzero()[:, 0]
                 margin = commit_pass(canvases[i], open_positions, logp=logp, step=passes[i], settings=settings[i])
                 passes[i], margins[i] = passes[i] + 1, min(margins[i], margin)
     return [Sampled(*one) for one in zip(canvases, passes, margins, strict=True)]
 
 
-def _scores(
+def scores(
     model: Denoiser, schedule: ScheduleName, canvases: list[Tensor], dtype: torch.dtype | None
 ) -> tuple[Tensor, ...]:
     """Log-probabilities at the masked positions of each canvas.  → (M, V) for each"""

@@ -10,7 +10,7 @@ from host import generate
 from host.bench import __main__ as bench
 from host.data import prepare
 from host.evaluate import __main__ as evaluate
-from host.experiments import baseline, compare
+from host.experiments import baseline, compare, remask
 from host.train import trainer
 from host.train.run_folder import Stage
 from tests.support.commands import call
@@ -23,6 +23,7 @@ MAINS: dict[str, Callable[[], None]] = {
     "bench": bench.main,
     "baseline": baseline.main,
     "compare": compare.main,
+    "experiments.remask": remask.main,
 }
 
 
