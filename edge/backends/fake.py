@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from edge.decoding.blocks import Law, RowScores, Slot, draw
-from edge.decoding.conditions import Condition
+from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.types import Floats, Ids, Positions, StepResult
 from shared.manifest import Manifest
 from shared.messages import MAX_SEGMENTS
@@ -46,6 +46,11 @@ class FakeBackend:
     def encode(self, slot: Slot, condition: Condition) -> None:
         """Keep its number."""
         slot.condition = (sum(map(sum, condition.words)) + int(condition.pixels.sum())) % self._text_ids
+
+    def narrow(self, slot: Slot, remaining: Remaining) -> None:
+        """The number stays until nothing is left."""
+        if remaining.nothing:
+            slot.condition = None
 
     def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
         """Nothing is kept but their number."""

@@ -40,6 +40,12 @@ class Remembered:
     plain: dict[str, Floats]
     passes: dict[tuple[int, int, int], Any] = field(default_factory=dict)
 
+    def hide(self, rows: NDArray[np.bool_], heads: int) -> None:
+        """Let no layer read these of the memory's first rows any more. In place: passes are bound to the arrays."""
+        for name, bias in self.memory.items():
+            if name.startswith("memory_bias."):
+                bias.reshape(heads, -1)[:, : rows.size][:, rows] = -np.inf
+
 
 class OrtConditions:
     """Encoders and conditioned graphs of a bundle. A graph is checked as it is loaded."""

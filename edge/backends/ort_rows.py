@@ -18,7 +18,7 @@ from edge.backends.ort_conditions import PLAIN, OrtConditions, Remembered
 from edge.backends.ort_session import Graphs, check_names
 from edge.backends.ort_shared import OrtShared
 from edge.decoding.blocks import Law, RowScores, Slot
-from edge.decoding.conditions import Condition
+from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.together import REQUESTS, ROWS, Seats
 from edge.decoding.types import Floats, Ids
 from shared.errors import BundleError, one_line
@@ -199,6 +199,13 @@ class OrtRows:
         """See `edge.decoding.blocks.ConditionedRows`."""
         assert self.conditions is not None
         slot.condition = self.conditions.remember(condition, self._caches(PLAIN) if condition.guidance else {})
+
+    def narrow(self, slot: Slot, remaining: Remaining) -> None:
+        """See `edge.decoding.blocks.ConditionedRows`. With nothing left, passes are those of requests without one."""
+        if remaining.nothing:
+            slot.condition = None
+        else:
+            slot.condition.hide(remaining.hidden, self._shape[1])
 
     def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
         """See `edge.decoding.blocks.RowsBackend`."""

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from edge.decoding.canvas import COLDEST
-from edge.decoding.conditions import Condition
+from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.philox import block_noise
 from edge.decoding.types import Bools, Floats, Ids
 from shared.tokens import EOS, MASK, PAD
@@ -109,6 +109,9 @@ class ConditionedRows(RowsBackend, TakesConditions, Protocol):
     def encode(self, slot: Slot, condition: Condition) -> None:
         """Encode it for an empty slot, whose rows read it from then on."""
 
+    def narrow(self, slot: Slot, remaining: Remaining) -> None:
+        """From now on its rows do not read what is `hidden` of the condition; nothing of it where `nothing` is left."""
+
 
 class Noise:
     """The noise of a law's seed, position after position; made ahead for a few of them. None at temperature 0."""
@@ -150,6 +153,8 @@ class Writing:
     vocab_size: int
     slot: Slot | None = None
     condition: Condition | None = None
+    remaining: Remaining | None = None
+    """What its rows read, from when the condition is encoded until there is nothing left of it."""
     passes: int = 0
     tried: list[int] = field(init=False)
     """tried[n]: passes that held n drafts."""
@@ -182,6 +187,14 @@ class Writing:
                 given, tokens = np.append(given, np.int32(end)), np.append(tokens, np.int32(EOS))
             self.pending, self.evidence = [int(self.canvas[first - 1])], (tokens, given)
         self.position = first - 1
+
+    def told(self, new: list[int]) -> int | None:
+        """Where in `new`, the next tokens, the text first tells a word that is asked for (`Remaining.first_told`)."""
+        if self.remaining is None or not self.remaining.left:
+            return None
+        longest = max(len(self.remaining.condition.words[i]) for i in self.remaining.left)
+        start = max(self.gaps[0][0], self.position + 2 - longest)
+        return self.remaining.first_told(self.canvas[start : self.position + 1].tolist(), new)
 
     @property
     def left(self) -> int:
@@ -241,7 +254,7 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     if w.condition is not None:
         assert isinstance(backend, ConditionedRows)
         backend.encode(slot, w.condition)
-        w.condition = None
+        w.remaining, w.condition = Remaining(w.condition), None
     if w.evidence is not None:
         backend.prefill(slot, *w.evidence)
         w.evidence = None
@@ -250,26 +263,33 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     scored = len(w.drafts) + 1
     places = np.arange(first, first + tokens.size, dtype=np.int32)
     scores, states = backend.rows(slot, tokens, positions=places, scored=scored, under_way=under_way)
-    agreed, is_open = keep(w, draw(scores, w.noise.of(w.position + 1, scored), law).tolist())
+    agreed, is_open, told = keep(w, draw(scores, w.noise.of(w.position + 1, scored), law).tolist())
+    if told and w.remaining is not None:
+        assert isinstance(backend, ConditionedRows)
+        backend.narrow(slot, w.remaining)
+        w.remaining = None if w.remaining.nothing else w.remaining
     if is_open:
         room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
         w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))
 
 
-def keep(w: Writing, drawn: list[int]) -> tuple[int, bool]:
-    """The end of a pass: commit what was drawn, behind the last token and each draft, as far as the drafts agree.
+def keep(w: Writing, drawn: list[int]) -> tuple[int, bool, bool]:
+    """The end of a pass: commit what was drawn, behind the last token and each draft, as far as the drafts agree, and
+    no further than where a word is told: what follows is drawn anew, no longer asked for it.
 
-    → how many do, whether the gap is open still
+    → how many drafts agree so far, whether the gap is open still, whether a word was told
     """
     assert w.slot is not None
     agreed = 0
     while agreed < len(w.drafts) and w.drafts[agreed] == drawn[agreed]:
         agreed += 1
+    told = w.told(drawn[: agreed + 1])
+    agreed = agreed if told is None else told
     w.slot.cached += len(w.pending) + agreed
     w.passes += 1
     w.tried[len(w.drafts)] += 1
     w.kept[agreed] += 1
-    return agreed, commit(w, drawn[: agreed + 1])
+    return agreed, commit(w, drawn[: agreed + 1]), told is not None
 
 
 def draw(scores: Floats, noise: Floats, law: Law) -> Ids:

@@ -2,9 +2,13 @@
 
 With guidance w a token is drawn from l = (1 + w) · l_conditioned − w · l_unconditioned (Ho and Salimans, arXiv
 2207.12598), of two streams of rows in one pass: those that read the memory, and those that do not.
+
+A word that the text has told is asked for no more: later rows do not read it. Where nothing is left to read, they are
+drawn from as without a condition. Read to the end, a word comes back over and over (docs/quality.md).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -32,3 +36,42 @@ class Condition:
         rows = [(t, place, w) for w, word in enumerate(self.words) for place, t in enumerate(word)]
         tokens, places, words = np.array(rows, np.int32).reshape(-1, 3).T
         return tokens, places, words
+
+
+@dataclass(eq=False)
+class Remaining:
+    """What a text is still asked for. left: numbers of the words that it has not told."""
+
+    condition: Condition
+    left: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = set(range(len(self.condition.words)))
+
+    def first_told(self, text: Sequence[int], new: Sequence[int]) -> int | None:
+        """Where in `new`, behind `text`, a word ends whose tokens stand there one after another; the first such place.
+
+        That word is told; what follows it in `new` was drawn while it was asked for. None where no word ends.
+        """
+        whole = [*text, *new]
+        for end in range(len(text) + 1, len(whole) + 1):
+            words = {i: self.condition.words[i] for i in self.left}
+            told = {i for i, word in words.items() if tuple(whole[max(0, end - len(word)) : end]) == word}
+            if told:
+                self.left -= told
+                return end - len(text) - 1
+        return None
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all is told, and there are no pictures."""
+        return not self.left and not len(self.condition.pixels)
+
+    @property
+    def hidden(self) -> NDArray[np.bool_]:
+        """Of the memory's rows of words, those that are read no more: of told words, at last the one before them, too.
+
+        → (1 + tokens of the words,)
+        """
+        _, _, words = self.condition.word_rows()
+        return np.concatenate([[not self.left], ~np.isin(words, list(self.left))])

@@ -73,7 +73,7 @@ def advance_together(backend: SharedRows, writings: Sequence[Writing], under_way
             advance(backend, w, under_way)
         return
     for place, (w, drawn) in enumerate(zip(seated, drawn_of, strict=True)):
-        agreed, is_open = keep(w, drawn[: len(w.drafts) + 1])
+        agreed, is_open, _ = keep(w, drawn[: len(w.drafts) + 1])
         room = w.gaps[0][1] - w.position - 1 if is_open else 0  # the law draws a gap's last position by itself
         draft = int(seats.drafts[place, agreed])
         w.drafts = [draft] if min(w.law.window, room) > 0 and draft != EOS else []

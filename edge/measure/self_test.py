@@ -11,7 +11,7 @@ import numpy as np
 from edge.decoding import blocks
 from edge.decoding.blocks import BlocksLoop, ConditionedRows, Law, RowsBackend, Slot, TakesConditions, Writing
 from edge.decoding.canvas import advance
-from edge.decoding.conditions import Condition
+from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.types import AnyBackend, Row, Sampling
 from edge.measure.conditions import random_condition
 from shared.manifest import Manifest
@@ -158,6 +158,9 @@ def _compare_blocks(
         for one, writing in writings.items():
             tokens = writing.canvas[: writing.position + 1]
             new = tokens.size - length
+            if one.condition is not None:  # up to where a word is told, and later rows read less
+                told = Remaining(one.condition).first_told([], tokens[length:].tolist())
+                tokens, new = (tokens, new) if told is None else (tokens[: length + told + 1], told + 1)
             places, slot = np.arange(tokens.size - 1, dtype=np.int32), cpu.open_slot()
             if one.condition is not None:
                 assert isinstance(cpu, ConditionedRows)

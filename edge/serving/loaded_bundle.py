@@ -209,7 +209,7 @@ class LoadedBundle:
         """How many runs like this one (by canvas without one), of equal `positions`, a step takes, ascending from 1."""
         backend: AnyBackend | AnyRows | None = self.backend
         if isinstance(run, BlocksRun):
-            if run.writing.reads or (run.plan.condition is not None and self._loop is None):
+            if run.writing.reads or (run.writing.remaining is not None and self._loop is None):
                 return (1,)
             backend = self.rows
         batches: tuple[int, ...] = getattr(backend, "batches", (1,))

@@ -40,10 +40,12 @@ Write = Callable[[Sequence[int], Sequence[Condition], float], np.ndarray]
 class Told(msgspec.Struct, frozen=True):
     """Texts of one setting. distinct: n-grams for n = 1, 2, 3, of these texts and of as many that were not asked.
 
-    perplexity: generative, under a scorer; None without one.
+    times: how often a text has a word, where it has it; None of pictures. perplexity: generative, under a scorer; None
+    without one.
     """
 
     asked: AskedFor
+    times: float | None
     distinct: tuple[float, float, float]
     base_distinct: tuple[float, float, float]
     perplexity: Figure | None = None
@@ -128,7 +130,7 @@ def evaluate_told(
             )
             counts = [_distinct(canvases) for canvases in (texts, plain[: len(few)])]
             perplexity = None if scorer is None else scorer.score(given, texts).perplexity
-            told.append(Told(asked, counts[0], counts[1], perplexity))
+            told.append(Told(asked, times_told(conditioner, few, texts), counts[0], counts[1], perplexity))
             on_row(told[-1])
     return told
 
@@ -205,6 +207,13 @@ def shares_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: np.n
     return ratio(occurring, requested)
 
 
+def times_told(conditioner: Conditioner, wishes: Sequence[Wish], canvases: np.ndarray) -> float | None:
+    """How often a text has a word that it was asked for, over those that have it at all; None without any."""
+    texts = [[stem(word) for word in normalized(text_of(conditioner.tokenizer, one)).split()] for one in canvases]
+    times = [text.count(word) for text, wish in zip(texts, wishes, strict=True) for word in wish.words if word in text]
+    return float(np.mean(times)) if times else None
+
+
 def _distinct(canvases: np.ndarray) -> tuple[float, float, float]:
     texts = [[token for token in canvas if token >= FIRST_TEXT_ID] for canvas in canvases.tolist()]
     return distinct(texts, 1), distinct(texts, 2), distinct(texts, 3)
@@ -249,8 +258,8 @@ def _remembered(model: Denoiser, conditions: Sequence[Condition]) -> Memory:
 def print_header() -> None:
     """Of the lines of `print_told`."""
     print(
-        f"{'given':30} {'number':>6} {'guidance':>8} {'told':>15} {'not asked':>15} {'distinct 1/2/3':>18} "
-        f"{'not asked':>18} {'gen-PPL':>14}"
+        f"{'given':30} {'number':>6} {'guidance':>8} {'told':>15} {'not asked':>15} {'times':>5} "
+        f"{'distinct 1/2/3':>18} {'not asked':>18} {'gen-PPL':>14}"
     )
 
 
@@ -259,9 +268,11 @@ def print_told(one: Told) -> None:
     a = one.asked
     told, base = (f"{100 * f.value:.1f} ± {100 * f.stderr:.1f} %" for f in (a.told, a.base))
     grams = ["/".join(f"{value:.3f}" for value in part) for part in (one.distinct, one.base_distinct)]
+    times = "" if one.times is None else f"{one.times:.1f}"
     ppl = "" if one.perplexity is None else f"{one.perplexity.value:.2f} ± {one.perplexity.stderr:.2f}"
     print(
-        f"{a.given:30} {a.number:6} {a.guidance:8g} {told:>15} {base:>15} {grams[0]:>18} {grams[1]:>18} {ppl:>14}",
+        f"{a.given:30} {a.number:6} {a.guidance:8g} {told:>15} {base:>15} {times:>5} "
+        f"{grams[0]:>18} {grams[1]:>18} {ppl:>14}",
         flush=True,
     )
 

@@ -39,6 +39,41 @@ class Condition:
     """(n, 3, 64, 64) float32, RGB in 0 … 1."""
 
 
+@dataclass
+class Remaining:
+    """What a text is still asked for. left: numbers of the words that it has not told.
+
+    A word is told where its tokens stand in the written text, one after another. Later rows do not read it; where
+    nothing is left to read, they read no memory, and are not guided. Read to the end, a word comes back over and over.
+    """
+
+    condition: Condition
+    left: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = set(range(len(self.condition.words)))
+
+    def tells(self, text: Sequence[int]) -> bool:
+        """Whether the last token of a text (written so far) ends a word that was left: it is told."""
+        words = {i: list(self.condition.words[i]) for i in self.left}
+        told = {i for i, word in words.items() if list(text[-len(word) :]) == word}
+        self.left -= told
+        return bool(told)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether all is told, and there are no pictures."""
+        return not self.left and not len(self.condition.pictures)
+
+    def hidden(self, rows: int) -> Tensor:
+        """Which of a memory's rows are read no more: of told words, at last the one before them, too.  → (rows,)"""
+        hidden = torch.zeros(rows, dtype=torch.bool)
+        if self.condition.words:
+            words = [i not in self.left for i, word in enumerate(self.condition.words) for _ in word]
+            hidden[: 1 + len(words)] = torch.tensor([not self.left, *words])
+        return hidden
+
+
 class Given(NamedTuple):
     """The conditions of B texts.
 
@@ -75,6 +110,16 @@ class Memory(NamedTuple):
     keys: list[Tensor]
     values: list[Tensor]
     bias: Tensor | None
+
+    def without(self, rows: Tensor) -> "Memory":
+        """The same with some rows hidden.  rows (B, M) bool"""
+        bias = torch.zeros_like(rows, dtype=self.keys[0].dtype)[:, None, None] if self.bias is None else self.bias
+        return self._replace(bias=bias.masked_fill(rows[:, None, None], -torch.inf))
+
+    def with_an_empty_row(self) -> "Memory":
+        """One row more, which adds nothing to what reads it alone: a text that is asked for nothing more."""
+        keys, values = ([F.pad(layer, (0, 0, 0, 1)) for layer in part] for part in (self.keys, self.values))
+        return Memory(keys, values, None if self.bias is None else F.pad(self.bias, (0, 1)))
 
 
 class WordEncoder(nn.Module):

@@ -7,12 +7,12 @@ same noise, and is kept where both are the same token. So drafts change how many
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from host.model.conditions import Condition, Given, Memory
+from host.model.conditions import Condition, Given, Memory, Remaining
 from host.model.layouts import Rows, causal, evidence
 from host.model.network import NO_PADDING, Cache, Denoiser
 from host.sampling.reference import TOP_K, Settings, drawn, guided
@@ -76,13 +76,15 @@ def write(
     """Fill a template's gaps from the left, then the open end, each until EOS or until it is full.
 
     window: drafts in a pass, of the chain drafter. A prompt with an open end alone is laid out causally. guidance: of
-    a condition; the drafter reads the states of the rows that read it.
+    a condition; the drafter reads the states of the rows that read it. A word that was told is asked for no more
+    (`Remaining`).
     """
     layout = lay_out(template, open_end, model.config.canvas_len)
     memory = None if condition is None else model.remember(Given.of([condition]).to(model.device))
     memories = [memory, None] if guidance else [memory]
     streams = [_Stream(model, one, Cache.empty(model.config, device=model.device)) for one in memories]
-    writer = _Writer(model, settings, window, guidance, streams, Written())
+    asked = None if condition is None else Remaining(condition)
+    writer = _Writer(model, settings, window, guidance, streams, Written(), asked)
     if layout.open_alone:
         rows, given = causal(torch.tensor([layout.tokens[:-1]])), len(layout.tokens) - 1
     else:
@@ -114,7 +116,7 @@ class _Stream:
         return self.model.logits(states, NO_PADDING).log_softmax(-1).cpu()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Writer:
     """One text being written. streams: the rows that are written by, and with guidance the same without a memory."""
 
@@ -124,6 +126,7 @@ class _Writer:
     guidance: float
     streams: list[_Stream]
     written: Written
+    remaining: Remaining | None
 
     def fill(self, first: int, last: int, token: int) -> list[int]:
         """Tokens of positions `first` to `last` at most; `token`, of the position before, is the first row."""
@@ -140,11 +143,14 @@ class _Writer:
             laws = [stream.log_probabilities(own) for stream, own in zip(self.streams, states, strict=True)]
             logp = guided(laws[0], laws[-1], self.guidance, min(TOP_K, laws[0].shape[1])) if self.guidance else laws[0]
             own, margin = drawn(logp, places[0] + 1, self.settings)
-            agreed = 0
-            while agreed < len(drafts) and drafts[agreed] == int(own[agreed]):
+            agreed, told = 0, self.tells([*filled, int(own[0])])
+            while not told and agreed < len(drafts) and drafts[agreed] == int(own[agreed]):
                 agreed += 1
+                told = self.tells([*filled, *own[: agreed + 1].tolist()])
             for stream in self.streams:
                 stream.cache.keep(torch.arange(agreed + 1))
+            if told:
+                self.narrow()
             new = own[: agreed + 1].tolist()
             self.written.margin = min(self.written.margin, float(margin[: agreed + 1].min()))
             self.written.kept.append(len(new))
@@ -153,6 +159,21 @@ class _Writer:
             if token == EOS or position == last:
                 return filled
             drafts = self.drafts(states[0][agreed], token, position + 1, min(self.window, last - position - 1))
+
+    def tells(self, text: list[int]) -> bool:
+        """Whether the last token of the gap's text ends a word that is asked for."""
+        return self.remaining is not None and self.remaining.tells(text)
+
+    def narrow(self) -> None:
+        """The rows to come read what is left of the condition."""
+        assert self.remaining is not None
+        reads = self.streams[0]
+        if self.remaining.nothing:
+            self.streams, self.guidance, self.remaining = [replace(reads, memory=None)], 0.0, None
+        else:
+            assert reads.memory is not None
+            hidden = self.remaining.hidden(reads.memory.keys[0].shape[2]).to(self.model.device)
+            self.streams[0] = replace(reads, memory=reads.memory.without(hidden[None]))
 
     def drafts(self, state: Tensor, token: int, position: int, count: int) -> list[int]:
         """Up to `count` drafts from `position` on, none from an EOS on.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from host.model.conditions import Condition, Given, Memory
+from host.model.conditions import Condition, Given, Memory, Remaining
 from host.model.diffusion import canvas_logits
 from host.model.layouts import causal, first_end
 from host.model.network import NO_PADDING, Cache, Denoiser
@@ -86,14 +86,13 @@ def sample_autoregressive(
     for start in range(0, n, TEXTS):
         here = slice(start, start + TEXTS)
         memory = model.remember(Given.of(conditions[here]).to(model.device)) if conditions else None
-        memories = [memory, None] if guidance else [memory]
         _continue(
             model,
             canvases[here],
             start=given.shape[1],
             settings=settings[here],
             dtype=dtype,
-            memories=memories,
+            asking=None if memory is None else _Asking(memory, list(map(Remaining, conditions[here]))),
             guidance=guidance,
         )
     return canvases
@@ -106,14 +105,14 @@ def _continue(
     start: int,
     settings: Sequence[Settings],
     dtype: torch.dtype | None,
-    memories: Sequence[Memory | None],
+    asking: "_Asking | None",
     guidance: float,
 ) -> None:
     """Fill canvases (B, L) in place from position `start` on, a token of each in a pass.
 
-    memories: of the rows that are written by; with guidance also that of the others, which is none.
+    With guidance there are two streams of rows, of which the second reads no memory.
     """
-    caches = [Cache.empty(model.config, len(canvases), model.device) for _ in memories]
+    caches = [Cache.empty(model.config, len(canvases), model.device) for _ in range(2 if guidance else 1)]
     going, seeds = torch.ones(len(canvases), dtype=torch.bool), torch.tensor([one.seed for one in settings])
     alike: dict[Settings, list[int]] = {}  # rows that are drawn at once
     for row, one in enumerate(settings):
@@ -121,17 +120,48 @@ def _continue(
     for i in range(start, canvases.shape[1]):
         rows = causal(canvases[:, :i]).to(model.device)
         new, laws = torch.arange(len(caches[0]), i), []
-        for cache, memory in zip(caches, memories, strict=True):
+        for cache, memory in zip(caches, (None if asking is None else asking.memory(), None), strict=False):
             with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
                 fresh = rows.tokens[:, new], rows.positions[:, new], rows.visible[:, new]
                 states = model(*fresh, cache, memory=memory)[:, -1]
                 laws.append(model.logits(states, NO_PADDING).log_softmax(-1).cpu())
             cache.keep(torch.arange(len(new)))
-        logp = guided(laws[0], laws[-1], guidance, min(TOP_K, laws[0].shape[1])) if guidance else laws[0]
+        logp = laws[0]
+        if guidance and asking is not None:
+            changed = guided(laws[0], laws[-1], guidance, min(TOP_K, laws[0].shape[1]))
+            logp = torch.where(asking.nothing()[:, None], logp, changed)
         for one, rows_alike in alike.items():
             at = torch.tensor([row for row in rows_alike if going[row]], dtype=torch.long)
             if len(at):
                 canvases[at, i] = drawn(logp[at], torch.full((len(at),), i), one, seeds[at])[0]
         going &= canvases[:, i] != EOS
+        if asking is not None:
+            asking.read(canvases[:, start : i + 1])
         if not going.any():
             break
+
+
+class _Asking:
+    """What texts are still asked for (`Remaining`), and the memory that their rows read, an empty row behind it."""
+
+    def __init__(self, memory: Memory, asked: list[Remaining]) -> None:
+        self._whole, self._asked = memory.with_an_empty_row(), asked
+        self._hidden = torch.stack([self._of(one) for one in asked])
+
+    def _of(self, one: Remaining) -> Tensor:
+        rows = self._whole.keys[0].shape[2] - 1
+        return F.pad(one.hidden(rows), (0, 1), value=not one.nothing) | F.pad(torch.full((rows,), one.nothing), (0, 1))
+
+    def read(self, texts: Tensor) -> None:
+        """Take note of the words that texts (B, N), written so far, end with."""
+        for b, one in enumerate(self._asked):
+            if one.left and one.tells(texts[b].tolist()):
+                self._hidden[b] = self._of(one)
+
+    def nothing(self) -> Tensor:
+        """Which texts are asked for nothing more.  → (B,) bool"""
+        return torch.tensor([one.nothing for one in self._asked])
+
+    def memory(self) -> Memory:
+        """What the rows to come read."""
+        return self._whole.without(self._hidden.to(self._whole.keys[0].device))

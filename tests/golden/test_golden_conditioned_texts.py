@@ -95,3 +95,37 @@ def test_conditioned_text_of_edge_and_torch_is_the_same(
         assert [[t for t in gap.tolist() if t >= FIRST_TEXT_ID] for gap in gaps] == expected.gaps
         return
     pytest.fail(f"no seed leaves every draw a margin above {TOLERANCE}")
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("pictures", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_word_that_was_told_is_read_no_more_by_edge_and_torch(
+    model: Denoiser, loaded: LoadedBundle, *, shape: dict[str, Any], pictures: int, guidance: float
+) -> None:
+    """Two words of one token each, which the text before told: some of these texts tell one, or both, again."""
+    images = [picture(1)] * pictures
+    plan, found = loaded.prepare(GenerateRequest(**shape, words=["a"], images=images, guidance=guidance)), 0
+    assert plan.condition is not None
+    words = ((FIRST_TEXT_ID,), (FIRST_TEXT_ID + 1,))
+    for seed in range(40):
+        condition = replace(plan.condition, words=words)
+        expected = write(
+            model,
+            template_of(plan.layout),
+            settings=Settings(seed, temperature=0.8),
+            open_end=plan.layout.open_end,
+            window=3,
+            condition=as_torch(condition),
+            guidance=guidance,
+        )
+        text = [token for gap in expected.gaps for token in gap]
+        told = any(word[0] in text[:-1] for word in words)
+        words = ((text[2],), (text[5],))
+        if told and expected.margin > TOLERANCE:
+            sampling = replace(plan.sampling, seed=seed, temperature=0.8)
+            made = loaded.run(replace(plan, condition=condition, sampling=sampling))
+            gaps = [made.canvas[slice(*part)] for part in plan.layout.parts if not isinstance(part, str)]
+            assert [[t for t in gap.tolist() if t >= FIRST_TEXT_ID] for gap in gaps] == expected.gaps
+            found += 1
+    assert found >= 2

@@ -272,6 +272,9 @@ class TrtBlocks(Captured):
     def _remember(self, w: Writing) -> None:
         """Encode the condition of a new request."""
 
+    def _narrow(self, w: Writing) -> None:
+        """See `edge.decoding.blocks.ConditionedRows.narrow`."""
+
     def _read_prompt(self, w: Writing) -> bool:
         """→ whether that was its pass"""
         tokens, first = np.array(w.pending, np.int32), w.position - len(w.pending) + 1
@@ -306,11 +309,18 @@ class TrtBlocks(Captured):
             if w.slot.cached == 0:  # its text is to be read again
                 self._placed[number_of(w)] = None
             return False
-        w.slot.cached += int(record["kept"])
+        new: list[int] = record["text"][: record["fresh"]].tolist()
+        told = w.told(new)
+        back = 0 if told is None else len(new) - 1 - told  # tokens to take back, drawn while the word was asked for
+        record["cached"] -= back
+        w.slot.cached += int(record["kept"]) - back
         w.passes += 1
         w.tried[len(w.drafts)] += 1
-        w.kept[int(record["agreed"])] += 1
-        if commit(w, record["text"][: record["fresh"]].tolist()):
+        w.kept[int(record["agreed"]) - back] += 1
+        if told is not None and w.remaining is not None:
+            self._narrow(w)
+            w.remaining = None if w.remaining.nothing else w.remaining
+        if commit(w, new[: len(new) - back]) and not back:
             w.drafts = record["draft"][: record["drafts"]].tolist()
         elif not w.done:
             self._begin_gap(w)

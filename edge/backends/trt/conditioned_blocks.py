@@ -19,7 +19,7 @@ from edge.backends.trt.driver import Memory
 from edge.backends.trt.engine_cache import Built
 from edge.backends.trt.profiles import PAIRED
 from edge.decoding.blocks import Writing
-from edge.decoding.conditions import Condition
+from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.types import Ids
 from shared.errors import BundleError
 from shared.manifest import Graph
@@ -154,6 +154,7 @@ class TrtConditionedBlocks(TrtBlocks):
         reads[:] = self._empty
         if condition is None:
             return
+        w.remaining = Remaining(condition)
         self._writings[number : number + 1]["guidance"] = condition.guidance
         self._reading["slot"] = 2 * number
         reads[0] = 0
@@ -170,6 +171,17 @@ class TrtConditionedBlocks(TrtBlocks):
             self._pixels[: len(condition.pixels)] = as_input(condition.pixels)
             self._run(pictures)
             reads[0, pictures.first : pictures.first + len(condition.pixels) * self._takes.picture_rows] = 1
+
+    def _narrow(self, w: Writing) -> None:
+        number, remaining = number_of(w), w.remaining
+        assert remaining is not None
+        reads = self._reads[2 * number]
+        if remaining.nothing:
+            reads[:] = self._empty
+            self._writings[number : number + 1]["guidance"] = 0
+        else:
+            hidden = remaining.hidden
+            reads[: hidden.size][hidden] = 0
 
     def _read_prompt(self, w: Writing) -> bool:
         """A guided one draws in a step, where both of its rows are: here all but its last token is read."""

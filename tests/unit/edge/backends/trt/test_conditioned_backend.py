@@ -22,7 +22,7 @@ from edge.backends.trt.engine_builder import Order, fulfil
 from edge.backends.trt.engine_cache import Built, built_roles
 from edge.backends.trt.profiles import PAIRED, step_profiles
 from edge.decoding.blocks import BlocksLoop, Law, RowScores, Slot, TakesConditions, Writing, advance
-from edge.decoding.conditions import Condition
+from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.types import Floats, Ids
 from edge.serving.loaded_bundle import LoadedBundle
 from host.evaluate.cuda_rows import CudaRows
@@ -177,6 +177,14 @@ class OnCpu:
         slot.condition = condition.guidance
         if condition.guidance:
             slot.memory.append((CudaRows(self._step, self._encoders), list[Any]()))
+
+    def narrow(self, slot: Slot, remaining: Remaining) -> None:
+        reads = slot.memory[0][0].given["reads"][0]
+        if remaining.nothing:
+            reads[:] = np.arange(reads.size) == reads.size - 1
+            del slot.memory[1:]
+        else:
+            reads[: remaining.hidden.size][remaining.hidden] = 0
 
     def prefill(self, slot: Slot, tokens: Ids, positions: Ids) -> None:
         self.rows(slot, tokens, positions=positions, scored=1, sees=tokens.size)
