@@ -15,12 +15,10 @@ import numpy as np
 
 from edge.decoding.canvas import COLDEST
 from edge.decoding.conditions import Condition, Remaining
-from edge.decoding.philox import block_noise
+from edge.decoding.philox import Noise
 from edge.decoding.types import Bools, Floats, Ids
 from shared.tokens import EOS, MASK, PAD
 
-NOISE_BLOCK: Final = 8
-"""Positions whose noise is made together: one by one, each costs three times as much."""
 SLOTS: Final = 8
 """Requests that hold keys and values at once; the others wait for a place. 2.6 MB each in a `tiny` network."""
 
@@ -113,30 +111,6 @@ class ConditionedRows(RowsBackend, TakesConditions, Protocol):
         """From now on its rows do not read what is `hidden` of the condition; nothing of it where `nothing` is left."""
 
 
-class Noise:
-    """The noise of a law's seed, position after position; made ahead for a few of them. None at temperature 0."""
-
-    def __init__(self, law: Law, vocab_size: int) -> None:
-        self._seed, self._vocab_size, self._none = law.seed, vocab_size, law.temperature == 0
-        self._first = 0
-        self._made: Floats = np.empty((0, vocab_size), np.float32)
-
-    def of(self, position: int, count: int) -> Floats:
-        """(count, V), from `position` on."""
-        if self._none:
-            return np.zeros((count, self._vocab_size), np.float32)
-        end = self._first + len(self._made)
-        if not self._first <= position <= end:
-            self._first, self._made, end = position, self._made[:0], position
-        if position + count > end:
-            more = np.arange(end, max(position + count, end + NOISE_BLOCK), dtype=np.uint32)
-            kept = self._made[position - self._first :]
-            self._made = np.concatenate([kept, block_noise(self._seed, more, self._vocab_size)])
-            self._first = position
-        start = position - self._first
-        return self._made[start : start + count]
-
-
 @dataclass(eq=False)
 class Writing:
     """One canvas (L,) in progress, its gaps filled in place from the left. Independent of other requests.
@@ -175,7 +149,7 @@ class Writing:
     def __post_init__(self) -> None:
         edges = np.flatnonzero(np.diff(np.concatenate([[False], self.fill, [False]]).astype(np.int8)))
         self.gaps = [(int(a), int(b) - 1) for a, b in edges.reshape(-1, 2)]
-        self.noise = Noise(self.law, self.vocab_size)
+        self.noise = Noise(self.law.seed, self.vocab_size, none=self.law.temperature == 0)
         self.tried, self.kept = [0] * (self.law.window + 1), [0] * (self.law.window + 1)
         given = np.flatnonzero(~self.fill & (self.canvas != MASK) & (self.canvas != PAD)).astype(np.int32)
         first, last = self.gaps[0][0], self.gaps[-1][1]

@@ -7,13 +7,13 @@ slot holds, M: scored rows, V: vocabulary, D: width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
 from edge.backends.trt import kernels
+from edge.backends.trt.block_pass import Addresses, Pass, Tensors, aligned, number_of
 from edge.backends.trt.captured import Captured, Program
 from edge.backends.trt.drafter import Drafter
 from edge.backends.trt.driver import Gpu, Memory
@@ -25,47 +25,6 @@ from shared.errors import BundleError, DeviceError
 from shared.manifest import Graph, Manifest
 
 SLOTS: Final = REQUESTS[-1]
-ALIGNMENT: Final = 256
-"""Bytes, of every address that TensorRT is given."""
-Tensors = dict[str, tuple[int, tuple[int, ...]]]
-"""Address and shape of an engine's inputs or outputs, by name."""
-
-
-@dataclass(eq=False)
-class Pass:
-    """The program of one shape: a step of the first slots, or one request that reads."""
-
-    requests: int
-    rows: int
-    reading: bool
-    fresh_stride: int  # values between two arrays of new keys and values
-    context: Any = None
-    graph: Any = None
-
-    @property
-    def name(self) -> str:
-        """See `Program`."""
-        return f"{self.requests} × {self.rows} rows"
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Device addresses of what engine and kernels read and write."""
-
-    places: int
-    writings: int
-    reading: int
-    tokens: int
-    positions: int
-    sees: int
-    cached: int
-    scored: int
-    key_positions: int
-    kept: int
-    fresh: int
-    logits: int
-    states: int
-    drawn: int
 
 
 class TrtBlocks(Captured):
@@ -273,7 +232,7 @@ class TrtBlocks(Captured):
         """Encode the condition of a new request."""
 
     def _narrow(self, w: Writing) -> None:
-        """See `edge.decoding.blocks.ConditionedRows.narrow`."""
+        """From now on its rows read what remains of the condition."""
 
     def _read_prompt(self, w: Writing) -> bool:
         """→ whether that was its pass"""
@@ -317,26 +276,13 @@ class TrtBlocks(Captured):
         w.passes += 1
         w.tried[len(w.drafts)] += 1
         w.kept[int(record["agreed"]) - back] += 1
-        if told is not None and w.remaining is not None:
+        if told is not None:
             self._narrow(w)
-            w.remaining = None if w.remaining.nothing else w.remaining
         if commit(w, new[: len(new) - back]) and not back:
             w.drafts = record["draft"][: record["drafts"]].tolist()
         elif not w.done:
             self._begin_gap(w)
         return True
-
-
-def number_of(w: Writing) -> int:
-    """Of its slot."""
-    assert w.slot is not None
-    number: int = w.slot.memory
-    return number
-
-
-def aligned(count: int) -> int:
-    """FP16 values, rounded up to TensorRT's alignment."""
-    return -(-2 * count // ALIGNMENT) * ALIGNMENT // 2
 
 
 def _capacity(step: Graph, manifest: Manifest, scored: int) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from edge.backends.ort_conditions import as_input
 from edge.backends.trt import kernels
-from edge.backends.trt.blocks import Pass, Tensors, TrtBlocks, aligned, number_of
+from edge.backends.trt.block_pass import Pass, Tensors, aligned, number_of
+from edge.backends.trt.blocks import TrtBlocks
 from edge.backends.trt.captured import Program
 from edge.backends.trt.driver import Memory
 from edge.backends.trt.engine_cache import Built
@@ -179,6 +180,7 @@ class TrtConditionedBlocks(TrtBlocks):
         if remaining.nothing:
             reads[:] = self._empty
             self._writings[number : number + 1]["guidance"] = 0
+            w.remaining = None
         else:
             hidden = remaining.hidden
             reads[: hidden.size][hidden] = 0

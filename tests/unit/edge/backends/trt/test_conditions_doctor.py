@@ -13,7 +13,7 @@ from edge import doctor
 from edge.backends.ort_rows import OrtRows
 from edge.backends.trt import backend as trt_backend
 from edge.backends.trt import conditioned_blocks
-from edge.backends.trt.blocks import Pass
+from edge.backends.trt.block_pass import Pass
 from edge.backends.trt.captured import Program
 from edge.backends.trt.conditioned_blocks import TrtConditionedBlocks
 from edge.backends.trt.driver import Gpu
