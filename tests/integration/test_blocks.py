@@ -10,7 +10,7 @@ import pytest
 
 from edge.decoding.blocks import SLOTS
 from shared.messages import MAX_SEGMENTS
-from tests.integration.harness import Broker, Daemon, Line, Listener
+from tests.integration.harness import Broker, Daemon, Line, Listener, until
 
 CANVAS: Final = 256  # of the debug configuration
 
@@ -113,6 +113,7 @@ def test_blocks_text_after_a_kill_is_the_one_of_its_seed(
         return start_daemon("--mqtt", broker.address, "--bundle", str(blocks_bundle), backend=backend, DEVICE="dev")
 
     listener, killed = listen(broker), start("fake:20")
+    until(lambda: "mqtt connected" in killed.log.read_text(), "the daemon to connect")
     request = {"segments": ["a ", gap(20), " b ", gap(None), "."], "window": 1}
     listener.publish("edgelm/dev/request/generate", request | {"id": "k", "stream": True})
     listener.next("edgelm/dev/stream/k")
