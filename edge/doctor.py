@@ -278,7 +278,7 @@ def examine(config: Config) -> list[Finding]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the report; the exit status is 0 when nothing needs a fix, else that of the daemon for the first one."""
+    """Print the report; the exit status is 0 when nothing needs a fix, else 66 for a bundle and 69."""
     parser = argparse.ArgumentParser(
         prog=command_name("edge.doctor"),
         description=__doc__,

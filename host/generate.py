@@ -28,7 +28,7 @@ from shared.conditions import MAX_GUIDANCE
 from shared.errors import ConfigError, RequestError, run_main
 from shared.manifest import TOKENIZER, SamplingDefaults, Selection
 from shared.messages import GenerateRequest, decode_request
-from shared.tokens import BOS, EOS, PAD
+from shared.tokens import BOS, EOS, PAD, words_go_on
 
 
 def checked_request(args: argparse.Namespace, seed: int) -> GenerateRequest:
@@ -102,9 +102,10 @@ def condition_of(args: argparse.Namespace, model: Denoiser, tokenizer: Tokenizer
         shown = [read_picture(path.read_bytes(), str(path), PICTURE_SIZE) for path in args.image]
     except OSError as error:
         raise ConfigError(f"--image {error.filename} cannot be read: {error.strerror}") from None
+    go_on = words_go_on(tokenizer.get_vocab())
     if not shown:
-        return Condition(words)
-    return Condition(words, torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 255)
+        return Condition(words, go_on=go_on)
+    return Condition(words, torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 255, go_on)
 
 
 def print_written(

@@ -1,5 +1,6 @@
 """Special tokens: the same ids in every vocabulary, for graphs, tokenizers and decoding loops."""
 
+from collections.abc import Mapping
 from typing import Final
 
 PAD: Final = 0
@@ -15,3 +16,11 @@ FIRST_TEXT_ID: Final = len(SPECIAL_TOKENS)
 
 CANVAS_LEN: Final = 256
 """Positions of a canvas in training; the edge takes the number from the bundle's manifest."""
+
+
+def words_go_on(pieces: Mapping[str, int]) -> frozenset[int]:
+    """Ids of the tokens of a byte-level BPE that go on with the word before them: they begin with a letter or digit.
+
+    What begins a word begins with a space, spelt Ġ.
+    """
+    return frozenset(token for piece, token in pieces.items() if piece[0].isascii() and piece[0].isalnum())

@@ -162,13 +162,13 @@ class Writing:
             self.pending, self.evidence = [int(self.canvas[first - 1])], (tokens, given)
         self.position = first - 1
 
-    def told(self, new: list[int]) -> int | None:
-        """Where in `new`, the next tokens, the text first tells a word that is asked for (`Remaining.first_told`)."""
+    def tell(self, new: list[int]) -> int | None:
+        """Take note of the first word that the next tokens tell.  → where in `new`, as `Remaining.tell`"""
         if self.remaining is None or not self.remaining.left:
             return None
         longest = max(len(self.remaining.condition.words[i]) for i in self.remaining.left)
-        start = max(self.gaps[0][0], self.position + 2 - longest)
-        return self.remaining.first_told(self.canvas[start : self.position + 1].tolist(), new)
+        start = max(self.gaps[0][0], self.position + 1 - longest)
+        return self.remaining.tell(self.canvas[start : self.position + 1].tolist(), new)
 
     @property
     def left(self) -> int:
@@ -257,7 +257,7 @@ def keep(w: Writing, drawn: list[int]) -> tuple[int, bool, bool]:
     agreed = 0
     while agreed < len(w.drafts) and w.drafts[agreed] == drawn[agreed]:
         agreed += 1
-    told = w.told(drawn[: agreed + 1])
+    told = w.tell(drawn[: agreed + 1])
     agreed = agreed if told is None else told
     w.slot.cached += len(w.pending) + agreed
     w.passes += 1

@@ -20,11 +20,15 @@ ROWS_OF_A_PICTURE: Final = 16
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """words: the tokens of each. pixels (n, S, S, 3) uint8: pictures. guidance: 0 for the network's own law."""
+    """words: the tokens of each. pixels (n, S, S, 3) uint8: pictures. guidance: 0 for the network's own law.
+
+    go_on: the tokens that go on with the word before them.
+    """
 
     words: tuple[tuple[int, ...], ...]
     pixels: NDArray[np.uint8]
     guidance: float
+    go_on: frozenset[int] = frozenset()
 
     @property
     def cost(self) -> int:
@@ -48,18 +52,22 @@ class Remaining:
     def __post_init__(self) -> None:
         self.left = set(range(len(self.condition.words)))
 
-    def first_told(self, text: Sequence[int], new: Sequence[int]) -> int | None:
-        """Where in `new`, behind `text`, a word ends whose tokens stand there one after another; the first such place.
+    def tell(self, text: Sequence[int], new: Sequence[int]) -> int | None:
+        """Take note of the first word that `new`, behind `text`, tells: its tokens stand there one after another, and
+        what follows does not go on with it.
 
-        That word is told; what follows it in `new` was drawn while it was asked for. None where no word ends.
+        → where in `new` is the token behind it; what follows that was drawn while the word was asked for. None where
+        no word is told
         """
         whole = [*text, *new]
-        for end in range(len(text) + 1, len(whole) + 1):
+        for behind in range(len(text), len(whole)):
+            if whole[behind] in self.condition.go_on:
+                continue
             words = {i: self.condition.words[i] for i in self.left}
-            told = {i for i, word in words.items() if tuple(whole[max(0, end - len(word)) : end]) == word}
+            told = {i for i, word in words.items() if tuple(whole[max(0, behind - len(word)) : behind]) == word}
             if told:
                 self.left -= told
-                return end - len(text) - 1
+                return behind - len(text)
         return None
 
     @property

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from edge.decoding.stops import begun, stop_at
 from shared.errors import RequestError
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Part
-from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
+from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD, words_go_on
 
 HALF: Final = "\N{REPLACEMENT CHARACTER}"
 """What stands for bytes that are no whole character yet."""
@@ -44,7 +44,9 @@ class Texts:
         self._tokenizer = tokenizer
         self._canvas_len = canvas_len
         # Byte-level BPE: a token's name has one character for each of its bytes.
-        self._most_bytes = canvas_len * max(map(len, tokenizer.get_vocab()))
+        vocab = tokenizer.get_vocab()
+        self._most_bytes = canvas_len * max(map(len, vocab))
+        self.go_on: Final = words_go_on(vocab)
 
     def lay_out(self, request: GenerateRequest, gap: int = GAP_OF_CANVAS) -> Layout:
         """The canvas of a request: tokens of the given text, MASK in the gaps and in the open end.

@@ -73,6 +73,7 @@ def advance_together(backend: SharedRows, writings: Sequence[Writing], under_way
             advance(backend, w, under_way)
         return
     for place, (w, drawn) in enumerate(zip(seated, drawn_of, strict=True)):
+        assert w.remaining is None
         agreed, is_open, _ = keep(w, drawn[: len(w.drafts) + 1])
         room = w.gaps[0][1] - w.position - 1 if is_open else 0  # the law draws a gap's last position by itself
         draft = int(seats.drafts[place, agreed])

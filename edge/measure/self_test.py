@@ -158,8 +158,8 @@ def _compare_blocks(
         for one, writing in writings.items():
             tokens = writing.canvas[: writing.position + 1]
             new = tokens.size - length
-            if one.condition is not None:  # up to where a word is told, and later rows read less
-                told = Remaining(one.condition).first_told([], tokens[length:].tolist())
+            if one.condition is not None:  # up to where a word is told: later rows read less
+                told = Remaining(one.condition).tell([], tokens[length:].tolist())
                 tokens, new = (tokens, new) if told is None else (tokens[: length + told + 1], told + 1)
             places, slot = np.arange(tokens.size - 1, dtype=np.int32), cpu.open_slot()
             if one.condition is not None:

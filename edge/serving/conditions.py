@@ -31,7 +31,8 @@ def read_condition(request: GenerateRequest, takes: Conditions, texts: Texts) ->
     pixels = np.empty((len(files), side, side, 3), np.uint8)
     for i, (file, name) in enumerate(zip(files, names, strict=True)):
         pixels[i] = read_picture(file, name, side)
-    return Condition(tokens, pixels, takes.guidance if request.guidance is None else request.guidance)
+    guidance = takes.guidance if request.guidance is None else request.guidance
+    return Condition(tokens, pixels, guidance, texts.go_on)
 
 
 def image_bytes(image: str, name: str) -> bytes:

@@ -91,4 +91,5 @@ def told_by_bundle(
 def as_request(condition: Condition, guidance: float) -> edge_conditions.Condition:
     """As the daemon reads it from a request."""
     pixels = (condition.pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return edge_conditions.Condition(tuple(tuple(word) for word in condition.words), pixels, guidance)
+    words = tuple(tuple(word) for word in condition.words)
+    return edge_conditions.Condition(words, pixels, guidance, condition.go_on)

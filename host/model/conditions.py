@@ -37,14 +37,16 @@ class Condition:
     words: Sequence[Sequence[int]] = ()  # tokens of each
     pictures: Tensor = field(default_factory=lambda: torch.zeros(0, 3, PICTURE_SIZE, PICTURE_SIZE))
     """(n, 3, 64, 64) float32, RGB in 0 … 1."""
+    go_on: frozenset[int] = frozenset()  # tokens that go on with the word before them
 
 
 @dataclass
 class Remaining:
     """What a text is still asked for. left: numbers of the words that it has not told.
 
-    A word is told where its tokens stand in the written text, one after another. Later rows do not read it; where
-    nothing is left to read, they read no memory, and are not guided. Read to the end, a word comes back over and over.
+    A word is told where its tokens stand in the written text, one after another, and what follows does not go on with
+    it. Rows from the one behind it on do not read it; where nothing is left to read, they read no memory, and are not
+    guided. Read to the end, a word comes back over and over.
     """
 
     condition: Condition
@@ -54,9 +56,10 @@ class Remaining:
         self.left = set(range(len(self.condition.words)))
 
     def tells(self, text: Sequence[int]) -> bool:
-        """Whether the last token of a text (written so far) ends a word that was left: it is told."""
-        words = {i: list(self.condition.words[i]) for i in self.left}
-        told = {i for i, word in words.items() if list(text[-len(word) :]) == word}
+        """Whether the last token of a text, written so far, stands behind a word that was left, which so is told."""
+        before = list(text[:-1])
+        words = {} if text[-1] in self.condition.go_on else {i: list(self.condition.words[i]) for i in self.left}
+        told = {i for i, word in words.items() if before[-len(word) :] == word}
         self.left -= told
         return bool(told)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -16,7 +17,7 @@ from host.data.tokenizer import load_tokenizer
 from host.data.words import COUNTED_STORIES, ContentWords
 from host.model.conditions import PICTURE_SIZE, PICTURES, WORD_TOKENS, WORDS, Condition
 from host.train.picture_changes import changed
-from shared.tokens import FIRST_TEXT_ID
+from shared.tokens import FIRST_TEXT_ID, words_go_on
 
 PICTURES_ALONE: Final = 0.45  # of the stories, where there are pictures
 WORDS_ALONE: Final = 0.45  # the others have both
@@ -44,6 +45,11 @@ class Conditioner:
             found = [concept for text in texts for concept in pictures.concepts_in(text)]
             weight = {concept: 1 / n for concept, n in zip(*np.unique(found, return_counts=True), strict=True)}
         return cls(tokenizer, ContentWords.of(texts), pictures, weight)
+
+    @cached_property
+    def go_on(self) -> frozenset[int]:
+        """See `Condition`."""
+        return words_go_on(self.tokenizer.get_vocab())
 
     def draw(self, canvas: Tensor, rng: np.random.Generator) -> tuple[Condition, Tensor] | None:
         """Words, pictures of styles to train on, or both, of a story (L,); None where it has none of them.
@@ -134,7 +140,7 @@ class Conditioner:
 
     def condition(self, words: Sequence[str], pictures: Tensor) -> Condition:
         """Of words as text and of pictures."""
-        return Condition([self.tokens_of(word) for word in words], pictures)
+        return Condition([self.tokens_of(word) for word in words], pictures, self.go_on)
 
 
 def text_of(tokenizer: Tokenizer, canvas: np.ndarray) -> str:

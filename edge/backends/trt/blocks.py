@@ -269,7 +269,7 @@ class TrtBlocks(Captured):
                 self._placed[number_of(w)] = None
             return False
         new: list[int] = record["text"][: record["fresh"]].tolist()
-        told = w.told(new)
+        told = w.tell(new)
         back = 0 if told is None else len(new) - 1 - told  # tokens to take back, drawn while the word was asked for
         record["cached"] -= back
         w.slot.cached += int(record["kept"]) - back

@@ -24,6 +24,8 @@ from shared.metrics import Metrics
 from tests.support.altered_bundle import with_graph
 from tests.support.mailbox import Mailbox
 
+CONDITIONS = Path(__file__).parents[4] / "bundle" / "tinystories-conditions"
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -261,3 +263,19 @@ def test_together_a_damaged_graph_is_refused_at_load(bundle: Path, tmp_path: Pat
     (folder / file).write_bytes((folder / file).read_bytes()[:-1])
     with pytest.raises(BundleError, match="does not match its manifest"):
         LoadedBundle.load(folder, "ort", threads=threads)
+
+
+def test_together_texts_share_passes_once_they_have_told_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model that ships: while a word is asked for a request has passes of its own."""
+    loaded, sizes = LoadedBundle.load(CONDITIONS, "ort", threads=2), list[int]()
+    asked = [GenerateRequest(prompt="", words=["dragon"], seed=n, max_tokens=48, decode="blocks") for n in range(8)]
+    alone, step = [loaded.run(loaded.prepare(request)).text for request in asked], loaded.step
+    assert sum("dragon" in text for text in alone) >= 6
+
+    def counted(runs: list[Run], share: int = 1) -> None:
+        sizes.append(len(runs))
+        step(runs, share)
+
+    monkeypatch.setattr(loaded, "step", counted)
+    assert answers_of(loaded, asked)[0] == alone
+    assert sizes.count(4) > 1 and sizes.count(1) > 8

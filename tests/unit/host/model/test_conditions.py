@@ -112,20 +112,47 @@ def test_guided_law_is_the_definition_on_the_likeliest_tokens_alone() -> None:
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_conditioned_text_is_the_same_with_and_without_drafts_and_batched(guidance: float) -> None:
+    """First of other words, then of words that these texts have told: so some are told, one or both of a text's."""
     torch.manual_seed(3)
     model = Denoiser(replace(SHAPE, draft_depth=3)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     conditions, settings = [WORDS, BOTH, PICTURES], [Settings(seed, temperature=0.8, top_k=20) for seed in range(3)]
-    batched = sample_autoregressive(model, settings, conditions=conditions, guidance=guidance)
-    for canvas, one, condition in zip(batched, settings, conditions, strict=True):
-        texts = [
-            write(model, [], settings=one, open_end=True, window=w, condition=condition, guidance=guidance).gaps
-            for w in (0, 3)
+    told = 0
+    for _ in range(3):
+        batched = sample_autoregressive(model, settings, conditions=conditions, guidance=guidance)
+        texts = [[t for t in canvas[1:].tolist() if t not in (EOS, PAD)] for canvas in batched]
+        for text, one, condition in zip(texts, settings, conditions, strict=True):
+            for window in (0, 3):
+                asked = {"window": window, "condition": condition, "guidance": guidance}
+                assert write(model, [], settings=one, open_end=True, **asked).gaps == [text]  # type: ignore[arg-type]
+            told += sum(
+                list(word) in [text[i : i + len(word)] for i in range(len(text) - 1)] for word in condition.words
+            )
+        conditions = [
+            Condition([[text[4]], [text[9]]], one.pictures) for text, one in zip(texts, conditions, strict=True)
         ]
-        assert texts[0] == texts[1]
-        assert [t for t in canvas[1:].tolist() if t not in (EOS, PAD)] == texts[0][0]
+    assert told >= 3
+
+
+@torch.no_grad()
+def test_hidden_rows_of_a_memory_are_read_as_if_there_were_none() -> None:
+    """The scores of a text that is asked for nothing more are those of one without a condition, to the bit."""
+    model, tokens = network(), rows()
+    memory = model.remember(Given.of([BOTH]))
+    hidden = torch.zeros(1, memory.keys[0].shape[2], dtype=torch.bool)
+    hidden[0, :2] = True
+    assert memory.bias is not None
+    keys, values = ([layer[:, :, 2:] for layer in part] for part in (memory.keys, memory.values))
+    cut = Memory(keys, values, memory.bias[..., 2:])
+    found, wanted = (model(*causal(tokens), memory=one) for one in (memory.without(hidden), cut))
+    assert torch.allclose(found, wanted, atol=1e-5)
+    nothing = torch.ones(1, hidden.shape[1] + 1, dtype=torch.bool)
+    nothing[0, -1] = False
+    assert torch.equal(
+        model(*causal(tokens), memory=memory.with_an_empty_row().without(nothing)), model(*causal(tokens))
+    )
 
 
 @torch.no_grad()

@@ -28,9 +28,9 @@ def test_told_words_on_gpu_leave_the_texts_of_the_cpu(
         made = written(backend, slot, asked, law, condition)
         text = [token for token in made.canvas[made.fill].tolist() if token >= FIRST_TEXT_ID]
         words = [(text[1],), (text[3],)]
-        if any(word[0] in text[:-1] for word in condition.words):
+        if any(word[0] in text[:-2] for word in condition.words):
             found += 1
             same += bool((made.canvas == on_cpu(bench.graphs, asked, law, condition).canvas).all())
     print(f"{found} of 16 tell a word, {same} of them are the same")
-    assert found >= 2 and same >= found - 1, "more than one draw was too close to call"
+    assert same == found >= 2
     backend.close()
