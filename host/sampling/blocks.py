@@ -161,7 +161,7 @@ class _Writer:
             drafts = self.drafts(states[0][agreed], token, position + 1, min(self.window, last - position - 1))
 
     def tells(self, text: list[int]) -> bool:
-        """Whether the last token of the gap's text ends a word that is asked for."""
+        """Whether the last token of the gap's text stands behind a word that is asked for."""
         return self.remaining is not None and self.remaining.tells(text)
 
     def narrow(self) -> None:
