@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EDGE := $(VENV)/.installed-edge
 ALL := $(VENV)/.installed-all
+NATIVE := $(wildcard edge/native/*.cpp edge/native/*.h)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-systemd gpu check clean venv
@@ -53,7 +54,7 @@ check: $(ALL)
 	$(BIN)/python -m pytest -q tests/contract
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis edge/native/*.so
 	find host edge shared tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Debian's python3 has `venv` but not `ensurepip` until python3-venv is installed, and would leave half of a .venv.
@@ -70,12 +71,12 @@ venv:
 USABLE := $(shell $(BIN)/python -c 'import sys, pip; print(sys.version_info >= (3, 10))' 2>/dev/null)
 VENV_MADE := $(if $(filter True,$(USABLE)),,venv)
 
-# Editable, so that the shipped bundle is found beside the packages.
-$(EDGE): pyproject.toml $(VENV_MADE)
+# Editable, so that the shipped bundle is found beside the packages; compiles edge/native where there is a compiler.
+$(EDGE): pyproject.toml $(NATIVE) $(VENV_MADE)
 	$(call install,the edge,-e .)
 	touch $@
 
-$(ALL): pyproject.toml constraints.txt $(VENV_MADE)
+$(ALL): pyproject.toml constraints.txt $(NATIVE) $(VENV_MADE)
 	$(call install,everything the tests need,-e '.[host$(comma)dev$(comma)trtcheck]' -c constraints.txt)
 	touch $(EDGE) $@
 
@@ -91,5 +92,8 @@ define install
 	    if grep -q 'Retrying (' $(VENV)/pip.log; then reason="the package index cannot be reached: is there a network?"; \
 	    else reason=$$(sed -n 's/^ *ERROR: //p' $(VENV)/pip.log | tail -n 1); fi; \
 	    echo "error: pip cannot install $(1): $${reason:-it stopped} (details in $(VENV)/pip.log)" >&2; exit 1; \
-	fi
+	fi; \
+	if ! command -v $(firstword $(CXX)) >/dev/null; then \
+	    echo "note: without a C++ compiler ONNX Runtime decodes alone, more slowly: on Debian and Ubuntu, apt install g++," \
+	        "then touch pyproject.toml and make this again" >&2; fi
 endef

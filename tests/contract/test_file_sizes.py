@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Final
 
 ROOT = Path(__file__).resolve().parents[2]
-SUFFIXES: Final = {".py", ".cu", ".h", ".sh"}
+SUFFIXES: Final = {".py", ".cpp", ".cu", ".h", ".sh"}
 MAX_LINES: Final = 350
 """Of a file, tests included."""
 PRODUCT: Final = ("host", "edge", "shared")
-PRODUCT_LINES: Final = 31_849
+PRODUCT_LINES: Final = 31_853
 """Of all files of the product. Who needs more deletes something first, or raises this number and says why."""
 
 

@@ -22,13 +22,14 @@ def venv(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(venv: Path, pip: str) -> "subprocess.Popen[str]":
-    """`make` of the edge's environment, whose Python is a script with this end."""
+def make(venv: Path, pip: str, *more: str, compiler: str = "sh") -> "subprocess.Popen[str]":
+    """`make` of the edge's environment, whose Python is a script with this end. more: for make."""
     python = venv / "bin" / "python"
     python.write_text(PIP.replace("go-on", str(venv / "go-on")) + pip)
     python.chmod(0o755)
-    command = ["make", "--no-print-directory", f"VENV={venv}", f"{venv}/.installed-edge"]
+    command = ["make", "--no-print-directory", f"VENV={venv}", f"{venv}/.installed-edge", *more]
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    environment["CXX"] = compiler
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -53,3 +54,20 @@ def test_makefile_names_pips_reason_and_installs_again(venv: Path) -> None:
     assert "error: pip cannot install the edge: No matching distribution found for numpy" in err
     assert "Collecting torch" in (venv / "pip.log").read_text()
     assert not (venv / ".installed-edge").exists()
+
+
+def test_makefile_installs_again_after_a_change_of_compiled_sources(venv: Path) -> None:
+    (venv / "go-on").touch()
+    stale = []
+    for more in ((), ("--question",), ("--question", "--what-if=edge/native/rows.cpp")):
+        with make(venv, "", *more) as running:
+            running.communicate(timeout=30)
+        stale.append(running.returncode)
+    assert stale == [0, 0, 1]
+
+
+def test_makefile_without_a_compiler_installs_and_says_so(venv: Path) -> None:
+    (venv / "go-on").touch()
+    with make(venv, "", compiler="/nowhere/c++") as running:
+        _, err = running.communicate(timeout=30)
+    assert running.returncode == 0 and err.startswith("note: without a C++ compiler ONNX Runtime decodes alone")

@@ -1,0 +1,1 @@
+"""Compiled passes of the INT8 network, where the installation found a C++ compiler."""
