@@ -93,7 +93,8 @@ check_machine() {
     esac
 }
 
-# Sets jetpack: the major version, empty on other machines; extras: for pip; visible: a flag of venv.
+# Sets jetpack: the major version, empty on other machines; extras: for pip; visible: a flag of venv; compiler: the one
+# that pip will call, empty where there is none.
 detect_machine() {
     jetpack='' extras='' visible=''
     local release tensorrt='not found'
@@ -114,6 +115,10 @@ detect_machine() {
     [[ ! $images ]] || extras=images${extras:+,$extras}
     extras=${extras:+[$extras]}
     say "${jetpack:+Jetson with JetPack $jetpack, }Python $("$python" -c 'import platform; print(platform.python_version())'), TensorRT $tensorrt"
+    compiler=${CXX:-$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("CXX") or "c++")')}
+    command -v "${compiler%% *}" >/dev/null || compiler=''
+    [[ $compiler || $visible ]] ||
+        say "without a C++ compiler ONNX Runtime decodes alone, more slowly: apt install g++, then run this again"
     [[ ! $jetpack || $visible ]] ||
         say "without TensorRT the model runs on the CPU: apt install python3-libnvinfer, then run this again"
 }
@@ -123,9 +128,10 @@ name_release() {
     local version hash
     version=$(sed -n 's/^version = "\([^"]*\)".*/\1/p' "$here/pyproject.toml")
     hash=$(cd "$here" && {
-        find edge shared systemd -type f ! -path '*/__pycache__/*' -print0
+        find edge shared systemd -type f ! -path '*/__pycache__/*' ! -name '*.so' -print0
         printf '%s\0' pyproject.toml deploy/edgelm.toml deploy/constraints.txt
-    } | LC_ALL=C sort -z | xargs -0 sha256sum | cat - <(echo "$extras $visible" && "$python" -VV) | sha256sum | head -c 12)
+    } | LC_ALL=C sort -z | xargs -0 sha256sum |
+        cat - <(echo "$extras $visible ${compiler:+compiled}" && "$python" -VV) | sha256sum | head -c 12)
     release=$version-$hash
 }
 

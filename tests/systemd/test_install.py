@@ -62,8 +62,22 @@ def test_install_links_the_command_but_not_over_somebody_elses(device: Machine) 
 
 def test_install_again_changes_nothing(device: Machine) -> None:
     process = device.show("MainPID")
+    device.write("/srv/checkout/edge/native/_rows.checkout.so", ["what `make demo` builds there"])
     assert "runs already" in device.run(INSTALL, environment=OFFLINE).stdout
     assert device.show("MainPID") == process
+
+
+def test_install_with_a_compiler_has_the_compiled_library(device: Machine) -> None:
+    """It may appear later: the next run makes another release. `test_installation.py` has one made without."""
+    if device.run("sh", "-c", "command -v c++", check=False).returncode:
+        pytest.skip("no C++ compiler is installed (apt: g++)")
+    libraries = list(device.root.glob("opt/edgelm/current/lib/python3*/site-packages/edge/native/*.so"))
+    assert len(libraries) == 1 and libraries[0].name.startswith("_rows.cpython-")
+    device.run(PYTHON, "-c", f"import ctypes; ctypes.CDLL('/{libraries[0].relative_to(device.root)}')")
+    said = device.run(INSTALL, "--dry-run", environment={"CXX": "/nowhere/c++"}).stdout
+    current = (device.root / "opt/edgelm/current").readlink().name
+    assert "without a C++ compiler ONNX Runtime decodes alone" in said and f"releases/{current} " not in said
+    assert "without a C++ compiler" not in device.run(INSTALL, "--dry-run").stdout
 
 
 def test_install_finishes_an_interrupted_installation(device: Machine) -> None:
