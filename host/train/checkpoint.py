@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from host.device import CpuDtype
 from host.model.network import Denoiser, ModelConfig
 from host.train.optim import Ema
 from host.train.published import CONDITIONS, CONDITIONS_PART, WEIGHTS, Published, is_published, read_published
@@ -38,6 +39,7 @@ class Progress:
     data_source: str = ""
     data_licence: str = ""
     data_stories: int = 0
+    cpu_dtype: CpuDtype | None = None  # in which CPUs train it; None: none has yet
 
 
 def save_checkpoint(

@@ -66,7 +66,7 @@ class Trainer:
         self.data = data
         self.device = device
         self.ranks = ranks
-        self.dtype = mixed_precision_dtype(device)
+        (self.dtype,) = ranks.from_first((mixed_precision_dtype(device, progress.cpu_dtype),))
         self.model = Denoiser(progress.model).to(device)
         self.mixture = trained_mixture(config.stage, progress.objectives)
         freeze(self.model, config.stage)
@@ -221,9 +221,12 @@ class Trainer:
         self.saved_s = self.progress.seconds
         if not self.ranks.first:
             return
+        progress = self.progress
+        if self.device.type == "cpu":  # whoever goes on on a CPU goes on in this type
+            progress = replace(progress, cpu_dtype="float32" if self.dtype is None else "bfloat16")
         save_checkpoint(
             self.config.out / file,
-            self.progress,
+            progress,
             model=self.model,
             ema=self.ema,
             optimizers=self.optimizers,
@@ -291,7 +294,7 @@ class Trainer:
         start = f" from {c.init}" if c.init else ""
         return (
             f"{p.model.name}{start}, {parameters / 1e6:.2f} M parameters, {c.stage}: {mixture}, "
-            f"on {machine_of(self.device)}{threads}{processes}\n"
+            f"on {machine_of(self.device, self.dtype)}{threads}{processes}\n"
             f"data {c.data}: {len(self.data.train):,} stories; {length}, {c.batch_size} stories a step, "
             f"from step {p.step:,}\n"
             f"run folder {c.out}: Ctrl-C saves and ends; go on with --resume {c.out}"

@@ -93,7 +93,7 @@ def test_losses_of_the_first_ten_steps(
 
     Float32, one thread. Sums in another order, as of other processors, change the sixth digit.
     """
-    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda *_: None)
     shape = replace(config_named("debug"), time_input=objective == "canvas" and weighting == "nelbo")
     settings = TrainConfig(
         tmp_path, Path(), steps=20, batch_size=8, micro_size=3, optimizer=optimizer, weighting=weighting, lr=1e-3

@@ -56,7 +56,7 @@ def test_peak_type_is_that_of_the_loop(
         speeds.append(measure_training(*arguments, **options))
         return speeds[-1]
 
-    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: mixed)
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda *_: mixed)
     monkeypatch.setattr(train_speed, "torch_gflops", peak)
     monkeypatch.setattr(bench, "measure_training", measure)
     flags = ("--steps", 2, "--batch-size", 8, "--threads", 1, "--objectives", "ar=2,infill,canvas")

@@ -31,7 +31,7 @@ import os, signal, torch
 from host.train import trainer as train
 from shared.errors import run_main
 torch.set_num_threads(1)
-train.mixed_precision_dtype = lambda device: None
+train.mixed_precision_dtype = lambda *_: None
 step = train.Trainer.step
 def interrupted(trainer):
     if trainer.progress.step == int(os.environ["STOP_AT"]) - 1 and trainer.ranks.rank == 1:
@@ -64,7 +64,7 @@ def curve(run: Path) -> list[list[float]]:
 
 @pytest.fixture
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda *_: None)
 
 
 @pytest.mark.slow

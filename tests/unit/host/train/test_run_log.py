@@ -14,7 +14,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from host.device import machine_of, work_clock
+from host.device import machine_of, mixed_precision_dtype, work_clock
 from host.model.network import config_named
 from host.train import plots
 from host.train import trainer as train
@@ -137,11 +137,11 @@ def test_counted_seconds_of_a_pause_are_those_of_a_few_steps() -> None:
 def test_train_says_first_what_it_trains_and_where(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
+    run, cpu = tmp_path / "run", torch.device("cpu")
     call(train.main, *small(data, run, "--steps", 1))
     first, second, third, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("debug, 0.") and "M parameters" in first and first.endswith(" threads")
-    assert machine_of(torch.device("cpu")) in first
+    assert machine_of(cpu, mixed_precision_dtype(cpu)) in first
     assert second == f"data {data}: 396 stories; 1 steps, 8 stories a step, from step 0"
     assert third == f"run folder {run}: Ctrl-C saves and ends; go on with --resume {run}"
 

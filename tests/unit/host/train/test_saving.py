@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from host import device
+from host.device import CpuSpeeds
 from host.train import trainer as train
 from host.train.checkpoint import LAST, read_progress
 from host.train.readings import StepResult
@@ -42,3 +45,25 @@ def test_saving_between_validations_leaves_what_can_be_continued(
     assert 1 <= step <= 4
     monkeypatch.setattr(train, "learning_rate_factor", lambda done, *of_run: 1e-3)
     call(train.main, "--resume", run, "--steps", step + 1)
+
+
+@pytest.mark.parametrize("bf16", [1.0, 3.0], ids=["float32", "bf16"])
+def test_saving_keeps_the_type_that_a_cpu_trained_in(
+    bf16: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is faster when the run goes on: in the other it would not repeat the uninterrupted one."""
+    seen: list[torch.dtype | None] = []
+
+    class Recorded(Trainer):
+        def step(self) -> StepResult:
+            seen.append(self.dtype)
+            return super().step()
+
+    monkeypatch.setattr(train, "Trainer", Recorded)
+    monkeypatch.setattr(device, "has_bf16_instructions", lambda: True)
+    monkeypatch.setattr(device, "cpu_speeds", lambda: CpuSpeeds(2.0, bf16))
+    call(train.main, *small(data, tmp_path / "run", "--steps", 1))
+    monkeypatch.setattr(device, "cpu_speeds", lambda: CpuSpeeds(2.0, 4.0 - bf16))
+    for steps in (2, 3):
+        call(train.main, "--resume", tmp_path / "run", "--steps", steps)
+    assert seen == [torch.bfloat16 if bf16 > 2 else None] * 3

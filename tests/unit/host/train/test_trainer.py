@@ -169,7 +169,7 @@ def test_signal_in_the_middle_of_a_run_costs_nothing(
 def test_step_of_a_batch_in_parts_is_that_of_one_pass(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda *_: None)
     found = []
     for micro in (3, 8):
         one = trainer(data, tmp_path / str(micro), "--micro-size", micro, "--lr", 1e-4, "--optimizer", "adamw")
@@ -209,7 +209,7 @@ def test_validation_measures_the_average_and_leaves_the_weights_alone(data: Path
 def test_bf16_steps_differ_in_few_shapes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU compiles a kernel for every new one; in float32, where it does not, nothing is added."""
     for dtype, multiples in ((torch.bfloat16, (16, 64)), (None, (1, 1))):
-        monkeypatch.setattr(train, "mixed_precision_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(train, "mixed_precision_dtype", lambda *_, dtype=dtype: dtype)
         one = trainer(data, tmp_path / str(dtype))
         read_out: list[int] = []
         one.model.register_forward_hook(lambda model, given, states, seen=read_out: seen.append(len(states)))
@@ -226,7 +226,7 @@ def test_validation_is_the_bound_whatever_training_weighs(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against its definition, over the two draws of stories and noise that every run is measured on."""
-    monkeypatch.setattr(train, "mixed_precision_dtype", lambda device: None)
+    monkeypatch.setattr(train, "mixed_precision_dtype", lambda *_: None)
     one = trainer(data, tmp_path / "run", "--weighting", "flat")
     nats, tokens = 0.0, 0
     stories = one.data.valid
