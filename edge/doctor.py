@@ -21,12 +21,13 @@ import msgspec
 from msgspec import Struct
 
 from edge.backends import choose_backend
+from edge.backends.native_rows import NativeRows
 from edge.backends.trt import engine_cache as engines
 from edge.backends.trt.driver import Gpu
 from edge.backends.trt.find_tensorrt import TEGRA, import_tensorrt, is_gpu_device, on_jetson
 from edge.client import connect, health
 from edge.config import CONFIG, Config, load_config, settings_file
-from edge.decoding.blocks import BlocksLoop, RowsBackend
+from edge.decoding.blocks import AnyRows, BlocksLoop, RowsBackend
 from edge.measure.conditions import KINDS, measure_condition
 from edge.measure.self_test import (
     MIN_AGREEMENT,
@@ -37,6 +38,7 @@ from edge.measure.self_test import (
     open_row,
     step_ms,
 )
+from edge.native import why_not
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.system.board import SYS, read_rails, read_zones
 from edge.system.bundle_store import check_files
@@ -151,6 +153,13 @@ def gpu_and_engine(folder: Path, manifest: Manifest | None) -> tuple[list[Findin
     return found, profiles
 
 
+def _compiled(rows: AnyRows) -> str:
+    """What computes passes by blocks on the CPU, and where it is ONNX Runtime, why."""
+    if isinstance(rows, NativeRows):
+        return f"the compiled library ({rows.networks.library.instructions})"
+    return f"ONNX Runtime, as the compiled library {why_not() or 'does not know the graphs of this bundle'}"
+
+
 def self_test(folder: Path, manifest: Manifest, profiles: Profiles, threads: int = 0) -> list[Finding]:
     """Blocks and canvas on the CPU; and every profile of the engines, compared with the CPU from the same texts.
 
@@ -163,12 +172,8 @@ def self_test(folder: Path, manifest: Manifest, profiles: Profiles, threads: int
         if loaded.rows is not None:
             plan, started_s = loaded.prepare(BLOCKS_TEST), time.perf_counter()
             steps = loaded.run(plan).steps
-            found.append(
-                Finding("blocks on the cpu", f"{(time.perf_counter() - started_s) * 1e3 / steps:.2f} ms a pass")
-            )
-        if (why := loaded.degraded or loaded.alone) is not None:
-            value = "each in passes of its own" if loaded.degraded else f"each in passes of its own: {why}"
-            found.append(Finding("many requests", value, loaded.degraded))
+            cost_ms = (time.perf_counter() - started_s) * 1e3 / steps
+            found.append(Finding("blocks on the cpu", f"{cost_ms:.2f} ms a pass, by {_compiled(loaded.rows)}"))
         for kind in KINDS if loaded.takes_conditions else ():
             cost = measure_condition(loaded, kind)
             found.append(

@@ -42,8 +42,8 @@ Role = Literal[
     "step.guided",
     "weights",
 ]
-"""What a graph computes: scores of a canvas; scores of causal rows over cached ones, and of two rows of each of several
-requests, whose constants lie in the files of step and draft; keys and values of rows that all see each other; drafts of
+"""What a graph computes: scores of a canvas; scores of causal rows over cached ones; of several requests, in bundles
+of earlier releases, which nothing runs any more; keys and values of rows that all see each other; drafts of
 the chain drafter. For conditions: the memory of words, and of pictures; what blocks read of it; step and prefill of
 rows that read the memory; step of rows that do and of rows that do not, guided (docs/training.md). For CUDA the rows of
 the one step graph read it, if a bundle has conditions. Of weights: nothing, it holds what the graphs of its target and

@@ -31,6 +31,7 @@ class Chosen(NamedTuple):
 
 
 def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:
+    from edge.backends.native_rows import NativeRows, read_networks
     from edge.backends.ort import OrtBackend
     from edge.backends.ort_rows import OrtRows
 
@@ -39,7 +40,12 @@ def _load_ort(folder: Path, manifest: Manifest, threads: int, argument: str) -> 
     canvas, later = None, manifest.decoders[0] != "canvas"
     if "canvas" in manifest.decoders:
         canvas = OrtBackend(folder, manifest, threads=threads, later=later)
-    return Chosen(canvas, "ort", rows=OrtRows(folder, manifest, threads) if "blocks" in manifest.decoders else None)
+    if "blocks" not in manifest.decoders:
+        return Chosen(canvas, "ort")
+    networks = read_networks(folder, manifest)
+    if networks is None:
+        return Chosen(canvas, "ort", rows=OrtRows(folder, manifest, threads))
+    return Chosen(canvas, "ort", rows=NativeRows(folder, manifest, threads, networks))
 
 
 def _load_fake(folder: Path, manifest: Manifest, threads: int, argument: str) -> Chosen:

@@ -1,10 +1,10 @@
 """ONNX Runtime on the CPU, for blocks: keys and values in place.
 
-Requests run in lanes, a thread each; where there are many of them, each lane's share its passes (`ort_shared`).
+Requests run in lanes, a thread each.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from edge.backends.ort import pool_size
 from edge.backends.ort_conditions import PLAIN, OrtConditions, Remembered
 from edge.backends.ort_session import Graphs, check_names
-from edge.backends.ort_shared import OrtShared
 from edge.decoding.blocks import Law, RowScores, Slot
 from edge.decoding.conditions import Condition, Remaining
-from edge.decoding.together import REQUESTS, ROWS, Seats
 from edge.decoding.types import Floats, Ids
 from shared.errors import BundleError, one_line
 from shared.manifest import Manifest, Role
 from shared.messages import MAX_SEGMENTS
-from shared.tokens import BOS, FIRST_TEXT_ID
+from shared.tokens import BOS
 
 ROLES: Final[tuple[Role, ...]] = ("step", "prefill", "draft")
 STEP_INPUTS: Final = ("tokens", "positions", "key_positions", "last", "total", "scored")
@@ -67,7 +65,6 @@ class OrtRows:
         self._widths = {"scores": model.vocab_size, "states": model.d_model}
         self._cache = [f"{kind}.{layer}" for layer in range(model.layers) for kind in ("keys", "values")]
         self._graphs = Graphs(folder, manifest)
-        self._shared = OrtShared(self._graphs, manifest, self.lanes)
         roles = [role for role in ROLES if role == "step" or self._graphs.has(role)]
         self.depth = manifest.blocks.window if manifest.blocks is not None and "draft" in roles else 0
         self.fills_gaps = "prefill" in roles
@@ -80,8 +77,6 @@ class OrtRows:
                 raise
             except Exception as error:  # onnxruntime raises types of its own that share no public base
                 raise BundleError(f"{file} does not run: {one_line(str(error))}") from None
-        if self.batches != (1,):
-            self._try_shared()
 
     def _check(self, role: Role) -> None:
         """Check what a graph reads and makes, and run it, with the last token and position. Raises BundleError."""
@@ -113,57 +108,6 @@ class OrtRows:
         expected = [(2, width) for width in self._widths.values()]
         if made != expected:
             raise BundleError(f"{file} gives arrays of shapes {made}, not {expected}")
-
-    def _try_shared(self) -> None:
-        """Run the same random rows through both step graphs; without a pass of several requests unless their scores and
-        what they write to the caches are equal."""
-        rng, vocab_size = np.random.default_rng(0), self._manifest.model.vocab_size
-        slots, alone, given = [self.open_slot() for _ in range(REQUESTS)], list[list[Floats]](), list[Ids]()
-        for number, slot in enumerate(slots):
-            kept = self._manifest.model.canvas_len // 8 >> number
-            text = rng.integers(FIRST_TEXT_ID, vocab_size, kept + ROWS).astype(np.int32)
-            places = np.arange(text.size, dtype=np.int32)
-            self.rows(slot, text, positions=places, scored=1)
-            slot.cached = kept
-            given.append(np.stack([text[kept:], places[kept:]]))
-            scores = self.rows(slot, given[-1][0], positions=given[-1][1], scored=ROWS).scores
-            alone.append([scores.copy(), *(rows.copy() for rows in _behind(slot))])
-            for rows in _behind(slot):
-                rows[:] = 0  # to be written once more
-        try:
-            seats = self.seat(slots)
-            for place, i in enumerate(seats.order):
-                seats.tokens[place], seats.positions[place] = given[i]
-            self.rows_together(seats)
-            differ = [
-                not all(map(np.array_equal, [seats.scores[place], *_behind(slots[i])], alone[i]))
-                for place, i in enumerate(seats.order)
-            ]
-        except Exception as error:  # onnxruntime raises types of its own that share no public base
-            self.share_no_more(error)
-        else:
-            if any(differ):
-                self._shared.stay_alone(f"of {REQUESTS} requests, {sum(differ)} score otherwise than by themselves")
-        self._shared.leave()
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """See `edge.decoding.together.SharedRows`."""
-        return self._shared.batches
-
-    @property
-    def degraded(self) -> str | None:
-        """See `edge.decoding.together.SharedRows`."""
-        return self._shared.degraded
-
-    @property
-    def alone(self) -> str | None:
-        """Why no pass is shared though the graph for it runs; None otherwise."""
-        return self._shared.alone
-
-    def share_no_more(self, error: Exception) -> None:
-        """See `edge.decoding.together.SharedRows`."""
-        self._shared.share_no_more(error)
 
     def open_slot(self) -> Slot:
         """See `edge.decoding.blocks.RowsBackend`."""
@@ -239,14 +183,6 @@ class OrtRows:
         session.run_with_iobinding(bound.binding)
         return RowScores(bound.outputs["scores"], bound.outputs["states"])
 
-    def seat(self, slots: Sequence[Slot]) -> Seats:
-        """See `edge.decoding.together.SharedRows`."""
-        return self._shared.seat(slots, [slot.memory.cache for slot in slots])
-
-    def rows_together(self, seats: Seats) -> None:
-        """See `edge.decoding.together.SharedRows`."""
-        self._shared.run(seats)
-
     def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         """See `edge.decoding.blocks.RowsBackend`."""
         session, bound = self._graphs.open("draft", 1), slot.memory.drafting
@@ -292,11 +228,6 @@ class OrtRows:
         self._graphs.close()
         if self.conditions is not None:
             self.conditions.close()
-
-
-def _behind(slot: Slot) -> list[Floats]:
-    """Keys and values of the rows of a shared pass, behind those that the slot keeps; views of its caches."""
-    return [array[:, :, slot.cached : slot.cached + ROWS] for array in slot.memory.cache.values()]
 
 
 def _keep(session: Any, feed: Mapping[str, NDArray[Any]], cache: dict[str, Floats], prefix: str = "") -> None:

@@ -18,13 +18,11 @@ def open_session(
     *,
     profile: Path | None = None,
     sizes: Mapping[str, int] | None = None,
-    files: Mapping[str, bytes] | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` over a serialized graph. It raises the runtime's own exceptions.
 
     threads: of one run, the caller's included; 0: as many as the machine has. profile: prefix of a file for the
-    record of each node's time. sizes: of dimensions that the graph leaves open, by name. files: that hold the graph's
-    large constants, by name.
+    record of each node's time. sizes: of dimensions that the graph leaves open, by name.
     """
     import onnxruntime as ort
 
@@ -36,9 +34,6 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, size in (sizes or {}).items():
         options.add_free_dimension_override_by_name(name, size)
-    if files:
-        sizes_of = [len(content) for content in files.values()]
-        options.add_external_initializers_from_files_in_memory(list(files), list(files.values()), sizes_of)
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -72,33 +67,16 @@ class Graphs:
                 graph = find_graph(self._folder, self._manifest, "cpu", role)
                 content = verified_bytes(self._folder, graph.file, graph.sha256)
                 try:
-                    sessions[role, threads] = open_session(content, threads, files=self._files_of(role))
+                    sessions[role, threads] = open_session(content, threads)
                 except Exception as error:  # onnxruntime raises types of its own that share no public base
                     message = f"{self.file(role)} cannot be loaded by ONNX Runtime: {one_line(str(error))}"
                     raise BundleError(message) from None
             return sessions[role, threads]
 
-    def verify(self, role: Role) -> None:
-        """Raise BundleError unless its file is the manifest's."""
-        graph = find_graph(self._folder, self._manifest, "cpu", role)
-        verified_bytes(self._folder, graph.file, graph.sha256)
-
-    def _files_of(self, role: Role) -> dict[str, bytes]:
-        """What holds the large constants of a graph that has them not itself. Raises BundleError."""
-        roles: tuple[Role, ...] = ("step", "draft") if role == "step.shared" else ()
-        graphs = [find_graph(self._folder, self._manifest, "cpu", other) for other in roles]
-        return {graph.file: verified_bytes(self._folder, graph.file, graph.sha256) for graph in graphs}
-
     def sizes(self) -> set[tuple[Role, int]]:
         """Role and threads of every session that is open."""
         with self._sessions as sessions:
             return set(sessions)
-
-    def close_one(self, role: Role) -> None:
-        """Drop the sessions of a graph."""
-        with self._sessions as sessions:
-            for key in [key for key in sessions if key[0] == role]:
-                del sessions[key]
 
     def close(self) -> None:
         """Drop the sessions and their memory."""

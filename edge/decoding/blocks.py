@@ -17,8 +17,10 @@ from edge.decoding.canvas import COLDEST
 from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.philox import Noise
 from edge.decoding.types import Bools, Floats, Ids
+from edge.decoding.winners import filtered, winners
 from shared.tokens import EOS, MASK, PAD
 
+NOT_NUMBERS: Final = "the step graph gives scores that are not numbers"
 SLOTS: Final = 8
 """Requests that hold keys and values at once; the others wait for a place. 2.6 MB each in a `tiny` network."""
 
@@ -52,6 +54,15 @@ class Slot:
     memory: Any  # the backend's own
     cached: int = 0
     condition: Any = None  # the backend's own, too
+
+
+class Rows(NamedTuple):
+    """What a pass computes of one request: rows (N,) behind those kept in its slot; the last `scored` are scored."""
+
+    slot: Slot
+    tokens: Ids
+    positions: Ids
+    scored: int
 
 
 @runtime_checkable
@@ -176,6 +187,11 @@ class Writing:
         return sum(last - max(first - 1, self.position) for first, last in self.gaps)
 
     @property
+    def conditioned(self) -> bool:
+        """Whether its next rows read a condition."""
+        return self.condition is not None or self.remaining is not None
+
+    @property
     def reads(self) -> bool:
         """Whether its next pass is the first, which reads the given text."""
         return self.passes == 0
@@ -223,7 +239,7 @@ AnyRows = RowsBackend | BlocksLoop
 
 def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     """One pass: commits one token and every draft that the law draws too, then drafts again."""
-    w, slot, law = writing, writing.slot, writing.law
+    w, slot = writing, writing.slot
     assert slot is not None
     if w.condition is not None:
         assert isinstance(backend, ConditionedRows)
@@ -232,23 +248,40 @@ def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     if w.evidence is not None:
         backend.prefill(slot, *w.evidence)
         w.evidence = None
+    rows = next_rows(w)
+    scores, states = backend.rows(slot, rows.tokens, positions=rows.positions, scored=rows.scored, under_way=under_way)
+    finish(backend, w, states, draw_rows(w, scores))
+
+
+def next_rows(w: Writing) -> Rows:
+    """The rows of its next pass: committed tokens that are not kept yet, and the drafts after them."""
+    assert w.slot is not None
     tokens = np.array([*w.pending, *w.drafts], np.int32)
     first = w.position - len(w.pending) + 1
-    scored = len(w.drafts) + 1
-    places = np.arange(first, first + tokens.size, dtype=np.int32)
-    scores, states = backend.rows(slot, tokens, positions=places, scored=scored, under_way=under_way)
-    agreed, is_open, told = keep(w, draw(scores, w.noise.of(w.position + 1, scored), law).tolist())
+    return Rows(w.slot, tokens, np.arange(first, first + tokens.size, dtype=np.int32), len(w.drafts) + 1)
+
+
+def draw_rows(w: Writing, scores: Floats) -> list[int]:
+    """The tokens that follow the last one and each draft.  scores (M, V)"""
+    drawn: list[int] = draw(scores, w.noise.of(w.position + 1, len(scores)), w.law).tolist()
+    return drawn
+
+
+def finish(backend: RowsBackend, w: Writing, states: Floats, drawn: list[int]) -> None:
+    """The end of a pass: commit, and draft again.  states (M, D)"""
+    agreed, is_open, told = keep(w, drawn)
     if told and w.remaining is not None:
         assert isinstance(backend, ConditionedRows)
-        backend.narrow(slot, w.remaining)
+        assert w.slot is not None
+        backend.narrow(w.slot, w.remaining)
         w.remaining = None if w.remaining.nothing else w.remaining
     if is_open:
         room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
-        w.drafts = _drafts(backend, w, states[agreed], min(law.window, backend.depth, room))
+        w.drafts = _drafts(backend, w, states[agreed], min(w.law.window, backend.depth, room))
 
 
 def keep(w: Writing, drawn: list[int]) -> tuple[int, bool, bool]:
-    """The end of a pass: commit what was drawn, behind the last token and each draft, as far as the drafts agree, and
+    """Commit what was drawn, behind the last token and each draft, as far as the drafts agree, and
     no further than where a word is told: what follows is drawn anew, no longer asked for it.
 
     → how many drafts agree so far, whether the gap is open still, whether a word was told
@@ -269,38 +302,19 @@ def keep(w: Writing, drawn: list[int]) -> tuple[int, bool, bool]:
 def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
     """The token of each row (M,), after temperature, top-k and top-p, with its position's noise. Ties: the lower id.
 
-    scores, noise (…, V), M rows of both. The token with the best noisy score of all is the draw if top-k and top-p keep
-    it, as they mostly do; only for other rows is the vocabulary filtered. RuntimeError for scores that are not numbers.
+    scores, noise (M, V). The token with the best noisy score of all is the draw if top-k and top-p keep it, as they
+    mostly do; only for other rows is the vocabulary filtered. RuntimeError for scores that are not numbers.
     """
-    cooled = np.float32(max(law.temperature, COLDEST))
-    noisy = scores
-    if law.temperature != 0:
-        noisy = scores / cooled
-        noisy += noise
-    scores, noisy = scores.reshape(-1, scores.shape[-1]), noisy.reshape(-1, noisy.shape[-1])
-    token: Ids = noisy.argmax(1).astype(np.int32)
-    own = scores[np.arange(len(token)), token]  # argmax takes what is not a number for the best
-    if not np.isfinite(own).all():
-        raise RuntimeError("the step graph gives scores that are not numbers")
-    as_good = scores >= own[:, None]
-    if law.temperature == 0 or (law.top_p == 1 and np.count_nonzero(as_good) <= law.top_k):
+    cooled = 0.0 if law.temperature == 0 else max(law.temperature, COLDEST)
+    token, rank = winners(scores, noise, cooled)
+    if not rank.all():
+        raise RuntimeError(NOT_NUMBERS)
+    if cooled == 0:
         return token
-    for row, good in enumerate(as_good):  # one by one: along an axis numpy sums integers, which takes twice as long
-        rank = np.count_nonzero(good)
-        if rank > (law.top_k if law.top_p == 1 else 1):  # the best token is kept always
-            token[row] = _filtered(scores[row] / cooled, noisy[row], law)
+    for row in np.flatnonzero(rank > (law.top_k if law.top_p == 1 else 1)).tolist():  # the best token is kept always
+        scaled = scores[row] / np.float32(cooled)
+        token[row] = filtered(scaled, scaled + noise[row], top_k=law.top_k, top_p=law.top_p)
     return token
-
-
-def _filtered(scaled: Floats, noisy: Floats, law: Law) -> int:
-    """The draw of one row (V,) among the tokens that top-k and top-p keep."""
-    least = np.partition(scaled, scaled.size - law.top_k)[scaled.size - law.top_k]
-    ids = np.flatnonzero(scaled >= least)
-    ids = ids[np.argsort(-scaled[ids], kind="stable")][: law.top_k]
-    p = np.exp(scaled[ids] - scaled[ids[0]])
-    p /= p.sum()
-    ids = ids[np.cumsum(p) - p < law.top_p]  # keeps the first candidate to reach top_p
-    return int(ids[noisy[ids] == noisy[ids].max()].min())
 
 
 def commit(w: Writing, new: list[int]) -> bool:

@@ -8,6 +8,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.native import library
+
 UInt32 = NDArray[np.uint32]
 Float32 = NDArray[np.float32]
 
@@ -58,7 +60,18 @@ def block_noise(seed: int, positions: UInt32, vocab_size: int) -> Float32:
     """Standard Gumbel noise of every token at these positions (P,): what `blocks` draws and drafts with.  → (P, V)
 
     Token i is word i mod 4 of the counter (i div 4, position, 0, BLOCK_DOMAIN): all of Philox's four words are used.
+    By the compiled library or numpy, whose logarithms may differ in the last bits.
     """
+    if (native := library()) is not None:
+        made: Float32 = np.empty((len(positions), vocab_size), np.float32)
+        for row, position in zip(made, positions.tolist(), strict=True):
+            native.noise(seed, position, 1, vocab_size, row.ctypes.data)
+        return made
+    return _block_noise(seed, positions, vocab_size)
+
+
+def _block_noise(seed: int, positions: UInt32, vocab_size: int) -> Float32:
+    """The same by numpy."""
     counters = np.arange(-(-vocab_size // 4), dtype=np.uint32)
     zero, domain = np.zeros(1, np.uint32), np.array([BLOCK_DOMAIN], np.uint32)
     words = np.stack(philox((counters, positions[:, None], zero, domain), seed), -1)  # (P, V / 4, 4)

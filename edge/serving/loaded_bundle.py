@@ -66,12 +66,7 @@ class LoadedBundle:
     @property
     def degraded(self) -> str | None:
         """Why the device computes with less than it has; None where all is well."""
-        return self.fallback or (None if self._shared_rows is None else self._shared_rows.degraded)
-
-    @property
-    def alone(self) -> str | None:
-        """Why no requests share a pass here though the graph for it runs; None otherwise."""
-        return None if self._shared_rows is None else self._shared_rows.alone
+        return self.fallback
 
     @property
     def model(self) -> str:
@@ -209,7 +204,7 @@ class LoadedBundle:
         """How many runs like this one (by canvas without one), of equal `positions`, a step takes, ascending from 1."""
         backend: AnyBackend | AnyRows | None = self.backend
         if isinstance(run, BlocksRun):
-            if run.writing.reads or (run.writing.remaining is not None and self._loop is None):
+            if run.writing.reads or (run.writing.conditioned and self._loop is None):
                 return (1,)
             backend = self.rows
         batches: tuple[int, ...] = getattr(backend, "batches", (1,))

@@ -92,8 +92,7 @@ class _State:
             return [first]
         kind = self._kind(first)
         alike_now = (job for job in order if not job.alone and self._kind(job) == kind)
-        # a lane may have given up shared passes meanwhile: then none has these sizes, and the first goes alone
-        mates = [job for job in alike_now if job.loaded.batches(job.run) == sizes] or [first]
+        mates = [job for job in alike_now if job.loaded.batches(job.run) == sizes]
         others = (job for batch in self.batches for job in batch)
         alike = len(mates) + sum((job.loaded, type(job.run)) == kind[:2] for job in others)
         own_share = share_of_a_lane(alike, first.loaded.lanes)

@@ -11,7 +11,7 @@ from edge.decoding.blocks import BlocksLoop, Law, RowsBackend, Writing
 from edge.decoding.canvas import advance, bucket
 from edge.decoding.conditions import Condition
 from edge.decoding.layout_text import HALF, Layout, Texts
-from edge.decoding.together import SharedRows, advance_together
+from edge.decoding.together import SharedRows
 from edge.decoding.types import AnyBackend, Ids, Row, Sampling
 from edge.serving.slots import Slots
 from shared.manifest import Decoder, Manifest
@@ -255,9 +255,8 @@ def step(
         together = [run for run in runs if isinstance(run, BlocksRun)]
         if loop is not None:
             loop.advance([run.writing for run in together])
-        elif len(runs) > 1:
-            assert shared is not None
-            advance_together(shared, [run.writing for run in together], under_way)
+        elif shared is not None and not first.writing.conditioned:
+            shared.advance([run.writing for run in together])
         else:
             assert rows is not None
             blocks.advance(rows, first.writing, under_way)

@@ -22,7 +22,6 @@ from host.export.law_parity import GATE, LawReference, measure_law, passes_law, 
 from host.export.random_weights import random_conditions
 from host.export.row_builder import Ranges
 from host.export.row_ranges import best_ranges, calibration_rows, observe
-from host.export.shared_step import with_shared_step
 from host.export.step_graph import draft_graph, prefill_graph, step_graph
 from host.model.network import Denoiser
 from shared.errors import BundleError
@@ -65,7 +64,7 @@ def untested_blocks(model: Denoiser, learned: Collection[str], int8: bool) -> li
     """Graphs of random weights: scales and frequent tokens of random text, nothing measured."""
     text = _random_text(model)
     ranges = best_ranges(model, observe(model, calibration_rows(text, learned)))[0] if int8 else None
-    return with_shared_step(blocks_graphs(model, learned, ranges))
+    return blocks_graphs(model, learned, ranges)
 
 
 def untested_cuda_blocks(
@@ -136,7 +135,7 @@ def blocks_int8(reference: LawReference) -> Blocks:
     print_speed(blocks_graphs(model, learned)[0])
     blocks = _first_to_pass(reference, lambda ranges: blocks_graphs(model, learned, ranges), reference.ranges)
     print_speed(blocks.graphs[0])
-    return replace(blocks, graphs=with_shared_step(blocks.graphs))
+    return blocks
 
 
 def cuda_blocks(reference: LawReference, precisions: Collection[Precision], fp32_norms: bool) -> list[Blocks]:

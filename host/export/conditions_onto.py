@@ -33,7 +33,7 @@ from shared.manifest import (
     verified_bytes,
 )
 
-KEPT: Final[tuple[Role, ...]] = ("step", "prefill", "draft", "step.shared")
+KEPT: Final[tuple[Role, ...]] = ("step", "prefill", "draft")
 CONDITIONS: Final = "graphs of conditions"
 FIGURES: Final = "figures on held-out text (the bundle is there already)"
 CALIBRATED: Final = (".in.scale", ".in.zero")

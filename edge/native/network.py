@@ -1,0 +1,139 @@
+"""A bundle's INT8 step and draft graphs as the compiled library reads them.
+
+The graphs are those that ONNX Runtime runs, and nothing else is in the bundle: their constants are known by name and
+shape, so a graph that was built otherwise is refused here, and ONNX Runtime runs it.
+D: width, V: vocabulary, K, N: inputs and outputs of a product.
+"""
+
+from collections.abc import Mapping, Sequence
+from ctypes import Structure
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.native import LANES, Block, Depth, Drafter, Matrix, Network, Norm
+from shared.manifest import ModelSpec
+
+Arrays = Mapping[str, NDArray[Any]]
+COLUMNS: Final = 64  # of a tile in `products.h`
+HEAD_WIDTHS: Final = (32, 64)
+
+
+class NotKnownError(Exception):
+    """A graph that the library cannot run; the reason in a few words."""
+
+
+class _Reader:
+    """Takes constants out of a graph, checks their shapes, and keeps what the structures point to alive."""
+
+    def __init__(self, constants: Arrays) -> None:
+        self.left = dict(constants)
+        self.alive: list[Any] = []
+
+    def take(self, name: str, dtype: type, *shape: int) -> NDArray[Any]:
+        found = self.left.pop(name, None)
+        if found is None or found.dtype != dtype or found.shape != shape:
+            has = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise NotKnownError(f"{name} is {has}, not {np.dtype(dtype)} {list(shape)}")
+        return found
+
+    def keep(self, array: NDArray[Any]) -> int:
+        """Its address, for as long as this lives."""
+        array = np.ascontiguousarray(array)
+        self.alive.append(array)
+        return array.ctypes.data
+
+    def address(self, name: str, dtype: type, *shape: int) -> int:
+        return self.keep(self.take(name, dtype, *shape))
+
+    def norm(self, name: str, width: int) -> Norm:
+        return Norm(*(self.address(f"{name}.{part}", np.float32, width) for part in ("weight", "bias")))
+
+    def matrix(self, name: str, inputs: int, *, outputs: int, dynamic: bool = False, biased: bool = True) -> Matrix:
+        """dynamic: each row of inputs has a scale of its own, made at run time."""
+        if inputs % 4 or outputs % LANES:
+            raise NotKnownError(f"{name} has {inputs} inputs and {outputs} outputs")
+        weights = self.take(f"{name}.int8", np.int8, inputs, outputs)
+        if self.take(f"{name}.zero", np.int8, outputs).any():
+            raise NotKnownError(f"{name} has weights around other numbers than 0")
+        whole = -(-outputs // COLUMNS) * COLUMNS
+        tiles = np.zeros((inputs, whole), np.int8)
+        tiles[:, :outputs] = weights
+        tiles = tiles.reshape(inputs // 4, 4, whole // COLUMNS, COLUMNS).transpose(2, 0, 3, 1)
+        sums = np.zeros(whole, np.int32)
+        sums[:outputs] = weights.sum(0, dtype=np.int32)
+        scale, zero = 0.0, 0
+        if not dynamic:
+            scale = float(self.take(f"{name}.in.scale", np.float32, 1)[0])
+            zero = int(self.take(f"{name}.in.zero", np.uint8, 1)[0])
+        scales = self.address(f"{name}.scale", np.float32, outputs)
+        bias = self.take(f"{name}.bias", np.float32, outputs) if biased else np.zeros(outputs, np.float32)
+        return Matrix(self.keep(tiles), self.keep(sums), scales, self.keep(bias), scale, zero, inputs, outputs)
+
+    def all(self, made: Sequence[Structure]) -> Any:
+        """Structures of one kind, one after another."""
+        array = (type(made[0]) * len(made))(*made)
+        self.alive.append(array)
+        return array
+
+    def finish(self, *known: str) -> None:
+        """NotKnownError where constants are left that are not read."""
+        left = self.left.keys() - set(known)
+        if left:
+            raise NotKnownError(f"it has {min(left)} as well")
+
+
+def read_network(constants: Arrays, model: ModelSpec) -> tuple[Network, list[Any]]:
+    """The network of a step graph, and what it points to. Raises NotKnownError."""
+    d, places = model.d_model, 2 * model.canvas_len - 1
+    if d % model.heads or d // model.heads not in HEAD_WIDTHS:
+        raise NotKnownError(f"its heads are {d / model.heads:g} wide")
+    r = _Reader(constants)
+    blocks = [
+        Block(
+            *(r.norm(f"{b}.{name}", d) for name in ("norm1", "norm2")),
+            r.matrix(f"{b}.qkv", d, outputs=3 * d),
+            r.matrix(f"{b}.attention_out", d, outputs=d),
+            r.matrix(f"{b}.up", d, outputs=4 * d),
+            r.matrix(f"{b}.down", 4 * d, outputs=d),
+        )
+        for b in (f"blocks.{layer}" for layer in range(model.layers))
+    ]
+    network = Network(
+        d,
+        model.heads,
+        model.layers,
+        int(r.take("farthest", np.int32, 1)[0]),
+        r.address("token_embedding.int8", np.int8, model.vocab_size, d),
+        r.address("token_embedding.scale", np.float32, model.vocab_size, 1),
+        r.address("position_embedding.weight", np.float32, model.canvas_len, d),
+        r.address("relative_bias.columns", np.float32, places, model.heads),
+        r.all(blocks),
+        r.norm("norm", d),
+        r.matrix("head", d, outputs=model.vocab_size),
+    )
+    r.finish("first_row", "column", "axis_0")
+    return network, r.alive
+
+
+def read_drafter(constants: Arrays, model: ModelSpec, depths: int) -> tuple[Drafter, list[Any]]:
+    """The drafter of a draft graph, and what it points to. Raises NotKnownError."""
+    d, r = model.d_model, _Reader(constants)
+    likely = r.left.pop("likely", np.arange(model.vocab_size, dtype=np.int32))
+    hidden = len(constants.get("drafter.depths.0.known.scale", ()))
+    steps = []
+    for depth in range(depths):
+        b, tokens = f"drafter.depths.{depth}", len(likely) if depth else model.vocab_size
+        steps.append(
+            Depth(
+                r.address(f"{b}.known.int8", np.int8, tokens, hidden),
+                r.address(f"{b}.known.scale", np.float32, hidden),
+                r.norm(f"{b}.norm_state", d),
+                r.matrix(f"{b}.up", d, outputs=hidden, dynamic=True, biased=False),
+                r.matrix(f"{b}.down", hidden, outputs=d, dynamic=True),
+            )
+        )
+    head = r.matrix("head", d, outputs=len(likely), dynamic=True)
+    r.finish(*(f"drafter.depths.{depth}.number" for depth in range(depths)))
+    return Drafter(depths, d, hidden, r.keep(likely), r.all(steps), head), r.alive

@@ -1,0 +1,137 @@
+// A pass of rows through the network, and the chain of drafts. Of each set of instructions; see `vectors.h`.
+
+struct Space {  // of a pass, in the caller's memory
+    float *x, *normed, *wide, *mixed, *weights;
+    Rows quantized;
+};
+
+// What one row reads: for each head, softmax of its scores over the first `seen` keys, times their values.
+template <int SIZE>
+static void attend(const Network &net, const float *query, const float *keys, const float *values, const int32_t *places,
+                   int position, int seen, int room, float *weights, float *mixed) {
+    constexpr int PARTS = SIZE / LANES;
+    const float by = 1.0f / __builtin_sqrtf(SIZE);
+    const float *distances = net.distances + static_cast<long>(net.farthest - position) * net.heads;
+    const int whole = (seen + LANES - 1) / LANES * LANES;
+    for (int head = 0; head < net.heads; head++, query += SIZE, mixed += SIZE) {
+        const float *key = keys + static_cast<long>(head) * room * SIZE, *value = values + static_cast<long>(head) * room * SIZE;
+        Floats q[PARTS], highest = all(-1e30f);
+        for (int i = 0; i < PARTS; i++) q[i] = load(query + i * LANES) * by;
+        for (int first = 0; first < seen; first += 4) {
+            Floats of[4];
+            for (int n = 0; n < 4; n++) {  // a last one past the end is computed, and not used
+                const float *k = key + static_cast<long>(first + n < seen ? first + n : first) * SIZE;
+                of[n] = q[0] * load(k);
+                for (int i = 1; i < PARTS; i++) of[n] = fused(q[i], load(k + i * LANES), of[n]);
+            }
+            *reinterpret_cast<Half *>(weights + first) = sums(of[0], of[1], of[2], of[3]);
+        }
+        for (int i = 0; i < seen; i++) weights[i] += distances[static_cast<long>(places[i]) * net.heads + head];
+        for (int i = seen; i < whole; i++) weights[i] = -1e30f;
+        for (int i = 0; i < whole; i += LANES) highest = most(highest, load(weights + i));
+        float top = highest[0];
+        for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
+        Floats total = {}, out[PARTS] = {};
+        for (int i = 0; i < whole; i += LANES) {
+            const Floats scores = load(weights + i), shares = exponential(scores - top);
+            const Floats shown = scores > -1e29f ? shares : Floats{};
+            store(weights + i, shown);
+            total += shown;
+        }
+        const float inverse = 1.0f / sum(total);
+        for (int i = 0; i < seen; i++, value += SIZE)
+            for (int part = 0; part < PARTS; part++) out[part] = fused(load(value + part * LANES), all(weights[i]), out[part]);
+        for (int part = 0; part < PARTS; part++) store(mixed + part * LANES, out[part] * inverse);
+    }
+}
+
+// Keys and values of a layer into the request's caches, behind those kept. qkv (rows, 3 D)
+INLINE void keep(const Network &net, const Request &r, int layer, const float *qkv) {
+    const int size = net.width / net.heads;
+    for (int row = 0; row < r.rows; row++, qkv += 3 * net.width)
+        for (int head = 0; head < net.heads; head++)
+            for (int kind = 0; kind < 2; kind++) {
+                float *to = r.caches[2 * layer + kind] + (static_cast<long>(head) * r.room + r.kept + row) * size;
+                memcpy(to, qkv + (1 + kind) * net.width + head * size, size * sizeof(float));
+            }
+}
+
+INLINE void embed(const Network &net, const Request &r, float *x) {
+    for (int row = 0; row < r.rows; row++, x += net.width) {
+        const int8_t *token = net.tokens + static_cast<long>(r.tokens[row]) * net.width;
+        const float *place = net.positions + static_cast<long>(r.positions[row]) * net.width;
+        const float scale = net.token_scales[r.tokens[row]];
+        for (int i = 0; i < net.width; i++) x[i] = token[i] * scale + place[i];
+        r.places[r.kept + row] = r.positions[row];
+    }
+}
+
+// All rows share the products; each request's rows see the rows kept in its caches, and those before them.
+static void pass(const Network &net, const Request *requests, int count, const Space &s) {
+    const int d = net.width;
+    int rows = 0;
+    for (int i = 0; i < count; rows += requests[i++].rows) embed(net, requests[i], s.x + static_cast<long>(rows) * d);
+    for (int layer = 0; layer < net.layers; layer++) {
+        const Block &block = net.blocks[layer];
+        const bool last = layer == net.layers - 1;  // in which only scored rows go on
+        for (int row = 0; row < rows; row++)
+            normalize(block.norm1, s.x + static_cast<long>(row) * d, d, s.normed + static_cast<long>(row) * d);
+        multiply(block.qkv, s.normed, rows, s.quantized, s.wide);
+        int row = 0, going_on = 0;
+        for (int i = 0; i < count; i++) {
+            const Request &r = requests[i];
+            keep(net, r, layer, s.wide + static_cast<long>(row) * 3 * d);
+            for (int own = 0; own < r.rows; own++, row++) {
+                if (last && own < r.rows - r.scored) continue;
+                const auto attend_heads = d / net.heads == 64 ? attend<64> : attend<32>;
+                attend_heads(net, s.wide + static_cast<long>(row) * 3 * d, r.caches[2 * layer], r.caches[2 * layer + 1],
+                             r.places, r.positions[own], r.kept + own + 1, r.room, s.weights,
+                             s.mixed + static_cast<long>(going_on) * d);
+                if (going_on != row)
+                    memcpy(s.x + static_cast<long>(going_on) * d, s.x + static_cast<long>(row) * d, d * sizeof(float));
+                going_on++;
+            }
+        }
+        rows = going_on;
+        multiply(block.attention_out, s.mixed, rows, s.quantized, s.normed);
+        add(s.x, s.normed, static_cast<long>(rows) * d);
+        for (int i = 0; i < rows; i++)
+            normalize(block.norm2, s.x + static_cast<long>(i) * d, d, s.normed + static_cast<long>(i) * d);
+        multiply(block.up, s.normed, rows, s.quantized, s.wide);
+        for (long i = 0; i < static_cast<long>(rows) * 4 * d; i += LANES) store(s.wide + i, gelu(load(s.wide + i)));
+        multiply(block.down, s.wide, rows, s.quantized, s.normed);
+        add(s.x, s.normed, static_cast<long>(rows) * d);
+    }
+    const float *x = s.x;
+    for (int i = 0; i < count; i++)
+        for (int row = 0; row < requests[i].scored; row++, x += d)
+            normalize(net.norm, x, d, requests[i].states + static_cast<long>(row) * d);
+    for (int i = 0; i < count; i++)
+        multiply(net.head, requests[i].states, requests[i].scored, s.quantized, requests[i].scores);
+}
+
+// The draft of each depth after `token`: the best of the likely ones by score and noise, the first of equals.
+// x (D,): the state of the row that drew it, overwritten. noise_of(depth) (V,)
+template <typename Noise>
+static void draft(const Drafter &net, float *x, int token, Noise noise_of, float temperature, int count, int32_t *drafts,
+                  const Space &s) {
+    float *scores = s.weights;
+    for (int depth = 0; depth < count; depth++) {
+        const Depth &step = net.steps[depth];
+        const int8_t *known = step.known + static_cast<long>(token) * net.hidden;
+        normalize(step.norm, x, net.width, s.normed);
+        multiply(step.up, s.normed, 1, s.quantized, s.wide);
+        for (int i = 0; i < net.hidden; i++) s.mixed[i] = s.wide[i] + known[i] * step.known_scales[i];
+        for (int i = 0; i < net.hidden; i += LANES) store(s.mixed + i, gelu(load(s.mixed + i)));
+        multiply(step.down, s.mixed, 1, s.quantized, s.normed);
+        add(x, s.normed, net.width);
+        multiply(net.head, x, 1, s.quantized, scores);
+        if (temperature != 0) {
+            const float *noise = noise_of(depth);
+            for (int i = 0; i < net.head.outputs; i++) scores[i] += noise[net.likely[i]] * temperature;
+        }
+        token = 0;
+        for (int i = 1; i < net.head.outputs; i++) token = scores[i] > scores[token] ? i : token;
+        drafts[depth] = net.likely[token];
+    }
+}

@@ -1,0 +1,97 @@
+// Functions of eight numbers. Every operation is one IEEE rounding, in an order that the source fixes (fused where it says
+// so, never reordered), so that all processors give the same bits. No include guard: once for each set of instructions.
+#undef INLINE
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Floats load(const float *p) { return *reinterpret_cast<const Floats *>(p); }
+INLINE void store(float *p, Floats v) { *reinterpret_cast<Floats *>(p) = v; }
+INLINE Floats all(float x) { return x - Floats{}; }
+INLINE Floats least(Floats a, Floats b) { return a < b ? a : b; }
+INLINE Floats most(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+// The highest power's coefficient first.
+template <int N> INLINE Floats polynomial(Floats x, const float (&terms)[N]) {
+    Floats p = all(terms[0]);
+    for (int i = 1; i < N; i++) p = fused(p, x, all(terms[i]));
+    return p;
+}
+
+INLINE Half fold(Floats v) {
+    Half halves[2];
+    memcpy(halves, &v, sizeof halves);
+    return halves[0] + halves[1];
+}
+
+INLINE float sum(Floats v) {
+    const Half h = fold(v);
+    return (h[0] + h[2]) + (h[1] + h[3]);
+}
+
+// The sums of four vectors, each as `sum` has it.
+INLINE Half sums(Floats a, Floats b, Floats c, Floats d) {
+    const Half p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+    typedef int32_t Pick __attribute__((vector_size(16)));
+    const Half front = __builtin_shuffle(p, q, Pick{0, 4, 1, 5}) + __builtin_shuffle(p, q, Pick{2, 6, 3, 7});
+    const Half back = __builtin_shuffle(r, s, Pick{0, 4, 1, 5}) + __builtin_shuffle(r, s, Pick{2, 6, 3, 7});
+    return __builtin_shuffle(front, back, Pick{0, 1, 4, 5}) + __builtin_shuffle(front, back, Pick{2, 3, 6, 7});
+}
+
+constexpr float HALF_UNIT = 12582912.0f;  // 1.5 · 2^23: added and taken away, it rounds to the nearest, ties to even
+INLINE Floats rounded(Floats v) { return (v + HALF_UNIT) - HALF_UNIT; }
+
+// e^x for x <= 0: x = n ln 2 + r, polynomial in r as in Cephes' expf (relative error 2e-7).
+INLINE Floats exponential(Floats x) {
+    x = most(x, all(-87.0f));
+    const Floats n = rounded(x * 1.44269504f);
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    constexpr float TERMS[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                               4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    const Floats p = fused(polynomial(r, TERMS), r * r, r) + 1.0f;
+    return (Floats)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
+}
+
+// The natural logarithm of positive numbers F that are not denormal, I as wide: polynomial of Cephes' logf.
+template <typename F, typename I> INLINE F logarithm(F x) {
+    constexpr int32_t ROOT_OF_HALF = 0x3f3504f3;  // so that the mantissa lies between it and its double
+    const I bits = (I)x, e = (bits - ROOT_OF_HALF) >> 23;
+    const F m = (F)(bits - (e << 23)) - 1.0f, n = __builtin_convertvector(e, F), z = m * m;
+    F p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const F y = (p * m * z - n * 2.12194440e-4f) - z * 0.5f;
+    return (m + y) + n * 0.693359375f;
+}
+
+// x Φ(x): erf as a quotient of polynomials within ±4, where it is ±1 in float32 (absolute error 2e-7).
+INLINE Floats gelu(Floats x) {
+    const Floats t = least(most(x * 0.70710678f, all(-4.0f)), all(4.0f)), s = t * t;
+    constexpr float ABOVE[] = {-2.72614225801306e-10f, 2.77068142495902e-08f,  -2.10102402082508e-06f, -5.69250639462346e-05f,
+                               -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
+    constexpr float BELOW[] = {-1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f,
+                               -7.37332916720468e-03f, -1.42647390514189e-02f};
+    return 0.5f * x * (1.0f + t * polynomial(s, ABOVE) / polynomial(s, BELOW));
+}
+
+INLINE void normalize(const Norm &norm, const float *x, int width, float *y) {
+    Floats total = {}, squares = {};
+    for (int i = 0; i < width; i += LANES) total += load(x + i);
+    const float mean = sum(total) / width;
+    for (int i = 0; i < width; i += LANES) {
+        const Floats off = load(x + i) - mean;
+        squares = fused(off, off, squares);
+    }
+    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / width + 1e-5f);
+    for (int i = 0; i < width; i += LANES)
+        store(y + i, fused((load(x + i) - mean) * scale, load(norm.weight + i), load(norm.bias + i)));
+}
+
+INLINE void add(float *x, const float *y, long size) {
+    for (long i = 0; i < size; i += LANES) store(x + i, load(x + i) + load(y + i));
+}
