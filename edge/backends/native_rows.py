@@ -22,6 +22,7 @@ from edge.native import Drafter, Library, Network, Request, library
 from edge.native.initializers import initializers
 from edge.native.network import NotKnownError, read_drafter, read_network
 from shared.manifest import Manifest, Role, find_graph, has_role, verified_bytes
+from shared.messages import MAX_SEGMENTS
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +90,16 @@ class _Memory:
         self.seed: int | None = None
 
     def place(self, rows: Rows) -> Request:
-        """The slot's next rows. Where more are scored than with drafts, its arrays are larger from then on."""
-        request, count = self.request, rows.tokens.size
+        """The slot's next rows. Where more are scored than with drafts, its arrays are larger from then on.
+
+        IndexError for rows without a place in the slot or the network: the library would write where they point.
+        """
+        request, count, room = self.request, rows.tokens.size, self.positions.size
+        ids, places = rows.tokens.tolist(), rows.positions.tolist()  # few: numpy takes thrice as long to look at them
+        if not (0 < rows.scored <= count and rows.slot.cached + count <= room and len(places) == count):
+            raise IndexError(f"{count} rows, {rows.scored} of them scored, behind {rows.slot.cached} of {room}")
+        if min(ids) < 0 or max(ids) >= self.noise.shape[1] or min(places) < 0 or max(places) >= room - MAX_SEGMENTS:
+            raise IndexError("tokens or positions that the network does not have")
         if rows.scored > len(self.scores):
             self.scores, self.states = (
                 np.empty((rows.scored, array.shape[1]), np.float32) for array in (self.scores, self.states)
@@ -150,12 +159,17 @@ class NativeRows(OrtRows):
         self._library.advance(self._network, self._drafter, addressof(requests), len(slots), space)
         if any(request.left == NOT_FINITE for request in requests):
             raise RuntimeError(NOT_NUMBERS)
-        for w, slot, request in zip(writings, slots, requests, strict=True):
-            memory = slot.memory
+        drawn = [  # of all, before any is committed: it raises where a score is not a number
+            draw_rows(w, s.memory.scores[: r.scored])
+            if r.left == FILTERING
+            else s.memory.drawn[: r.agreed + 1].tolist()
+            for w, s, r in zip(writings, slots, requests, strict=True)
+        ]
+        for w, slot, request, new in zip(writings, slots, requests, drawn, strict=True):
             if request.left == FILTERING:
-                finish(self, w, memory.states, draw_rows(w, memory.scores[: request.scored]))
-            elif keep(w, memory.drawn[: request.agreed + 1].tolist())[1]:
-                w.drafts = memory.drafts[: request.drafted].tolist()
+                finish(self, w, slot.memory.states, new)
+            elif keep(w, new)[1]:
+                w.drafts = slot.memory.drafts[: request.drafted].tolist()
 
     def rows(self, slot: Slot, tokens: Ids, *, positions: Ids, scored: int, under_way: int = 1) -> RowScores:
         """See `edge.decoding.blocks.RowsBackend`."""

@@ -15,6 +15,8 @@ INITIALIZER: Final = 5
 DIMS, DATA_TYPE, NAME, RAW_DATA = 1, 2, 8, 9
 DTYPES: Final = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64}
 VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5
+LONGEST: Final = 10
+"""Bytes of a number of 64 bits. Without a bound, a file of nothing else would be one number, and take for ever."""
 
 
 def initializers(model: bytes) -> dict[str, NDArray[Any]]:
@@ -23,7 +25,7 @@ def initializers(model: bytes) -> dict[str, NDArray[Any]]:
         graphs = [value for number, value in _fields(memoryview(model)) if number == GRAPH]
         tensors = [value for graph in graphs for number, value in _fields(graph) if number == INITIALIZER]
         return dict(_tensor(tensor) for tensor in tensors)
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (IndexError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"not an ONNX file whose constants can be read: {type(error).__name__}: {error}") from None
 
 
@@ -35,7 +37,7 @@ def _tensor(message: memoryview) -> tuple[str, NDArray[Any]]:
         elif number == DATA_TYPE:
             dtype = value
         elif number == NAME:
-            name = bytes(value).decode()
+            name = str(value, "utf-8")
         elif number == RAW_DATA:
             raw = value
     return name, np.frombuffer(raw, DTYPES[dtype]).reshape(dims)
@@ -68,10 +70,10 @@ def _varints(message: memoryview) -> Iterator[int]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+    value = 0
+    for place in range(LONGEST):
+        byte = message[at + place]
+        value |= (byte & 0x7F) << 7 * place
         if byte < 0x80:
-            return value, at
+            return value, at + place + 1
+    raise IndexError("a number of more than 64 bits")

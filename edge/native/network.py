@@ -39,8 +39,8 @@ class _Reader:
         return found
 
     def keep(self, array: NDArray[Any]) -> int:
-        """Its address, for as long as this lives."""
-        array = np.ascontiguousarray(array)
+        """Its address, for as long as this lives. In a file it lies at any byte: then it is copied."""
+        array = np.require(array, requirements=("C", "ALIGNED"))
         self.alive.append(array)
         return array.ctypes.data
 
@@ -90,6 +90,8 @@ def read_network(constants: Arrays, model: ModelSpec) -> tuple[Network, list[Any
     if d % model.heads or d // model.heads not in HEAD_WIDTHS:
         raise NotKnownError(f"its heads are {d / model.heads:g} wide")
     r = _Reader(constants)
+    if int(r.take("farthest", np.int32, 1)[0]) != model.canvas_len - 1:
+        raise NotKnownError("its distances do not begin at the farthest key")
     blocks = [
         Block(
             *(r.norm(f"{b}.{name}", d) for name in ("norm1", "norm2")),
@@ -104,7 +106,7 @@ def read_network(constants: Arrays, model: ModelSpec) -> tuple[Network, list[Any
         d,
         model.heads,
         model.layers,
-        int(r.take("farthest", np.int32, 1)[0]),
+        model.canvas_len - 1,
         r.address("token_embedding.int8", np.int8, model.vocab_size, d),
         r.address("token_embedding.scale", np.float32, model.vocab_size, 1),
         r.address("position_embedding.weight", np.float32, model.canvas_len, d),
@@ -120,8 +122,12 @@ def read_network(constants: Arrays, model: ModelSpec) -> tuple[Network, list[Any
 def read_drafter(constants: Arrays, model: ModelSpec, depths: int) -> tuple[Drafter, list[Any]]:
     """The drafter of a draft graph, and what it points to. Raises NotKnownError."""
     d, r = model.d_model, _Reader(constants)
-    likely = r.left.pop("likely", np.arange(model.vocab_size, dtype=np.int32))
-    hidden = len(constants.get("drafter.depths.0.known.scale", ()))
+    likely = np.arange(model.vocab_size, dtype=np.int32)
+    if "likely" in constants:
+        likely = r.take("likely", np.int32, constants["likely"].size)
+        if not likely.size or likely.min() < 0 or likely.max() >= model.vocab_size:
+            raise NotKnownError("it drafts tokens that are none")
+    hidden = int(np.size(constants.get("drafter.depths.0.known.scale", ())))
     steps = []
     for depth in range(depths):
         b, tokens = f"drafter.depths.{depth}", len(likely) if depth else model.vocab_size

@@ -46,6 +46,7 @@ struct Carver {
 
 template <typename Space> Space carve(char *memory, int rows, int width, int wide, int weights, char **end) {
     Carver c{memory};
+    if (wide < width) wide = width;  // inputs of any product
     Space s;
     s.x = c.take<float>(static_cast<long>(rows) * width);
     s.normed = c.take<float>(static_cast<long>(rows) * width);
