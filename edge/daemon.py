@@ -146,7 +146,7 @@ def _load(config: Config) -> LoadedBundle:
     if (why := deaths.too_many()) is not None:
         log.warning("the CPU serves: %s", why)
         loaded = LoadedBundle.load(folder, "ort", config.threads)
-        loaded.fallback = why
+        loaded.degraded = why
         return loaded
     deaths.begin()
     loaded = LoadedBundle.load(folder, config.backend, config.threads)

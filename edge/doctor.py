@@ -218,7 +218,7 @@ def whole_bundle(folder: Path, target: Target) -> Finding:
         check_files(folder)
     except DiffusionLLMError as error:
         return Finding(BUNDLE, "unusable", str(error))
-    graphs = ", ".join(f"{graph.target} {graph.precision}" for graph in manifest.graphs)
+    graphs = ", ".join(dict.fromkeys(f"{graph.target} {graph.precision}" for graph in manifest.graphs))
     return Finding(BUNDLE, f"{manifest.name}: {graphs}")
 
 

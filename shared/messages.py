@@ -197,9 +197,9 @@ State = Literal["idle", "busy", "degraded", "draining", "error"]
 class Health(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="health"):
     """The daemon's answer to a HealthRequest. queued: accepted requests that are not being computed yet.
 
-    backend: what computes, such as "ort" or "trt". state: "degraded" is a GPU device that serves from its CPU, or a CPU
-    that cannot compute several requests in a pass though its bundle could, whether idle or busy; "error" a GPU that has
-    failed under this daemon, which ends to be started again. failure: why, in these two states.
+    backend: what computes, such as "ort" or "trt". state: "degraded" is a GPU device that serves from its CPU, whether
+    idle or busy; "error" a GPU that has failed under this daemon, which ends to be started again. failure: why, in
+    these two states.
     """
 
     v: int = PROTOCOL_VERSION

@@ -80,8 +80,8 @@ def blocks_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_rows_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In INT8, with the graph of several requests."""
+def int8_blocks_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in INT8."""
     folder = tmp_path_factory.mktemp("bundles") / "int8"
     export_untrained("debug", folder, wanted=Wanted(cpu_int8=True), defaults=SamplingDefaults())
     return folder

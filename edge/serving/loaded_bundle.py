@@ -30,14 +30,14 @@ class LoadedBundle:
     """One bundle on one backend. Thread-safe for `prepare`, and for `step` in as many threads as it has `lanes`.
 
     backend, rows: what runs the decoders canvas and blocks; None where the bundle or the device lacks it.
-    backend_name: "ort", "trt" or "fake". fallback: why the CPU serves in place of the GPU, or None. window: the drafts
+    backend_name: "ort", "trt" or "fake". degraded: why the CPU serves in place of the GPU, or None. window: the drafts
     in a pass of requests that name no number, as many as pay on this device.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, chosen: Chosen, texts: Texts) -> None:
         self.manifest = manifest
         self.digest = bundle_digest(folder)
-        self.backend, self.backend_name, self.fallback, self.rows = chosen
+        self.backend, self.backend_name, self.degraded, self.rows = chosen
         # Once, not at every pass: isinstance with a protocol takes 15 µs.
         self._loop = self.rows if isinstance(self.rows, BlocksLoop) else None
         self._shared_rows = self.rows if isinstance(self.rows, SharedRows) else None
@@ -62,11 +62,6 @@ class LoadedBundle:
             raise BundleError(f"{folder / TOKENIZER} has {sizes}")
         texts = Texts(tokenizer, manifest.model.canvas_len)
         return cls(folder, manifest, choose_backend(backend, folder, manifest, threads), texts)
-
-    @property
-    def degraded(self) -> str | None:
-        """Why the device computes with less than it has; None where all is well."""
-        return self.fallback
 
     @property
     def model(self) -> str:

@@ -1,7 +1,7 @@
 """The graphs of blocks for the CPU: one pass of causal rows over a cache, evidence that is encoded once, and drafts.
 
-One request a pass (batch 1); `host.export.shared_step` makes the graph of several requests of these. H: heads, S:
-cached rows, N: rows of the pass, T = S + N, C: rows that a cache has room for, M: scored rows, D: width, V: vocabulary.
+One request a pass (batch 1). H: heads, S: cached rows, N: rows of the pass, T = S + N, C: rows that a cache has room
+for, M: scored rows, D: width, V: vocabulary.
 """
 
 from collections.abc import Mapping, Sequence

@@ -44,7 +44,6 @@ def test_shipped_bundle_is_complete_and_small() -> None:
     manifest = read_manifest(folder)
     assert {(g.role, g.target, g.precision) for g in manifest.graphs} == {
         ("step", "cpu", "int8"),
-        ("step.shared", "cpu", "int8"),
         ("prefill", "cpu", "int8"),
         ("draft", "cpu", "int8"),
         ("canvas", "cpu", "int8"),

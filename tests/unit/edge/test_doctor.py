@@ -14,7 +14,7 @@ import onnx
 import pytest
 from msgspec.structs import replace
 
-from edge import doctor
+from edge import doctor, native
 from edge.backends.trt.driver import CudaMemory, Gpu, Memory, PycudaMemory
 from edge.backends.trt.find_tensorrt import is_gpu_device
 from edge.measure.roofline import BOARDS, floor, matmul_flops
@@ -23,7 +23,7 @@ from edge.serving.scheduler import Scheduler
 from edge.transports.unix_socket import SocketServer
 from shared.errors import BundleError, ConfigError, DeviceError, DiffusionLLMError
 from shared.manifest import Manifest, find_graph, read_manifest
-from tests.support.altered_bundle import changed, with_graph
+from tests.support.altered_bundle import changed
 from tests.support.board import write_sensor, write_zone
 from tests.support.emulator import Emulator
 from tests.support.emulator.fakes import FakeDriver, array_at
@@ -73,34 +73,25 @@ def test_doctor_runs_blocks_too_and_needs_no_canvas(blocks_bundle: Path, blocks_
     for bundle, by_canvas in ((blocks_bundle, True), (blocks_alone, False)):
         code, found, fix = report(bundle)
         assert (code, fix) == (0, None)
-        assert found["blocks on the cpu"].endswith(" ms a pass") and ("step on the cpu" in found) == by_canvas
+        assert " ms a pass, by " in found["blocks on the cpu"] and ("step on the cpu" in found) == by_canvas
 
 
 @pytest.mark.skipif(is_gpu_device(), reason="this machine has a GPU")
-@pytest.mark.parametrize("runs", [True, False])
-def test_doctor_names_the_graph_of_several_requests_that_cannot_be_used(
-    shared_rows_bundle: Path, tmp_path: Path, report: Report, settings: Callable[..., None], runs: bool
+def test_doctor_tells_what_computes_blocks(
+    int8_blocks_bundle: Path, blocks_bundle: Path, report: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it runs and scores otherwise, as it may on another processor, there is nothing to fix."""
-
-    def change(model: onnx.ModelProto) -> None:
-        if runs:
-            node = next(node for node in model.graph.node if "scores" in node.output)
-            node.output[0] = "before"
-            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.5, np.float32), "half"))
-            model.graph.node.append(onnx.helper.make_node("Add", ["before", "half"], ["scores"]))
-        else:
-            del model.graph.output[-1]
-
-    settings(THREADS="2")
-    bundle = with_graph(shared_rows_bundle, tmp_path / "b", "step.shared", change)
-    file = next(bundle.glob("step.shared.*"))
-    code, found, fix = report(bundle)
-    assert found["many requests"].startswith("each in passes of its own")
-    if runs:
-        assert (code, fix) == (0, None) and f"{file} is not used on this processor" in found["many requests"]
-    else:
-        assert code == DeviceError.exit_code and fix is not None and fix.startswith(f"{file} cannot be used")
+    """Where it is not the compiled library there is nothing to fix: it serves as before."""
+    told = []
+    for bundle in (int8_blocks_bundle, blocks_bundle):
+        code, found, fix = report(bundle)
+        assert (code, fix) == (0, None)
+        told.append(found["blocks on the cpu"].partition(" ms a pass, by ")[2])
+    assert told[0].startswith("the compiled library (vnni_")
+    assert told[1] == "ONNX Runtime, as the compiled library does not know the graphs of this bundle"
+    monkeypatch.setattr(native, "_load", lambda _: "was not built")
+    code, found, fix = report(int8_blocks_bundle)
+    assert (code, fix) == (0, None)
+    assert found["blocks on the cpu"].endswith(" ms a pass, by ONNX Runtime, as the compiled library was not built")
 
 
 @pytest.mark.skipif(is_gpu_device(), reason="this machine has a GPU")

@@ -10,7 +10,7 @@ from edge.transports.mqtt.fleet import Device
     ("before", "now", "well"),
     [
         (("idle", "ort"), ("busy", "ort"), True),
-        (("idle", "ort"), ("degraded", "ort"), True),  # its CPU, as before, but for passes of several requests
+        (("idle", "ort"), ("degraded", "ort"), True),  # an engine was built meanwhile, but the GPU fails
         (("idle", "trt"), ("degraded", "ort"), False),  # the bundle has cost it its GPU
         (("degraded", "ort"), ("degraded", "ort"), True),
         (("idle", "ort"), ("error", "ort"), False),

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from edge.backends.fake import FakeBackend
 from edge.decoding.canvas import advance
 from edge.decoding.types import Row
@@ -62,21 +60,6 @@ def test_batches_hold_requests_of_one_length_up_to_the_backends_limit(debug_bund
     assert [mailbox.response().status for mailbox in mailboxes] == ["ok"] * 7
     assert sum(batch for batch, _ in recorder.shapes) == 7 * 2
     assert recorder.shapes[:2] == [(4, 16), (4, 16)]  # who was left out is first in the next
-
-
-@pytest.mark.parametrize("looks", [1, 2])
-def test_batches_given_up_while_one_is_chosen_leave_the_first_alone(
-    debug_bundle: Path, looks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another lane may find, at any moment, that no step takes several any more."""
-    loaded, recorder = recorded(debug_bundle, 1, 2, 4)
-    scheduler = Scheduler(loaded, queue_size=16)
-    mailboxes = [submit(scheduler, max_tokens=2, steps=1) for _ in range(4)]
-    before = iter([(1, 2, 4)] * looks)
-    monkeypatch.setattr(loaded, "batches", lambda run=None: next(before, (1,)))
-    serve_all(scheduler)
-    assert [mailbox.response().status for mailbox in mailboxes] == ["ok"] * 4
-    assert recorder.shapes == [(1, 16)] * 4
 
 
 def test_batches_never_mix_lengths(debug_bundle: Path) -> None:

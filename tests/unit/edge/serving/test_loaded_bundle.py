@@ -14,11 +14,13 @@ from msgspec.structs import replace
 from edge.decoding.types import Row
 from edge.serving.loaded_bundle import LoadedBundle
 from edge.serving.scheduler import Scheduler
+from edge.system.bundle_store import check_files
 from shared.errors import BundleError, RequestError
-from shared.manifest import MANIFEST, TOKENIZER
+from shared.manifest import MANIFEST, TOKENIZER, Graph
 from shared.messages import OPEN_POSITION, Gap, GenerateRequest, Reply, Response
 from shared.tokens import EOS, FIRST_TEXT_ID, PAD
 from tests.conftest import Exported
+from tests.support.altered_bundle import changed
 
 REQUESTS = {
     "random": GenerateRequest(prompt="abc", selection="random", steps=6),
@@ -311,6 +313,35 @@ def test_bundle_that_does_not_fit_is_refused_in_one_sentence(copy: Path, spoil: 
     assert BAD[spoil] in sentence
     assert str(copy) in sentence
     assert "\n" not in sentence
+
+
+def test_bundle_of_an_earlier_release_serves_without_its_graph_of_several_requests(
+    int8_blocks_bundle: Path, tmp_path: Path
+) -> None:
+    """Its manifest lists one of the role `step.shared`, whose file nothing reads but the installation."""
+    content = b"a graph that nothing runs any more"
+    shared = Graph(
+        file="step.shared.cpu.int8.onnx",
+        role="step.shared",
+        sha256=hashlib.sha256(content).hexdigest(),
+        precision="int8",
+        target="cpu",
+        inputs=(),
+        outputs=(),
+    )
+    folder = changed(
+        int8_blocks_bundle, tmp_path / "b", lambda m: replace(m, graphs=(*m.graphs[:3], shared, *m.graphs[3:]))
+    )
+    (folder / shared.file).write_bytes(content)
+    check_files(folder)
+    told = []
+    for bundle in (int8_blocks_bundle, folder):
+        loaded = LoadedBundle.load(bundle, threads=1)
+        plans = [loaded.prepare(replace(request, seed=1)) for request in REQUESTS.values()]
+        plans += [loaded.prepare(GenerateRequest(prompt="a", seed=seed, decode="blocks")) for seed in range(3)]
+        told.append([type(loaded.rows), loaded.degraded, loaded.window, *(loaded.run(plan).text for plan in plans)])
+        loaded.close()
+    assert told[0] == told[1]
 
 
 def test_bundle_folder_that_is_missing_is_refused(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_export_of_blocks_passes_its_gate_and_says_what_it_measured(
     a, b = runs
     call(export.main, "--run", b, "--out", tmp_path / "both", "--int8", "--target", "cpu", "--stories", 24)
     printed, manifest = capsys.readouterr().out, read_manifest(tmp_path / "both")
-    assert [graph.role for graph in manifest.graphs] == ["step", "prefill", "draft", "step.shared", "canvas"]
+    assert [graph.role for graph in manifest.graphs] == ["step", "prefill", "draft", "canvas"]
     assert {graph.precision for graph in manifest.graphs} == {"int8"}
     assert manifest.decoders == ("blocks", "canvas") and manifest.blocks == BlocksDefaults(window=3)
     (parity,) = manifest.law_parity

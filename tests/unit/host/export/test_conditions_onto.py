@@ -110,10 +110,10 @@ def test_conditions_are_added_to_a_bundle_whose_graphs_stay_as_they_are(
     call(export.main, *adding, "--out", out, "--guidance", 1.5)
     before, after = read_manifest(bundle), read_manifest(out)
     kept = [graph for graph in before.graphs if graph.target == "cpu"]
-    assert {"step", "prefill", "draft", "step.shared"} == {graph.role for graph in kept}
-    assert [*after.graphs[:4]] == kept
+    assert {"step", "prefill", "draft"} == {graph.role for graph in kept}
+    assert [*after.graphs[:3]] == kept
     assert all((out / g.file).read_bytes() == (bundle / g.file).read_bytes() for g in kept)
-    added = {graph.role: graph.precision for graph in after.graphs[4:]}
+    added = {graph.role: graph.precision for graph in after.graphs[3:]}
     assert added == dict.fromkeys((*CONDITIONED_ROLES["cpu"], "prefill.conditioned"), "int8")
     assert (after.laws, after.blocks) == (before.laws, before.blocks)
     assert [p.graph for p in after.law_parity] == ["step.cpu.int8.onnx", "step.conditioned.cpu.int8.onnx"]

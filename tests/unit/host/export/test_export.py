@@ -29,7 +29,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def on_cpu(precision: str) -> list[tuple[str, str, str]]:
-    roles = ("step", "prefill", "draft", "canvas", *["step.shared"] * (precision == "int8"))
+    roles = ("step", "prefill", "draft", "canvas")
     return [(f"{role}.cpu.{precision}.onnx", precision, "cpu") for role in roles]
 
 
