@@ -24,18 +24,18 @@ Constants = dict[str, NDArray[Any]]
 
 
 @pytest.fixture(scope="module")
-def manifest(shared_rows_bundle: Path) -> Manifest:
-    return read_manifest(shared_rows_bundle)
+def manifest(int8_blocks_bundle: Path) -> Manifest:
+    return read_manifest(int8_blocks_bundle)
 
 
 @pytest.fixture
-def step(shared_rows_bundle: Path) -> Constants:
-    return initializers((shared_rows_bundle / "step.cpu.int8.onnx").read_bytes())
+def step(int8_blocks_bundle: Path) -> Constants:
+    return initializers((int8_blocks_bundle / "step.cpu.int8.onnx").read_bytes())
 
 
 @pytest.fixture
-def draft(shared_rows_bundle: Path) -> Constants:
-    return initializers((shared_rows_bundle / "draft.cpu.int8.onnx").read_bytes())
+def draft(int8_blocks_bundle: Path) -> Constants:
+    return initializers((int8_blocks_bundle / "draft.cpu.int8.onnx").read_bytes())
 
 
 UNREAD = {"first_row", "column", "axis_0", *(f"drafter.depths.{n}.number" for n in range(3)), "likely"}
@@ -162,9 +162,9 @@ def add_constant(model: onnx.ModelProto) -> None:
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("role", ["step", "draft"])
 def test_network_that_is_not_known_is_served_by_onnx_runtime(
-    shared_rows_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, role: Role
+    int8_blocks_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, role: Role
 ) -> None:
-    folder = with_graph(shared_rows_bundle, tmp_path / "b", role, add_constant)
+    folder = with_graph(int8_blocks_bundle, tmp_path / "b", role, add_constant)
     with caplog.at_level(logging.INFO, "edge.backends.native_rows"):
         chosen = choose_backend("ort", folder, read_manifest(folder), threads=1)
     assert type(chosen.rows) is OrtRows and chosen.degraded is None
@@ -184,6 +184,6 @@ def test_network_in_float32_is_served_by_onnx_runtime(blocks_bundle: Path, caplo
 
 
 @NEEDS_LIBRARY
-def test_network_in_int8_is_served_by_the_library(shared_rows_bundle: Path) -> None:
-    manifest = read_manifest(shared_rows_bundle)
-    assert type(choose_backend("ort", shared_rows_bundle, manifest, threads=1).rows) is NativeRows
+def test_network_in_int8_is_served_by_the_library(int8_blocks_bundle: Path) -> None:
+    manifest = read_manifest(int8_blocks_bundle)
+    assert type(choose_backend("ort", int8_blocks_bundle, manifest, threads=1).rows) is NativeRows
