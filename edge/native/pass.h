@@ -5,44 +5,43 @@ struct Space {  // of a pass, in the caller's memory
     Rows quantized;
 };
 
-// What one row reads: for each head, softmax of its scores over the first `seen` keys, times their values.
+// What one row reads in one head: softmax of its scores over the first `seen` keys, times their values.
+// query, mixed (SIZE,), keys, values (C, SIZE), weights (seen + 16,)
 template <int SIZE>
-static void attend(const Network &net, const float *query, const float *keys, const float *values, const int32_t *places,
-                   int position, int seen, int room, float *weights, float *mixed) {
+static void attend(const Network &net, int head, const float *query, const float *keys, const float *values,
+                   const int32_t *places, int position, int seen, float *weights, float *mixed) {
     constexpr int PARTS = SIZE / LANES;
     const float by = 1.0f / __builtin_sqrtf(SIZE);
-    const float *distances = net.distances + static_cast<long>(net.farthest - position) * net.heads;
+    const float *distances = net.distances + static_cast<long>(net.farthest - position) * net.heads + head;
     const int whole = (seen + LANES - 1) / LANES * LANES;
-    for (int head = 0; head < net.heads; head++, query += SIZE, mixed += SIZE) {
-        const float *key = keys + static_cast<long>(head) * room * SIZE, *value = values + static_cast<long>(head) * room * SIZE;
-        Floats q[PARTS], highest = all(-1e30f);
-        for (int i = 0; i < PARTS; i++) q[i] = load(query + i * LANES) * by;
-        for (int first = 0; first < seen; first += 4) {
-            Floats of[4];
-            for (int n = 0; n < 4; n++) {  // a last one past the end is computed, and not used
-                const float *k = key + static_cast<long>(first + n < seen ? first + n : first) * SIZE;
-                of[n] = q[0] * load(k);
-                for (int i = 1; i < PARTS; i++) of[n] = fused(q[i], load(k + i * LANES), of[n]);
-            }
-            *reinterpret_cast<Half *>(weights + first) = sums(of[0], of[1], of[2], of[3]);
+    Floats q[PARTS], highest = all(-1e30f);
+    for (int i = 0; i < PARTS; i++) q[i] = load(query + i * LANES) * by;
+    for (int first = 0; first < seen; first += 4) {
+        Floats of[4];
+        for (int n = 0; n < 4; n++) {  // past the end the last key is taken again, and not used
+            const float *key = keys + static_cast<long>(first + n < seen ? first + n : seen - 1) * SIZE;
+            of[n] = q[0] * load(key);
+            for (int i = 1; i < PARTS; i++) of[n] = fused(q[i], load(key + i * LANES), of[n]);
         }
-        for (int i = 0; i < seen; i++) weights[i] += distances[static_cast<long>(places[i]) * net.heads + head];
-        for (int i = seen; i < whole; i++) weights[i] = -1e30f;
-        for (int i = 0; i < whole; i += LANES) highest = most(highest, load(weights + i));
-        float top = highest[0];
-        for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
-        Floats total = {}, out[PARTS] = {};
-        for (int i = 0; i < whole; i += LANES) {
-            const Floats scores = load(weights + i), shares = exponential(scores - top);
-            const Floats shown = scores > -1e29f ? shares : Floats{};
-            store(weights + i, shown);
-            total += shown;
-        }
-        const float inverse = 1.0f / sum(total);
-        for (int i = 0; i < seen; i++, value += SIZE)
-            for (int part = 0; part < PARTS; part++) out[part] = fused(load(value + part * LANES), all(weights[i]), out[part]);
-        for (int part = 0; part < PARTS; part++) store(mixed + part * LANES, out[part] * inverse);
+        *reinterpret_cast<Half *>(weights + first) = sums(of[0], of[1], of[2], of[3]);
     }
+    for (int i = 0; i < seen; i++) weights[i] += distances[static_cast<long>(places[i]) * net.heads];
+    for (int i = seen; i < whole; i++) weights[i] = -1e30f;
+    for (int i = 0; i < whole; i += LANES) highest = most(highest, load(weights + i));
+    float top = highest[0];
+    for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
+    Floats total = {}, out[PARTS] = {};
+    for (int i = 0; i < whole; i += LANES) {
+        const Floats scores = load(weights + i), shares = exponential(scores - top);
+        const Floats shown = scores > -1e29f ? shares : Floats{};
+        store(weights + i, shown);
+        total += shown;
+    }
+    const float inverse = 1.0f / sum(total);
+    for (int i = 0; i < seen; i++, values += SIZE)
+        for (int part = 0; part < PARTS; part++)
+            out[part] = fused(load(values + part * LANES), all(weights[i]), out[part]);
+    for (int part = 0; part < PARTS; part++) store(mixed + part * LANES, out[part] * inverse);
 }
 
 // Keys and values of a layer into the request's caches, behind those kept. qkv (rows, 3 D)
@@ -68,7 +67,7 @@ INLINE void embed(const Network &net, const Request &r, float *x) {
 
 // All rows share the products; each request's rows see the rows kept in its caches, and those before them.
 static void pass(const Network &net, const Request *requests, int count, const Space &s) {
-    const int d = net.width;
+    const int d = net.width, size = d / net.heads;
     int rows = 0;
     for (int i = 0; i < count; rows += requests[i++].rows) embed(net, requests[i], s.x + static_cast<long>(rows) * d);
     for (int layer = 0; layer < net.layers; layer++) {
@@ -80,17 +79,20 @@ static void pass(const Network &net, const Request *requests, int count, const S
         int row = 0, going_on = 0;
         for (int i = 0; i < count; i++) {
             const Request &r = requests[i];
-            keep(net, r, layer, s.wide + static_cast<long>(row) * 3 * d);
-            for (int own = 0; own < r.rows; own++, row++) {
-                if (last && own < r.rows - r.scored) continue;
-                const auto attend_heads = d / net.heads == 64 ? attend<64> : attend<32>;
-                attend_heads(net, s.wide + static_cast<long>(row) * 3 * d, r.caches[2 * layer], r.caches[2 * layer + 1],
-                             r.places, r.positions[own], r.kept + own + 1, r.room, s.weights,
-                             s.mixed + static_cast<long>(going_on) * d);
-                if (going_on != row)
-                    memcpy(s.x + static_cast<long>(going_on) * d, s.x + static_cast<long>(row) * d, d * sizeof(float));
-                going_on++;
+            const float *qkv = s.wide + static_cast<long>(row) * 3 * d;
+            keep(net, r, layer, qkv);
+            const int first = last ? r.rows - r.scored : 0, left = r.rows - first;
+            for (int head = 0; head < net.heads; head++) {  // its keys and values are read by one row after another
+                const float *keys = r.caches[2 * layer] + static_cast<long>(head) * r.room * size;
+                const float *values = r.caches[2 * layer + 1] + static_cast<long>(head) * r.room * size;
+                for (int own = first; own < r.rows; own++)
+                    (size == 64 ? attend<64> : attend<32>)(
+                        net, head, qkv + static_cast<long>(own) * 3 * d + head * size, keys, values, r.places,
+                        r.positions[own], r.kept + own + 1, s.weights,
+                        s.mixed + static_cast<long>(going_on + own - first) * d + head * size);
             }
+            memmove(s.x + static_cast<long>(going_on) * d, s.x + static_cast<long>(row + first) * d, left * d * sizeof(float));
+            row += r.rows, going_on += left;
         }
         rows = going_on;
         multiply(block.attention_out, s.mixed, rows, s.quantized, s.normed);
