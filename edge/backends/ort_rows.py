@@ -123,21 +123,22 @@ class OrtRows:
 
     def load(self, condition: Condition) -> None:
         """See `edge.decoding.blocks.ConditionedRows`. Raises BundleError for a graph that cannot be used."""
+        assert self.conditions is not None
+        self.conditions.load(condition, lambda role: self._check_conditioned(role, condition))
+
+    def _check_conditioned(self, role: Role, condition: Condition) -> None:
+        """As `_check`."""
         conditions = self.conditions
         assert conditions is not None
-
-        def check(role: Role) -> None:
-            file, guided = conditions.graphs.file(role), role == "step.guided"
-            if role != "prefill.conditioned":
-                caches = [*self._cache, *(f"{PLAIN}{name}" for name in self._cache if guided)]
-                needed = {*STEP_INPUTS, *caches, *conditions.memory_names(), *["guidance"] * guided}
-                made = {*RowScores._fields, *(f"new_{name}" for name in caches)}
-                check_names(file, conditions.graphs.open(role, self._alone), (needed, made))
-            slot = self.open_slot()
-            self.encode(slot, condition)
-            self._try_rows(role, slot, file)
-
-        conditions.load(condition, check)
+        file, guided = conditions.graphs.file(role), role == "step.guided"
+        if role != "prefill.conditioned":
+            caches = [*self._cache, *(f"{PLAIN}{name}" for name in self._cache if guided)]
+            needed = {*STEP_INPUTS, *caches, *conditions.memory_names(), *["guidance"] * guided}
+            made = {*RowScores._fields, *(f"new_{name}" for name in caches)}
+            check_names(file, conditions.graphs.open(role, self._alone), (needed, made))
+        slot = self.open_slot()
+        self.encode(slot, condition)
+        self._try_rows(role, slot, file)
 
     def encode(self, slot: Slot, condition: Condition) -> None:
         """See `edge.decoding.blocks.ConditionedRows`."""

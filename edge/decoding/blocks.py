@@ -239,50 +239,56 @@ AnyRows = RowsBackend | BlocksLoop
 
 def advance(backend: RowsBackend, writing: Writing, under_way: int = 1) -> None:
     """One pass: commits one token and every draft that the law draws too, then drafts again."""
-    w, slot = writing, writing.slot
-    assert slot is not None
+    begin(backend, writing)
+    slot, tokens, positions, scored = next_rows(writing)
+    scores, states = backend.rows(slot, tokens, positions=positions, scored=scored, under_way=under_way)
+    finish(backend, writing, states, draw_rows(writing, scores))
+
+
+def begin(backend: RowsBackend, w: Writing) -> None:
+    """Before the first pass: encode the condition, prefill the given text around gaps."""
+    assert w.slot is not None
     if w.condition is not None:
         assert isinstance(backend, ConditionedRows)
-        backend.encode(slot, w.condition)
+        backend.encode(w.slot, w.condition)
         w.remaining, w.condition = Remaining(w.condition), None
     if w.evidence is not None:
-        backend.prefill(slot, *w.evidence)
+        backend.prefill(w.slot, *w.evidence)
         w.evidence = None
-    rows = next_rows(w)
-    scores, states = backend.rows(slot, rows.tokens, positions=rows.positions, scored=rows.scored, under_way=under_way)
-    finish(backend, w, states, draw_rows(w, scores))
 
 
 def next_rows(w: Writing) -> Rows:
     """The rows of its next pass: committed tokens that are not kept yet, and the drafts after them."""
     assert w.slot is not None
     tokens = np.array([*w.pending, *w.drafts], np.int32)
-    first = w.position - len(w.pending) + 1
-    return Rows(w.slot, tokens, np.arange(first, first + tokens.size, dtype=np.int32), len(w.drafts) + 1)
+    places = np.arange(tokens.size, dtype=np.int32) + (w.position - len(w.pending) + 1)
+    return Rows(w.slot, tokens, places, len(w.drafts) + 1)
 
 
 def draw_rows(w: Writing, scores: Floats) -> list[int]:
     """The tokens that follow the last one and each draft.  scores (M, V)"""
-    drawn: list[int] = draw(scores, w.noise.of(w.position + 1, len(scores)), w.law).tolist()
-    return drawn
+    return draw(scores, w.noise.of(w.position + 1, len(scores)), w.law).tolist()  # type: ignore[no-any-return]
 
 
 def finish(backend: RowsBackend, w: Writing, states: Floats, drawn: list[int]) -> None:
     """The end of a pass: commit, and draft again.  states (M, D)"""
     agreed, is_open, told = keep(w, drawn)
-    if told and w.remaining is not None:
-        assert isinstance(backend, ConditionedRows)
-        assert w.slot is not None
-        backend.narrow(w.slot, w.remaining)
-        w.remaining = None if w.remaining.nothing else w.remaining
+    if told:
+        narrow(backend, w)
     if is_open:
-        room = w.gaps[0][1] - w.position - 1  # the law draws a gap's last position by itself
-        w.drafts = _drafts(backend, w, states[agreed], min(w.law.window, backend.depth, room))
+        draft_again(backend, w, states[agreed])
+
+
+def narrow(backend: RowsBackend, w: Writing) -> None:
+    """A word was told: later rows do not read it."""
+    assert w.slot is not None and w.remaining is not None and isinstance(backend, ConditionedRows)
+    backend.narrow(w.slot, w.remaining)
+    w.remaining = None if w.remaining.nothing else w.remaining
 
 
 def keep(w: Writing, drawn: list[int]) -> tuple[int, bool, bool]:
-    """Commit what was drawn, behind the last token and each draft, as far as the drafts agree, and
-    no further than where a word is told: what follows is drawn anew, no longer asked for it.
+    """Commit what was drawn as far as the drafts agree, and no further than where a word is told: what follows is drawn
+    anew, no longer asked for it.
 
     → how many drafts agree so far, whether the gap is open still, whether a word was told
     """
@@ -302,26 +308,22 @@ def keep(w: Writing, drawn: list[int]) -> tuple[int, bool, bool]:
 def draw(scores: Floats, noise: Floats, law: Law) -> Ids:
     """The token of each row (M,), after temperature, top-k and top-p, with its position's noise. Ties: the lower id.
 
-    scores, noise (M, V). The token with the best noisy score of all is the draw if top-k and top-p keep it, as they
-    mostly do; only for other rows is the vocabulary filtered. RuntimeError for scores that are not numbers.
+    scores, noise (M, V). The token with the best noisy score of all is the draw if top-k and top-p keep it; only for
+    other rows is the vocabulary filtered. RuntimeError for scores that are not numbers.
     """
     cooled = 0.0 if law.temperature == 0 else max(law.temperature, COLDEST)
     token, rank = winners(scores, noise, cooled)
     if not rank.all():
         raise RuntimeError(NOT_NUMBERS)
-    if cooled == 0:
-        return token
-    for row in np.flatnonzero(rank > (law.top_k if law.top_p == 1 else 1)).tolist():  # the best token is kept always
+    surely_kept = law.top_k if law.top_p == 1 else 1
+    for row in np.flatnonzero((rank > surely_kept) & (cooled > 0)).tolist():
         scaled = scores[row] / np.float32(cooled)
         token[row] = filtered(scaled, scaled + noise[row], top_k=law.top_k, top_p=law.top_p)
     return token
 
 
 def commit(w: Writing, new: list[int]) -> bool:
-    """Write tokens after `position`; an EOS, or the last position, closes the gap, and the next one begins.
-
-    → whether the gap is open still
-    """
+    """Write tokens after `position`; an EOS, or the last position, closes the gap.  → whether it is open still"""
     last = w.gaps[0][1]
     w.canvas[w.position + 1 : w.position + 1 + len(new)] = new
     w.position += len(new)
@@ -337,11 +339,12 @@ def commit(w: Writing, new: list[int]) -> bool:
     return False
 
 
-def _drafts(backend: RowsBackend, w: Writing, state: Floats, count: int) -> list[int]:
-    """At most `count` drafts, none from an EOS on: the law draws that by itself."""
-    if count <= 0:
-        return []
-    noise = w.noise.of(w.position + 1, backend.depth)
-    assert w.slot is not None
-    drafts: list[int] = backend.draft(w.slot, state, token=w.pending[-1], noise=noise, law=w.law)[:count].tolist()
-    return drafts[: drafts.index(EOS)] if EOS in drafts else drafts
+def draft_again(backend: RowsBackend, w: Writing, state: Floats) -> None:
+    """Draft behind the last token, drawn of a row in this state (D,); nothing from an EOS on, which the law draws by
+    itself, as it does a gap's last position."""
+    count = min(w.law.window, backend.depth, w.gaps[0][1] - w.position - 1)
+    if count > 0:
+        assert w.slot is not None
+        noise = w.noise.of(w.position + 1, backend.depth)
+        made: list[int] = backend.draft(w.slot, state, token=w.pending[-1], noise=noise, law=w.law)[:count].tolist()
+        w.drafts = made[: made.index(EOS)] if EOS in made else made

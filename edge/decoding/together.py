@@ -21,8 +21,8 @@ class SharedRows(RowsBackend, Protocol):
     batches: tuple[int, ...]
     """How many requests a pass takes, ascending from 1."""
 
-    def advance(self, writings: Sequence[Writing]) -> None:
-        """One pass of each, as `edge.decoding.blocks.advance` makes it; none reads a condition.
+    def advance(self, writings: Sequence[Writing], under_way: int = 1) -> None:
+        """One pass of each, as `edge.decoding.blocks.advance` makes it. One that reads a condition is alone.
 
         Where it raises, nothing is committed.
         """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 NAME: Final = "_rows"
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the structures and functions; `rows.cpp` exports its own."""
 LANES: Final = 8  # of a vector in `types.h`; vocabulary and widths are multiples of it
 
@@ -55,12 +55,21 @@ class Network(Structure):
     ]
 
 
+class Reading(Structure):
+    """What a layer reads of a condition."""
+
+    _fields_ = [("keys", Matrix), ("values", Matrix), ("rows", c_int32)]
+
+
 class Request(Structure):
     """Rows of one request in a pass, what it draws with, and what it has drawn."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("tokens", "positions", "places", "caches", "scores", "states")),
         *((name, c_int32) for name in ("rows", "kept", "scored", "room")),
+        ("readings", c_void_p),
+        ("guidance", c_float),
+        *((name, c_int32) for name in ("guided", "best")),
         *((name, c_void_p) for name in ("noise", "noise_of", "drawn", "drafts")),
         ("seed", c_uint64),
         *((name, c_float) for name in ("temperature", "draft_temperature")),
@@ -91,8 +100,8 @@ class Library:
     """The functions of `rows.cpp` for one set of instructions."""
 
     instructions: str
-    run: Any  # (network, requests, count, memory)
-    advance: Any  # (network, drafter, requests, count, memory)
+    run: Any  # (network, requests, count, weights, memory)
+    advance: Any  # (network, drafter, requests, count, weights, memory)
     draft: Any  # (drafter, state, token, noise, vocabulary, temperature, drafts, memory)
     noise: Any  # (seed, first position, count, vocabulary, noise)
     draw: Any  # (scores, noise, rows, vocabulary, temperature, tokens, ranks)
@@ -138,8 +147,8 @@ def _load(instructions: str | None) -> Library | str:
 
     return Library(
         instructions=chosen,
-        run=function("pass", c_void_p, c_void_p, c_int, c_void_p),
-        advance=function("advance", c_void_p, c_void_p, c_void_p, c_int, c_void_p),
+        run=function("pass", c_void_p, c_void_p, c_int, c_int, c_void_p),
+        advance=function("advance", c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p),
         draft=function("draft", c_void_p, c_void_p, c_int, c_void_p, c_int, c_float, c_void_p, c_void_p),
         noise=function("noise", c_uint64, c_uint32, c_int, c_int, c_void_p),
         draw=function("draw", c_void_p, c_void_p, c_int, c_int, c_float, c_void_p, c_void_p),

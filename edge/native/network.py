@@ -16,8 +16,11 @@ from edge.native import LANES, Block, Depth, Drafter, Matrix, Network, Norm
 from shared.manifest import ModelSpec
 
 Arrays = Mapping[str, NDArray[Any]]
+Floats = NDArray[np.float32]
 COLUMNS: Final = 64  # of a tile in `products.h`
 HEAD_WIDTHS: Final = (32, 64)
+NEVER: Final = -10000.0  # as in `types.h`
+SHARE: Final = 1 / 255  # of shares in uint8
 
 
 class NotKnownError(Exception):
@@ -52,24 +55,23 @@ class _Reader:
 
     def matrix(self, name: str, inputs: int, *, outputs: int, dynamic: bool = False, biased: bool = True) -> Matrix:
         """dynamic: each row of inputs has a scale of its own, made at run time."""
+        weights = self.take(f"{name}.int8", np.int8, inputs, outputs)
         if inputs % 4 or outputs % LANES:
             raise NotKnownError(f"{name} has {inputs} inputs and {outputs} outputs")
-        weights = self.take(f"{name}.int8", np.int8, inputs, outputs)
         if self.take(f"{name}.zero", np.int8, outputs).any():
             raise NotKnownError(f"{name} has weights around other numbers than 0")
-        whole = -(-outputs // COLUMNS) * COLUMNS
-        tiles = np.zeros((inputs, whole), np.int8)
-        tiles[:, :outputs] = weights
-        tiles = tiles.reshape(inputs // 4, 4, whole // COLUMNS, COLUMNS).transpose(2, 0, 3, 1)
-        sums = np.zeros(whole, np.int32)
-        sums[:outputs] = weights.sum(0, dtype=np.int32)
-        scale, zero = 0.0, 0
-        if not dynamic:
-            scale = float(self.take(f"{name}.in.scale", np.float32, 1)[0])
-            zero = int(self.take(f"{name}.in.zero", np.uint8, 1)[0])
-        scales = self.address(f"{name}.scale", np.float32, outputs)
+        scale, zero = (0.0, 0) if dynamic else self.input_scale(name)
+        scales = self.take(f"{name}.scale", np.float32, outputs)
         bias = self.take(f"{name}.bias", np.float32, outputs) if biased else np.zeros(outputs, np.float32)
-        return Matrix(self.keep(tiles), self.keep(sums), scales, self.keep(bias), scale, zero, inputs, outputs)
+        matrix, alive = matrix_of(weights, scales, bias)
+        self.alive += alive
+        matrix.input_scale, matrix.input_zero = scale, zero
+        return matrix
+
+    def input_scale(self, name: str) -> tuple[float, int]:
+        """Scale and zero point of a product's inputs."""
+        scale = self.take(f"{name}.in.scale", np.float32, 1)
+        return float(scale[0]), int(self.take(f"{name}.in.zero", np.uint8, 1)[0])
 
     def all(self, made: Sequence[Structure]) -> Any:
         """Structures of one kind, one after another."""
@@ -82,6 +84,20 @@ class _Reader:
         left = self.left.keys() - set(known)
         if left:
             raise NotKnownError(f"it has {min(left)} as well")
+
+
+def matrix_of(weights: NDArray[np.int8], scales: Floats, bias: Floats) -> tuple[Matrix, list[Any]]:
+    """Weights (K, N) as the library multiplies by them, inputs and outputs filled up with zeros, and what it points to.
+
+    Inputs are filled up to a multiple of LANES, outputs likewise; scales and bias are long enough already.
+    """
+    inputs, outputs = (-(-size // LANES) * LANES for size in weights.shape)
+    tiles = np.zeros((inputs, -(-outputs // COLUMNS) * COLUMNS), np.int8)
+    tiles[: weights.shape[0], : weights.shape[1]] = weights
+    sums = tiles.sum(0, dtype=np.int32)
+    tiles = tiles.reshape(inputs // 4, 4, -1, COLUMNS).transpose(2, 0, 3, 1)
+    alive = [np.require(array, requirements=("C", "ALIGNED")) for array in (tiles, sums, scales, bias)]
+    return Matrix(*(array.ctypes.data for array in alive), 0.0, 0, inputs, outputs), alive
 
 
 def read_network(constants: Arrays, model: ModelSpec) -> tuple[Network, list[Any]]:
@@ -143,3 +159,28 @@ def read_drafter(constants: Arrays, model: ModelSpec, depths: int) -> tuple[Draf
     head = r.matrix("head", d, outputs=len(likely), dynamic=True)
     r.finish(*(f"drafter.depths.{depth}.number" for depth in range(depths)))
     return Drafter(depths, d, hidden, r.keep(likely), r.all(steps), head), r.alive
+
+
+def read_conditioned(constants: Arrays, plain: Arrays, network: Network, *, best: int) -> tuple[Network, list[Any]]:
+    """The network of a conditioned step graph: that of the plain one, but for the scales of what products multiply.
+
+    best: tokens that a guided graph keeps. Raises NotKnownError.
+    """
+    for name, array in plain.items():
+        other = constants.get(name)
+        if other is None or not (np.array_equal(array, other) or name.endswith((".in.scale", ".in.zero"))):
+            raise NotKnownError(f"{name} is not that of the step graph")
+    fixed = {"share.scale": np.float32(SHARE), "share.zero": 0, "k": best, "last_of_best": best - 1, "never": NEVER}
+    for name in constants.keys() - plain.keys() - {"by_head", "side_by_side", "axes_2_3"}:
+        if name not in fixed or constants[name].tolist() != [fixed[name]]:
+            raise NotKnownError(f"{name} is {constants[name].tolist()}")
+    r = _Reader(constants)
+    made = Network.from_buffer_copy(network)
+    blocks = (Block * network.layers)(*network.blocks[: network.layers])
+    for layer, block in enumerate(blocks):
+        for part in ("qkv", "attention_out", "up", "down"):
+            matrix = getattr(block, part)
+            matrix.input_scale, matrix.input_zero = r.input_scale(f"blocks.{layer}.{part}")
+    made.head.input_scale, made.head.input_zero = r.input_scale("head")
+    made.blocks = blocks
+    return made, [blocks]

@@ -67,6 +67,19 @@ static void draw(const float *scores, const float *noise, int vocabulary, float 
         for (int i = 0; i < LANES; i++) *rank += as_good[i];
 }
 
+// Scores of guided rows; see `Request`. space (V,)
+static void guide(const Request &r, const Request &other, int vocabulary, float *space) {
+    for (int row = 0; row < r.scored; row++) {
+        float *scores = r.scores + static_cast<long>(row) * vocabulary;
+        const float *theirs = other.scores + static_cast<long>(row) * vocabulary;
+        memcpy(space, scores, vocabulary * sizeof(float));
+        std::nth_element(space, space + r.best - 1, space + vocabulary, [](float a, float b) { return a > b; });
+        const float lowest = space[r.best - 1];
+        for (int i = 0; i < vocabulary; i++)
+            scores[i] = scores[i] >= lowest ? scores[i] + (scores[i] - theirs[i]) * r.guidance : NEVER;
+    }
+}
+
 // The noise of a position, made when it is first asked for.
 static const float *noise_at(const Request &r, int position, int vocabulary) {
     const int row = position % r.noise_rows;

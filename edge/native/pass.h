@@ -2,6 +2,7 @@
 
 struct Space {  // of a pass, in the caller's memory
     float *x, *normed, *wide, *mixed, *weights;
+    uint8_t *shares;
     Rows quantized;
 };
 
@@ -42,6 +43,32 @@ static void attend(const Network &net, int head, const float *query, const float
         for (int part = 0; part < PARTS; part++)
             out[part] = fused(load(values + part * LANES), all(weights[i]), out[part]);
     for (int part = 0; part < PARTS; part++) store(mixed + part * LANES, out[part] * inverse);
+}
+
+// x (D,) += what a row reads of a memory. row: its normed values, quantized; scores, shares: memory of the keys' outputs.
+static void read(const Reading &r, int heads, const Rows &row, float *scores, uint8_t *shares, float *made, float *x) {
+    product(r.keys, row, 1, scores);
+    float part[LANES];
+    for (int head = 0; head < heads; head++) {
+        float *of = scores + head * r.rows, top = of[0];
+        for (int i = 1; i < r.rows; i++) top = of[i] > top ? of[i] : top;
+        Floats total = {};
+        for (int i = 0; i < r.rows; i += LANES) {
+            const int size = r.rows - i < LANES ? r.rows - i : LANES;
+            for (int n = 0; n < LANES; n++) part[n] = n < size && of[i + n] > NEVER ? of[i + n] - top : -1e30f;
+            const Floats below = load(part), e = below > -1e29f ? exponential(below) : Floats{};
+            total += e;
+            memcpy(of + i, &e, size * sizeof(float));
+        }
+        const float by = sum(total);
+        for (int i = 0; i < r.rows; i++) of[i] /= by;
+    }
+    for (int i = heads * r.rows; i < r.keys.outputs; i++) scores[i] = 0;
+    float scale = r.values.input_scale;
+    int32_t zero = r.values.input_zero;
+    quantize(scores, scale, zero, r.keys.outputs, shares);
+    product(r.values, {shares, &scale, &zero}, 1, made);
+    add(x, made, r.values.outputs);
 }
 
 // Keys and values of a layer into the request's caches, behind those kept. qkv (rows, 3 D)
@@ -90,6 +117,11 @@ static void pass(const Network &net, const Request *requests, int count, const S
                         net, head, qkv + static_cast<long>(own) * 3 * d + head * size, keys, values, r.places,
                         r.positions[own], r.kept + own + 1, s.weights,
                         s.mixed + static_cast<long>(going_on + own - first) * d + head * size);
+            }
+            for (int own = first; r.readings && own < r.rows; own++) {
+                const long at = row + own;
+                read(r.readings[layer], net.heads, {s.quantized.values + at * d, s.quantized.scales + at, s.quantized.zeros + at},
+                     s.weights, s.shares, s.normed, s.x + at * d);
             }
             memmove(s.x + static_cast<long>(going_on) * d, s.x + static_cast<long>(row + first) * d, left * d * sizeof(float));
             row += r.rows, going_on += left;

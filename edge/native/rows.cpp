@@ -4,6 +4,8 @@
 // the same to the bit with all of them.
 #include "types.h"
 
+#include <algorithm>
+
 #if defined(__x86_64__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // in GCC 12's own header: its bug 105593
 #include <immintrin.h>
@@ -53,6 +55,7 @@ template <typename Space> Space carve(char *memory, int rows, int width, int wid
     s.wide = c.take<float>(static_cast<long>(rows) * wide);
     s.mixed = c.take<float>(static_cast<long>(rows) * wide);
     s.weights = c.take<float>(weights);
+    s.shares = c.take<uint8_t>(weights);
     s.quantized = {c.take<uint8_t>(static_cast<long>(rows) * wide), c.take<float>(rows), c.take<int32_t>(rows)};
     *end = c.at;
     return s;
@@ -63,7 +66,7 @@ template <typename Space> Space carve(char *memory, int rows, int width, int wid
 #define API extern "C" __attribute__((visibility("default")))
 
 // `VERSION` of edge.native: of the structures in `types.h` and of the functions below.
-API void edgelm_version_1() {}
+API void edgelm_version_2() {}
 
 // Names of the sets of instructions that this processor has, the fastest first.
 API const char *edgelm_sets() {
@@ -82,7 +85,7 @@ API const char *edgelm_sets() {
 // Bytes that a pass of so many rows needs; or a draft, with 1 row, the hidden width as `wide` and the likely tokens as
 // `weights`.
 API int64_t edgelm_space(int rows, int width, int wide, int weights) {
-    struct Any { float *x, *normed, *wide, *mixed, *weights; struct { uint8_t *a; float *b; int32_t *c; } quantized; };
+    struct Any { float *x, *normed, *wide, *mixed, *weights; uint8_t *shares; struct { uint8_t *a; float *b; int32_t *c; } quantized; };
     char *end;
     carve<Any>(nullptr, rows, width, wide, weights, &end);
     return end - static_cast<char *>(nullptr);
@@ -90,20 +93,23 @@ API int64_t edgelm_space(int rows, int width, int wide, int weights) {
 
 // pass: rows of requests; advance: the same, and what is drawn of them; draft: of one state (D,), with noise (depths, V).
 #define FUNCTIONS(set)                                                                                              \
-    API void edgelm_pass_##set(const Network *net, const Request *requests, int count, char *memory) {              \
+    API void edgelm_pass_##set(const Network *net, const Request *requests, int count, int weights, char *memory) { \
         int rows = 0;                                                                                               \
         for (int i = 0; i < count; i++) rows += requests[i].rows;                                                   \
         char *end;                                                                                                  \
-        set::pass(*net, requests, count,                                                                            \
-                  carve<set::Space>(memory, rows, net->width, 4 * net->width, requests[0].room + 32, &end));        \
+        const auto space = carve<set::Space>(memory, rows, net->width, 4 * net->width, weights, &end);              \
+        set::pass(*net, requests, count, space);                                                                    \
+        for (int i = 0; i + 1 < count; i++)                                                                         \
+            if (requests[i].guided) set::guide(requests[i], requests[i + 1], net->head.outputs, space.weights);     \
     }                                                                                                               \
     API void edgelm_advance_##set(const Network *net, const Drafter *drafter, Request *requests, int count,         \
-                                  char *memory) {                                                                   \
-        edgelm_pass_##set(net, requests, count, memory);                                                            \
+                                  int weights, char *memory) {                                                      \
+        edgelm_pass_##set(net, requests, count, weights, memory);                                                   \
         char *end;                                                                                                  \
         const auto space = carve<set::Space>(memory, 1, net->width, drafter ? drafter->hidden : 0,                  \
                                              drafter ? drafter->head.outputs : 0, &end);                            \
-        for (int i = 0; i < count; i++) set::draw_and_draft(*net, drafter, requests[i], space);                     \
+        for (int i = 0; i < count; i += 1 + requests[i].guided)                                                     \
+            set::draw_and_draft(*net, drafter, requests[i], space);                                                 \
     }                                                                                                               \
     API void edgelm_draft_##set(const Drafter *net, const float *state, int token, const float *noise,              \
                                 int vocabulary, float temperature, int32_t *drafts, char *memory) {                 \

@@ -42,6 +42,13 @@ struct Network {
     Matrix head;
 };
 
+// What a layer reads of a condition: shares of the memory's rows, by softmax in each head of normed rows · keys.
+struct Reading {
+    Matrix keys;    // outputs: `rows` of each head, one head after another; its inputs are those of `qkv`
+    Matrix values;  // inputs: as many, zeros past the last
+    int32_t rows;
+};
+
 // Rows of one request in a pass. The last `scored` are scored: the last committed token's, and those of drafts after it.
 struct Request {
     const int32_t *tokens, *positions;  // (rows,)
@@ -49,6 +56,11 @@ struct Request {
     float *const *caches;               // keys and values of each layer in turn, each (H, C, D / H)
     float *scores, *states;             // (scored, V), (scored, D)
     int32_t rows, kept, scored, room;   // kept: rows in the caches that stay; room: C
+    const Reading *readings;            // of each layer; null without a condition
+    // Where `guided`, the next request has the same rows, and no condition: a score s becomes s + guidance (s - theirs),
+    // or NEVER if it is not among the `best` highest. Nothing is drawn of the other.
+    float guidance;
+    int32_t guided, best;
     // What is drawn of them; not used by `pass`.
     float *noise;          // (noise_rows, V): position p in row p mod noise_rows
     int32_t *noise_of;     // (noise_rows,) the position that each row is of, -1 where of none
@@ -71,6 +83,7 @@ struct Depth {
 };
 
 constexpr int32_t EOS = 2;
+constexpr float NEVER = -10000.0f;
 
 struct Drafter {
     int32_t depths, width, hidden;

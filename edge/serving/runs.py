@@ -255,8 +255,8 @@ def step(
         together = [run for run in runs if isinstance(run, BlocksRun)]
         if loop is not None:
             loop.advance([run.writing for run in together])
-        elif shared is not None and not first.writing.conditioned:
-            shared.advance([run.writing for run in together])
+        elif shared is not None:
+            shared.advance([run.writing for run in together], under_way)
         else:
             assert rows is not None
             blocks.advance(rows, first.writing, under_way)
