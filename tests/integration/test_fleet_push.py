@@ -184,7 +184,7 @@ def test_fleet_push_to_a_device_that_comes_up_degraded_says_why(site: Site) -> N
     done = site.push(site.signed("second"), "--device", "cellar")
     assert (done.returncode, done.stderr) == (0, "")
     line = next(line for line in done.stdout.splitlines() if line.startswith("cellar: serves second@"))
-    assert ", degraded: " in line and "cuda-python" in line
+    assert ", degraded: " in line and ("cuda-python is not installed" in line or "no NVIDIA driver" in line)
 
 
 def test_fleet_push_has_devices_download_what_is_signed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
