@@ -94,10 +94,9 @@ def _constants(folder: Path, manifest: Manifest, role: Role) -> dict[str, NDArra
 class _Conditioned:
     """How a slot's rows read a condition. network: its address. plain: whether there are rows that do not read it."""
 
-    def __init__(self, network: int, remembered: Remembered, *, heads: int, layers: int, best: int) -> None:
-        self.network = network
-        self.readings = Readings(remembered.memory, layers=layers, heads=heads)
-        self._guidance, self._best = float(remembered.guidance), best
+    def __init__(self, network: int, remembered: Remembered, manifest: Manifest) -> None:
+        self.network, self.readings = network, _readings(remembered, manifest)
+        self._guidance, self._best = float(remembered.guidance), manifest.top_k
         self._plain = _addresses(remembered.plain)
         self._made: list[Floats] = []
 
@@ -112,6 +111,12 @@ class _Conditioned:
         other.readings, other.guided, other.caches = None, 0, self._plain.ctypes.data
         other.scores, other.states = (array.ctypes.data for array in self._made)
         return [request, other]
+
+
+def _readings(remembered: Remembered, manifest: Manifest) -> Readings:
+    """NotKnownError for what the library cannot read."""
+    model = manifest.model
+    return Readings(remembered.memory, layers=model.layers, heads=model.heads, width=model.d_model)
 
 
 def _addresses(arrays: Mapping[str, Floats]) -> NDArray[np.uintp]:
@@ -204,7 +209,10 @@ class NativeRows(OrtRows):
             folder, manifest = self._folder, self._manifest
             try:
                 constants, plain = (_constants(folder, manifest, one) for one in (role, "step"))
-                read = read_conditioned(constants, plain, self.networks.network, best=manifest.top_k)
+                best = manifest.top_k if role == "step.guided" else None
+                read = read_conditioned(constants, plain, self.networks.network, best=best)
+                assert self.conditions is not None
+                _readings(self.conditions.remember(condition, {}), manifest)
             except NotKnownError as error:
                 log.info("ONNX Runtime runs %s: the compiled library does not know it: %s", role, error)
             else:
@@ -222,13 +230,11 @@ class NativeRows(OrtRows):
         """See `edge.decoding.blocks.ConditionedRows`."""
         super().encode(slot, condition)
         remembered: Remembered = slot.condition
-        model, slot.memory.conditioned = self._manifest.model, None
+        slot.memory.conditioned = None
         with self._conditioned as known:
             network, _ = known.get(remembered.role, (None, []))
         if network is not None:
-            slot.memory.conditioned = _Conditioned(
-                addressof(network), remembered, heads=model.heads, layers=model.layers, best=self._manifest.top_k
-            )
+            slot.memory.conditioned = _Conditioned(addressof(network), remembered, self._manifest)
 
     def narrow(self, slot: Slot, remaining: Remaining) -> None:
         """See `edge.decoding.blocks.ConditionedRows`."""
@@ -281,9 +287,11 @@ class NativeRows(OrtRows):
     def _call(self, function: Any, slot: Slot, requests: Any, *drafter: int | None) -> None:
         """Run requests that are conditioned as this slot is. A pass of several is of none with a condition."""
         conditioned: _Conditioned | None = slot.memory.conditioned_of(slot)
-        network = self._network if conditioned is None else conditioned.network
-        space = self._space(sum(request.rows for request in requests))
-        function(network, *drafter, addressof(requests), len(requests), self._widest[1], space)
+        network, weights = self._network, self._widest[1]
+        if conditioned is not None:
+            network, weights = conditioned.network, max(weights, conditioned.readings.most)
+        space = self._space(sum(request.rows for request in requests), weights)
+        function(network, *drafter, addressof(requests), len(requests), weights, space)
 
     def draft(self, slot: Slot, state: Floats, *, token: int, noise: Floats, law: Law) -> Ids:
         """See `edge.decoding.blocks.RowsBackend`."""
@@ -298,19 +306,20 @@ class NativeRows(OrtRows):
             noise.shape[1],
             0 if law.top_k == 1 else law.temperature,
             memory.drafts.ctypes.data,
-            self._space(1),
+            self._space(1, self._widest[1]),
         )
         made: Ids = memory.drafts[: self.depth]
         return made
 
-    def _space(self, rows: int) -> int:
-        """The address of this thread's memory, enough for a pass of so many rows, and for drafts."""
-        held, address, _ = getattr(self._local, "memory", (0, 0, None))
-        if held < rows:
-            needed = self._library.space(rows, self._widths["states"], *self._widest)
+    def _space(self, rows: int, weights: int) -> int:
+        """The address of this thread's memory, enough for a pass of so many rows and weights, and for drafts."""
+        held, wide, address, _ = getattr(self._local, "memory", (0, 0, 0, None))
+        if held < rows or wide < weights:
+            held, wide = max(held, rows), max(wide, weights)
+            needed = self._library.space(held, self._widths["states"], self._widest[0], wide)
             memory = np.empty(needed + ALIGNMENT, np.uint8)
             address = memory.ctypes.data + -memory.ctypes.data % ALIGNMENT
-            self._local.memory = rows, address, memory
+            self._local.memory = held, wide, address, memory
         return address
 
     @cached_property

@@ -161,19 +161,25 @@ def read_drafter(constants: Arrays, model: ModelSpec, depths: int) -> tuple[Draf
     return Drafter(depths, d, hidden, r.keep(likely), r.all(steps), head), r.alive
 
 
-def read_conditioned(constants: Arrays, plain: Arrays, network: Network, *, best: int) -> tuple[Network, list[Any]]:
+def read_conditioned(
+    constants: Arrays, plain: Arrays, network: Network, *, best: int | None
+) -> tuple[Network, list[Any]]:
     """The network of a conditioned step graph: that of the plain one, but for the scales of what products multiply.
 
-    best: tokens that a guided graph keeps. Raises NotKnownError.
+    best: tokens that it keeps, where it is a guided one. Raises NotKnownError.
     """
     for name, array in plain.items():
         other = constants.get(name)
         if other is None or not (np.array_equal(array, other) or name.endswith((".in.scale", ".in.zero"))):
             raise NotKnownError(f"{name} is not that of the step graph")
-    fixed = {"share.scale": np.float32(SHARE), "share.zero": 0, "k": best, "last_of_best": best - 1, "never": NEVER}
-    for name in constants.keys() - plain.keys() - {"by_head", "side_by_side", "axes_2_3"}:
-        if name not in fixed or constants[name].tolist() != [fixed[name]]:
-            raise NotKnownError(f"{name} is {constants[name].tolist()}")
+    fixed = {"share.scale": [float(np.float32(SHARE))], "share.zero": [0]}
+    fixed |= {"by_head": [0, 0, network.heads, -1], "side_by_side": [0, 0, -1]}
+    if best is not None:
+        fixed |= {"k": [best], "last_of_best": [best - 1], "never": [NEVER], "axes_2_3": [2, 3]}
+    added = {name: constants[name].tolist() for name in constants.keys() - plain.keys()}
+    for name in sorted(added.keys() | fixed.keys()):
+        if added.get(name) != fixed.get(name):
+            raise NotKnownError(f"{name} is {added.get(name, 'not there')}")
     r = _Reader(constants)
     made = Network.from_buffer_copy(network)
     blocks = (Block * network.layers)(*network.blocks[: network.layers])

@@ -72,11 +72,12 @@ static void guide(const Request &r, const Request &other, int vocabulary, float 
     for (int row = 0; row < r.scored; row++) {
         float *scores = r.scores + static_cast<long>(row) * vocabulary;
         const float *theirs = other.scores + static_cast<long>(row) * vocabulary;
-        memcpy(space, scores, vocabulary * sizeof(float));
+        for (int i = 0; i < vocabulary; i++)  // what is not a number cannot be sorted, and is found out by `draw`
+            space[i] = scores[i] == scores[i] ? scores[i] : __builtin_inff();
         std::nth_element(space, space + r.best - 1, space + vocabulary, [](float a, float b) { return a > b; });
         const float lowest = space[r.best - 1];
         for (int i = 0; i < vocabulary; i++)
-            scores[i] = scores[i] >= lowest ? scores[i] + (scores[i] - theirs[i]) * r.guidance : NEVER;
+            scores[i] = scores[i] < lowest ? NEVER : scores[i] + (scores[i] - theirs[i]) * r.guidance;
     }
 }
 

@@ -1,7 +1,6 @@
 """The compiled library in tests: where it is to be, its sets of instructions, and requests to decode with it."""
 
 from collections.abc import Iterator, Sequence
-from ctypes import addressof
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -16,6 +15,7 @@ from shared.manifest import read_manifest
 from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 
 SHIPPED: Final = Path(__file__).parents[2] / "bundle" / "tinystories"
+CONDITIONS: Final = SHIPPED.with_name("tinystories-conditions")
 NEEDS_LIBRARY: Final = pytest.mark.skipif(library() is None, reason=f"the compiled library {why_not()}")
 SETS: Final = ("vnni_512", "vnni_256")
 LAWS: Final = (
@@ -46,9 +46,8 @@ def native_rows(folder: Path, instructions: str | None = None) -> NativeRows:
 
 def one_pass(rows: NativeRows, asked: Sequence[Rows]) -> list[RowScores]:
     """Rows of several requests in one call of the library."""
-    requests = (Request * len(asked))(*(one.slot.memory.place(one) for one in asked))
-    space = rows._space(sum(one.tokens.size for one in asked))
-    rows._library.run(rows._network, addressof(requests), len(asked), space)
+    placed = [request for one in asked for request in one.slot.memory.place(one)]
+    rows._call(rows._library.run, asked[0].slot, (Request * len(placed))(*placed))
     memories = [one.slot.memory for one in asked]
     return [RowScores(m.scores[: one.scored], m.states[: one.scored]) for m, one in zip(memories, asked, strict=True)]
 

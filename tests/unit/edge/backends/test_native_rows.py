@@ -115,7 +115,7 @@ def drafts_of(rows: NativeRows, constants: dict[str, Any]) -> list[int]:
         noise = block_noise(seed, np.arange(3, dtype=np.uint32), model.vocab_size)
         rows._library.draft(
             addressof(drafter), state.ctypes.data, seed, noise.ctypes.data, model.vocab_size, 0.8, made.ctypes.data,
-            rows._space(1),
+            rows._space(1, rows._widest[1]),
         )  # fmt: skip
         drafts += made.tolist()
     assert alive

@@ -82,10 +82,10 @@ def test_together_a_request_that_fails_spoils_no_other(bundle: Path, monkeypatch
     assert isinstance(loaded.rows, NativeRows)
     advance, broken = loaded.rows.advance, 3
 
-    def failing(writings: Sequence[Writing]) -> None:
+    def failing(writings: Sequence[Writing], under_way: int) -> None:
         if any(w.law.seed == broken and w.passes > 2 for w in writings):
             raise RuntimeError("scores that are not numbers")
-        advance(writings)
+        advance(writings, under_way)
 
     asked = [GenerateRequest(prompt="a", seed=n, max_tokens=20, decode="blocks") for n in range(8)]
     alone = [loaded.run(loaded.prepare(request)).text for request in asked]
