@@ -47,7 +47,7 @@ static void attend(const Network &net, int head, const float *query, const float
 
 // x (D,) += what a row reads of a memory. row: its normed values, quantized; scores, shares: memory of the keys' outputs.
 static void read(const Reading &r, int heads, const Rows &row, float *scores, uint8_t *shares, float *made, float *x) {
-    product(r.keys, row, 1, scores);
+    product(r.keys, row, 1, scores);  // past the last row's they are 0, and so are the weights of the values
     float part[LANES];
     for (int head = 0; head < heads; head++) {
         float *of = scores + head * r.rows, top = of[0];
@@ -63,7 +63,6 @@ static void read(const Reading &r, int heads, const Rows &row, float *scores, ui
         const float by = sum(total);
         for (int i = 0; i < r.rows; i++) of[i] /= by;
     }
-    for (int i = heads * r.rows; i < r.keys.outputs; i++) scores[i] = 0;
     float scale = r.values.input_scale;
     int32_t zero = r.values.input_zero;
     quantize(scores, scale, zero, r.keys.outputs, shares);

@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import pytest
 
+from edge.backends import native_rows as module
 from edge.backends.native_rows import NativeRows
 from edge.backends.ort_rows import OrtRows
 from edge.decoding.blocks import Slot, Writing
 from edge.decoding.conditions import Condition, Remaining
 from edge.decoding.types import Floats
-from edge.native.network import NEVER
+from edge.native.network import NEVER, NotKnownError
 from edge.serving.slots import Slots
 from host.export.__main__ import export_untrained
 from host.export.pipeline import Wanted
@@ -282,3 +283,18 @@ def test_conditioned_graph_that_is_not_known_is_run_by_onnx_runtime(
     decode(rows, asked, together=1)
     decode(rows, one_by_one, together=0)
     assert [written(w) for w in asked] == [written(w) for w in one_by_one]
+
+
+def test_conditioned_rows_of_a_memory_that_is_not_known_are_run_by_onnx_runtime(
+    debug_bundle: Path, debug: NativeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out as the graphs are loaded, before a request is under way."""
+
+    def unknown(*_: object) -> None:
+        raise NotKnownError("it is float32")
+
+    rows, runtime = native_rows(debug_bundle), OrtRows(debug_bundle, debug._manifest, 1)
+    monkeypatch.setattr(module, "_readings", unknown)
+    made, wanted = (next(runs(one, GIVEN[-1])) for one in (rows, runtime))
+    assert np.array_equal(made[0], wanted[0]) and np.array_equal(made[1], wanted[1])
+    assert slot_of(rows, GIVEN[-1]).memory.conditioned is None
