@@ -17,6 +17,7 @@ from host.export.pipeline import Wanted
 from shared.manifest import SamplingDefaults
 from shared.messages import Gap, GenerateRequest
 from shared.metrics import Metrics
+from tests.support.compiled import NEEDS_LIBRARY
 from tests.support.mailbox import Mailbox
 
 CONDITIONS = Path(__file__).parents[4] / "bundle" / "tinystories-conditions"
@@ -48,6 +49,7 @@ def requests() -> list[GenerateRequest]:
     return [*some[:10], *gaps, *some[10:]]
 
 
+@NEEDS_LIBRARY
 @pytest.mark.parametrize("threads", [1, 2])
 def test_together_texts_are_the_same_as_alone(bundle: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = LoadedBundle.load(bundle, "ort", threads=threads)
@@ -76,6 +78,7 @@ def answers_of(loaded: LoadedBundle, asked: list[GenerateRequest]) -> tuple[list
     return texts, metrics
 
 
+@NEEDS_LIBRARY
 def test_together_a_request_that_fails_spoils_no_other(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass in which one of them cannot be drawn is made again, of each alone."""
     loaded = LoadedBundle.load(bundle, "ort", threads=1)
@@ -106,6 +109,7 @@ def test_together_without_the_library_each_pass_is_of_one_request(
     assert texts == [loaded.run(loaded.prepare(request)).text for request in asked]
 
 
+@NEEDS_LIBRARY
 def test_together_each_lane_has_its_share(bundle: Path) -> None:
     """Of four requests in two lanes each pass has two."""
     loaded = LoadedBundle.load(bundle, "ort", threads=2)
@@ -121,6 +125,7 @@ def test_together_each_lane_has_its_share(bundle: Path) -> None:
     assert first is not None and second is not None and (len(first.batch), len(second.batch)) == (2, 2)
 
 
+@NEEDS_LIBRARY
 def test_together_texts_share_passes_once_they_have_told_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the model that ships: while a word is asked for a request has passes of its own."""
     loaded, sizes = LoadedBundle.load(CONDITIONS, "ort", threads=2), list[int]()
