@@ -86,6 +86,7 @@ comma := ,
 # of it seldom say what is wrong.
 define install
 	echo "Installing $(1) into $(VENV); the first time takes minutes:"; \
+	rm -f edge/native/*.so; \
 	if ! $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(PIP_ARGS) $(2) 2>&1 \
 	    | tee $(VENV)/pip.log \
 	    | sed -nu '/\.metadata/d; s/^ *\(Downloading\|Using cached\|Building\|Installing\|Successfully\)\(.\{,100\}\).*/  \1\2/p'; then \
@@ -94,6 +95,6 @@ define install
 	    echo "error: pip cannot install $(1): $${reason:-it stopped} (details in $(VENV)/pip.log)" >&2; exit 1; \
 	fi; \
 	if ! command -v $(firstword $(CXX)) >/dev/null; then \
-	    echo "note: without a C++ compiler ONNX Runtime decodes alone, more slowly: on Debian and Ubuntu, apt install g++," \
+	    echo "note: without a C++ compiler ONNX Runtime decodes alone, on x86 processors with VNNI more slowly: apt install g++," \
 	        "then touch pyproject.toml and make this again" >&2; fi
 endef

@@ -117,7 +117,7 @@ detect_machine() {
     say "${jetpack:+Jetson with JetPack $jetpack, }Python $("$python" -c 'import platform; print(platform.python_version())'), TensorRT $tensorrt"
     compiler=${CXX:-$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("CXX") or "c++")')}
     command -v "${compiler%% *}" >/dev/null || compiler=''
-    [[ $compiler || $visible ]] ||
+    [[ $compiler || $visible ]] || ! grep -qE 'avx512_vnni|avx_vnni' /proc/cpuinfo ||
         say "without a C++ compiler ONNX Runtime decodes alone, more slowly: apt install g++, then run this again"
     [[ ! $jetpack || $visible ]] ||
         say "without TensorRT the model runs on the CPU: apt install python3-libnvinfer, then run this again"

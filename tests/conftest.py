@@ -14,6 +14,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from edge import native
 from host.export.__main__ import export_untrained
 from host.export.bundle_writer import BundleGraph, write_bundle
 from host.export.cpu_graph import cpu_graph
@@ -146,7 +147,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The tally of what was proved about the GPU path, and on a booted systemd: tests run, skipped and why."""
+    """The tally of what was proved about the GPU path, and on a booted systemd: tests run, skipped and why; and which
+    compiled library was tested."""
+    found = native.library()
+    terminalreporter.section("the compiled library")
+    terminalreporter.line(native.why_not() if found is None else found.instructions)
     if log := os.environ.get("BOOTED_SYSTEMD"):
         terminalreporter.section("the service on a booted systemd")
         *lines, tally_of_systemd = Path(log).read_text().splitlines() or [""]

@@ -251,8 +251,8 @@ class NativeRows(OrtRows):
         for w in writings:
             begin(self, w)
         if any(slot.condition is not None and slot.memory.conditioned is None for slot in slots):
-            for w in writings:
-                blocks.advance(self, w, under_way)
+            (w,) = writings
+            blocks.advance(self, w, under_way)
             return
         placed = [request for w, slot in zip(writings, slots, strict=True) for request in slot.memory.place_next(w)]
         requests = (Request * len(placed))(*placed)

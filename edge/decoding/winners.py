@@ -16,7 +16,10 @@ def winners(scores: Floats, noise: Floats, temperature: float) -> tuple[Ids, Ids
     scores, noise (M, V) → (M,), (M,). temperature: 0 for the best score itself.
     """
     native, (count, vocab_size) = library(), scores.shape
-    if native is None or vocab_size % LANES or not scores.flags.c_contiguous or not noise.flags.c_contiguous:
+    fits = scores.shape == noise.shape and all(
+        array.dtype == np.float32 and array.flags.c_contiguous for array in (scores, noise)
+    )
+    if native is None or vocab_size % LANES or not fits:
         return _by_numpy(scores, noise, temperature)
     token, rank = np.empty((2, count), np.int32)
     native.draw(

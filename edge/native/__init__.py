@@ -126,7 +126,7 @@ def _load(instructions: str | None) -> Library | str:
     folder = Path(__file__).parent
     file = next((f for suffix in EXTENSION_SUFFIXES if (f := folder / f"{NAME}{suffix}").is_file()), None)
     if file is None:
-        return "was not built: install a C++ compiler (apt: g++), then this package again"
+        return "was not built: install g++ 9 or newer, then this package again (CXX=g++ names it)"
     try:
         loaded = ctypes.CDLL(str(file))
     except OSError as error:  # built for another processor or C library

@@ -1,7 +1,7 @@
 """A bundle's INT8 step and draft graphs as the compiled library reads them.
 
 The graphs are those that ONNX Runtime runs, and nothing else is in the bundle: their constants are known by name and
-shape, so a graph that was built otherwise is refused here, and ONNX Runtime runs it.
+shape, so a graph with other constants is refused here, and ONNX Runtime runs it. Its nodes are not read.
 D: width, V: vocabulary, K, N: inputs and outputs of a product.
 """
 
@@ -141,7 +141,7 @@ def read_drafter(constants: Arrays, model: ModelSpec, depths: int) -> tuple[Draf
     likely = np.arange(model.vocab_size, dtype=np.int32)
     if "likely" in constants:
         likely = r.take("likely", np.int32, constants["likely"].size)
-        if not likely.size or likely.min() < 0 or likely.max() >= model.vocab_size:
+        if not 0 < likely.size <= model.vocab_size or likely.min() < 0 or likely.max() >= model.vocab_size:
             raise NotKnownError("it drafts tokens that are none")
     hidden = int(np.size(constants.get("drafter.depths.0.known.scale", ())))
     steps = []

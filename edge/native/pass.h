@@ -34,7 +34,7 @@ static void attend(const Network &net, int head, const float *query, const float
     Floats total = {}, out[PARTS] = {};
     for (int i = 0; i < whole; i += LANES) {
         const Floats scores = load(weights + i), shares = exponential(scores - top);
-        const Floats shown = scores > -1e29f ? shares : Floats{};
+        const Floats shown = scores <= -1e29f ? Floats{} : shares;
         store(weights + i, shown);
         total += shown;
     }

@@ -9,7 +9,11 @@
 #if defined(__x86_64__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // in GCC 12's own header: its bug 105593
 #include <immintrin.h>
+#if __GNUC__ >= 11 // the first to know AVX-VNNI
 #define FOR_EACH_SET(f) f(vnni_512) f(vnni_256)
+#else
+#define FOR_EACH_SET(f) f(vnni_512)
+#endif
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 #define VNNI_512
@@ -21,6 +25,7 @@ namespace vnni_512 {
 }  // namespace vnni_512
 #undef VNNI_512
 #pragma GCC pop_options
+#if __GNUC__ >= 11
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avxvnni")
 namespace vnni_256 {
@@ -30,6 +35,7 @@ namespace vnni_256 {
 #include "noise.h"
 }  // namespace vnni_256
 #pragma GCC pop_options
+#endif
 #else
 #define FOR_EACH_SET(f)
 #endif

@@ -222,7 +222,7 @@ class Trainer:
         if not self.ranks.first:
             return
         progress = self.progress
-        if self.device.type == "cpu":  # whoever goes on on a CPU goes on in this type
+        if self.device.type == "cpu" and progress.cpu_dtype is None:  # whoever goes on on a CPU goes on in this type
             progress = replace(progress, cpu_dtype="float32" if self.dtype is None else "bfloat16")
         save_checkpoint(
             self.config.out / file,

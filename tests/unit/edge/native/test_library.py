@@ -63,7 +63,7 @@ def copied(folder: Path) -> ModuleType:
 def test_library_that_was_not_built_is_told(tmp_path: Path) -> None:
     module = copied(tmp_path)
     assert module.library() is None
-    assert module.why_not() == "was not built: install a C++ compiler (apt: g++), then this package again"
+    assert module.why_not() == "was not built: install g++ 9 or newer, then this package again (CXX=g++ names it)"
 
 
 def test_library_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:

@@ -139,6 +139,18 @@ def test_network_that_drafts_tokens_outside_of_the_vocabulary_is_not_known(
         read_drafter(draft | {"likely": likely}, manifest.model, 3)
 
 
+def test_network_that_drafts_more_tokens_than_there_are_is_not_known(draft: Constants, manifest: Manifest) -> None:
+    """Their scores would not fit into the library's memory; all else fits them."""
+    times = manifest.model.vocab_size // draft["likely"].size + 1
+    longer = {"likely": np.tile(draft["likely"], times), "head.int8": np.tile(draft["head.int8"], (1, times))}
+    longer |= {name: np.tile(draft[name], times) for name in ("head.scale", "head.zero", "head.bias")}
+    for depth in range(1, 3):
+        name = f"drafter.depths.{depth}.known.int8"
+        longer[name] = np.tile(draft[name], (times, 1))
+    with pytest.raises(NotKnownError, match="drafts tokens that are none"):
+        read_drafter(draft | longer, manifest.model, 3)
+
+
 def test_network_that_lists_drafted_tokens_otherwise_is_not_known(draft: Constants, manifest: Manifest) -> None:
     for likely in (draft["likely"].astype(np.int64), draft["likely"][:, None], draft["likely"][:504]):
         with pytest.raises(NotKnownError):
