@@ -81,12 +81,14 @@ $(ALL): pyproject.toml constraints.txt $(NATIVE) $(VENV_MADE)
 	touch $(EDGE) $@
 
 comma := ,
+# Removed before an installation: where the sources no longer compile, pip would leave the old one.
+COMPILED := edge/native/*.so
 
 # $(1) what, in words; $(2) for pip. Shows what pip fetches and builds; all it says goes to a file, because the last lines
 # of it seldom say what is wrong.
 define install
 	echo "Installing $(1) into $(VENV); the first time takes minutes:"; \
-	rm -f edge/native/*.so; \
+	rm -f $(COMPILED); \
 	if ! $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(PIP_ARGS) $(2) 2>&1 \
 	    | tee $(VENV)/pip.log \
 	    | sed -nu '/\.metadata/d; s/^ *\(Downloading\|Using cached\|Building\|Installing\|Successfully\)\(.\{,100\}\).*/  \1\2/p'; then \
