@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 NAME: Final = "_rows"
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the structures and functions; `rows.cpp` exports its own."""
 LANES: Final = 8  # of a vector in `types.h`; vocabulary and widths are multiples of it
 

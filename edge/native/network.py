@@ -126,7 +126,7 @@ def read_network(constants: Arrays, model: ModelSpec) -> tuple[Network, list[Any
         r.address("token_embedding.int8", np.int8, model.vocab_size, d),
         r.address("token_embedding.scale", np.float32, model.vocab_size, 1),
         r.address("position_embedding.weight", np.float32, model.canvas_len, d),
-        r.address("relative_bias.columns", np.float32, places, model.heads),
+        r.keep(np.pad(r.take("relative_bias.columns", np.float32, places, model.heads).T, ((0, 0), (0, LANES + 1)))),
         r.all(blocks),
         r.norm("norm", d),
         r.matrix("head", d, outputs=model.vocab_size),

@@ -6,45 +6,6 @@ struct Space {  // of a pass, in the caller's memory
     Rows quantized;
 };
 
-// What one row reads in one head: softmax of its scores over the first `seen` keys, times their values.
-// query, mixed (SIZE,), keys, values (C, SIZE), weights (seen + 16,)
-template <int SIZE>
-static void attend(const Network &net, int head, const float *query, const float *keys, const float *values,
-                   const int32_t *places, int position, int seen, float *weights, float *mixed) {
-    constexpr int PARTS = SIZE / LANES;
-    const float by = 1.0f / __builtin_sqrtf(SIZE);
-    const float *distances = net.distances + static_cast<long>(net.farthest - position) * net.heads + head;
-    const int whole = (seen + LANES - 1) / LANES * LANES;
-    Floats q[PARTS], highest = all(-1e30f);
-    for (int i = 0; i < PARTS; i++) q[i] = load(query + i * LANES) * by;
-    for (int first = 0; first < seen; first += 4) {
-        Floats of[4];
-        for (int n = 0; n < 4; n++) {  // past the end the last key is taken again, and not used
-            const float *key = keys + static_cast<long>(first + n < seen ? first + n : seen - 1) * SIZE;
-            of[n] = q[0] * load(key);
-            for (int i = 1; i < PARTS; i++) of[n] = fused(q[i], load(key + i * LANES), of[n]);
-        }
-        *reinterpret_cast<Half *>(weights + first) = sums(of[0], of[1], of[2], of[3]);
-    }
-    for (int i = 0; i < seen; i++) weights[i] += distances[static_cast<long>(places[i]) * net.heads];
-    for (int i = seen; i < whole; i++) weights[i] = -1e30f;
-    for (int i = 0; i < whole; i += LANES) highest = most(highest, load(weights + i));
-    float top = highest[0];
-    for (int i = 1; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
-    Floats total = {}, out[PARTS] = {};
-    for (int i = 0; i < whole; i += LANES) {
-        const Floats scores = load(weights + i), shares = exponential(scores - top);
-        const Floats shown = scores <= -1e29f ? Floats{} : shares;
-        store(weights + i, shown);
-        total += shown;
-    }
-    const float inverse = 1.0f / sum(total);
-    for (int i = 0; i < seen; i++, values += SIZE)
-        for (int part = 0; part < PARTS; part++)
-            out[part] = fused(load(values + part * LANES), all(weights[i]), out[part]);
-    for (int part = 0; part < PARTS; part++) store(mixed + part * LANES, out[part] * inverse);
-}
-
 // x (D,) += what a row reads of a memory. row: its normed values, quantized; scores, shares: memory of the keys' outputs.
 static void read(const Reading &r, int heads, const Rows &row, float *scores, uint8_t *shares, float *made, float *x) {
     product(r.keys, row, 1, scores);  // past the last row's they are 0, and so are the weights of the values
@@ -108,15 +69,11 @@ static void pass(const Network &net, const Request *requests, int count, const S
             const float *qkv = s.wide + static_cast<long>(row) * 3 * d;
             keep(net, r, layer, qkv);
             const int first = last ? r.rows - r.scored : 0, left = r.rows - first;
-            for (int head = 0; head < net.heads; head++) {  // its keys and values are read by one row after another
-                const float *keys = r.caches[2 * layer] + static_cast<long>(head) * r.room * size;
-                const float *values = r.caches[2 * layer + 1] + static_cast<long>(head) * r.room * size;
-                for (int own = first; own < r.rows; own++)
-                    (size == 64 ? attend<64> : attend<32>)(
-                        net, head, qkv + static_cast<long>(own) * 3 * d + head * size, keys, values, r.places,
-                        r.positions[own], r.kept + own + 1, s.weights,
-                        s.mixed + static_cast<long>(going_on + own - first) * d + head * size);
-            }
+            bool in_a_row = true;
+            for (int at = 0; at < r.kept + r.rows; at++) in_a_row &= r.places[at] == r.places[0] + at;
+            for (int head = 0; head < net.heads; head++)
+                (size == 64 ? attend<64> : attend<32>)(net, r, layer, head, left, qkv, in_a_row, s.weights,
+                                                       s.mixed + static_cast<long>(going_on) * d);
             for (int own = first; r.readings && own < r.rows; own++) {
                 const long at = row + own;
                 read(r.readings[layer], net.heads, {s.quantized.values + at * d, s.quantized.scales + at, s.quantized.zeros + at},
@@ -131,7 +88,10 @@ static void pass(const Network &net, const Request *requests, int count, const S
         for (int i = 0; i < rows; i++)
             normalize(block.norm2, s.x + static_cast<long>(i) * d, d, s.normed + static_cast<long>(i) * d);
         multiply(block.up, s.normed, rows, s.quantized, s.wide);
-        for (long i = 0; i < static_cast<long>(rows) * 4 * d; i += LANES) store(s.wide + i, gelu(load(s.wide + i)));
+        for (long i = 0; i < static_cast<long>(rows) * 4 * d; i += 2 * LANES) {
+            Pair *const at = reinterpret_cast<Pair *>(s.wide + i);
+            *at = gelu(*at);
+        }
         multiply(block.down, s.wide, rows, s.quantized, s.normed);
         add(s.x, s.normed, static_cast<long>(rows) * d);
     }

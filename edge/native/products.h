@@ -70,22 +70,84 @@ template <int ROWS> INLINE void tile(const uint8_t *values, int inputs, const in
     }
 }
 
+// Products of a few rows with the columns of a tile after another.
+struct Vectors {
+    int most = TALLEST;
+    void tile_of(int rows, const uint8_t *values, int inputs, const int8_t *weights, Ints (*sums)[GROUPS]) {
+        switch (rows) {
+        case 1: return tile<1>(values, inputs, weights, sums);
+        case 2: return tile<2>(values, inputs, weights, sums);
+        case 3: return tile<3>(values, inputs, weights, sums);
+        case 4: return tile<4>(values, inputs, weights, sums);
+        case 5: return tile<5>(values, inputs, weights, sums);
+        default: return tile<6>(values, inputs, weights, sums);
+        }
+    }
+};
+
+#if defined(AMX)
+// The same by the matrix unit, whose registers hold 16 rows of 64 bytes: four of sums, one of rows, three of weights.
+struct Tiles {
+    static constexpr int LEAST = 2, MOST = 16, DEEP = 64, FOURS = 4 * COLUMNS;  // FOURS: bytes of four inputs' weights
+    const bool used;
+    int most, configured = 0;
+    Vectors vectors;
+    Tiles(int rows, int inputs) : used(rows >= LEAST && inputs % DEEP == 0), most(used ? MOST : TALLEST) {}
+    ~Tiles() {
+        if (configured) _tile_release();
+    }
+    void configure(int rows) {
+        struct alignas(64) {
+            uint8_t palette = 1, start = 0, unused[14] = {};
+            uint16_t bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shapes;
+        for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = i < 5 ? rows : 16;
+        __asm__ volatile("" ::: "memory");  // the compiler does not know what registers are loaded from
+        _tile_loadconfig(&shapes);
+        configured = rows;
+    }
+    void tile_of(int rows, const uint8_t *values, int inputs, const int8_t *weights, Ints (*sums)[GROUPS]) {
+        if (!used) return vectors.tile_of(rows, values, inputs, weights, sums);
+        if (rows != configured) configure(rows);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int i = 0; i < inputs; i += DEEP, weights += DEEP * COLUMNS) {
+            _tile_loadd(4, values + i, inputs);
+            _tile_loadd(5, weights, FOURS);
+            _tile_dpbusd(0, 4, 5);
+            _tile_loadd(6, weights + 64, FOURS);
+            _tile_dpbusd(1, 4, 6);
+            _tile_loadd(7, weights + 128, FOURS);
+            _tile_dpbusd(2, 4, 7);
+            _tile_loadd(5, weights + 192, FOURS);
+            _tile_dpbusd(3, 4, 5);
+        }
+        char *const to = reinterpret_cast<char *>(sums);
+        _tile_stored(0, to, FOURS);
+        _tile_stored(1, to + 64, FOURS);
+        _tile_stored(2, to + 128, FOURS);
+        _tile_stored(3, to + 192, FOURS);
+    }
+};
+#endif
+
 // y (rows, outputs) = scale · (x − zero) · weights + bias
 INLINE void product(const Matrix &m, const Rows &x, int rows, float *y) {
+#if defined(AMX)
+    Tiles unit(rows, m.inputs);
+    Ints sums[Tiles::MOST][GROUPS];
+#else
+    Vectors unit;
+    Ints sums[TALLEST][GROUPS];
+#endif
     for (int column = 0; column < m.outputs; column += COLUMNS) {
         const int8_t *weights = m.weights + static_cast<long>(column) * m.inputs;
-        for (int first = 0; first < rows; first += TALLEST) {
-            const int tall = rows - first < TALLEST ? rows - first : TALLEST;
-            const uint8_t *values = x.values + static_cast<long>(first) * m.inputs;
-            Ints sums[TALLEST][GROUPS];
-            switch (tall) {
-            case 1: tile<1>(values, m.inputs, weights, sums); break;
-            case 2: tile<2>(values, m.inputs, weights, sums); break;
-            case 3: tile<3>(values, m.inputs, weights, sums); break;
-            case 4: tile<4>(values, m.inputs, weights, sums); break;
-            case 5: tile<5>(values, m.inputs, weights, sums); break;
-            default: tile<6>(values, m.inputs, weights, sums);
-            }
+        for (int first = 0; first < rows; first += unit.most) {
+            const int tall = rows - first < unit.most ? rows - first : unit.most;
+            unit.tile_of(tall, x.values + static_cast<long>(first) * m.inputs, m.inputs, weights, sums);
             for (int group = 0; group < GROUPS; group++) {
                 const int at = column + LANES * group;
                 if (at >= m.outputs) break;

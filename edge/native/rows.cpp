@@ -5,12 +5,16 @@
 #include "types.h"
 
 #include <algorithm>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // in GCC 12's own header: its bug 105593
 #include <immintrin.h>
 #if __GNUC__ >= 11 // the first to know AVX-VNNI
-#define FOR_EACH_SET(f) f(vnni_512) f(vnni_256)
+#define FOR_EACH_SET(f) f(amx) f(vnni_512) f(vnni_256)
 #else
 #define FOR_EACH_SET(f) f(vnni_512)
 #endif
@@ -20,17 +24,33 @@
 namespace vnni_512 {
 #include "vectors.h"
 #include "products.h"
+#include "attention.h"
 #include "pass.h"
 #include "noise.h"
 }  // namespace vnni_512
-#undef VNNI_512
 #pragma GCC pop_options
+#if __GNUC__ >= 11
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
+#define AMX
+namespace amx {
+#include "vectors.h"
+#include "products.h"
+#include "attention.h"
+#include "pass.h"
+#include "noise.h"
+}  // namespace amx
+#undef AMX
+#pragma GCC pop_options
+#endif
+#undef VNNI_512
 #if __GNUC__ >= 11
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avxvnni")
 namespace vnni_256 {
 #include "vectors.h"
 #include "products.h"
+#include "attention.h"
 #include "pass.h"
 #include "noise.h"
 }  // namespace vnni_256
@@ -60,29 +80,43 @@ template <typename Space> Space carve(char *memory, int rows, int width, int wid
     s.normed = c.take<float>(static_cast<long>(rows) * width);
     s.wide = c.take<float>(static_cast<long>(rows) * wide);
     s.mixed = c.take<float>(static_cast<long>(rows) * wide);
-    s.weights = c.take<float>(weights);
+    s.weights = c.take<float>(static_cast<long>(GROUP) * weights);
     s.shares = c.take<uint8_t>(weights);
     s.quantized = {c.take<uint8_t>(static_cast<long>(rows) * wide), c.take<float>(rows), c.take<int32_t>(rows)};
     *end = c.at;
     return s;
 }
 
+#if defined(__x86_64__)
+// Whether there is a matrix unit, and the kernel lets this process have its registers.
+bool may_use_amx() {
+#if __GNUC__ >= 11 && defined(__linux__)
+    constexpr long ASK = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: asm/prctl.h
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, ASK, TILES) == 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default")))
 
 // `VERSION` of edge.native: of the structures in `types.h` and of the functions below.
-API void edgelm_version_2() {}
+API void edgelm_version_3() {}
 
 // Names of the sets of instructions that this processor has, the fastest first.
 API const char *edgelm_sets() {
 #if defined(__x86_64__)
+    static char names[32];
     const bool vnni_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512vnni");
     const bool vnni_256 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni");
-    if (vnni_512) return vnni_256 ? "vnni_512 vnni_256" : "vnni_512";
-    return vnni_256 ? "vnni_256" : "";
+    strcpy(names, vnni_512 && may_use_amx() ? "amx " : "");
+    strcat(strcat(names, vnni_512 ? "vnni_512 " : ""), vnni_256 ? "vnni_256" : "");
+    return names;
 #else
     return "";
 #endif

@@ -10,7 +10,9 @@ typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(8), aligned(1), may_alias));
 typedef float Half __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float Pair __attribute__((vector_size(64), aligned(4), may_alias));  // eight numbers of each of two rows
 constexpr int LANES = 8;
+constexpr int GROUP = 16;  // rows of a request that read keys and values together, at most
 
 struct Matrix {
     const int8_t *weights;  // (outputs / 64, inputs / 4, 64, 4), zeros in columns past the last
@@ -36,7 +38,7 @@ struct Network {
     const int8_t *tokens;                    // (V, D)
     const float *token_scales;               // (V,)
     const float *positions;                  // (L, D)
-    const float *distances;                  // (2 L - 1, H): added to the score of a key at each distance
+    const float *distances;                  // (H, 2 L + 8): added to the score of a key at each distance; the last 9 of a head are none
     const Block *blocks;
     Norm norm;
     Matrix head;

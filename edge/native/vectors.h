@@ -5,16 +5,34 @@
 
 INLINE Floats load(const float *p) { return *reinterpret_cast<const Floats *>(p); }
 INLINE void store(float *p, Floats v) { *reinterpret_cast<Floats *>(p) = v; }
-INLINE Floats all(float x) { return x - Floats{}; }
-INLINE Floats least(Floats a, Floats b) { return a < b ? a : b; }
-INLINE Floats most(Floats a, Floats b) { return a > b ? a : b; }
+template <typename F = Floats> INLINE F all(float x) { return x - F{}; }
+template <typename F> INLINE F least(F a, F b) { return a < b ? a : b; }
+template <typename F> INLINE F most(F a, F b) { return a > b ? a : b; }
 
+INLINE Floats half(Pair v, int which) { return load(reinterpret_cast<const float *>(&v) + which * LANES); }
 INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#if defined(VNNI_512)
+INLINE Pair fused(Pair a, Pair b, Pair c) { return (Pair)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE Pair both(Floats a, Floats b) {
+    return (Pair)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)a), (__m256)b, 1);
+}
+INLINE Pair twice(Floats v) { return (Pair)_mm512_broadcast_f32x8((__m256)v); }
+#else
+INLINE Pair both(Floats a, Floats b) {
+    Pair v;
+    memcpy(&v, &a, sizeof a), memcpy(reinterpret_cast<float *>(&v) + LANES, &b, sizeof b);
+    return v;
+}
+INLINE Pair twice(Floats v) { return both(v, v); }
+INLINE Pair fused(Pair a, Pair b, Pair c) {
+    return both(fused(half(a, 0), half(b, 0), half(c, 0)), fused(half(a, 1), half(b, 1), half(c, 1)));
+}
+#endif
 
 // The highest power's coefficient first.
-template <int N> INLINE Floats polynomial(Floats x, const float (&terms)[N]) {
-    Floats p = all(terms[0]);
-    for (int i = 1; i < N; i++) p = fused(p, x, all(terms[i]));
+template <typename F, int N> INLINE F polynomial(F x, const float (&terms)[N]) {
+    F p = all<F>(terms[0]);
+    for (int i = 1; i < N; i++) p = fused(p, x, all<F>(terms[i]));
     return p;
 }
 
@@ -39,17 +57,18 @@ INLINE Half sums(Floats a, Floats b, Floats c, Floats d) {
 }
 
 constexpr float HALF_UNIT = 12582912.0f;  // 1.5 · 2^23: added and taken away, it rounds to the nearest, ties to even
-INLINE Floats rounded(Floats v) { return (v + HALF_UNIT) - HALF_UNIT; }
+template <typename F> INLINE F rounded(F v) { return (v + HALF_UNIT) - HALF_UNIT; }
 
 // e^x for x <= 0: x = n ln 2 + r, polynomial in r as in Cephes' expf (relative error 2e-7).
-INLINE Floats exponential(Floats x) {
-    x = most(x, all(-87.0f));
-    const Floats n = rounded(x * 1.44269504f);
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+template <typename F> INLINE F exponential(F x) {
+    typedef decltype(x < x) I;  // as many integers
+    x = most(x, all<F>(-87.0f));
+    const F n = rounded(x * 1.44269504f);
+    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     constexpr float TERMS[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    const Floats p = fused(polynomial(r, TERMS), r * r, r) + 1.0f;
-    return (Floats)((Ints)p + (__builtin_convertvector(n, Ints) << 23));
+    const F p = fused(polynomial(r, TERMS), r * r, r) + 1.0f;
+    return (F)((I)p + (__builtin_convertvector(n, I) << 23));
 }
 
 // The natural logarithm of positive numbers F that are not denormal, I as wide: polynomial of Cephes' logf.
@@ -70,13 +89,37 @@ template <typename F, typename I> INLINE F logarithm(F x) {
 }
 
 // x Φ(x): erf as a quotient of polynomials within ±4, where it is ±1 in float32 (absolute error 2e-7).
-INLINE Floats gelu(Floats x) {
-    const Floats t = least(most(x * 0.70710678f, all(-4.0f)), all(4.0f)), s = t * t;
+template <typename F> INLINE F gelu(F x) {
+    const F t = least(most(x * 0.70710678f, all<F>(-4.0f)), all<F>(4.0f)), s = t * t;
     constexpr float ABOVE[] = {-2.72614225801306e-10f, 2.77068142495902e-08f,  -2.10102402082508e-06f, -5.69250639462346e-05f,
                                -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
     constexpr float BELOW[] = {-1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f,
                                -7.37332916720468e-03f, -1.42647390514189e-02f};
     return 0.5f * x * (1.0f + t * polynomial(s, ABOVE) / polynomial(s, BELOW));
+}
+
+#if defined(VNNI_512)
+INLINE Pair fold(Pair v, Pair w) {  // four numbers of each row of v, then of w
+    return (Pair)_mm512_shuffle_f32x4((__m512)v, (__m512)w, 0x88) + (Pair)_mm512_shuffle_f32x4((__m512)v, (__m512)w, 0xDD);
+}
+#endif
+
+// The sums of four pairs: those of the first rows, then of the second, each as `sum` has it.
+INLINE Floats sums(Pair a, Pair b, Pair c, Pair d) {
+#if defined(VNNI_512)
+    const __m512 ab = (__m512)fold(a, b), cd = (__m512)fold(c, d);
+    const Pair two = (Pair)_mm512_unpacklo_ps(ab, cd) + (Pair)_mm512_unpackhi_ps(ab, cd);
+    const Pair one = two + (Pair)_mm512_permute_ps((__m512)two, 0xEE);  // for each row of a and c twice, then of b and d
+    const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 4, 12, 5, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    return half((Pair)_mm512_permutexvar_ps(order, (__m512)one), 0);
+#else
+    Floats v;
+    for (int which = 0; which < 2; which++) {
+        const Half row = sums(half(a, which), half(b, which), half(c, which), half(d, which));
+        memcpy(reinterpret_cast<float *>(&v) + 4 * which, &row, sizeof row);
+    }
+    return v;
+#endif
 }
 
 INLINE void normalize(const Norm &norm, const float *x, int width, float *y) {

@@ -17,7 +17,7 @@ from shared.tokens import BOS, FIRST_TEXT_ID, MASK, PAD
 SHIPPED: Final = Path(__file__).parents[2] / "bundle" / "tinystories"
 CONDITIONS: Final = SHIPPED.with_name("tinystories-conditions")
 NEEDS_LIBRARY: Final = pytest.mark.skipif(library() is None, reason=f"the compiled library {why_not()}")
-SETS: Final = ("vnni_512", "vnni_256")
+SETS: Final = ("amx", "vnni_512", "vnni_256")
 LAWS: Final = (
     (0.8, 64, 1.0, 3),
     (0.0, 64, 1.0, 3),

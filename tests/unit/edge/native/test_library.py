@@ -14,10 +14,11 @@ import pytest
 from edge import native
 from edge.decoding import philox, winners
 from edge.native import Library, library, why_not
-from tests.support.compiled import NEEDS_LIBRARY, libraries
+from tests.support.compiled import NEEDS_LIBRARY, SETS, libraries
 
 SOURCE = Path(native.__file__)
-FLAGS = ({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}, {"avx2", "fma", "avx_vnni"})
+VNNI_512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
+FLAGS = (VNNI_512 | {"amx_tile", "amx_int8"}, VNNI_512, {"avx2", "fma", "avx_vnni"})
 """Of Linux, for what `rows.cpp` asks of a processor."""
 
 
@@ -41,7 +42,7 @@ def test_library_has_each_set_of_instructions_that_the_processor_has() -> None:
         pytest.skip(f"the compiled library {why_not()}")
     has = flags_of_this_processor()
     assert [found.instructions for found in libraries()] == [
-        name for name, needed in zip(("vnni_512", "vnni_256"), FLAGS, strict=True) if needed <= has
+        name for name, needed in zip(SETS, FLAGS, strict=True) if needed <= has
     ]
     assert library("vnni_1024") is None
 
