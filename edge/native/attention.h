@@ -11,7 +11,7 @@ template <int SIZE> struct Readers {
     Pair query[SIZE / LANES], mixed[SIZE / LANES];
 
     float *weight(unsigned row, unsigned key) const { return weights + (key / LANES * 2 + row) * LANES + key % LANES; }
-    Pair *block(int number) const { return reinterpret_cast<Pair *>(weights) + number; }
+    float *block(int number) const { return weights + number * 2 * LANES; }
     int blocks() const { return (seen[1] + LANES - 1) / LANES; }
 };
 
@@ -45,8 +45,8 @@ template <int SIZE> INLINE Pair softmax(const Readers<SIZE> &r, const int32_t *p
             for (int i = 0; i < r.seen[row]; i++) *r.weight(row, i) += r.distances[row][places[i]];
         for (int i = r.seen[row]; i < blocks * LANES; i++) *r.weight(row, i) = HIDDEN;
     }
-    Pair highest = Pair{} + HIDDEN, total = {};
-    for (int i = 0; i < blocks; i++) highest = most(highest, *r.block(i));
+    Pair highest = twice(all(HIDDEN)), total = {};
+    for (int i = 0; i < blocks; i++) highest = most(highest, load_pair(r.block(i)));
     float tops[2];
     for (int row = 0; row < 2; row++) {
         const Floats of = half(highest, row);
@@ -55,10 +55,11 @@ template <int SIZE> INLINE Pair softmax(const Readers<SIZE> &r, const int32_t *p
     }
     const Pair top = both(all(tops[0]), all(tops[1]));
     for (int i = 0; i < blocks; i++) {
-        const Pair scores = *r.block(i), shares = exponential(scores - top);
-        const Pair shown = scores <= 0.1f * HIDDEN ? Pair{} : shares;
-        *r.block(i) = shown;
-        total += shown;
+        const Pair shares = each(load_pair(r.block(i)) - top, [](auto below) {
+            return below <= 0.1f * HIDDEN ? decltype(below){} : exponential(below);
+        });
+        store_pair(r.block(i), shares);
+        total = total + shares;
     }
     return both(all(1.0f / sum(half(total, 0))), all(1.0f / sum(half(total, 1))));
 }
@@ -104,7 +105,7 @@ static void attend(const Network &net, const Request &r, int layer, int head, in
                 own.seen[which] = r.kept + row + 1;
             }
             for (int i = 0; i < PARTS; i++)
-                own.query[i] = both(load(query[0] + i * LANES), load(query[1] + i * LANES)) * by, own.mixed[i] = Pair{};
+                own.query[i] = both(load(query[0] + i * LANES) * by, load(query[1] + i * LANES) * by), own.mixed[i] = Pair{};
         }
         const int seen = r.kept + begin + rows;
         for (int first = 0; first < seen; first += BLOCK)

@@ -89,8 +89,7 @@ static void pass(const Network &net, const Request *requests, int count, const S
             normalize(block.norm2, s.x + static_cast<long>(i) * d, d, s.normed + static_cast<long>(i) * d);
         multiply(block.up, s.normed, rows, s.quantized, s.wide);
         for (long i = 0; i < static_cast<long>(rows) * 4 * d; i += 2 * LANES) {
-            Pair *const at = reinterpret_cast<Pair *>(s.wide + i);
-            *at = gelu(*at);
+            store_pair(s.wide + i, each(load_pair(s.wide + i), [](auto x) { return gelu(x); }));
         }
         multiply(block.down, s.wide, rows, s.quantized, s.normed);
         add(s.x, s.normed, static_cast<long>(rows) * d);

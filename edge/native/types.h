@@ -10,7 +10,6 @@ typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(8), aligned(1), may_alias));
 typedef float Half __attribute__((vector_size(16), aligned(4), may_alias));
-typedef float Pair __attribute__((vector_size(64), aligned(4), may_alias));  // eight numbers of each of two rows
 constexpr int LANES = 8;
 constexpr int GROUP = 16;  // rows of a request that read keys and values together, at most
 

@@ -8,25 +8,33 @@ INLINE void store(float *p, Floats v) { *reinterpret_cast<Floats *>(p) = v; }
 template <typename F = Floats> INLINE F all(float x) { return x - F{}; }
 template <typename F> INLINE F least(F a, F b) { return a < b ? a : b; }
 template <typename F> INLINE F most(F a, F b) { return a > b ? a : b; }
-
-INLINE Floats half(Pair v, int which) { return load(reinterpret_cast<const float *>(&v) + which * LANES); }
 INLINE Floats fused(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+// Eight numbers of each of two rows: one register, or two.
 #if defined(VNNI_512)
-INLINE Pair fused(Pair a, Pair b, Pair c) { return (Pair)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-INLINE Pair both(Floats a, Floats b) {
-    return (Pair)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)a), (__m256)b, 1);
-}
+typedef float Pair __attribute__((vector_size(64), aligned(4), may_alias));
+INLINE Pair load_pair(const float *p) { return *reinterpret_cast<const Pair *>(p); }
+INLINE void store_pair(float *p, Pair v) { *reinterpret_cast<Pair *>(p) = v; }
+INLINE Pair both(Floats a, Floats b) { return (Pair)_mm512_insertf32x8(_mm512_castps256_ps512((__m256)a), (__m256)b, 1); }
 INLINE Pair twice(Floats v) { return (Pair)_mm512_broadcast_f32x8((__m256)v); }
+INLINE Floats half(Pair v, int which) { return load(reinterpret_cast<const float *>(&v) + which * LANES); }
+INLINE Pair fused(Pair a, Pair b, Pair c) { return (Pair)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+template <typename Function> INLINE Pair each(Pair v, Function f) { return f(v); }
 #else
-INLINE Pair both(Floats a, Floats b) {
-    Pair v;
-    memcpy(&v, &a, sizeof a), memcpy(reinterpret_cast<float *>(&v) + LANES, &b, sizeof b);
-    return v;
-}
-INLINE Pair twice(Floats v) { return both(v, v); }
-INLINE Pair fused(Pair a, Pair b, Pair c) {
-    return both(fused(half(a, 0), half(b, 0), half(c, 0)), fused(half(a, 1), half(b, 1), half(c, 1)));
-}
+struct Pair {
+    Floats first, second;
+};
+INLINE Pair load_pair(const float *p) { return {load(p), load(p + LANES)}; }
+INLINE void store_pair(float *p, Pair v) { store(p, v.first), store(p + LANES, v.second); }
+INLINE Pair both(Floats a, Floats b) { return {a, b}; }
+INLINE Pair twice(Floats v) { return {v, v}; }
+INLINE Floats half(Pair v, int which) { return which ? v.second : v.first; }
+INLINE Pair fused(Pair a, Pair b, Pair c) { return {fused(a.first, b.first, c.first), fused(a.second, b.second, c.second)}; }
+INLINE Pair most(Pair a, Pair b) { return {most(a.first, b.first), most(a.second, b.second)}; }
+INLINE Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+INLINE Pair operator-(Pair a, Pair b) { return {a.first - b.first, a.second - b.second}; }
+INLINE Pair operator*(Pair a, Pair b) { return {a.first * b.first, a.second * b.second}; }
+template <typename Function> INLINE Pair each(Pair v, Function f) { return {f(v.first), f(v.second)}; }
 #endif
 
 // The highest power's coefficient first.
