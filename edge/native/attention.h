@@ -32,7 +32,7 @@ template <int SIZE> INLINE void score(const Readers<SIZE> &r, const float *keys,
     }
 }
 
-// Scores become weights. in_a_row: whether the keys' positions follow each other.  → what divides each row's
+// Scores become weights. in_a_row: whether the keys' positions follow each other.  → what to multiply what each row reads by
 template <int SIZE> INLINE Pair softmax(const Readers<SIZE> &r, const int32_t *places, bool in_a_row) {
     const int blocks = r.blocks();
     for (int row = 0; row < 2; row++) {
@@ -71,7 +71,7 @@ template <int SIZE> INLINE void mix(Readers<SIZE> &r, const float *values, int f
     memcpy(mixed, r.mixed, sizeof mixed);
     for (; first < end; first += LANES)
         for (int key = first; key < (first + LANES < end ? first + LANES : end); key++) {
-            const float *weight = r.weight(0, first) + key - first;  // 0 where a row does not see the key
+            const float *weight = r.weight(0, first) + key - first;  // 0 where a row does not see the key, whose values are finite
             const Pair by = both(all(weight[0]), all(weight[LANES]));
             for (int i = 0; i < SIZE / LANES; i++)
                 mixed[i] = fused(twice(load(values + static_cast<long>(key) * SIZE + i * LANES)), by, mixed[i]);

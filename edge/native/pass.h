@@ -16,8 +16,8 @@ static void read(const Reading &r, int heads, const Rows &row, float *scores, ui
         Floats total = {};
         for (int i = 0; i < r.rows; i += LANES) {
             const int size = r.rows - i < LANES ? r.rows - i : LANES;
-            for (int n = 0; n < LANES; n++) part[n] = n < size && of[i + n] > NEVER ? of[i + n] - top : -1e30f;
-            const Floats below = load(part), e = below > -1e29f ? exponential(below) : Floats{};
+            for (int n = 0; n < LANES; n++) part[n] = n < size && of[i + n] > NEVER ? of[i + n] - top : HIDDEN;
+            const Floats below = load(part), e = below > 0.1f * HIDDEN ? exponential(below) : Floats{};
             total += e;
             memcpy(of + i, &e, size * sizeof(float));
         }
@@ -88,9 +88,8 @@ static void pass(const Network &net, const Request *requests, int count, const S
         for (int i = 0; i < rows; i++)
             normalize(block.norm2, s.x + static_cast<long>(i) * d, d, s.normed + static_cast<long>(i) * d);
         multiply(block.up, s.normed, rows, s.quantized, s.wide);
-        for (long i = 0; i < static_cast<long>(rows) * 4 * d; i += 2 * LANES) {
+        for (long i = 0; i < static_cast<long>(rows) * 4 * d; i += 2 * LANES)
             store_pair(s.wide + i, each(load_pair(s.wide + i), [](auto x) { return gelu(x); }));
-        }
         multiply(block.down, s.wide, rows, s.quantized, s.normed);
         add(s.x, s.normed, static_cast<long>(rows) * d);
     }

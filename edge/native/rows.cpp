@@ -106,17 +106,20 @@ bool may_use_amx() {
 // `VERSION` of edge.native: of the structures in `types.h` and of the functions below.
 API void edgelm_version_3() {}
 
-// Names of the sets of instructions that this processor has, the fastest first.
+// Names of the sets of instructions that this process may use, the fastest first. Asks the kernel for the registers of the
+// matrix unit, which a signal stack of `sigaltstack` has to have room for from then on.
 API const char *edgelm_sets() {
 #if defined(__x86_64__)
-    static char names[32];
-    const bool vnni_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512vnni");
+#if __GNUC__ >= 11
     const bool vnni_256 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni");
-    strcpy(names, vnni_512 && may_use_amx() ? "amx " : "");
-    strcat(strcat(names, vnni_512 ? "vnni_512 " : ""), vnni_256 ? "vnni_256" : "");
-    return names;
+#else
+    constexpr bool vnni_256 = false;
+#endif
+    if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))
+        return vnni_256 ? "vnni_256" : "";
+    if (may_use_amx()) return vnni_256 ? "amx vnni_512 vnni_256" : "amx vnni_512";
+    return vnni_256 ? "vnni_512 vnni_256" : "vnni_512";
 #else
     return "";
 #endif

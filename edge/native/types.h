@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-// Eight numbers. Wider registers hold the sums of products alone: so float32 sums have one order everywhere.
+// Eight numbers. A float32 sum is always that of eight sums, whatever the registers hold beside: so it has one order.
 typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(8), aligned(1), may_alias));

@@ -1,4 +1,4 @@
-// Functions of eight numbers. Every operation is one IEEE rounding, in an order that the source fixes (fused where it says
+// Functions of eight numbers, or of eight of each of two rows. Every operation is one IEEE rounding, in an order that the source fixes (fused where it says
 // so, never reordered), so that all processors give the same bits. No include guard: once for each set of instructions.
 #undef INLINE
 #define INLINE static inline __attribute__((always_inline))
@@ -117,7 +117,7 @@ INLINE Floats sums(Pair a, Pair b, Pair c, Pair d) {
 #if defined(VNNI_512)
     const __m512 ab = (__m512)fold(a, b), cd = (__m512)fold(c, d);
     const Pair two = (Pair)_mm512_unpacklo_ps(ab, cd) + (Pair)_mm512_unpackhi_ps(ab, cd);
-    const Pair one = two + (Pair)_mm512_permute_ps((__m512)two, 0xEE);  // for each row of a and c twice, then of b and d
+    const Pair one = two + (Pair)_mm512_permute_ps((__m512)two, 0xEE);  // the first two of four: for each row of a and c, then of b and d
     const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 4, 12, 5, 13, 0, 0, 0, 0, 0, 0, 0, 0);
     return half((Pair)_mm512_permutexvar_ps(order, (__m512)one), 0);
 #else
