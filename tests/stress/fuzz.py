@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -173,14 +174,14 @@ def fuzz_mqtt(broker: Broker, inputs: int, luck: random.Random) -> Outcomes:
     return counts
 
 
-def run(inputs: int, bundle: Path, seed: int, say: Callable[[str], None]) -> dict[str, Outcomes]:
+def run(inputs: int, bundle: Path, *, backend: str, seed: int, say: Callable[[str], None]) -> dict[str, Outcomes]:
     """All targets. Raises AssertionError with the input that was served wrongly."""
     luck = random.Random(seed)
     found: dict[str, Outcomes] = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name)
         broker = Broker(folder, "persistence false", "max_queued_messages 0").start()
-        daemon = Daemon(folder, bundle, "--backend", "fake", "--mqtt", broker.address, DEVICE="dev")
+        daemon = Daemon(folder, bundle, "--backend", backend, "--mqtt", broker.address, DEVICE="dev")
         targets: dict[str, Callable[[int], Outcomes]] = {
             "decoders": lambda share: fuzz_decoders(share, luck),
             "hypothesis": lambda share: fuzz_with_hypothesis(share, luck),
@@ -209,9 +210,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.stress.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--bundle", type=Path, default=default_bundle())
+    parser.add_argument("--backend", default="fake")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    found = run(args.inputs, args.bundle, args.seed, lambda line: print(line, flush=True))
+    say = partial(print, flush=True)
+    found = run(args.inputs, args.bundle, backend=args.backend, seed=args.seed, say=say)
     print(f"{sum(counts.total() for counts in found.values())} inputs, none served wrongly")
     return 0
 

@@ -94,3 +94,13 @@ def test_passes_write_no_further_than_the_memory_that_they_ask_for(name: str) ->
         assert (memory[start + needed :] == 0xA5).all() and (memory[:start] == 0xA5).all()
         (again,) = one_pass(rows, [asked])
         assert np.isfinite(again.scores).all()
+
+
+@pytest.mark.slow
+def test_passes_of_one_sixteen_and_sixty_four_rows_have_the_same_bits_on_1000_prompts() -> None:
+    rows, rng = native_rows(SHIPPED), np.random.default_rng(10)
+    for _ in range(1000):
+        tokens = rng.integers(FIRST_TEXT_ID, 4096, 64).astype(np.int32)
+        positions = np.arange(64, dtype=np.int32)
+        alone, among, all_at_once = (scores_in_passes(rows, tokens, positions, size) for size in (1, 16, 64))
+        assert np.array_equal(alone, all_at_once) and np.array_equal(among, all_at_once)
