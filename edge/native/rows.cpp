@@ -80,7 +80,7 @@ template <typename Space> Space carve(char *memory, int rows, int width, int wid
     s.normed = c.take<float>(static_cast<long>(rows) * width);
     s.wide = c.take<float>(static_cast<long>(rows) * wide);
     s.mixed = c.take<float>(static_cast<long>(rows) * wide);
-    s.weights = c.take<float>(static_cast<long>(GROUP) * weights);
+    s.weights = c.take<float>(2l * weights);  // of two rows
     s.shares = c.take<uint8_t>(weights);
     s.quantized = {c.take<uint8_t>(static_cast<long>(rows) * wide), c.take<float>(rows), c.take<int32_t>(rows)};
     *end = c.at;

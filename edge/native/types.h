@@ -11,7 +11,6 @@ typedef int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(8), aligned(1), may_alias));
 typedef float Half __attribute__((vector_size(16), aligned(4), may_alias));
 constexpr int LANES = 8;
-constexpr int GROUP = 16;  // rows of a request that read keys and values together, at most
 
 struct Matrix {
     const int8_t *weights;  // (outputs / 64, inputs / 4, 64, 4), zeros in columns past the last

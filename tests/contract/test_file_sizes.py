@@ -10,7 +10,7 @@ SUFFIXES: Final = {".py", ".cpp", ".cu", ".h", ".sh"}
 MAX_LINES: Final = 350
 """Of a file, tests included."""
 PRODUCT: Final = ("host", "edge", "shared")
-PRODUCT_LINES: Final = 33_219
+PRODUCT_LINES: Final = 33_200
 """Of all files of the product. Who needs more deletes something first, or raises this number and says why."""
 
 
