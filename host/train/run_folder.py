@@ -226,8 +226,9 @@ def planned_run(args: argparse.Namespace, data: DataFolder) -> tuple[TrainConfig
         data_sha256=data.meta.sha256,
     )
     objectives = args.objectives
-    conditions = "conditioned" in objectives
-    model = replace(shape, vocab_size=data.meta.vocab_size, time_input=args.time_input, conditions=conditions)
+    drafts = shape.draft_depth if "ar" in objectives else 0  # the drafter is kept while there is a law that it follows
+    model = replace(shape, vocab_size=data.meta.vocab_size, time_input=args.time_input, draft_depth=drafts)
+    model = replace(model, conditions="conditioned" in objectives)
     if args.stage != "body" and learned is not None:
         if "ar" not in learned.objectives:
             raise ConfigError(f"{args.init} did not learn the objective ar, which --stage {args.stage} builds on")
@@ -255,12 +256,11 @@ def first_shape(name: str | None, init: Path | None, learned: Progress | None) -
     """The shape of that name, or else that of the run to start from. ConfigError when the two differ."""
     if learned is None:
         return config_named(name or USUAL_SHAPE)
-    theirs = replace(learned.model, draft_depth=0)
     if name is not None:
-        ours = replace(config_named(name), canvas_len=theirs.canvas_len)
+        ours, theirs = config_named(name), learned.model
         if (ours.d_model, ours.layers, ours.heads) != (theirs.d_model, theirs.layers, theirs.heads):
             raise ConfigError(f"--config {name} is another shape than {init} has, {theirs.name}: leave out --config")
-    return theirs
+    return learned.model
 
 
 def check_start(run: Path, model: ModelConfig, data: DataFolder) -> None:

@@ -119,6 +119,19 @@ def test_stage_b_trains_the_drafter_and_leaves_the_network_to_the_bit(stages: tu
 
 
 @pytest.mark.slow
+def test_a_network_that_learns_on_keeps_its_drafter(data: Path, stages: tuple[Path, Path], tmp_path: Path) -> None:
+    more = ["--data", data, "--batch-size", 8, "--steps", 4, "--init", stages[1]]
+    call(train.main, *more, "--objectives", "ar,canvas", "--out", tmp_path / "more")
+    before, after = (load_file(run / BEST) for run in (stages[1], tmp_path / "more"))
+    kept = [name for name in before if name.startswith("ema.drafter.")]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+    assert not torch.equal(before["ema.head.weight"], after["ema.head.weight"])
+
+    call(train.main, *more, "--objectives", "canvas", "--out", tmp_path / "canvas")
+    assert load_model(tmp_path / "canvas" / BEST)[0].drafter is None
+
+
+@pytest.mark.slow
 def test_stage_b_lowers_its_loss(stages: tuple[Path, Path]) -> None:
     rows = (stages[1] / "log.csv").read_text().splitlines()
     valid = rows[0].split(",").index("valid")
