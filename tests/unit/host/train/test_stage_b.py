@@ -119,7 +119,7 @@ def test_stage_b_trains_the_drafter_and_leaves_the_network_to_the_bit(stages: tu
 
 
 @pytest.mark.slow
-def test_stage_b_drafter_stays_while_its_network_learns_on(data: Path, stages: tuple[Path, Path], tmp_path: Path) -> None:
+def test_stage_b_drafter_stays_while_the_body_learns(data: Path, stages: tuple[Path, Path], tmp_path: Path) -> None:
     more = ["--data", data, "--batch-size", 8, "--steps", 4, "--init", stages[1]]
     call(train.main, *more, "--objectives", "ar,canvas", "--out", tmp_path / "more")
     before, after = (load_file(run / BEST) for run in (stages[1], tmp_path / "more"))
